@@ -1,0 +1,318 @@
+//! The forward pass.
+
+use rayon::prelude::*;
+
+use crate::shared::Shared;
+use crate::simd::{BLOCK, Decay, Isa, Kernel, Lanes, Row, silu};
+use crate::Element;
+use crate::sequences::Sequence;
+
+use super::kernels::Advance;
+use super::{Block, BlockParameters, OutputMut, Plan, Problem, Reader, Segment, Stage, TILE, coefficients};
+
+/// Blocks that one task carries through each tile: B and C are widened once for them, and the rows they read and write
+/// are long enough for the processor to fetch ahead.
+const BLOCKS_PER_UNIT: usize = 8;
+
+/// Steps in a task at least, so that short sequences share the cost of reading the parameters.
+const STEPS_PER_RUN: usize = 512;
+
+pub(super) fn run<T: Element>(isa: Isa, problem: &Problem<T>, outputs: OutputMut<T>) {
+    let plan = Plan::new(problem);
+    let entry_states = plan.is_split().then(|| entry_states(isa, problem, &plan));
+    let pass = Pass {
+        isa,
+        reader: Reader { problem },
+        entry_states: entry_states.as_deref(),
+        out: Shared::new(outputs.out),
+        final_state: outputs.final_state.map(Shared::new),
+        checkpoints: outputs.checkpoints.map(Shared::new),
+    };
+    let (units, runs) = (plan.units(BLOCKS_PER_UNIT), plan.runs(STEPS_PER_RUN));
+    (0..units.len() * runs.len()).into_par_iter().for_each_init(
+        || Scratch::new(problem.dims.d_state),
+        |scratch, task| pass.run_unit(units[task % units.len()], runs[task / units.len()], scratch),
+    );
+}
+
+/// Buffers of one task, used again by the next.
+struct Scratch {
+    u: Vec<Row>,
+    delta: Vec<Row>,
+    input: Vec<Row>,
+    y: Vec<Row>,
+    b: Vec<f32>,
+    c: Vec<f32>,
+}
+
+impl Scratch {
+    fn new(d_state: usize) -> Self {
+        let (rows, tile) = (|| vec![Row::ZERO; BLOCKS_PER_UNIT * TILE], || vec![0.0; TILE * d_state]);
+        Self { u: rows(), delta: rows(), input: rows(), y: rows(), b: tile(), c: tile() }
+    }
+
+    /// Reads a tile of everything that the recurrence reads.
+    fn stage<T: Element>(
+        &mut self,
+        isa: Isa,
+        reader: &Reader<T>,
+        segment: &Segment,
+        tile: (usize, usize),
+        unit: &[BlockParameters],
+    ) {
+        let (inputs, group) = (&reader.problem.inputs, unit[0].block.group);
+        reader.projection(&inputs.b, segment.sequence, tile, group, &mut self.b);
+        reader.projection(&inputs.c, segment.sequence, tile, group, &mut self.c);
+        let Self { u, delta, input, .. } = self;
+        isa.run(Stage { reader, sequence: segment.sequence, tile, unit, u, delta, input });
+    }
+
+    /// Runs the recurrence through the tile for block `i` of the unit.
+    fn advance(&mut self, isa: Isa, parameters: &BlockParameters, i: usize, steps: usize, h: &mut [Row]) {
+        let (rows, d_state) = (i * TILE..i * TILE + steps, h.len());
+        let y = &mut self.y[rows.clone()];
+        y.fill(Row::ZERO);
+        isa.run(Advance {
+            a: &parameters.a,
+            inverse_a: &parameters.inverse_a,
+            b: coefficients(&parameters.b, &self.b, d_state),
+            c: coefficients(&parameters.c, &self.c, d_state),
+            delta: &self.delta[rows.clone()],
+            input: &self.input[rows],
+            h,
+            y,
+        });
+    }
+}
+
+struct Pass<'p, 'a, T: Element> {
+    isa: Isa,
+    reader: Reader<'p, 'a, T>,
+    /// `(segments, d_state, d_inner)`: the state before each segment that does not start a sequence.
+    entry_states: Option<&'p [f32]>,
+    out: Shared<'p, T>,
+    final_state: Option<Shared<'p, f32>>,
+    checkpoints: Option<Shared<'p, f32>>,
+}
+
+impl<T: Element> Pass<'_, '_, T> {
+    fn run_unit(&self, unit: &[Block], run: &[Segment], scratch: &mut Scratch) {
+        let d_state = self.reader.problem.dims.d_state;
+        let unit: Vec<_> = unit.iter().map(|&block| BlockParameters::read(&self.reader, block)).collect();
+        let mut states = vec![Row::ZERO; unit.len() * d_state];
+        for segment in run {
+            for (h, parameters) in states.chunks_exact_mut(d_state).zip(&unit) {
+                self.enter(segment, parameters.block, h);
+            }
+            for (first, steps) in segment.tiles() {
+                scratch.stage(self.isa, &self.reader, segment, (first, steps), &unit);
+                for (i, (h, parameters)) in states.chunks_exact_mut(d_state).zip(&unit).enumerate() {
+                    self.keep_checkpoint(segment, first, parameters.block, h);
+                    self.prefetch(segment, (first, steps), parameters.block);
+                    scratch.advance(self.isa, parameters, i, steps, h);
+                }
+                let finish = Finish { pass: self, sequence: segment.sequence, first, steps, unit: &unit, scratch };
+                self.isa.run(finish);
+            }
+            if segment.ends_sequence() {
+                for (h, parameters) in states.chunks_exact(d_state).zip(&unit) {
+                    self.leave(segment, parameters.block, h);
+                }
+            }
+        }
+    }
+
+    /// Asks for what will be read for this block to finish the tile and to stage the next.
+    fn prefetch(&self, segment: &Segment, (first, steps): (usize, usize), block: Block) {
+        let inputs = &self.reader.problem.inputs;
+        if let Some(z) = &inputs.z {
+            self.reader.prefetch(z, segment.sequence, (first, steps), block);
+        }
+        let next = first + steps;
+        let next = (next, TILE.min(segment.first + segment.len - next));
+        self.reader.prefetch(&inputs.u, segment.sequence, next, block);
+        self.reader.prefetch(&inputs.delta, segment.sequence, next, block);
+    }
+
+    /// The state before a segment.
+    fn enter(&self, segment: &Segment, block: Block, h: &mut [Row]) {
+        match self.entry_states {
+            Some(states) if segment.first > 0 => {
+                let (d_inner, d_state) = (self.reader.problem.dims.d_inner, h.len());
+                for (n, row) in h.iter_mut().enumerate() {
+                    let at = (segment.index * d_state + n) * d_inner + block.first;
+                    *row = Row::ZERO;
+                    row.0[..block.width].copy_from_slice(&states[at..at + block.width]);
+                }
+            }
+            _ => {
+                let initial = &self.reader.problem.inputs.initial_state;
+                self.reader.state(initial, segment.sequence, block, h);
+            }
+        }
+    }
+
+    fn keep_checkpoint(&self, segment: &Segment, first: usize, block: Block, h: &[Row]) {
+        let Some(checkpoints) = &self.checkpoints else { return };
+        if first == 0 {
+            return;
+        }
+        let slot = segment.sequence.checkpoint_slot(first / TILE);
+        for (n, row) in h.iter().enumerate() {
+            let at = (slot * h.len() + n) * self.reader.problem.dims.d_inner + block.first;
+            // SAFETY: this task alone works on this tile of these channels, and slots of different tiles differ.
+            unsafe { checkpoints.part(at..at + block.width) }.copy_from_slice(&row.0[..block.width]);
+        }
+    }
+
+    fn leave(&self, segment: &Segment, block: Block, h: &[Row]) {
+        let Some(states) = &self.final_state else { return };
+        let at = (segment.sequence.index * self.reader.problem.dims.d_inner + block.first) * h.len();
+        // SAFETY: this task alone works on the last segment of this sequence for these channels.
+        let states = unsafe { states.part(at..at + block.width * h.len()) };
+        for (i, state) in states.chunks_exact_mut(h.len()).enumerate() {
+            for (state, row) in state.iter_mut().zip(h) {
+                *state = row.0[i];
+            }
+        }
+    }
+}
+
+/// Adds the skip connection, applies the gate and writes a tile, row by row.
+struct Finish<'t, 'p, 'a, T: Element> {
+    pass: &'t Pass<'p, 'a, T>,
+    sequence: Sequence,
+    first: usize,
+    steps: usize,
+    unit: &'t [BlockParameters],
+    scratch: &'t Scratch,
+}
+
+impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        let (reader, scratch) = (&self.pass.reader, self.scratch);
+        let Problem { inputs, dims, .. } = reader.problem;
+        let mut gate = Row::ZERO;
+        for t in 0..self.steps {
+            let step = reader.step(self.sequence, self.first + t);
+            for (i, parameters) in self.unit.iter().enumerate() {
+                let block = parameters.block;
+                let mut out = scratch.y[i * TILE + t];
+                if inputs.d.is_some() {
+                    let u = scratch.u[i * TILE + t].vectors::<S>();
+                    for (lane, out) in out.vectors_mut::<S>().iter_mut().enumerate() {
+                        *out = simd.fma(parameters.skip.vectors::<S>()[lane], u[lane], *out);
+                    }
+                }
+                if let Some(z) = &inputs.z {
+                    z.widen_row([self.sequence.batch, step, block.first], &mut gate.0[..block.width]);
+                    for (out, z) in out.vectors_mut::<S>().iter_mut().zip(gate.vectors::<S>()) {
+                        *out = simd.mul_f32s(*out, silu(simd, *z));
+                    }
+                }
+                let at = (self.sequence.batch * dims.len + step) * dims.d_inner + block.first;
+                // SAFETY: this task alone works on these steps and channels.
+                narrow(&out, unsafe { self.pass.out.part(at..at + block.width) });
+            }
+        }
+    }
+}
+
+/// Rounds the channels that `to` has room for.
+#[inline(always)]
+fn narrow<T: Element>(row: &Row, to: &mut [T]) {
+    match to.len() {
+        // The common case, with a length known to the compiler.
+        BLOCK => T::narrow(&row.0, &mut to[..BLOCK]),
+        width => T::narrow(&row.0[..width], to),
+    }
+}
+
+/// The state before each segment, `(segments, d_state, d_inner)`.
+///
+/// A segment turns the state `h` before it into `exp(A ΣΔ) h + s`, where `s` is what it reaches from zero. So all
+/// segments are run from zero at once, and their summaries `(ΣΔ, s)` applied one after another.
+fn entry_states<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan) -> Vec<f32> {
+    let (d_inner, d_state) = (problem.dims.d_inner, problem.dims.d_state);
+    let reader = Reader { problem };
+    let mut states = vec![0.0; plan.segments.len() * d_state * d_inner];
+    let reached = Shared::new(&mut states);
+    let blocks = &plan.blocks;
+    let parameters: Vec<_> = blocks.iter().map(|&block| BlockParameters::read(&reader, block)).collect();
+
+    // The summary of each segment is left in the place of the state before the next.
+    let sums: Vec<Row> = (0..plan.segments.len() * blocks.len())
+        .into_par_iter()
+        .map_init(
+            || (Scratch::new(d_state), vec![Row::ZERO; d_state]),
+            |(scratch, h), task| {
+                let segment = &plan.segments[task / blocks.len()];
+                let parameters = &parameters[task % blocks.len()];
+                let mut sum = Row::ZERO;
+                if segment.ends_sequence() {
+                    return sum;
+                }
+                h.fill(Row::ZERO);
+                for (first, steps) in segment.tiles() {
+                    scratch.stage(isa, &reader, segment, (first, steps), std::slice::from_ref(parameters));
+                    scratch.advance(isa, parameters, 0, steps, h);
+                    for delta in &scratch.delta[..steps] {
+                        sum = Row(std::array::from_fn(|i| sum.0[i] + delta.0[i]));
+                    }
+                }
+                let block = parameters.block;
+                for (n, row) in h.iter().enumerate() {
+                    let at = ((segment.index + 1) * d_state + n) * d_inner + block.first;
+                    // SAFETY: this task alone works on this segment and these channels.
+                    unsafe { reached.part(at..at + block.width) }.copy_from_slice(&row.0[..block.width]);
+                }
+                sum
+            },
+        )
+        .collect();
+
+    for pair in plan.segments.windows(2).filter(|pair| pair[1].first > 0) {
+        for (parameters, sum) in parameters.iter().zip(&sums[pair[0].index * blocks.len()..]) {
+            let block = parameters.block;
+            let mut initial = vec![Row::ZERO; d_state];
+            if pair[0].first == 0 {
+                reader.state(&problem.inputs.initial_state, pair[0].sequence, block, &mut initial);
+            }
+            for (n, mut before) in initial.into_iter().enumerate() {
+                let at = |segment: &Segment| (segment.index * d_state + n) * d_inner + block.first;
+                if pair[0].first > 0 {
+                    before.0[..block.width].copy_from_slice(&states[at(&pair[0])..][..block.width]);
+                }
+                let carried = isa.run(Carry { state: before, sum, a: &parameters.a[n] });
+                for (state, carried) in states[at(&pair[1])..][..block.width].iter_mut().zip(carried.0) {
+                    *state += carried;
+                }
+            }
+        }
+    }
+    states
+}
+
+/// `exp(A ΣΔ)·state`.
+pub(super) struct Carry<'t> {
+    pub state: Row,
+    pub sum: &'t Row,
+    /// log2(e)·A
+    pub a: &'t Row,
+}
+
+impl Kernel for Carry<'_> {
+    type Output = Row;
+
+    #[inline(always)]
+    fn run<S: Lanes>(mut self, simd: S) -> Row {
+        let exponents = self.sum.vectors::<S>().iter().zip(self.a.vectors::<S>());
+        for (state, (sum, a)) in self.state.vectors_mut::<S>().iter_mut().zip(exponents) {
+            *state = Decay::exp2(simd, simd.mul_f32s(*sum, *a)).apply(simd, *state);
+        }
+        self.state
+    }
+}

@@ -1,0 +1,332 @@
+//! The scan on the CPU: vectorised over channels, parallel over sequences and channels.
+//!
+//! The channels of each group are cut into blocks of 16, and a tile of 64 steps of one block is worked on at a time:
+//!
+//! 1. *stage*: read the tile, add the bias, apply softplus;
+//! 2. *advance*: run the recurrence, a few states at a time in registers, all 16 channels in the lanes of a vector;
+//! 3. *finish*: add the skip connection, apply the gate, round and write.
+//!
+//! A task works on a run of segments (a segment is a sequence or, where there are too few channels to occupy the
+//! machine, a part of one) for a unit of neighbouring blocks. How work is divided depends on the shape alone, never on
+//! the number of threads or the instruction set, and nothing that a sequence gets depends on its neighbours: results
+//! are the same bits on any number of threads, in any batch, packed or alone. (Sums over the batch, which the gradients
+//! of parameters are, follow the division of the whole batch.)
+
+mod backward;
+mod forward;
+mod kernels;
+
+use crate::arguments::Dims;
+use crate::sequences::{CHECKPOINT_STEPS, Sequence};
+use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, softplus};
+use crate::{Discretization, Element, Projection, Result, View};
+
+use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem};
+use kernels::Coefficients;
+
+/// Steps in a tile: one checkpoint each.
+const TILE: usize = CHECKPOINT_STEPS;
+
+/// Runs the scan with the widest instructions of this processor, on the threads of the current rayon pool.
+pub fn forward<T: Element>(inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<()> {
+    forward_with(Isa::best(), inputs, outputs)
+}
+
+/// [`forward`] with the instruction set given (plain code if this processor does not have it).
+pub fn forward_with<T: Element>(isa: Isa, inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<()> {
+    let problem = inputs.check()?;
+    problem.check_outputs(&outputs)?;
+    forward::run(isa, &problem, outputs);
+    Ok(())
+}
+
+/// Computes the gradient of every input that was given. `checkpoints` are those that [`forward`] kept for the same
+/// inputs.
+pub fn backward<T: Element>(
+    inputs: &Inputs<T>,
+    checkpoints: &[f32],
+    d_outputs: OutputGradients<T>,
+    gradients: GradientsMut<T>,
+) -> Result<()> {
+    backward_with(Isa::best(), inputs, checkpoints, d_outputs, gradients)
+}
+
+/// [`backward`] with the instruction set given (plain code if this processor does not have it).
+pub fn backward_with<T: Element>(
+    isa: Isa,
+    inputs: &Inputs<T>,
+    checkpoints: &[f32],
+    d_outputs: OutputGradients<T>,
+    gradients: GradientsMut<T>,
+) -> Result<()> {
+    let problem = inputs.check()?;
+    problem.check_backward(checkpoints, &d_outputs, &gradients)?;
+    backward::run(isa, &problem, checkpoints, d_outputs, gradients);
+    Ok(())
+}
+
+/// Neighbouring channels of one group, at most [`BLOCK`].
+#[derive(Debug, Clone, Copy)]
+struct Block {
+    group: usize,
+    first: usize,
+    width: usize,
+}
+
+/// A sequence or a part of one: `len` steps from the `first`-th in the direction of the scan on.
+#[derive(Debug, Clone, Copy)]
+struct Segment {
+    sequence: Sequence,
+    first: usize,
+    len: usize,
+    index: usize,
+}
+
+impl Segment {
+    fn ends_sequence(&self) -> bool {
+        self.first + self.len == self.sequence.len
+    }
+
+    /// The tiles as `(first step, steps)`, counted within the sequence.
+    fn tiles(&self) -> impl DoubleEndedIterator<Item = (usize, usize)> {
+        let (first, end) = (self.first, self.first + self.len);
+        (0..self.len.div_ceil(TILE)).map(move |i| {
+            let start = first + i * TILE;
+            (start, TILE.min(end - start))
+        })
+    }
+}
+
+/// The division of a problem's work.
+struct Plan {
+    blocks: Vec<Block>,
+    segments: Vec<Segment>,
+}
+
+impl Plan {
+    fn new<T: Element>(problem: &Problem<T>) -> Self {
+        let Dims { groups, .. } = problem.dims;
+        let channels = problem.dims.group_channels();
+        let blocks: Vec<_> = (0..groups)
+            .flat_map(|group| {
+                (0..channels).step_by(BLOCK).map(move |first| Block {
+                    group,
+                    first: group * channels + first,
+                    width: BLOCK.min(channels - first),
+                })
+            })
+            .collect();
+        let mut segments = Vec::with_capacity(problem.sequences.count());
+        for sequence in problem.sequences.iter() {
+            let step = segment_steps(blocks.len(), sequence.len);
+            // An empty sequence has one empty segment, which hands its state on.
+            for first in (0..sequence.len.max(1)).step_by(step.max(1)) {
+                let len = step.min(sequence.len - first);
+                segments.push(Segment { sequence, first, len, index: segments.len() });
+            }
+        }
+        Self { blocks, segments }
+    }
+
+    fn is_split(&self) -> bool {
+        self.segments.iter().any(|segment| segment.first > 0)
+    }
+
+    /// Ranges of `per` neighbouring blocks, none of which spans two groups.
+    fn units(&self, per: usize) -> Vec<&[Block]> {
+        self.blocks.chunk_by(|a, b| a.group == b.group).flat_map(|group| group.chunks(per)).collect()
+    }
+
+    /// Ranges of neighbouring segments with at least `steps` steps each, the last excepted.
+    fn runs(&self, steps: usize) -> Vec<&[Segment]> {
+        let mut runs = Vec::new();
+        let (mut start, mut total) = (0, 0);
+        for (i, segment) in self.segments.iter().enumerate() {
+            total += segment.len;
+            if total >= steps || i + 1 == self.segments.len() {
+                runs.push(&self.segments[start..=i]);
+                (start, total) = (i + 1, 0);
+            }
+        }
+        runs
+    }
+}
+
+/// The steps in each segment of a sequence: all, unless the channels make fewer than 16 blocks and the sequence is long.
+///
+/// A split costs a first pass over the segments, so it is made only where a machine of many cores would idle. It looks
+/// at one sequence alone, so that its results do not depend on what it is batched with.
+fn segment_steps(blocks: usize, len: usize) -> usize {
+    const ENOUGH_BLOCKS: usize = 16;
+    const LEAST_STEPS: usize = 1024;
+    let segments = (ENOUGH_BLOCKS / blocks).min(len / LEAST_STEPS).max(1);
+    len.div_ceil(segments).next_multiple_of(TILE)
+}
+
+/// Reads a checked problem tile by tile.
+struct Reader<'p, 'a, T: Element> {
+    problem: &'p Problem<'a, T>,
+}
+
+impl<T: Element> Reader<'_, '_, T> {
+    /// The step of the batch row that stands `i`-th in the direction of the scan.
+    #[inline(always)]
+    fn step(&self, sequence: Sequence, i: usize) -> usize {
+        sequence.step(i, self.problem.inputs.options.reverse)
+    }
+
+    /// Row `n` of a `(d_inner, d_state)` parameter for each of `out`: the block's channels, zero beyond.
+    fn parameter(&self, view: &View<f32, 2>, block: Block, out: &mut [Row]) {
+        out.fill(Row::ZERO);
+        for i in 0..block.width {
+            for (n, row) in out.iter_mut().enumerate() {
+                row.0[i] = view.at([block.first + i, n]);
+            }
+        }
+    }
+
+    /// A `(d_inner)` parameter, zero if it is absent.
+    fn channel_parameter(&self, view: &Option<View<f32, 1>>, block: Block) -> Row {
+        let mut row = Row::ZERO;
+        if let Some(view) = view {
+            view.widen_row([block.first], &mut row.0[..block.width]);
+        }
+        row
+    }
+
+    /// One sequence's row of a `(sequences, d_inner, d_state)` state; zero if it is absent.
+    fn state(&self, view: &Option<View<f32, 3>>, sequence: Sequence, block: Block, out: &mut [Row]) {
+        out.fill(Row::ZERO);
+        let Some(view) = view else { return };
+        for i in 0..block.width {
+            for (n, row) in out.iter_mut().enumerate() {
+                row.0[i] = view.at([sequence.index, block.first + i, n]);
+            }
+        }
+    }
+
+    /// Asks for the rows of an activation that are going to be read for a block in the next tile.
+    #[inline(always)]
+    fn prefetch(&self, view: &View<T, 3>, sequence: Sequence, (first, steps): (usize, usize), block: Block) {
+        for i in first..first + steps {
+            view.prefetch([sequence.batch, self.step(sequence, i), block.first + block.width - 1]);
+        }
+    }
+
+    /// A tile of B or C, `(steps, d_state)`, if it varies.
+    fn projection(
+        &self,
+        projection: &Projection<T>,
+        sequence: Sequence,
+        (first, steps): (usize, usize),
+        group: usize,
+        out: &mut [f32],
+    ) {
+        if let Projection::Varying(view) = projection {
+            let rows = out.chunks_exact_mut(self.problem.dims.d_state);
+            for (i, row) in rows.take(steps).enumerate() {
+                view.widen_row([sequence.batch, self.step(sequence, first + i), group, 0], row);
+            }
+        }
+    }
+}
+
+/// What stays the same for a block from tile to tile.
+struct BlockParameters {
+    block: Block,
+    /// log2(e)·A, so that decays are binary exponentials.
+    a: Vec<Row>,
+    /// 1/A, and 0 where A is too small to divide by; empty with Euler's rule.
+    inverse_a: Vec<Row>,
+    /// B and C where they are constant, else empty.
+    b: Vec<Row>,
+    c: Vec<Row>,
+    skip: Row,
+    bias: Row,
+}
+
+impl BlockParameters {
+    fn read<T: Element>(reader: &Reader<T>, block: Block) -> Self {
+        let inputs = &reader.problem.inputs;
+        let rows = || vec![Row::ZERO; reader.problem.dims.d_state];
+        let mut a = rows();
+        reader.parameter(&inputs.a, block, &mut a);
+        let mut inverse_a = Vec::new();
+        if inputs.options.discretization == Discretization::ZeroOrderHold {
+            // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
+            const TINY: f32 = 1e-30;
+            let inverse = |a: f32| if a.abs() < TINY { 0.0 } else { 1.0 / a };
+            inverse_a = a.iter().map(|row| Row(row.0.map(inverse))).collect();
+        }
+        for row in &mut a {
+            row.0 = row.0.map(|a| a * std::f32::consts::LOG2_E);
+        }
+        let constant = |projection: &Projection<T>| match projection {
+            Projection::Varying(_) => Vec::new(),
+            Projection::Constant(view) => {
+                let mut out = rows();
+                reader.parameter(view, block, &mut out);
+                out
+            }
+        };
+        Self {
+            block,
+            a,
+            inverse_a,
+            b: constant(&inputs.b),
+            c: constant(&inputs.c),
+            skip: reader.channel_parameter(&inputs.d, block),
+            bias: reader.channel_parameter(&inputs.delta_bias, block),
+        }
+    }
+}
+
+/// The coefficients of a tile: the constant ones if there are any.
+fn coefficients<'t>(constant: &'t [Row], tile: &'t [f32], d_state: usize) -> Coefficients<'t> {
+    if constant.is_empty() { Coefficients::PerStep { data: tile, d_state } } else { Coefficients::PerChannel(constant) }
+}
+
+/// Reads a tile of u and delta for a unit of blocks, and computes the step sizes and what the recurrence takes in.
+///
+/// It goes row by row, so that memory is read in the order in which it lies, and leaves the tile block by block: row
+/// `i·TILE + t` holds step `t` of block `i`.
+struct Stage<'t, 'a, T: Element> {
+    reader: &'t Reader<'t, 'a, T>,
+    sequence: Sequence,
+    /// The tile's first step in the direction of the scan, and its length.
+    tile: (usize, usize),
+    unit: &'t [BlockParameters],
+    u: &'t mut [Row],
+    delta: &'t mut [Row],
+    /// Δ·u, or u with zero-order hold.
+    input: &'t mut [Row],
+}
+
+impl<T: Element> Kernel for Stage<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        let inputs = &self.reader.problem.inputs;
+        let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
+        let (first, steps) = self.tile;
+        for t in 0..steps {
+            let step = self.reader.step(self.sequence, first + t);
+            for (i, parameters) in self.unit.iter().enumerate() {
+                let (index, width) = ([self.sequence.batch, step, parameters.block.first], parameters.block.width);
+                let (u, delta) = (&mut self.u[i * TILE + t], &mut self.delta[i * TILE + t]);
+                inputs.u.widen_row(index, &mut u.0[..width]);
+                inputs.delta.widen_row(index, &mut delta.0[..width]);
+                let (u, delta) = (u.vectors::<S>(), delta.vectors_mut::<S>());
+                let input = self.input[i * TILE + t].vectors_mut::<S>();
+                for (lane, bias) in parameters.bias.vectors::<S>().iter().enumerate() {
+                    delta[lane] = simd.add_f32s(delta[lane], *bias);
+                    if inputs.options.delta_softplus {
+                        delta[lane] = softplus(simd, delta[lane]);
+                    }
+                    input[lane] = if hold { u[lane] } else { simd.mul_f32s(delta[lane], u[lane]) };
+                }
+            }
+        }
+    }
+}

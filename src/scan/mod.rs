@@ -1,0 +1,416 @@
+//! The selective scan: the recurrence of Mamba (S6), forward and backward.
+//!
+//! For every batch row, channel and state, with `Δ`, `B` and `C` projected from the input at each step:
+//!
+//! ```text
+//! Δ_t = softplus(delta_t + delta_bias)          softplus if asked for
+//! h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t        or exact zero-order hold, see Discretization
+//! y_t = Σ_n C_t h_t + D u_t                     summed over the d_state states
+//! out = y · silu(z)                             if there is a gate z
+//! ```
+//!
+//! Equations, names and symbols are those of Gu and Dao, *Mamba* (2023), arXiv 2312.00752. Only the state of one step is
+//! ever held: neither `exp(ΔA)` nor `h` is stored for all steps, forward or backward.
+//!
+//! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, [`reference`](mod@reference) is the same written plainly in
+//! `f64`. [`Inputs::forward`] and [`Inputs::backward`] allocate their results.
+
+pub mod cpu;
+pub mod reference;
+
+use crate::arguments::{Dims, zeroed};
+use crate::sequences::{CHECKPOINT_STEPS, Sequences};
+use crate::view::check_len;
+use crate::{Discretization, Element, Error, Host, Memory, Projection, Result, View};
+
+/// What a selective scan reads. `T` is the type of the activations; parameters and states are `f32`.
+#[derive(Debug)]
+pub struct Inputs<'a, T: Element, M: Memory = Host> {
+    /// The input, `(batch, length, d_inner)`.
+    pub u: View<'a, T, 3, M>,
+    /// The step sizes before bias and softplus, `(batch, length, d_inner)`.
+    pub delta: View<'a, T, 3, M>,
+    /// The state matrix, diagonal, `(d_inner, d_state)`: negative for a state that decays.
+    pub a: View<'a, f32, 2, M>,
+    /// How the input enters the state.
+    pub b: Projection<'a, T, M>,
+    /// How the state is read.
+    pub c: Projection<'a, T, M>,
+    /// The gate, `(batch, length, d_inner)`.
+    pub z: Option<View<'a, T, 3, M>>,
+    /// The skip connection, `(d_inner)`.
+    pub d: Option<View<'a, f32, 1, M>>,
+    /// Added to `delta`, `(d_inner)`.
+    pub delta_bias: Option<View<'a, f32, 1, M>>,
+    /// The state before the first step, `(sequences, d_inner, d_state)`; zero if absent.
+    pub initial_state: Option<View<'a, f32, 3, M>>,
+    /// Packed sequences: with offsets `[0, l1, l1 + l2, …, length]` the batch is 1 and sequence `i` takes the steps from
+    /// `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Otherwise every batch row is a sequence.
+    pub cu_seqlens: Option<&'a [usize]>,
+    /// The variant of the recurrence.
+    pub options: Options,
+}
+
+/// Variants of the recurrence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Options {
+    /// Pass `delta + delta_bias` through `softplus(x) = ln(1 + e^x)`, taken as the identity above 20.
+    pub delta_softplus: bool,
+    /// How the input is weighted.
+    pub discretization: Discretization,
+    /// Run from the last step of each sequence to its first, as the second half of a bidirectional model does. The
+    /// initial state then stands behind the last step and the final state before the first.
+    pub reverse: bool,
+}
+
+impl<T: Element, M: Memory> Clone for Inputs<'_, T, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T: Element, M: Memory> Copy for Inputs<'_, T, M> {}
+
+impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
+    /// The inputs that every scan has; the others are absent and the options plain. Add them with struct update syntax:
+    /// `Inputs { z: Some(z), ..Inputs::new(u, delta, a, b, c) }`.
+    pub fn new(
+        u: View<'a, T, 3, M>,
+        delta: View<'a, T, 3, M>,
+        a: View<'a, f32, 2, M>,
+        b: impl Into<Projection<'a, T, M>>,
+        c: impl Into<Projection<'a, T, M>>,
+    ) -> Self {
+        Self {
+            u,
+            delta,
+            a,
+            b: b.into(),
+            c: c.into(),
+            z: None,
+            d: None,
+            delta_bias: None,
+            initial_state: None,
+            cu_seqlens: None,
+            options: Options::default(),
+        }
+    }
+
+    /// The number of elements of [`OutputMut::checkpoints`]: one state of every channel for every 64 steps.
+    pub fn checkpoint_len(&self) -> Result<usize> {
+        let dims = self.check()?.dims;
+        let slots = dims.batch * dims.len / CHECKPOINT_STEPS;
+        slots
+            .checked_mul(dims.d_inner * dims.d_state)
+            .ok_or_else(|| Error::argument("u", "a shape whose checkpoints can be counted", format!("{:?}", self.u.shape)))
+    }
+
+    /// Checks every argument. This is the only place that does; all implementations read what it returns.
+    pub(crate) fn check(&self) -> Result<Problem<'a, T, M>> {
+        let dims = Dims::check(["u", "a", "b", "c"], &self.u, &self.a, &self.b, &self.c)?;
+        let Dims { batch, len, d_inner, d_state, .. } = dims;
+        let activations = [Some(("u", &self.u)), Some(("delta", &self.delta)), self.z.as_ref().map(|z| ("z", z))];
+        for (name, view) in activations.into_iter().flatten() {
+            view.check(name, "(batch, length, d_inner)", [batch, len, d_inner])?;
+        }
+        for (name, view) in [("d", &self.d), ("delta_bias", &self.delta_bias)] {
+            if let Some(view) = view {
+                view.check(name, "(d_inner)", [d_inner])?;
+            }
+        }
+        let sequences = Sequences::check(batch, len, self.cu_seqlens)?;
+        if let Some(view) = &self.initial_state {
+            view.check("initial_state", "(sequences, d_inner, d_state)", [sequences.count(), d_inner, d_state])?;
+        }
+        Ok(Problem { inputs: *self, dims, sequences })
+    }
+}
+
+/// Inputs that have passed [`Inputs::check`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Problem<'a, T: Element, M: Memory = Host> {
+    pub inputs: Inputs<'a, T, M>,
+    pub dims: Dims,
+    pub sequences: Sequences<'a>,
+}
+
+impl<T: Element, M: Memory> Problem<'_, T, M> {
+    fn activation_shape(&self) -> [usize; 3] {
+        [self.dims.batch, self.dims.len, self.dims.d_inner]
+    }
+
+    fn state_shape(&self) -> [usize; 3] {
+        [self.sequences.count(), self.dims.d_inner, self.dims.d_state]
+    }
+
+    fn varying_shape(&self) -> [usize; 4] {
+        [self.dims.batch, self.dims.len, self.dims.groups, self.dims.d_state]
+    }
+
+    /// Checks what a forward pass writes.
+    pub fn check_outputs(&self, outputs: &OutputMut<T, M>) -> Result<()> {
+        check_len("out", "(batch, length, d_inner)", &self.activation_shape(), M::len(outputs.out))?;
+        if let Some(state) = &outputs.final_state {
+            check_len("final_state", "(sequences, d_inner, d_state)", &self.state_shape(), M::len(state))?;
+        }
+        if let Some(checkpoints) = &outputs.checkpoints {
+            self.check_checkpoints(M::len(checkpoints))?;
+        }
+        Ok(())
+    }
+
+    /// Checks what a backward pass reads beside the inputs, and what it writes.
+    pub fn check_backward(
+        &self,
+        checkpoints: &M::Buffer<f32>,
+        d_outputs: &OutputGradients<T, M>,
+        gradients: &GradientsMut<T, M>,
+    ) -> Result<()> {
+        self.check_checkpoints(M::len(checkpoints))?;
+        self.check_output_gradients(d_outputs)?;
+        let (inputs, activation) = (&self.inputs, &self.activation_shape());
+        let Dims { d_inner, d_state, .. } = self.dims;
+        let names = "(batch, length, d_inner)";
+        check_len("gradients.u", names, activation, M::len(gradients.u))?;
+        check_len("gradients.delta", names, activation, M::len(gradients.delta))?;
+        check_len("gradients.a", "(d_inner, d_state)", &[d_inner, d_state], M::len(gradients.a))?;
+        self.check_projection_gradient("gradients.b", &inputs.b, &gradients.b)?;
+        self.check_projection_gradient("gradients.c", &inputs.c, &gradients.c)?;
+        let z = gradients.z.as_ref().map(|z| M::len(z));
+        check_optional("gradients.z", names, inputs.z.is_some(), activation, z)?;
+        let d = gradients.d.as_ref().map(|d| M::len(d));
+        check_optional("gradients.d", "(d_inner)", inputs.d.is_some(), &[d_inner], d)?;
+        let bias = gradients.delta_bias.as_ref().map(|bias| M::len(bias));
+        check_optional("gradients.delta_bias", "(d_inner)", inputs.delta_bias.is_some(), &[d_inner], bias)?;
+        let state = gradients.initial_state.as_ref().map(|state| M::len(state));
+        let (given, names) = (inputs.initial_state.is_some(), "(sequences, d_inner, d_state)");
+        check_optional("gradients.initial_state", names, given, &self.state_shape(), state)
+    }
+
+    /// Checks the gradients that flow into a backward pass.
+    pub fn check_output_gradients(&self, d_outputs: &OutputGradients<T, M>) -> Result<()> {
+        d_outputs.d_out.check("d_out", "(batch, length, d_inner)", self.activation_shape())?;
+        match &d_outputs.d_final_state {
+            Some(view) => view.check("d_final_state", "(sequences, d_inner, d_state)", self.state_shape()),
+            None => Ok(()),
+        }
+    }
+
+    fn check_checkpoints(&self, len: usize) -> Result<()> {
+        let Dims { batch, len: steps, d_inner, d_state, .. } = self.dims;
+        let shape = [batch * steps / CHECKPOINT_STEPS, d_state, d_inner];
+        check_len("checkpoints", "(batch·length/64, d_state, d_inner)", &shape, len)
+    }
+
+    fn check_projection_gradient(
+        &self,
+        name: &'static str,
+        input: &Projection<T, M>,
+        gradient: &ProjectionMut<T, M>,
+    ) -> Result<()> {
+        let constant = [self.dims.d_inner, self.dims.d_state];
+        match (input, gradient) {
+            (Projection::Varying(_), ProjectionMut::Varying(data)) => {
+                check_len(name, "(batch, length, groups, d_state)", &self.varying_shape(), M::len(data))
+            }
+            (Projection::Constant(_), ProjectionMut::Constant(data)) => {
+                check_len(name, "(d_inner, d_state)", &constant, M::len(data))
+            }
+            (Projection::Varying(_), _) => Err(Error::argument(name, "Varying, as its input is", "Constant")),
+            (Projection::Constant(_), _) => Err(Error::argument(name, "Constant, as its input is", "Varying")),
+        }
+    }
+}
+
+/// Checks that an optional gradient is there exactly when its input is, and its size.
+pub(crate) fn check_optional(
+    argument: &'static str,
+    names: &str,
+    given: bool,
+    shape: &[usize],
+    len: Option<usize>,
+) -> Result<()> {
+    match (given, len) {
+        (true, Some(len)) => check_len(argument, names, shape, len),
+        (false, None) => Ok(()),
+        (true, None) => Err(Error::argument(argument, "a buffer, since the input is given", "none")),
+        (false, Some(_)) => Err(Error::argument(argument, "none, since the input is absent", "a buffer")),
+    }
+}
+
+/// Where a forward pass writes. Every buffer is dense and is overwritten whole.
+pub struct OutputMut<'a, T: Element, M: Memory = Host> {
+    /// `(batch, length, d_inner)`.
+    pub out: &'a mut M::Buffer<T>,
+    /// The state behind the last step, `(sequences, d_inner, d_state)`.
+    pub final_state: Option<&'a mut M::Buffer<f32>>,
+    /// What a backward pass needs to recompute the states: [`Inputs::checkpoint_len`] elements, of which only that pass
+    /// makes sense.
+    pub checkpoints: Option<&'a mut M::Buffer<f32>>,
+}
+
+/// The gradients that flow into a backward pass.
+#[derive(Debug)]
+pub struct OutputGradients<'a, T: Element, M: Memory = Host> {
+    /// The gradient of `out`, `(batch, length, d_inner)`.
+    pub d_out: View<'a, T, 3, M>,
+    /// The gradient of the final state, `(sequences, d_inner, d_state)`; zero if absent.
+    pub d_final_state: Option<View<'a, f32, 3, M>>,
+}
+
+impl<T: Element, M: Memory> Clone for OutputGradients<'_, T, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T: Element, M: Memory> Copy for OutputGradients<'_, T, M> {}
+
+impl<'a, T: Element, M: Memory> From<View<'a, T, 3, M>> for OutputGradients<'a, T, M> {
+    fn from(d_out: View<'a, T, 3, M>) -> Self {
+        Self { d_out, d_final_state: None }
+    }
+}
+
+/// Where a backward pass writes the gradient of each input: a dense buffer of the input's shape, overwritten whole.
+/// Exactly the inputs that were given must have one.
+#[allow(missing_docs, reason = "each field is the gradient of the input of that name")]
+pub struct GradientsMut<'a, T: Element, M: Memory = Host> {
+    pub u: &'a mut M::Buffer<T>,
+    pub delta: &'a mut M::Buffer<T>,
+    pub a: &'a mut M::Buffer<f32>,
+    pub b: ProjectionMut<'a, T, M>,
+    pub c: ProjectionMut<'a, T, M>,
+    pub z: Option<&'a mut M::Buffer<T>>,
+    pub d: Option<&'a mut M::Buffer<f32>>,
+    pub delta_bias: Option<&'a mut M::Buffer<f32>>,
+    pub initial_state: Option<&'a mut M::Buffer<f32>>,
+}
+
+/// Where the gradient of a [`Projection`] goes.
+pub enum ProjectionMut<'a, T: Element, M: Memory = Host> {
+    /// `(batch, length, groups, d_state)`.
+    Varying(&'a mut M::Buffer<T>),
+    /// `(d_inner, d_state)`.
+    Constant(&'a mut M::Buffer<f32>),
+}
+
+/// The results of a forward pass: activations of type `T`, states of type `P`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Output<T, P = f32> {
+    /// `(batch, length, d_inner)`.
+    pub out: Vec<T>,
+    /// The state behind the last step, `(sequences, d_inner, d_state)`.
+    pub final_state: Vec<P>,
+}
+
+/// The gradient of every input that was given, dense and of the input's shape.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs, reason = "each field is the gradient of the input of that name")]
+pub struct Gradients<T, P = f32> {
+    pub u: Vec<T>,
+    pub delta: Vec<T>,
+    pub a: Vec<P>,
+    pub b: ProjectionGradient<T, P>,
+    pub c: ProjectionGradient<T, P>,
+    pub z: Option<Vec<T>>,
+    pub d: Option<Vec<P>>,
+    pub delta_bias: Option<Vec<P>>,
+    pub initial_state: Option<Vec<P>>,
+}
+
+/// The gradient of a [`Projection`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum ProjectionGradient<T, P = f32> {
+    /// `(batch, length, groups, d_state)`.
+    Varying(Vec<T>),
+    /// `(d_inner, d_state)`.
+    Constant(Vec<P>),
+}
+
+impl<T: Element> ProjectionGradient<T> {
+    fn zeroed(name: &'static str, input: &Projection<T>, problem: &Problem<T>) -> Result<Self> {
+        Ok(match input {
+            Projection::Varying(_) => Self::Varying(zeroed(name, &problem.varying_shape())?),
+            Projection::Constant(view) => Self::Constant(zeroed(name, &view.shape)?),
+        })
+    }
+
+    /// The buffers, to be written.
+    pub fn as_mut(&mut self) -> ProjectionMut<'_, T> {
+        match self {
+            Self::Varying(data) => ProjectionMut::Varying(data.as_mut_slice()),
+            Self::Constant(data) => ProjectionMut::Constant(data.as_mut_slice()),
+        }
+    }
+}
+
+impl<T: Element> Gradients<T> {
+    /// Zeros for every input that is given.
+    pub fn zeroed(inputs: &Inputs<T>) -> Result<Self> {
+        let problem = inputs.check()?;
+        let (activation, d_inner) = (problem.activation_shape(), problem.dims.d_inner);
+        Ok(Self {
+            u: zeroed("u", &activation)?,
+            delta: zeroed("delta", &activation)?,
+            a: zeroed("a", &inputs.a.shape)?,
+            b: ProjectionGradient::zeroed("b", &inputs.b, &problem)?,
+            c: ProjectionGradient::zeroed("c", &inputs.c, &problem)?,
+            z: inputs.z.map(|_| zeroed("z", &activation)).transpose()?,
+            d: inputs.d.map(|_| zeroed("d", &[d_inner])).transpose()?,
+            delta_bias: inputs.delta_bias.map(|_| zeroed("delta_bias", &[d_inner])).transpose()?,
+            initial_state: inputs.initial_state.map(|_| zeroed("initial_state", &problem.state_shape())).transpose()?,
+        })
+    }
+
+    /// The buffers, to be written.
+    pub fn as_mut(&mut self) -> GradientsMut<'_, T> {
+        GradientsMut {
+            u: &mut self.u,
+            delta: &mut self.delta,
+            a: &mut self.a,
+            b: self.b.as_mut(),
+            c: self.c.as_mut(),
+            z: self.z.as_deref_mut(),
+            d: self.d.as_deref_mut(),
+            delta_bias: self.delta_bias.as_deref_mut(),
+            initial_state: self.initial_state.as_deref_mut(),
+        }
+    }
+}
+
+impl<T: Element> Inputs<'_, T> {
+    /// Runs the scan on the CPU. Keeps nothing for a backward pass.
+    pub fn forward(&self) -> Result<Output<T>> {
+        self.run(None)
+    }
+
+    /// Runs the scan on the CPU and also returns the checkpoints that [`Inputs::backward`] needs.
+    pub fn forward_with_checkpoints(&self) -> Result<(Output<T>, Vec<f32>)> {
+        let mut checkpoints = zeroed("u", &[self.checkpoint_len()?])?;
+        Ok((self.run(Some(&mut checkpoints))?, checkpoints))
+    }
+
+    fn run(&self, checkpoints: Option<&mut [f32]>) -> Result<Output<T>> {
+        let problem = self.check()?;
+        let mut output = Output {
+            out: zeroed("u", &problem.activation_shape())?,
+            final_state: zeroed("initial_state", &problem.state_shape())?,
+        };
+        let (out, final_state) = (&mut output.out[..], Some(&mut output.final_state[..]));
+        cpu::forward(self, OutputMut { out, final_state, checkpoints })?;
+        Ok(output)
+    }
+
+    /// The gradient of every input that was given, on the CPU. `checkpoints` are those of a forward pass over the same
+    /// inputs.
+    pub fn backward<'a>(
+        &self,
+        checkpoints: &[f32],
+        d_outputs: impl Into<OutputGradients<'a, T>>,
+    ) -> Result<Gradients<T>> {
+        let mut gradients = Gradients::zeroed(self)?;
+        cpu::backward(self, checkpoints, d_outputs.into(), gradients.as_mut())?;
+        Ok(gradients)
+    }
+}
