@@ -43,7 +43,7 @@ const LN_2: f32 = std::f32::consts::LN_2;
 
 /// Horner's scheme, the constant coefficient first.
 #[inline(always)]
-fn polynomial<S: Lanes, const K: usize>(simd: S, x: S::f32s, c: [f32; K]) -> S::f32s {
+pub(crate) fn polynomial<S: Lanes, const K: usize>(simd: S, x: S::f32s, c: [f32; K]) -> S::f32s {
     let mut sum = simd.splat_f32s(c[K - 1]);
     for i in (0..K - 1).rev() {
         sum = simd.fma(sum, x, simd.splat_f32s(c[i]));

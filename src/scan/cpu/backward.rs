@@ -1,4 +1,535 @@
-use super::*;
-pub(super) fn run<T: Element>(_isa: Isa, _problem: &Problem<T>, _checkpoints: &[f32], _d: OutputGradients<T>, _g: GradientsMut<T>) {
-    todo!()
+//! The backward pass.
+//!
+//! The gradient of the states obeys the recurrence of the states backwards: `g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}`.
+//! Tiles are taken from the last to the first; each recomputes its states from the checkpoint before it.
+//!
+//! The gradients of B and C are sums over the channels of a group. A task adds up its own blocks, lane by lane, and
+//! leaves the sum over the lanes in a buffer of its own; these partial sums are then added in a fixed order.
+
+use rayon::prelude::*;
+
+use crate::Element;
+use crate::sequences::Sequence;
+use crate::shared::Shared;
+use crate::simd::{Decay, Isa, Kernel, Lanes, Row, silu_grad};
+
+use super::super::{GradientsMut, OutputGradients, Problem, ProjectionMut};
+use super::forward::{narrow, transpose};
+use super::kernels::{History, Retreat, RetreatStates};
+use super::split::{Summaries, state_rows};
+use super::{Block, BlockParameters, Plan, Reader, Segment, Stage, TILE, coefficients};
+use crate::{Discretization, Projection};
+
+/// Tasks that the channels of a group are divided into at most, and with it the partial sums for B and C.
+const UNITS_PER_GROUP: usize = 16;
+
+/// Runs of segments that the gradients of parameters are summed over separately, about.
+const RUNS: usize = 16;
+
+/// Steps in a run at least.
+const STEPS_PER_RUN: usize = 1024;
+
+pub(super) fn run<T: Element>(
+    isa: Isa,
+    problem: &Problem<T>,
+    checkpoints: &[f32],
+    d_outputs: OutputGradients<T>,
+    gradients: GradientsMut<T>,
+) {
+    let plan = Plan::new(problem);
+    let steps = problem.dims.batch * problem.dims.len;
+    let blocks_per_group = plan.blocks.len() / problem.dims.groups;
+    let units = plan.units(blocks_per_group.div_ceil(UNITS_PER_GROUP));
+    let units_per_group = units.len() / problem.dims.groups;
+    let runs = plan.runs(STEPS_PER_RUN.max(steps / RUNS));
+
+    let varying = steps * problem.dims.groups * problem.dims.d_state;
+    let partial = |gradient: &ProjectionMut<T>| match gradient {
+        ProjectionMut::Varying(_) => vec![0.0; units_per_group * varying],
+        ProjectionMut::Constant(_) => Vec::new(),
+    };
+    let (mut partial_b, mut partial_c) = (partial(&gradients.b), partial(&gradients.c));
+    let reader = Reader { problem };
+    let exit = plan.is_split().then(|| exit_gradients(isa, problem, &plan, &d_outputs));
+    let pass = Pass {
+        isa,
+        reader,
+        checkpoints,
+        d_outputs,
+        exit_gradients: exit.as_deref(),
+        d_u: Shared::new(gradients.u),
+        d_delta: Shared::new(gradients.delta),
+        d_z: gradients.z.map(Shared::new),
+        d_initial_state: gradients.initial_state.map(Shared::new),
+        partial_b: Shared::new(&mut partial_b),
+        partial_c: Shared::new(&mut partial_c),
+    };
+    let sums: Vec<Vec<BlockSums>> = (0..units.len() * runs.len())
+        .into_par_iter()
+        .map_init(
+            || Scratch::new(problem, units[0].len()),
+            |scratch, task| {
+                let (unit, run) = (task % units.len(), task / units.len());
+                pass.run_unit(unit % units_per_group, units[unit], runs[run], scratch)
+            },
+        )
+        .collect();
+
+    let total = Totals { sums: &sums, d_state: problem.dims.d_state };
+    total.states(gradients.a, |sum| &sum.a);
+    match gradients.b {
+        ProjectionMut::Varying(d_b) => add_partial(&partial_b, d_b),
+        ProjectionMut::Constant(d_b) => total.states(d_b, |sum| &sum.b),
+    }
+    match gradients.c {
+        ProjectionMut::Varying(d_c) => add_partial(&partial_c, d_c),
+        ProjectionMut::Constant(d_c) => total.states(d_c, |sum| &sum.c),
+    }
+    if let Some(d_skip) = gradients.d {
+        total.channels(d_skip, |sum| &sum.skip);
+    }
+    if let Some(d_bias) = gradients.delta_bias {
+        total.channels(d_bias, |sum| &sum.bias);
+    }
+}
+
+/// Adds up the partial sums of the units, laid one behind the other, in order.
+fn add_partial<T: Element>(partial: &[f32], out: &mut [T]) {
+    const CHUNK: usize = 4096;
+    let len = out.len();
+    out.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, out)| {
+        let mut sum = [0.0; CHUNK];
+        let sum = &mut sum[..out.len()];
+        for unit in partial.chunks_exact(len) {
+            for (sum, x) in sum.iter_mut().zip(&unit[chunk * CHUNK..]) {
+                *sum += x;
+            }
+        }
+        T::narrow(sum, out);
+    });
+}
+
+/// A block's share of the gradients of parameters.
+struct BlockSums {
+    block: Block,
+    a: Vec<Row>,
+    /// Of B and C where they are constant; else empty.
+    b: Vec<Row>,
+    c: Vec<Row>,
+    skip: Row,
+    bias: Row,
+}
+
+/// Adds the shares of all tasks, in order.
+struct Totals<'t> {
+    sums: &'t [Vec<BlockSums>],
+    d_state: usize,
+}
+
+impl Totals<'_> {
+    /// A `(d_inner, d_state)` gradient.
+    fn states(&self, out: &mut [f32], part: impl Fn(&BlockSums) -> &Vec<Row>) {
+        out.fill(0.0);
+        for sum in self.sums.iter().flatten() {
+            for (n, row) in part(sum).iter().enumerate() {
+                for i in 0..sum.block.width {
+                    out[(sum.block.first + i) * self.d_state + n] += row.0[i];
+                }
+            }
+        }
+    }
+
+    /// A `(d_inner)` gradient.
+    fn channels(&self, out: &mut [f32], part: impl Fn(&BlockSums) -> &Row) {
+        out.fill(0.0);
+        for sum in self.sums.iter().flatten() {
+            let channels = sum.block.first..sum.block.first + sum.block.width;
+            for (out, x) in out[channels].iter_mut().zip(part(sum).0) {
+                *out += x;
+            }
+        }
+    }
+}
+
+/// Buffers of one task, used again by the next. Rows are those of [`Stage`].
+struct Scratch {
+    u: Vec<Row>,
+    delta: Vec<Row>,
+    input: Vec<Row>,
+    d_y: Vec<Row>,
+    /// The gradient of `out` times the slope of the gate: what y is multiplied by to give the gradient of z.
+    gate_slope: Vec<Row>,
+    y: Vec<Row>,
+    d_input: Vec<Row>,
+    d_delta: Vec<Row>,
+    b: Vec<f32>,
+    c: Vec<f32>,
+    /// For each step and state, or for each state where B or C is constant.
+    d_b: Vec<Row>,
+    d_c: Vec<Row>,
+    h: Vec<Row>,
+    history: History,
+}
+
+impl Scratch {
+    fn new<T: Element>(problem: &Problem<T>, blocks: usize) -> Self {
+        let d_state = problem.dims.d_state;
+        let (rows, tile) = (|| vec![Row::ZERO; blocks * TILE], || vec![0.0; TILE * d_state]);
+        let gradient = |projection: &Projection<T>| match projection {
+            Projection::Varying(_) => vec![Row::ZERO; TILE * d_state],
+            Projection::Constant(_) => vec![Row::ZERO; d_state],
+        };
+        Self {
+            u: rows(),
+            delta: rows(),
+            input: rows(),
+            d_y: rows(),
+            gate_slope: rows(),
+            y: rows(),
+            d_input: rows(),
+            d_delta: rows(),
+            b: tile(),
+            c: tile(),
+            d_b: gradient(&problem.inputs.b),
+            d_c: gradient(&problem.inputs.c),
+            h: vec![Row::ZERO; d_state],
+            history: History::new(TILE),
+        }
+    }
+
+    /// Reads a tile of everything that the recurrences read.
+    fn stage<T: Element>(
+        &mut self,
+        isa: Isa,
+        reader: &Reader<T>,
+        d_outputs: &OutputGradients<T>,
+        segment: &Segment,
+        tile: (usize, usize),
+        unit: &[BlockParameters],
+    ) {
+        let (inputs, sequence, group) = (&reader.problem.inputs, segment.sequence, unit[0].block.group);
+        reader.projection(&inputs.b, sequence, tile, group, &mut self.b);
+        reader.projection(&inputs.c, sequence, tile, group, &mut self.c);
+        let Self { u, delta, input, d_y, gate_slope, .. } = self;
+        isa.run(Stage { reader, sequence, tile, unit, u, delta, input });
+        isa.run(StageGradient { reader, d_outputs, sequence, tile, unit, d_y, gate_slope });
+    }
+}
+
+/// Reads a tile of `d_out` and takes it back through the gate.
+struct StageGradient<'t, 'a, T: Element> {
+    reader: &'t Reader<'t, 'a, T>,
+    d_outputs: &'t OutputGradients<'a, T>,
+    sequence: Sequence,
+    tile: (usize, usize),
+    unit: &'t [BlockParameters],
+    d_y: &'t mut [Row],
+    gate_slope: &'t mut [Row],
+}
+
+impl<T: Element> Kernel for StageGradient<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        let (first, steps) = self.tile;
+        let mut gate = Row::ZERO;
+        for t in 0..steps {
+            let step = self.reader.step(self.sequence, first + t);
+            for (i, parameters) in self.unit.iter().enumerate() {
+                let (index, width) = ([self.sequence.batch, step, parameters.block.first], parameters.block.width);
+                let d_y = &mut self.d_y[i * TILE + t];
+                self.d_outputs.d_out.widen_row(index, &mut d_y.0[..width]);
+                if let Some(z) = &self.reader.problem.inputs.z {
+                    z.widen_row(index, &mut gate.0[..width]);
+                    let slopes = self.gate_slope[i * TILE + t].vectors_mut::<S>();
+                    let rows = d_y.vectors_mut::<S>().iter_mut().zip(gate.vectors::<S>()).zip(slopes);
+                    for ((d_y, z), slope) in rows {
+                        let (silu, silu_slope) = silu_grad(simd, *z);
+                        *slope = simd.mul_f32s(*d_y, silu_slope);
+                        *d_y = simd.mul_f32s(*d_y, silu);
+                    }
+                }
+            }
+        }
+    }
+}
+
+struct Pass<'p, 'a, T: Element> {
+    isa: Isa,
+    reader: Reader<'p, 'a, T>,
+    checkpoints: &'p [f32],
+    d_outputs: OutputGradients<'a, T>,
+    /// The gradient of the state behind each segment, `(segments, d_state, d_inner)`, if there are more segments than
+    /// sequences.
+    exit_gradients: Option<&'p [f32]>,
+    d_u: Shared<'p, T>,
+    d_delta: Shared<'p, T>,
+    d_z: Option<Shared<'p, T>>,
+    d_initial_state: Option<Shared<'p, f32>>,
+    /// `(units_per_group, batch, length, groups, d_state)`, empty if B or C is constant.
+    partial_b: Shared<'p, f32>,
+    partial_c: Shared<'p, f32>,
+}
+
+impl<T: Element> Pass<'_, '_, T> {
+    /// Works on the `place`-th unit of its group.
+    fn run_unit(&self, place: usize, unit: &[Block], run: &[Segment], scratch: &mut Scratch) -> Vec<BlockSums> {
+        let d_state = self.reader.problem.dims.d_state;
+        let unit: Vec<_> = unit.iter().map(|&block| BlockParameters::read(&self.reader, block)).collect();
+        let rows = || vec![Row::ZERO; d_state];
+        let constant = |is: bool| if is { rows() } else { Vec::new() };
+        let mut sums: Vec<_> = unit
+            .iter()
+            .map(|parameters| BlockSums {
+                block: parameters.block,
+                a: rows(),
+                b: constant(!parameters.b.is_empty()),
+                c: constant(!parameters.c.is_empty()),
+                skip: Row::ZERO,
+                bias: Row::ZERO,
+            })
+            .collect();
+        let mut d_states = vec![Row::ZERO; unit.len() * d_state];
+        for segment in run {
+            for (d_h, parameters) in d_states.chunks_exact_mut(d_state).zip(&unit) {
+                self.enter(segment, parameters.block, d_h);
+            }
+            for tile in segment.tiles().rev() {
+                scratch.stage(self.isa, &self.reader, &self.d_outputs, segment, tile, &unit);
+                scratch.d_b.fill(Row::ZERO);
+                scratch.d_c.fill(Row::ZERO);
+                let blocks = d_states.chunks_exact_mut(d_state).zip(&unit).zip(&mut sums);
+                for (i, ((d_h, parameters), sums)) in blocks.enumerate() {
+                    self.prefetch(segment, tile, parameters.block);
+                    self.retreat(segment, tile, parameters, i, d_h, sums, scratch);
+                }
+                self.isa.run(Finish { pass: self, sequence: segment.sequence, tile, unit: &unit, scratch, sums: &mut sums });
+                self.leave_projections(place, segment.sequence, tile, unit[0].block.group, scratch);
+            }
+            if segment.first == 0 {
+                for (d_h, parameters) in d_states.chunks_exact(d_state).zip(&unit) {
+                    self.leave(segment.sequence, parameters.block, d_h);
+                }
+            }
+        }
+        sums
+    }
+
+    /// The gradient of the state behind a segment.
+    fn enter(&self, segment: &Segment, block: Block, d_h: &mut [Row]) {
+        match self.exit_gradients {
+            Some(states) => state_rows(states, segment.index, self.reader.problem.dims.d_inner, block, d_h),
+            None => self.reader.state(&self.d_outputs.d_final_state, segment.sequence, block, d_h),
+        }
+    }
+
+    /// Asks for what will be read for this block to stage the tile before this one.
+    fn prefetch(&self, segment: &Segment, (first, _): (usize, usize), block: Block) {
+        let Some(before) = first.checked_sub(TILE).filter(|&before| before >= segment.first) else { return };
+        let inputs = &self.reader.problem.inputs;
+        let activations = [Some(&inputs.u), Some(&inputs.delta), inputs.z.as_ref(), Some(&self.d_outputs.d_out)];
+        for view in activations.into_iter().flatten() {
+            self.reader.prefetch(view, segment.sequence, (before, TILE), block);
+        }
+    }
+
+    /// Runs the recurrence of the states forwards and that of their gradient backwards through a tile of block `i`.
+    fn retreat(
+        &self,
+        segment: &Segment,
+        (first, steps): (usize, usize),
+        parameters: &BlockParameters,
+        i: usize,
+        d_h: &mut [Row],
+        sums: &mut BlockSums,
+        scratch: &mut Scratch,
+    ) {
+        let (sequence, block, d_state) = (segment.sequence, parameters.block, d_h.len());
+        match first {
+            0 => self.reader.state(&self.reader.problem.inputs.initial_state, sequence, block, &mut scratch.h),
+            _ => {
+                let slot = sequence.checkpoint_slot(first / TILE);
+                state_rows(self.checkpoints, slot, self.reader.problem.dims.d_inner, block, &mut scratch.h);
+            }
+        }
+        let rows = i * TILE..i * TILE + steps;
+        let (y, d_input, d_delta) = (
+            &mut scratch.y[rows.clone()],
+            &mut scratch.d_input[rows.clone()],
+            &mut scratch.d_delta[rows.clone()],
+        );
+        y.fill(Row::ZERO);
+        d_input.fill(Row::ZERO);
+        d_delta.fill(Row::ZERO);
+        self.isa.run(Retreat {
+            a: &parameters.a,
+            inverse_a: &parameters.inverse_a,
+            b: coefficients(&parameters.b, &scratch.b, d_state),
+            c: coefficients(&parameters.c, &scratch.c, d_state),
+            delta: &scratch.delta[rows.clone()],
+            input: &scratch.input[rows.clone()],
+            d_y: &scratch.d_y[rows],
+            h: &scratch.h,
+            d_h,
+            y,
+            d_input,
+            d_delta,
+            d_a: &mut sums.a,
+            d_b: &mut scratch.d_b,
+            d_c: &mut scratch.d_c,
+            history: &mut scratch.history,
+        });
+        // Where B or C is constant, what the tile gave is this block's alone.
+        for (totals, tile) in [(&mut sums.b, &mut scratch.d_b), (&mut sums.c, &mut scratch.d_c)] {
+            for (total, row) in totals.iter_mut().zip(tile) {
+                total.add(row);
+                *row = Row::ZERO;
+            }
+        }
+    }
+
+    /// Leaves the unit's share of the gradients of B and C for a tile.
+    fn leave_projections(
+        &self,
+        place: usize,
+        sequence: Sequence,
+        (first, steps): (usize, usize),
+        group: usize,
+        scratch: &Scratch,
+    ) {
+        let Problem { inputs, dims, .. } = self.reader.problem;
+        for (projection, rows, partial) in
+            [(&inputs.b, &scratch.d_b, &self.partial_b), (&inputs.c, &scratch.d_c, &self.partial_c)]
+        {
+            let Projection::Varying(_) = projection else { continue };
+            for (t, rows) in rows.chunks_exact(dims.d_state).take(steps).enumerate() {
+                let step = sequence.batch * dims.len + self.reader.step(sequence, first + t);
+                let at = ((place * dims.batch * dims.len + step) * dims.groups + group) * dims.d_state;
+                // SAFETY: this task alone works on these steps for this unit, and units have shares of their own.
+                let out = unsafe { partial.part(at..at + dims.d_state) };
+                for (out, row) in out.iter_mut().zip(rows) {
+                    *out = row.sum();
+                }
+            }
+        }
+    }
+
+    fn leave(&self, sequence: Sequence, block: Block, d_h: &[Row]) {
+        let Some(states) = &self.d_initial_state else { return };
+        let at = (sequence.index * self.reader.problem.dims.d_inner + block.first) * d_h.len();
+        // SAFETY: this task alone works on the first segment of this sequence for these channels.
+        let states = unsafe { states.part(at..at + block.width * d_h.len()) };
+        transpose(d_h, states);
+    }
+}
+
+/// Puts the gradients of u, delta and z together and writes a tile of them, row by row.
+struct Finish<'t, 'p, 'a, T: Element> {
+    pass: &'t Pass<'p, 'a, T>,
+    sequence: Sequence,
+    tile: (usize, usize),
+    unit: &'t [BlockParameters],
+    scratch: &'t Scratch,
+    sums: &'t mut [BlockSums],
+}
+
+impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        let (pass, scratch) = (self.pass, self.scratch);
+        let Problem { inputs, dims, .. } = pass.reader.problem;
+        let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
+        let (first, steps) = self.tile;
+        for (i, (parameters, sums)) in self.unit.iter().zip(self.sums).enumerate() {
+            let (block, skip) = (parameters.block, parameters.skip.vectors::<S>());
+            // Summed over the tile first, which keeps long sums accurate.
+            let (mut skip_sum, mut bias_sum) = (Row::ZERO, Row::ZERO);
+            for t in 0..steps {
+                let row = i * TILE + t;
+                let (u, delta) = (scratch.u[row].vectors::<S>(), scratch.delta[row].vectors::<S>());
+                let (d_y, y) = (scratch.d_y[row].vectors::<S>(), scratch.y[row].vectors::<S>());
+                let (d_input, d_decay) = (scratch.d_input[row].vectors::<S>(), scratch.d_delta[row].vectors::<S>());
+                let gate_slope = scratch.gate_slope[row].vectors::<S>();
+                let (mut d_u, mut d_delta, mut d_z) = (Row::ZERO, Row::ZERO, Row::ZERO);
+                for lane in 0..u.len() {
+                    // d_decay is counted in binary logarithms.
+                    let ln_2 = simd.splat_f32s(std::f32::consts::LN_2);
+                    let (by_input, by_delta) = if hold {
+                        (d_input[lane], simd.mul_f32s(d_decay[lane], ln_2))
+                    } else {
+                        let by_delta = simd.mul_f32s(d_input[lane], u[lane]);
+                        (simd.mul_f32s(d_input[lane], delta[lane]), simd.fma(d_decay[lane], ln_2, by_delta))
+                    };
+                    d_u.vectors_mut::<S>()[lane] = simd.fma(skip[lane], d_y[lane], by_input);
+                    let d_raw = if inputs.options.delta_softplus {
+                        simd.mul_f32s(by_delta, softplus_slope(simd, delta[lane]))
+                    } else {
+                        by_delta
+                    };
+                    d_delta.vectors_mut::<S>()[lane] = d_raw;
+                    let y = simd.fma(skip[lane], u[lane], y[lane]);
+                    d_z.vectors_mut::<S>()[lane] = simd.mul_f32s(gate_slope[lane], y);
+
+                    let skip_sum = &mut skip_sum.vectors_mut::<S>()[lane];
+                    *skip_sum = simd.fma(d_y[lane], u[lane], *skip_sum);
+                    let bias_sum = &mut bias_sum.vectors_mut::<S>()[lane];
+                    *bias_sum = simd.add_f32s(d_raw, *bias_sum);
+                }
+                let step = self.sequence.batch * dims.len + pass.reader.step(self.sequence, first + t);
+                let at = step * dims.d_inner + block.first;
+                // SAFETY: this task alone works on these steps and channels, here and below.
+                narrow(&d_u, unsafe { pass.d_u.part(at..at + block.width) });
+                // SAFETY: as above.
+                narrow(&d_delta, unsafe { pass.d_delta.part(at..at + block.width) });
+                if let Some(out) = &pass.d_z {
+                    // SAFETY: as above.
+                    narrow(&d_z, unsafe { out.part(at..at + block.width) });
+                }
+            }
+            sums.skip.add(&skip_sum);
+            sums.bias.add(&bias_sum);
+        }
+    }
+}
+
+/// The slope of softplus where its value is `delta`: `1 - e^-delta`.
+#[inline(always)]
+fn softplus_slope<S: Lanes>(simd: S, delta: S::f32s) -> S::f32s {
+    let exponent = simd.mul_f32s(delta, simd.splat_f32s(-std::f32::consts::LOG2_E));
+    simd.neg_f32s(Decay::exp2(simd, exponent).minus_one(simd))
+}
+
+/// The gradient of the state behind each segment, `(segments, d_state, d_inner)`.
+///
+/// A segment turns the gradient `g` behind it into `exp(A ΣΔ) g + s`, where `s` is what it makes of zero: the forward
+/// pass' summary, read from the end.
+fn exit_gradients<T: Element>(
+    isa: Isa,
+    problem: &Problem<T>,
+    plan: &Plan,
+    d_outputs: &OutputGradients<T>,
+) -> Vec<f32> {
+    let d_state = problem.dims.d_state;
+    let reader = Reader { problem };
+    let summaries = Summaries::new(problem, plan, |parameters, segment, h| {
+        let mut scratch = Scratch::new(problem, 1);
+        let mut sum = Row::ZERO;
+        if segment.first == 0 {
+            return sum;
+        }
+        for (first, steps) in segment.tiles().rev() {
+            scratch.stage(isa, &reader, d_outputs, segment, (first, steps), std::slice::from_ref(parameters));
+            let delta = &scratch.delta[..steps];
+            let c = coefficients(&parameters.c, &scratch.c, d_state);
+            isa.run(RetreatStates { a: &parameters.a, c, delta, d_y: &scratch.d_y[..steps], d_h: h });
+            delta.iter().for_each(|delta| sum.add(delta));
+        }
+        sum
+    });
+    summaries.chain(isa, plan.segments.iter().rev(), |segment, block, h| {
+        reader.state(&d_outputs.d_final_state, segment.sequence, block, h);
+    })
 }

@@ -3,11 +3,12 @@
 use rayon::prelude::*;
 
 use crate::shared::Shared;
-use crate::simd::{BLOCK, Decay, Isa, Kernel, Lanes, Row, silu};
+use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, silu};
 use crate::Element;
 use crate::sequences::Sequence;
 
 use super::kernels::Advance;
+use super::split::{Summaries, state_rows};
 use super::{Block, BlockParameters, OutputMut, Plan, Problem, Reader, Segment, Stage, TILE, coefficients};
 
 /// Blocks that one task carries through each tile: B and C are widened once for them, and the rows they read and write
@@ -88,7 +89,7 @@ impl Scratch {
 struct Pass<'p, 'a, T: Element> {
     isa: Isa,
     reader: Reader<'p, 'a, T>,
-    /// `(segments, d_state, d_inner)`: the state before each segment that does not start a sequence.
+    /// The state before each segment, `(segments, d_state, d_inner)`, if there are more segments than sequences.
     entry_states: Option<&'p [f32]>,
     out: Shared<'p, T>,
     final_state: Option<Shared<'p, f32>>,
@@ -137,15 +138,8 @@ impl<T: Element> Pass<'_, '_, T> {
     /// The state before a segment.
     fn enter(&self, segment: &Segment, block: Block, h: &mut [Row]) {
         match self.entry_states {
-            Some(states) if segment.first > 0 => {
-                let (d_inner, d_state) = (self.reader.problem.dims.d_inner, h.len());
-                for (n, row) in h.iter_mut().enumerate() {
-                    let at = (segment.index * d_state + n) * d_inner + block.first;
-                    *row = Row::ZERO;
-                    row.0[..block.width].copy_from_slice(&states[at..at + block.width]);
-                }
-            }
-            _ => {
+            Some(states) => state_rows(states, segment.index, self.reader.problem.dims.d_inner, block, h),
+            None => {
                 let initial = &self.reader.problem.inputs.initial_state;
                 self.reader.state(initial, segment.sequence, block, h);
             }
@@ -170,11 +164,7 @@ impl<T: Element> Pass<'_, '_, T> {
         let at = (segment.sequence.index * self.reader.problem.dims.d_inner + block.first) * h.len();
         // SAFETY: this task alone works on the last segment of this sequence for these channels.
         let states = unsafe { states.part(at..at + block.width * h.len()) };
-        for (i, state) in states.chunks_exact_mut(h.len()).enumerate() {
-            for (state, row) in state.iter_mut().zip(h) {
-                *state = row.0[i];
-            }
-        }
+        transpose(h, states);
     }
 }
 
@@ -221,9 +211,18 @@ impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
     }
 }
 
+/// Writes rows of channels as `(channels, d_state)`, as many channels as there is room for.
+pub(super) fn transpose(rows: &[Row], out: &mut [f32]) {
+    for (i, out) in out.chunks_exact_mut(rows.len()).enumerate() {
+        for (out, row) in out.iter_mut().zip(rows) {
+            *out = row.0[i];
+        }
+    }
+}
+
 /// Rounds the channels that `to` has room for.
 #[inline(always)]
-fn narrow<T: Element>(row: &Row, to: &mut [T]) {
+pub(super) fn narrow<T: Element>(row: &Row, to: &mut [T]) {
     match to.len() {
         // The common case, with a length known to the compiler.
         BLOCK => T::narrow(&row.0, &mut to[..BLOCK]),
@@ -232,87 +231,22 @@ fn narrow<T: Element>(row: &Row, to: &mut [T]) {
 }
 
 /// The state before each segment, `(segments, d_state, d_inner)`.
-///
-/// A segment turns the state `h` before it into `exp(A ΣΔ) h + s`, where `s` is what it reaches from zero. So all
-/// segments are run from zero at once, and their summaries `(ΣΔ, s)` applied one after another.
 fn entry_states<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan) -> Vec<f32> {
-    let (d_inner, d_state) = (problem.dims.d_inner, problem.dims.d_state);
     let reader = Reader { problem };
-    let mut states = vec![0.0; plan.segments.len() * d_state * d_inner];
-    let reached = Shared::new(&mut states);
-    let blocks = &plan.blocks;
-    let parameters: Vec<_> = blocks.iter().map(|&block| BlockParameters::read(&reader, block)).collect();
-
-    // The summary of each segment is left in the place of the state before the next.
-    let sums: Vec<Row> = (0..plan.segments.len() * blocks.len())
-        .into_par_iter()
-        .map_init(
-            || (Scratch::new(d_state), vec![Row::ZERO; d_state]),
-            |(scratch, h), task| {
-                let segment = &plan.segments[task / blocks.len()];
-                let parameters = &parameters[task % blocks.len()];
-                let mut sum = Row::ZERO;
-                if segment.ends_sequence() {
-                    return sum;
-                }
-                h.fill(Row::ZERO);
-                for (first, steps) in segment.tiles() {
-                    scratch.stage(isa, &reader, segment, (first, steps), std::slice::from_ref(parameters));
-                    scratch.advance(isa, parameters, 0, steps, h);
-                    for delta in &scratch.delta[..steps] {
-                        sum = Row(std::array::from_fn(|i| sum.0[i] + delta.0[i]));
-                    }
-                }
-                let block = parameters.block;
-                for (n, row) in h.iter().enumerate() {
-                    let at = ((segment.index + 1) * d_state + n) * d_inner + block.first;
-                    // SAFETY: this task alone works on this segment and these channels.
-                    unsafe { reached.part(at..at + block.width) }.copy_from_slice(&row.0[..block.width]);
-                }
-                sum
-            },
-        )
-        .collect();
-
-    for pair in plan.segments.windows(2).filter(|pair| pair[1].first > 0) {
-        for (parameters, sum) in parameters.iter().zip(&sums[pair[0].index * blocks.len()..]) {
-            let block = parameters.block;
-            let mut initial = vec![Row::ZERO; d_state];
-            if pair[0].first == 0 {
-                reader.state(&problem.inputs.initial_state, pair[0].sequence, block, &mut initial);
-            }
-            for (n, mut before) in initial.into_iter().enumerate() {
-                let at = |segment: &Segment| (segment.index * d_state + n) * d_inner + block.first;
-                if pair[0].first > 0 {
-                    before.0[..block.width].copy_from_slice(&states[at(&pair[0])..][..block.width]);
-                }
-                let carried = isa.run(Carry { state: before, sum, a: &parameters.a[n] });
-                for (state, carried) in states[at(&pair[1])..][..block.width].iter_mut().zip(carried.0) {
-                    *state += carried;
-                }
+    let summaries = Summaries::new(problem, plan, |parameters, segment, h| {
+        let mut scratch = Scratch::new(problem.dims.d_state);
+        let mut sum = Row::ZERO;
+        // What a sequence ends with is not handed on.
+        if !segment.ends_sequence() {
+            for (first, steps) in segment.tiles() {
+                scratch.stage(isa, &reader, segment, (first, steps), std::slice::from_ref(parameters));
+                scratch.advance(isa, parameters, 0, steps, h);
+                scratch.delta[..steps].iter().for_each(|delta| sum.add(delta));
             }
         }
-    }
-    states
-}
-
-/// `exp(A ΣΔ)·state`.
-pub(super) struct Carry<'t> {
-    pub state: Row,
-    pub sum: &'t Row,
-    /// log2(e)·A
-    pub a: &'t Row,
-}
-
-impl Kernel for Carry<'_> {
-    type Output = Row;
-
-    #[inline(always)]
-    fn run<S: Lanes>(mut self, simd: S) -> Row {
-        let exponents = self.sum.vectors::<S>().iter().zip(self.a.vectors::<S>());
-        for (state, (sum, a)) in self.state.vectors_mut::<S>().iter_mut().zip(exponents) {
-            *state = Decay::exp2(simd, simd.mul_f32s(*sum, *a)).apply(simd, *state);
-        }
-        self.state
-    }
+        sum
+    });
+    summaries.chain(isa, plan.segments.iter(), |segment, block, h| {
+        reader.state(&problem.inputs.initial_state, segment.sequence, block, h);
+    })
 }

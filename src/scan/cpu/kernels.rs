@@ -4,7 +4,7 @@
 
 use std::array::from_fn;
 
-use crate::simd::{Decay, Kernel, Lanes, Row};
+use crate::simd::{Decay, Kernel, Lanes, Row, polynomial};
 
 /// B or C of a tile.
 #[derive(Clone, Copy)]
@@ -19,6 +19,9 @@ pub(super) enum Coefficients<'t> {
 pub(super) trait Coefficient: Copy {
     /// States `n..n + NS` at step `t`, for the `lane`-th vector of the block.
     fn get<S: Lanes, const NS: usize>(self, simd: S, t: usize, n: usize, lane: usize) -> [S::f32s; NS];
+
+    /// Where among the rows of the gradient that of state `n` at step `t` begins.
+    fn gradient_row(self, t: usize, n: usize) -> usize;
 }
 
 #[derive(Clone, Copy)]
@@ -33,6 +36,11 @@ impl Coefficient for PerStep<'_> {
         let values = &self.data[t * self.d_state + n..][..NS];
         from_fn(|i| simd.splat_f32s(values[i]))
     }
+
+    #[inline(always)]
+    fn gradient_row(self, t: usize, n: usize) -> usize {
+        t * self.d_state + n
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -42,6 +50,11 @@ impl Coefficient for PerChannel<'_> {
     #[inline(always)]
     fn get<S: Lanes, const NS: usize>(self, _: S, _: usize, n: usize, lane: usize) -> [S::f32s; NS] {
         vectors::<S, NS>(&self.0[n..], lane)
+    }
+
+    #[inline(always)]
+    fn gradient_row(self, _: usize, n: usize) -> usize {
+        n
     }
 }
 
@@ -167,6 +180,219 @@ fn advance_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
         }
     }
     store::<S, NS>(&mut tile.h[n..], lane, h);
+}
+
+/// Takes the gradient of the states backwards through a tile, recomputing the states on the way there.
+pub(super) struct Retreat<'t> {
+    pub a: &'t [Row],
+    pub inverse_a: &'t [Row],
+    pub b: Coefficients<'t>,
+    pub c: Coefficients<'t>,
+    pub delta: &'t [Row],
+    pub input: &'t [Row],
+    /// The gradient of y at each step.
+    pub d_y: &'t [Row],
+    /// The states before the tile.
+    pub h: &'t [Row],
+    /// The gradient of the states behind the tile; of those before it, on return.
+    pub d_h: &'t mut [Row],
+    /// Receives `Σ_n C h`.
+    pub y: &'t mut [Row],
+    /// Receives the gradient of [`Advance::input`].
+    pub d_input: &'t mut [Row],
+    /// Receives log2(e) times the gradient of Δ, what it gets through `input` left out.
+    pub d_delta: &'t mut [Row],
+    /// The gradients of A, B and C, added to; of B and C a row for each step and state if they vary.
+    pub d_a: &'t mut [Row],
+    pub d_b: &'t mut [Row],
+    pub d_c: &'t mut [Row],
+    pub history: &'t mut History,
+}
+
+/// What the way back needs of each step: `exp(ΔA) h` and `exp(ΔA)`, the latter as `scale + rest` with `scale = 2^k` and
+/// `rest = 2^k·w`, see [`Decay`].
+pub(super) struct History {
+    carried: Vec<Row>,
+    scale: Vec<Row>,
+    rest: Vec<Row>,
+}
+
+impl History {
+    pub fn new(steps: usize) -> Self {
+        let rows = || vec![Row::ZERO; steps * WIDEST_RETREAT];
+        Self { carried: rows(), scale: rows(), rest: rows() }
+    }
+}
+
+/// States that [`Retreat`] works on at a time: more would push the history out of the first-level cache.
+const WIDEST_RETREAT: usize = 4;
+
+impl Kernel for Retreat<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        specialise!(self, retreat, simd);
+    }
+}
+
+#[inline(always)]
+fn retreat<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool>(simd: S, mut tile: Retreat, b: B, c: C) {
+    let tile = &mut tile;
+    for lane in 0..Row::ZERO.vectors::<S>().len() {
+        in_groups!(4, tile, retreat_states::<S, B, C, HOLD>(simd, tile, b, c, lane));
+    }
+}
+
+#[inline(always)]
+fn retreat_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, const NS: usize>(
+    simd: S,
+    tile: &mut Retreat,
+    b: B,
+    c: C,
+    lane: usize,
+    n: usize,
+) {
+    let steps = tile.delta.len();
+    let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
+    let a = vectors::<S, NS>(&tile.a[n..], lane);
+    let inverse_a = if HOLD { vectors::<S, NS>(&tile.inverse_a[n..], lane) } else { [zero; NS] };
+    let History { carried, scale, rest } = &mut *tile.history;
+    let (carried, scale, rest) =
+        (&mut carried[..steps * NS], &mut scale[..steps * NS], &mut rest[..steps * NS]);
+
+    let mut h = vectors::<S, NS>(&tile.h[n..], lane);
+    let past = carried.chunks_exact_mut(NS).zip(scale.chunks_exact_mut(NS)).zip(rest.chunks_exact_mut(NS));
+    let rows = tile.delta.iter().zip(tile.input).zip(tile.y.iter_mut());
+    for (t, (((delta, input), y), ((carried, scale), rest))) in rows.zip(past).enumerate() {
+        let (delta, input) = (delta.vectors::<S>()[lane], input.vectors::<S>()[lane]);
+        let (b, c) = (b.get::<S, NS>(simd, t, n, lane), c.get::<S, NS>(simd, t, n, lane));
+        let sum = &mut y.vectors_mut::<S>()[lane];
+        for i in 0..NS {
+            let decay = Decay::exp2(simd, simd.mul_f32s(delta, a[i]));
+            let power = simd.exp2_integer(decay.k);
+            let small = simd.mul_f32s(power, decay.w);
+            let decayed = simd.fma(small, h[i], simd.mul_f32s(power, h[i]));
+            carried[i].vectors_mut::<S>()[lane] = decayed;
+            scale[i].vectors_mut::<S>()[lane] = power;
+            rest[i].vectors_mut::<S>()[lane] = small;
+            let weighted = if HOLD {
+                let minus_one = simd.add_f32s(small, simd.sub_f32s(power, one));
+                simd.mul_f32s(input, hold_weight(simd, minus_one, inverse_a[i], delta))
+            } else {
+                input
+            };
+            h[i] = simd.fma(weighted, b[i], decayed);
+            *sum = simd.fma(c[i], h[i], *sum);
+        }
+    }
+
+    let mut g = vectors::<S, NS>(&tile.d_h[n..], lane);
+    let mut d_a = [zero; NS];
+    for t in (0..steps).rev() {
+        let (delta, input) = (tile.delta[t].vectors::<S>()[lane], tile.input[t].vectors::<S>()[lane]);
+        let d_y = tile.d_y[t].vectors::<S>()[lane];
+        let at = b.gradient_row(t, n);
+        let d_b = &mut tile.d_b[at..at + NS];
+        let at = c.gradient_row(t, n);
+        let d_c = &mut tile.d_c[at..at + NS];
+        let (b, c) = (b.get::<S, NS>(simd, t, n, lane), c.get::<S, NS>(simd, t, n, lane));
+        let (carried, scale, rest) =
+            (&carried[t * NS..][..NS], &scale[t * NS..][..NS], &rest[t * NS..][..NS]);
+        let d_input = &mut tile.d_input[t].vectors_mut::<S>()[lane];
+        let d_delta = &mut tile.d_delta[t].vectors_mut::<S>()[lane];
+        for i in 0..NS {
+            let decayed = carried[i].vectors::<S>()[lane];
+            let (power, small) = (scale[i].vectors::<S>()[lane], rest[i].vectors::<S>()[lane]);
+            let weight = if HOLD {
+                let minus_one = simd.add_f32s(small, simd.sub_f32s(power, one));
+                hold_weight(simd, minus_one, inverse_a[i], delta)
+            } else {
+                one
+            };
+            let weighted = if HOLD { simd.mul_f32s(weight, input) } else { input };
+            let h = simd.fma(weighted, b[i], decayed);
+            g[i] = simd.fma(c[i], d_y, g[i]);
+
+            let d_c = &mut d_c[i].vectors_mut::<S>()[lane];
+            *d_c = simd.fma(d_y, h, *d_c);
+            let d_b = &mut d_b[i].vectors_mut::<S>()[lane];
+            *d_b = simd.fma(g[i], weighted, *d_b);
+
+            // The gradient of log(exp(ΔA)) = ΔA.
+            let d_log = simd.mul_f32s(g[i], decayed);
+            d_a[i] = simd.fma(delta, d_log, d_a[i]);
+            *d_delta = simd.fma(a[i], d_log, *d_delta);
+
+            let d_weighted = simd.mul_f32s(g[i], b[i]);
+            if HOLD {
+                *d_input = simd.fma(d_weighted, weight, *d_input);
+                let d_weight = simd.mul_f32s(d_weighted, input);
+                let slope = hold_weight_slope(simd, a[i], inverse_a[i], delta, weight, simd.add_f32s(power, small));
+                d_a[i] = simd.fma(d_weight, slope, d_a[i]);
+                let by_delta = simd.mul_f32s(simd.add_f32s(power, small), simd.splat_f32s(std::f32::consts::LOG2_E));
+                *d_delta = simd.fma(d_weight, by_delta, *d_delta);
+            } else {
+                *d_input = simd.add_f32s(d_weighted, *d_input);
+            }
+            g[i] = simd.fma(small, g[i], simd.mul_f32s(power, g[i]));
+        }
+    }
+    store::<S, NS>(&mut tile.d_h[n..], lane, g);
+    for (total, d_a) in tile.d_a[n..][..NS].iter_mut().zip(d_a) {
+        let total = &mut total.vectors_mut::<S>()[lane];
+        *total = simd.add_f32s(*total, d_a);
+    }
+}
+
+/// The derivative of `(exp(ΔA) - 1)/A` by A: `Δ² φ'(ΔA)` with `φ(x) = (e^x - 1)/x`, given that weight and `exp(ΔA)`.
+#[inline(always)]
+fn hold_weight_slope<S: Lanes>(
+    simd: S,
+    a: S::f32s,
+    inverse_a: S::f32s,
+    delta: S::f32s,
+    weight: S::f32s,
+    decay: S::f32s,
+) -> S::f32s {
+    let x = simd.mul_f32s(simd.mul_f32s(delta, a), simd.splat_f32s(std::f32::consts::LN_2));
+    // φ'(x) = Σ x^k/(k! (k + 2)); the closed form loses as many digits as x has zeros.
+    let series = polynomial(simd, x, [0.5, 1.0 / 3.0, 0.125, 1.0 / 30.0, 1.0 / 144.0, 1.0 / 840.0, 1.0 / 5760.0]);
+    let near = simd.mul_f32s(simd.mul_f32s(delta, delta), series);
+    let far = simd.mul_f32s(simd.sub_f32s(simd.mul_f32s(delta, decay), weight), inverse_a);
+    simd.select_f32s(simd.less_than_f32s(simd.abs_f32s(x), simd.splat_f32s(0.5)), near, far)
+}
+
+/// Takes the gradient of the states backwards through a tile and computes nothing else.
+pub(super) struct RetreatStates<'t> {
+    pub a: &'t [Row],
+    pub c: Coefficients<'t>,
+    pub delta: &'t [Row],
+    pub d_y: &'t [Row],
+    pub d_h: &'t mut [Row],
+}
+
+impl Kernel for RetreatStates<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        for lane in 0..Row::ZERO.vectors::<S>().len() {
+            for (n, (d_h, a)) in self.d_h.iter_mut().zip(self.a).enumerate() {
+                let (g, a) = (&mut d_h.vectors_mut::<S>()[lane], a.vectors::<S>()[lane]);
+                for t in (0..self.delta.len()).rev() {
+                    let [c] = match self.c {
+                        Coefficients::PerStep { data, d_state } => {
+                            PerStep { data, d_state }.get::<S, 1>(simd, t, n, lane)
+                        }
+                        Coefficients::PerChannel(rows) => PerChannel(rows).get::<S, 1>(simd, t, n, lane),
+                    };
+                    let decay = Decay::exp2(simd, simd.mul_f32s(self.delta[t].vectors::<S>()[lane], a));
+                    *g = decay.apply(simd, simd.fma(c, self.d_y[t].vectors::<S>()[lane], *g));
+                }
+            }
+        }
+    }
 }
 
 /// `(exp(ΔA) - 1)/A`, or Δ where A is as good as zero.

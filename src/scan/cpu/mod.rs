@@ -15,6 +15,7 @@
 mod backward;
 mod forward;
 mod kernels;
+mod split;
 
 use crate::arguments::Dims;
 use crate::sequences::{CHECKPOINT_STEPS, Sequence};
