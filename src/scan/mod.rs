@@ -20,7 +20,7 @@ pub mod reference;
 
 use crate::arguments::{Dims, zeroed};
 use crate::sequences::{CHECKPOINT_STEPS, Sequences};
-use crate::view::check_len;
+use crate::view::{check_len, check_optional};
 use crate::{Discretization, Element, Error, Host, Memory, Projection, Result, View};
 
 /// What a selective scan reads. `T` is the type of the activations; parameters and states are `f32`.
@@ -219,22 +219,6 @@ impl<T: Element, M: Memory> Problem<'_, T, M> {
             (Projection::Varying(_), _) => Err(Error::argument(name, "Varying, as its input is", "Constant")),
             (Projection::Constant(_), _) => Err(Error::argument(name, "Constant, as its input is", "Varying")),
         }
-    }
-}
-
-/// Checks that an optional gradient is there exactly when its input is, and its size.
-pub(crate) fn check_optional(
-    argument: &'static str,
-    names: &str,
-    given: bool,
-    shape: &[usize],
-    len: Option<usize>,
-) -> Result<()> {
-    match (given, len) {
-        (true, Some(len)) => check_len(argument, names, shape, len),
-        (false, None) => Ok(()),
-        (true, None) => Err(Error::argument(argument, "a buffer, since the input is given", "none")),
-        (false, Some(_)) => Err(Error::argument(argument, "none, since the input is absent", "a buffer")),
     }
 }
 

@@ -209,18 +209,20 @@ pub(super) struct Retreat<'t> {
     pub history: &'t mut History,
 }
 
-/// What the way back needs of each step: `exp(ΔA) h` and `exp(ΔA)`, the latter as `scale + rest` with `scale = 2^k` and
-/// `rest = 2^k·w`, see [`Decay`].
+/// What the way back needs of each step: `exp(ΔA) h` and `exp(ΔA) - 1`.
+///
+/// The decay is kept less 1 because a rounded decay drifts, see [`Decay`]. A gradient that is multiplied by it gets an
+/// error of 2^-25 of what it was before the step, which is more than rounding alone would give only if the step all but
+/// erases it.
 pub(super) struct History {
     carried: Vec<Row>,
-    scale: Vec<Row>,
-    rest: Vec<Row>,
+    decay_minus_one: Vec<Row>,
 }
 
 impl History {
     pub fn new(steps: usize) -> Self {
         let rows = || vec![Row::ZERO; steps * WIDEST_RETREAT];
-        Self { carried: rows(), scale: rows(), rest: rows() }
+        Self { carried: rows(), decay_minus_one: rows() }
     }
 }
 
@@ -240,7 +242,7 @@ impl Kernel for Retreat<'_> {
 fn retreat<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool>(simd: S, mut tile: Retreat, b: B, c: C) {
     let tile = &mut tile;
     for lane in 0..Row::ZERO.vectors::<S>().len() {
-        in_groups!(4, tile, retreat_states::<S, B, C, HOLD>(simd, tile, b, c, lane));
+        in_groups!(2, tile, retreat_states::<S, B, C, HOLD>(simd, tile, b, c, lane));
     }
 }
 
@@ -254,35 +256,28 @@ fn retreat_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
     n: usize,
 ) {
     let steps = tile.delta.len();
-    let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
+    let zero = simd.splat_f32s(0.0);
     let a = vectors::<S, NS>(&tile.a[n..], lane);
     let inverse_a = if HOLD { vectors::<S, NS>(&tile.inverse_a[n..], lane) } else { [zero; NS] };
-    let History { carried, scale, rest } = &mut *tile.history;
-    let (carried, scale, rest) =
-        (&mut carried[..steps * NS], &mut scale[..steps * NS], &mut rest[..steps * NS]);
+    let History { carried, decay_minus_one } = &mut *tile.history;
+    let (carried, decay_minus_one) = (&mut carried[..steps * NS], &mut decay_minus_one[..steps * NS]);
 
     let mut h = vectors::<S, NS>(&tile.h[n..], lane);
-    let past = carried.chunks_exact_mut(NS).zip(scale.chunks_exact_mut(NS)).zip(rest.chunks_exact_mut(NS));
+    let past = carried.chunks_exact_mut(NS).zip(decay_minus_one.chunks_exact_mut(NS));
     let rows = tile.delta.iter().zip(tile.input).zip(tile.y.iter_mut());
-    for (t, (((delta, input), y), ((carried, scale), rest))) in rows.zip(past).enumerate() {
+    for (t, (((delta, input), y), (carried, decay_minus_one))) in rows.zip(past).enumerate() {
         let (delta, input) = (delta.vectors::<S>()[lane], input.vectors::<S>()[lane]);
         let (b, c) = (b.get::<S, NS>(simd, t, n, lane), c.get::<S, NS>(simd, t, n, lane));
         let sum = &mut y.vectors_mut::<S>()[lane];
         for i in 0..NS {
             let decay = Decay::exp2(simd, simd.mul_f32s(delta, a[i]));
-            let power = simd.exp2_integer(decay.k);
-            let small = simd.mul_f32s(power, decay.w);
-            let decayed = simd.fma(small, h[i], simd.mul_f32s(power, h[i]));
-            carried[i].vectors_mut::<S>()[lane] = decayed;
-            scale[i].vectors_mut::<S>()[lane] = power;
-            rest[i].vectors_mut::<S>()[lane] = small;
-            let weighted = if HOLD {
-                let minus_one = simd.add_f32s(small, simd.sub_f32s(power, one));
-                simd.mul_f32s(input, hold_weight(simd, minus_one, inverse_a[i], delta))
-            } else {
-                input
-            };
-            h[i] = simd.fma(weighted, b[i], decayed);
+            let minus_one = decay.minus_one(simd);
+            decay_minus_one[i].vectors_mut::<S>()[lane] = minus_one;
+            h[i] = decay.apply(simd, h[i]);
+            carried[i].vectors_mut::<S>()[lane] = h[i];
+            let weighted =
+                if HOLD { simd.mul_f32s(input, hold_weight(simd, minus_one, inverse_a[i], delta)) } else { input };
+            h[i] = simd.fma(weighted, b[i], h[i]);
             *sum = simd.fma(c[i], h[i], *sum);
         }
     }
@@ -297,45 +292,38 @@ fn retreat_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
         let at = c.gradient_row(t, n);
         let d_c = &mut tile.d_c[at..at + NS];
         let (b, c) = (b.get::<S, NS>(simd, t, n, lane), c.get::<S, NS>(simd, t, n, lane));
-        let (carried, scale, rest) =
-            (&carried[t * NS..][..NS], &scale[t * NS..][..NS], &rest[t * NS..][..NS]);
+        let (carried, decay_minus_one) = (&carried[t * NS..][..NS], &decay_minus_one[t * NS..][..NS]);
         let d_input = &mut tile.d_input[t].vectors_mut::<S>()[lane];
         let d_delta = &mut tile.d_delta[t].vectors_mut::<S>()[lane];
         for i in 0..NS {
-            let decayed = carried[i].vectors::<S>()[lane];
-            let (power, small) = (scale[i].vectors::<S>()[lane], rest[i].vectors::<S>()[lane]);
-            let weight = if HOLD {
-                let minus_one = simd.add_f32s(small, simd.sub_f32s(power, one));
-                hold_weight(simd, minus_one, inverse_a[i], delta)
-            } else {
-                one
-            };
+            let (carried, minus_one) = (carried[i].vectors::<S>()[lane], decay_minus_one[i].vectors::<S>()[lane]);
+            let weight = if HOLD { hold_weight(simd, minus_one, inverse_a[i], delta) } else { zero };
             let weighted = if HOLD { simd.mul_f32s(weight, input) } else { input };
-            let h = simd.fma(weighted, b[i], decayed);
             g[i] = simd.fma(c[i], d_y, g[i]);
 
             let d_c = &mut d_c[i].vectors_mut::<S>()[lane];
-            *d_c = simd.fma(d_y, h, *d_c);
+            *d_c = simd.fma(d_y, simd.fma(weighted, b[i], carried), *d_c);
             let d_b = &mut d_b[i].vectors_mut::<S>()[lane];
             *d_b = simd.fma(g[i], weighted, *d_b);
 
             // The gradient of log(exp(ΔA)) = ΔA.
-            let d_log = simd.mul_f32s(g[i], decayed);
+            let d_log = simd.mul_f32s(g[i], carried);
             d_a[i] = simd.fma(delta, d_log, d_a[i]);
             *d_delta = simd.fma(a[i], d_log, *d_delta);
 
-            let d_weighted = simd.mul_f32s(g[i], b[i]);
             if HOLD {
+                let d_weighted = simd.mul_f32s(g[i], b[i]);
                 *d_input = simd.fma(d_weighted, weight, *d_input);
                 let d_weight = simd.mul_f32s(d_weighted, input);
-                let slope = hold_weight_slope(simd, a[i], inverse_a[i], delta, weight, simd.add_f32s(power, small));
+                let decay = simd.add_f32s(minus_one, simd.splat_f32s(1.0));
+                let slope = hold_weight_slope(simd, a[i], inverse_a[i], delta, weight, decay);
                 d_a[i] = simd.fma(d_weight, slope, d_a[i]);
-                let by_delta = simd.mul_f32s(simd.add_f32s(power, small), simd.splat_f32s(std::f32::consts::LOG2_E));
+                let by_delta = simd.mul_f32s(decay, simd.splat_f32s(std::f32::consts::LOG2_E));
                 *d_delta = simd.fma(d_weight, by_delta, *d_delta);
             } else {
-                *d_input = simd.add_f32s(d_weighted, *d_input);
+                *d_input = simd.fma(g[i], b[i], *d_input);
             }
-            g[i] = simd.fma(small, g[i], simd.mul_f32s(power, g[i]));
+            g[i] = simd.fma(minus_one, g[i], g[i]);
         }
     }
     store::<S, NS>(&mut tile.d_h[n..], lane, g);
