@@ -1,5 +1,7 @@
 //! What the arguments of the scan and of the state update have in common.
 
+use bytemuck::Pod;
+
 use crate::{Element, Error, Host, Memory, Result, View};
 
 /// The largest `d_state` that the operators take.
@@ -67,12 +69,7 @@ impl Dims {
     ) -> Result<Self> {
         let [u_name, a_name, b_name, c_name] = names;
         let [batch, len, d_inner] = u.shape;
-        if d_inner == 0 {
-            return Err(Error::argument(u_name, "at least one channel", format_args!("shape {:?}", u.shape)));
-        }
-        if batch.checked_mul(len).and_then(|n| n.checked_mul(d_inner)).is_none_or(|n| n > isize::MAX as usize) {
-            return Err(Error::argument(u_name, "fewer than 2^63 elements", format_args!("shape {:?}", u.shape)));
-        }
+        check_count(u_name, u)?;
         let d_state = a.shape[1];
         if !(1..=MAX_D_STATE).contains(&d_state) {
             let expected = format_args!("d_state from 1 to {MAX_D_STATE} as its last dimension").to_string();
@@ -108,8 +105,20 @@ impl Dims {
     }
 }
 
+/// Checks that an activation `(batch, length, d_inner)` has channels, and that its elements can be counted.
+pub(crate) fn check_count<T: Element, M: Memory>(argument: &'static str, view: &View<T, 3, M>) -> Result<()> {
+    let [batch, len, d_inner] = view.shape;
+    if d_inner == 0 {
+        return Err(Error::argument(argument, "at least one channel", format_args!("shape {:?}", view.shape)));
+    }
+    if batch.checked_mul(len).and_then(|n| n.checked_mul(d_inner)).is_none_or(|n| n > isize::MAX as usize) {
+        return Err(Error::argument(argument, "fewer than 2^63 elements", format_args!("shape {:?}", view.shape)));
+    }
+    Ok(())
+}
+
 /// A zeroed vector, or an error that names the argument whose shape asks for more than there is.
-pub(crate) fn zeroed<T: Element>(argument: &'static str, shape: &[usize]) -> Result<Vec<T>> {
+pub(crate) fn zeroed<T: Pod>(argument: &'static str, shape: &[usize]) -> Result<Vec<T>> {
     let len = shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
     let mut data = Vec::new();
     match len {

@@ -1,13 +1,72 @@
-//! stub
+//! The selective scan of Mamba (S6), fused: forward and backward, for training, prefill and decoding.
+//!
+//! | operator | module | what it does |
+//! |---|---|---|
+//! | selective scan | [`scan`] | runs the recurrence over whole sequences, dense or packed, with gradients |
+//! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
+//! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
+//!
+//! Each has a CPU path that is vectorised for AVX-512, AVX2, NEON or plain code, chosen at run time, and runs on the
+//! threads of the current rayon pool; and a `float64` reference that is the equations written down, which the rest is
+//! tested against. Activations are `f32`, `f16` or `bf16`; parameters and states are `f32`, and so is all arithmetic.
+//!
+//! Tensors are [`View`]s: strides over storage that stays the caller's. Channels-last, as projections produce it, is the
+//! fast layout; a column slice of a projection's output is such a view and is not copied.
+//!
+//! ```
+//! use selective_scan::{View, scan};
+//!
+//! // One sequence of 3 steps, 2 channels with 4 states each.
+//! let (batch, length, d_inner, d_state) = (1, 3, 2, 4);
+//! let u = [1.0f32, -1.0, 0.5, 2.0, 0.0, 1.0];
+//! let delta = [0.1f32; 6];
+//! let a = [-1.0, -2.0, -3.0, -4.0, -1.0, -2.0, -3.0, -4.0];
+//! let (b, c) = ([1.0f32; 12], [0.25f32; 12]);
+//! let z = [1.0f32; 6];
+//!
+//! let activation = [batch, length, d_inner];
+//! let inputs = scan::Inputs {
+//!     z: Some(View::new(&z, activation)),
+//!     options: scan::Options { delta_softplus: true, ..Default::default() },
+//!     ..scan::Inputs::new(
+//!         View::new(&u, activation),
+//!         View::new(&delta, activation),
+//!         View::new(&a, [d_inner, d_state]),
+//!         View::new(&b, [batch, length, 1, d_state]),
+//!         View::new(&c, [batch, length, 1, d_state]),
+//!     )
+//! };
+//! let (output, checkpoints) = inputs.forward_with_checkpoints()?;
+//! assert_eq!(output.out.len(), 6);
+//! assert_eq!(output.final_state.len(), d_inner * d_state);
+//!
+//! // The gradients of the sum of all outputs.
+//! let gradients = inputs.backward(&checkpoints, View::new(&[1.0f32; 6], activation))?;
+//! assert_eq!(gradients.a.len(), d_inner * d_state);
+//! # Ok::<(), selective_scan::Error>(())
+//! ```
+//!
+//! # Promises
+//! - Neither pass stores anything for every step, channel and state. Forward keeps one state of each channel for every
+//!   64 steps if a backward pass is to follow, else nothing; backward recomputes.
+//! - The same inputs give the same bits, on any number of threads. What a sequence gets does not depend on what it is
+//!   batched or packed with; only the gradients of parameters sum over the batch.
+//! - Every argument is checked before any work starts. A bad one gives an [`Error`] that names it, and nothing is
+//!   written.
+
 mod arguments;
+pub mod conv;
 mod element;
 mod error;
+mod pool;
 mod reference;
 pub mod scan;
 mod sequences;
 mod shared;
 mod simd;
+pub mod state_update;
 mod view;
+
 pub use arguments::{Discretization, MAX_D_STATE, Projection};
 pub use element::{DType, Element};
 pub use error::{Error, Result};

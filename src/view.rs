@@ -88,18 +88,12 @@ impl<T: Element, const R: usize> View<'_, T, R> {
         at
     }
 
-    /// Asks the processor to fetch the element at `index`, if there is such an element.
-    #[inline(always)]
-    pub(crate) fn prefetch(&self, index: [usize; R]) {
-        if let Some(element) = self.data.get(self.index(index)) {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: prefetching reads nothing, and every x86-64 processor has the instruction.
-            unsafe {
-                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-                _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(element).cast());
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            let _ = element;
+    /// The elements at `index` and, `step` apart in the storage, after it, as something to ask for ahead of time.
+    pub(crate) fn ahead(&self, index: [usize; R], step: isize) -> Ahead {
+        let size = size_of::<T>();
+        Ahead {
+            at: self.data.as_ptr().wrapping_add(self.index(index)).cast(),
+            step: step.wrapping_mul(size.cast_signed()),
         }
     }
 
@@ -149,13 +143,16 @@ impl<'a, T: Element, const R: usize, M: Memory> ViewMut<'a, T, R, M> {
     pub(crate) fn check(&self, argument: &'static str, names: &str, shape: [usize; R]) -> Result<()> {
         check_shape(argument, names, shape, self.shape)?;
         check_extent(argument, self.offset, self.shape, self.strides, M::len(self.data))?;
+        if self.shape.contains(&0) {
+            return Ok(());
+        }
         // Sorted by stride, each dimension must step over all that the smaller strides reach. (Sufficient, and true of
         // every slice, transpose and column range of a dense tensor.)
         let mut dims: [usize; R] = std::array::from_fn(|i| i);
         dims.sort_by_key(|&i| self.strides[i]);
         let mut reach = 0;
         for i in dims.into_iter().filter(|&i| self.shape[i] > 1) {
-            if self.strides[i] <= reach && !self.shape.contains(&0) {
+            if self.strides[i] <= reach {
                 return Err(Error::argument(
                     argument,
                     "strides that give every element a place of its own",
@@ -165,6 +162,33 @@ impl<'a, T: Element, const R: usize, M: Memory> ViewMut<'a, T, R, M> {
             reach += (self.shape[i] - 1) * self.strides[i];
         }
         Ok(())
+    }
+}
+
+/// Places in memory, a fixed distance apart, that are going to be read.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    at: *const u8,
+    /// In bytes.
+    step: isize,
+}
+
+impl Ahead {
+    /// Nothing.
+    pub const NONE: Self = Self { at: std::ptr::null(), step: 0 };
+
+    /// Asks the processor to fetch the `i`-th place.
+    #[inline(always)]
+    pub fn prefetch(&self, i: usize) {
+        let at = self.at.wrapping_offset(self.step.wrapping_mul(i.cast_signed()));
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        // SAFETY: prefetching reads nothing, so any address will do, and every x86-64 processor has the instruction.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
+        }
+        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+        let _ = at;
     }
 }
 
@@ -218,10 +242,8 @@ fn check_extent<const R: usize>(
     if shape.contains(&0) {
         return Ok(());
     }
-    let last = shape
-        .iter()
-        .zip(strides)
-        .try_fold(offset, |last, (&n, stride)| last.checked_add((n - 1).checked_mul(stride)?));
+    let last =
+        shape.iter().zip(strides).try_fold(offset, |last, (&n, stride)| last.checked_add((n - 1).checked_mul(stride)?));
     match last {
         Some(last) if last < len => Ok(()),
         _ => Err(Error::argument(
@@ -240,4 +262,20 @@ pub(crate) fn check_len(argument: &'static str, names: &str, shape: &[usize], le
         return Ok(());
     }
     Err(Error::argument(argument, format_args!("{names} = {shape:?} elements"), format_args!("{len} elements")))
+}
+
+/// Checks that an optional gradient is there exactly when its input is, and its size.
+pub(crate) fn check_optional(
+    argument: &'static str,
+    names: &str,
+    given: bool,
+    shape: &[usize],
+    len: Option<usize>,
+) -> Result<()> {
+    match (given, len) {
+        (true, Some(len)) => check_len(argument, names, shape, len),
+        (false, None) => Ok(()),
+        (true, None) => Err(Error::argument(argument, "a buffer, since the input is given", "none")),
+        (false, Some(_)) => Err(Error::argument(argument, "none, since the input is absent", "a buffer")),
+    }
 }

@@ -100,9 +100,9 @@ impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
     pub fn checkpoint_len(&self) -> Result<usize> {
         let dims = self.check()?.dims;
         let slots = dims.batch * dims.len / CHECKPOINT_STEPS;
-        slots
-            .checked_mul(dims.d_inner * dims.d_state)
-            .ok_or_else(|| Error::argument("u", "a shape whose checkpoints can be counted", format!("{:?}", self.u.shape)))
+        slots.checked_mul(dims.d_inner * dims.d_state).ok_or_else(|| {
+            Error::argument("u", "a shape whose checkpoints can be counted", format!("{:?}", self.u.shape))
+        })
     }
 
     /// Checks every argument. This is the only place that does; all implementations read what it returns.

@@ -22,15 +22,13 @@ pub fn forward<T: Element>(inputs: &Inputs<T>) -> Result<Output<f64, f64>> {
             for t in channel.steps() {
                 let step = channel.step(t);
                 let mut y = step.skip * step.u;
-                for n in 0..d_state {
-                    h[n] = step.decay(n) * h[n] + step.input_weight(n) * step.b[n] * step.u;
-                    y += step.c[n] * h[n];
+                for (n, h) in h.iter_mut().enumerate() {
+                    *h = step.decay(n) * *h + step.input_weight(n) * step.b[n] * step.u;
+                    y += step.c[n] * *h;
                 }
                 output.out[channel.index(t)] = y * step.gate.map_or(1.0, silu);
             }
-            for n in 0..d_state {
-                output.final_state[channel.state_index(n)] = h[n];
-            }
+            output.final_state[channel.state_index(0)..][..d_state].copy_from_slice(&h);
         }
     }
     Ok(output)
@@ -70,9 +68,8 @@ pub fn backward<'a, T: Element>(
             for t in channel.steps() {
                 let step = channel.step(t);
                 let h = before.last().expect("it starts with the initial state");
-                let next = (0..d_state)
-                    .map(|n| step.decay(n) * h[n] + step.input_weight(n) * step.b[n] * step.u)
-                    .collect();
+                let next =
+                    (0..d_state).map(|n| step.decay(n) * h[n] + step.input_weight(n) * step.b[n] * step.u).collect();
                 before.push(next);
             }
 
@@ -120,9 +117,7 @@ pub fn backward<'a, T: Element>(
                 }
             }
             if let Some(initial) = &mut grad.initial_state {
-                for n in 0..d_state {
-                    initial[channel.state_index(n)] = d_h[n];
-                }
+                initial[channel.state_index(0)..][..d_state].copy_from_slice(&d_h);
             }
         }
     }

@@ -21,7 +21,8 @@ impl<V: Copy> Decay<V> {
     #[inline(always)]
     pub fn exp2<S: Lanes<f32s = V>>(simd: S, y: V) -> Self {
         let (k, f) = simd.split(y);
-        let w = simd.mul_f32s(f, polynomial(simd, f, [LN_2, 0.240_222_9, 0.055_505_637, 0.009_669_283, 0.001_329_834_7]));
+        let w =
+            simd.mul_f32s(f, polynomial(simd, f, [LN_2, 0.240_222_9, 0.055_505_637, 0.009_669_283, 0.001_329_834_7]));
         Self { w, k }
     }
 

@@ -12,12 +12,13 @@ use crate::Element;
 use crate::sequences::Sequence;
 use crate::shared::Shared;
 use crate::simd::{Decay, Isa, Kernel, Lanes, Row, silu_grad};
+use crate::view::Ahead;
 
 use super::super::{GradientsMut, OutputGradients, Problem, ProjectionMut};
 use super::forward::{narrow, transpose};
 use super::kernels::{History, Retreat, RetreatStates};
 use super::split::{Summaries, state_rows};
-use super::{Block, BlockParameters, Plan, Reader, Segment, Stage, TILE, coefficients};
+use super::{Block, BlockParameters, Plan, Reader, STRIDE, Segment, Stage, TILE, coefficients};
 use crate::{Discretization, Projection};
 
 /// Tasks that the channels of a group are divided into at most, and with it the partial sums for B and C.
@@ -36,7 +37,7 @@ pub(super) fn run<T: Element>(
     d_outputs: OutputGradients<T>,
     gradients: GradientsMut<T>,
 ) {
-    let plan = Plan::new(problem);
+    let plan = Plan::new(problem, gradients.initial_state.is_some());
     let steps = problem.dims.batch * problem.dims.len;
     let blocks_per_group = plan.blocks.len() / problem.dims.groups;
     let units = plan.units(blocks_per_group.div_ceil(UNITS_PER_GROUP));
@@ -64,7 +65,7 @@ pub(super) fn run<T: Element>(
         partial_b: Shared::new(&mut partial_b),
         partial_c: Shared::new(&mut partial_c),
     };
-    let sums: Vec<Vec<BlockSums>> = (0..units.len() * runs.len())
+    let sums: Vec<Vec<BlockGradients>> = (0..units.len() * runs.len())
         .into_par_iter()
         .map_init(
             || Scratch::new(problem, units[0].len()),
@@ -109,9 +110,11 @@ fn add_partial<T: Element>(partial: &[f32], out: &mut [T]) {
     });
 }
 
-/// A block's share of the gradients of parameters.
-struct BlockSums {
+/// What a task has of a block's gradients: those of the states, carried from tile to tile, and its share of those of
+/// the parameters.
+struct BlockGradients {
     block: Block,
+    d_h: Vec<Row>,
     a: Vec<Row>,
     /// Of B and C where they are constant; else empty.
     b: Vec<Row>,
@@ -122,13 +125,13 @@ struct BlockSums {
 
 /// Adds the shares of all tasks, in order.
 struct Totals<'t> {
-    sums: &'t [Vec<BlockSums>],
+    sums: &'t [Vec<BlockGradients>],
     d_state: usize,
 }
 
 impl Totals<'_> {
     /// A `(d_inner, d_state)` gradient.
-    fn states(&self, out: &mut [f32], part: impl Fn(&BlockSums) -> &Vec<Row>) {
+    fn states(&self, out: &mut [f32], part: impl Fn(&BlockGradients) -> &Vec<Row>) {
         out.fill(0.0);
         for sum in self.sums.iter().flatten() {
             for (n, row) in part(sum).iter().enumerate() {
@@ -140,7 +143,7 @@ impl Totals<'_> {
     }
 
     /// A `(d_inner)` gradient.
-    fn channels(&self, out: &mut [f32], part: impl Fn(&BlockSums) -> &Row) {
+    fn channels(&self, out: &mut [f32], part: impl Fn(&BlockGradients) -> &Row) {
         out.fill(0.0);
         for sum in self.sums.iter().flatten() {
             let channels = sum.block.first..sum.block.first + sum.block.width;
@@ -174,7 +177,7 @@ struct Scratch {
 impl Scratch {
     fn new<T: Element>(problem: &Problem<T>, blocks: usize) -> Self {
         let d_state = problem.dims.d_state;
-        let (rows, tile) = (|| vec![Row::ZERO; blocks * TILE], || vec![0.0; TILE * d_state]);
+        let (rows, tile) = (|| vec![Row::ZERO; blocks * STRIDE], || vec![0.0; TILE * d_state]);
         let gradient = |projection: &Projection<T>| match projection {
             Projection::Varying(_) => vec![Row::ZERO; TILE * d_state],
             Projection::Constant(_) => vec![Row::ZERO; d_state],
@@ -238,11 +241,11 @@ impl<T: Element> Kernel for StageGradient<'_, '_, T> {
             let step = self.reader.step(self.sequence, first + t);
             for (i, parameters) in self.unit.iter().enumerate() {
                 let (index, width) = ([self.sequence.batch, step, parameters.block.first], parameters.block.width);
-                let d_y = &mut self.d_y[i * TILE + t];
+                let d_y = &mut self.d_y[i * STRIDE + t];
                 self.d_outputs.d_out.widen_row(index, &mut d_y.0[..width]);
                 if let Some(z) = &self.reader.problem.inputs.z {
                     z.widen_row(index, &mut gate.0[..width]);
-                    let slopes = self.gate_slope[i * TILE + t].vectors_mut::<S>();
+                    let slopes = self.gate_slope[i * STRIDE + t].vectors_mut::<S>();
                     let rows = d_y.vectors_mut::<S>().iter_mut().zip(gate.vectors::<S>()).zip(slopes);
                     for ((d_y, z), slope) in rows {
                         let (silu, silu_slope) = silu_grad(simd, *z);
@@ -274,15 +277,16 @@ struct Pass<'p, 'a, T: Element> {
 
 impl<T: Element> Pass<'_, '_, T> {
     /// Works on the `place`-th unit of its group.
-    fn run_unit(&self, place: usize, unit: &[Block], run: &[Segment], scratch: &mut Scratch) -> Vec<BlockSums> {
+    fn run_unit(&self, place: usize, unit: &[Block], run: &[Segment], scratch: &mut Scratch) -> Vec<BlockGradients> {
         let d_state = self.reader.problem.dims.d_state;
         let unit: Vec<_> = unit.iter().map(|&block| BlockParameters::read(&self.reader, block)).collect();
         let rows = || vec![Row::ZERO; d_state];
         let constant = |is: bool| if is { rows() } else { Vec::new() };
         let mut sums: Vec<_> = unit
             .iter()
-            .map(|parameters| BlockSums {
+            .map(|parameters| BlockGradients {
                 block: parameters.block,
+                d_h: rows(),
                 a: rows(),
                 b: constant(!parameters.b.is_empty()),
                 c: constant(!parameters.c.is_empty()),
@@ -290,48 +294,48 @@ impl<T: Element> Pass<'_, '_, T> {
                 bias: Row::ZERO,
             })
             .collect();
-        let mut d_states = vec![Row::ZERO; unit.len() * d_state];
         for segment in run {
-            for (d_h, parameters) in d_states.chunks_exact_mut(d_state).zip(&unit) {
-                self.enter(segment, parameters.block, d_h);
-            }
+            sums.iter_mut().for_each(|sums| self.enter(segment, sums));
             for tile in segment.tiles().rev() {
                 scratch.stage(self.isa, &self.reader, &self.d_outputs, segment, tile, &unit);
                 scratch.d_b.fill(Row::ZERO);
                 scratch.d_c.fill(Row::ZERO);
-                let blocks = d_states.chunks_exact_mut(d_state).zip(&unit).zip(&mut sums);
-                for (i, ((d_h, parameters), sums)) in blocks.enumerate() {
-                    self.prefetch(segment, tile, parameters.block);
-                    self.retreat(segment, tile, parameters, i, d_h, sums, scratch);
+                for (i, (parameters, sums)) in unit.iter().zip(&mut sums).enumerate() {
+                    self.retreat(segment, tile, parameters, i, sums, scratch);
                 }
-                self.isa.run(Finish { pass: self, sequence: segment.sequence, tile, unit: &unit, scratch, sums: &mut sums });
+                self.isa.run(Finish {
+                    pass: self,
+                    sequence: segment.sequence,
+                    tile,
+                    unit: &unit,
+                    scratch,
+                    sums: &mut sums,
+                });
                 self.leave_projections(place, segment.sequence, tile, unit[0].block.group, scratch);
             }
             if segment.first == 0 {
-                for (d_h, parameters) in d_states.chunks_exact(d_state).zip(&unit) {
-                    self.leave(segment.sequence, parameters.block, d_h);
-                }
+                sums.iter().for_each(|sums| self.leave(segment.sequence, sums));
             }
         }
         sums
     }
 
     /// The gradient of the state behind a segment.
-    fn enter(&self, segment: &Segment, block: Block, d_h: &mut [Row]) {
+    fn enter(&self, segment: &Segment, BlockGradients { block, d_h, .. }: &mut BlockGradients) {
+        let block = *block;
         match self.exit_gradients {
             Some(states) => state_rows(states, segment.index, self.reader.problem.dims.d_inner, block, d_h),
             None => self.reader.state(&self.d_outputs.d_final_state, segment.sequence, block, d_h),
         }
     }
 
-    /// Asks for what will be read for this block to stage the tile before this one.
-    fn prefetch(&self, segment: &Segment, (first, _): (usize, usize), block: Block) {
-        let Some(before) = first.checked_sub(TILE).filter(|&before| before >= segment.first) else { return };
+    /// What will be read for this block to stage the tile before this one.
+    fn ahead(&self, segment: &Segment, (first, _): (usize, usize), block: Block) -> [Ahead; 4] {
         let inputs = &self.reader.problem.inputs;
-        let activations = [Some(&inputs.u), Some(&inputs.delta), inputs.z.as_ref(), Some(&self.d_outputs.d_out)];
-        for view in activations.into_iter().flatten() {
-            self.reader.prefetch(view, segment.sequence, (before, TILE), block);
-        }
+        [Some(inputs.u), Some(inputs.delta), inputs.z, Some(self.d_outputs.d_out)].map(|view| match (view, first) {
+            (None, _) | (_, 0) => Ahead::NONE,
+            (Some(view), _) => self.reader.ahead(&view, segment.sequence, first - TILE, block),
+        })
     }
 
     /// Runs the recurrence of the states forwards and that of their gradient backwards through a tile of block `i`.
@@ -341,11 +345,10 @@ impl<T: Element> Pass<'_, '_, T> {
         (first, steps): (usize, usize),
         parameters: &BlockParameters,
         i: usize,
-        d_h: &mut [Row],
-        sums: &mut BlockSums,
+        sums: &mut BlockGradients,
         scratch: &mut Scratch,
     ) {
-        let (sequence, block, d_state) = (segment.sequence, parameters.block, d_h.len());
+        let (sequence, block, d_state) = (segment.sequence, parameters.block, sums.d_h.len());
         match first {
             0 => self.reader.state(&self.reader.problem.inputs.initial_state, sequence, block, &mut scratch.h),
             _ => {
@@ -353,33 +356,27 @@ impl<T: Element> Pass<'_, '_, T> {
                 state_rows(self.checkpoints, slot, self.reader.problem.dims.d_inner, block, &mut scratch.h);
             }
         }
-        let rows = i * TILE..i * TILE + steps;
-        let (y, d_input, d_delta) = (
-            &mut scratch.y[rows.clone()],
-            &mut scratch.d_input[rows.clone()],
-            &mut scratch.d_delta[rows.clone()],
-        );
-        y.fill(Row::ZERO);
-        d_input.fill(Row::ZERO);
-        d_delta.fill(Row::ZERO);
-        self.isa.run(Retreat {
+        let rows = i * STRIDE..i * STRIDE + steps;
+        Retreat {
             a: &parameters.a,
             inverse_a: &parameters.inverse_a,
             b: coefficients(&parameters.b, &scratch.b, d_state),
             c: coefficients(&parameters.c, &scratch.c, d_state),
             delta: &scratch.delta[rows.clone()],
             input: &scratch.input[rows.clone()],
-            d_y: &scratch.d_y[rows],
+            d_y: &scratch.d_y[rows.clone()],
             h: &scratch.h,
-            d_h,
-            y,
-            d_input,
-            d_delta,
+            d_h: &mut sums.d_h,
+            y: &mut scratch.y[rows.clone()],
+            d_input: &mut scratch.d_input[rows.clone()],
+            d_delta: &mut scratch.d_delta[rows],
             d_a: &mut sums.a,
             d_b: &mut scratch.d_b,
             d_c: &mut scratch.d_c,
             history: &mut scratch.history,
-        });
+            ahead: self.ahead(segment, (first, steps), block),
+        }
+        .on(self.isa);
         // Where B or C is constant, what the tile gave is this block's alone.
         for (totals, tile) in [(&mut sums.b, &mut scratch.d_b), (&mut sums.c, &mut scratch.d_c)] {
             for (total, row) in totals.iter_mut().zip(tile) {
@@ -415,7 +412,7 @@ impl<T: Element> Pass<'_, '_, T> {
         }
     }
 
-    fn leave(&self, sequence: Sequence, block: Block, d_h: &[Row]) {
+    fn leave(&self, sequence: Sequence, BlockGradients { block, d_h, .. }: &BlockGradients) {
         let Some(states) = &self.d_initial_state else { return };
         let at = (sequence.index * self.reader.problem.dims.d_inner + block.first) * d_h.len();
         // SAFETY: this task alone works on the first segment of this sequence for these channels.
@@ -431,7 +428,7 @@ struct Finish<'t, 'p, 'a, T: Element> {
     tile: (usize, usize),
     unit: &'t [BlockParameters],
     scratch: &'t Scratch,
-    sums: &'t mut [BlockSums],
+    sums: &'t mut [BlockGradients],
 }
 
 impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
@@ -448,7 +445,7 @@ impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
             // Summed over the tile first, which keeps long sums accurate.
             let (mut skip_sum, mut bias_sum) = (Row::ZERO, Row::ZERO);
             for t in 0..steps {
-                let row = i * TILE + t;
+                let row = i * STRIDE + t;
                 let (u, delta) = (scratch.u[row].vectors::<S>(), scratch.delta[row].vectors::<S>());
                 let (d_y, y) = (scratch.d_y[row].vectors::<S>(), scratch.y[row].vectors::<S>());
                 let (d_input, d_decay) = (scratch.d_input[row].vectors::<S>(), scratch.d_delta[row].vectors::<S>());
@@ -506,12 +503,7 @@ fn softplus_slope<S: Lanes>(simd: S, delta: S::f32s) -> S::f32s {
 ///
 /// A segment turns the gradient `g` behind it into `exp(A ΣΔ) g + s`, where `s` is what it makes of zero: the forward
 /// pass' summary, read from the end.
-fn exit_gradients<T: Element>(
-    isa: Isa,
-    problem: &Problem<T>,
-    plan: &Plan,
-    d_outputs: &OutputGradients<T>,
-) -> Vec<f32> {
+fn exit_gradients<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan, d_outputs: &OutputGradients<T>) -> Vec<f32> {
     let d_state = problem.dims.d_state;
     let reader = Reader { problem };
     let summaries = Summaries::new(problem, plan, |parameters, segment, h| {
@@ -524,7 +516,7 @@ fn exit_gradients<T: Element>(
             scratch.stage(isa, &reader, d_outputs, segment, (first, steps), std::slice::from_ref(parameters));
             let delta = &scratch.delta[..steps];
             let c = coefficients(&parameters.c, &scratch.c, d_state);
-            isa.run(RetreatStates { a: &parameters.a, c, delta, d_y: &scratch.d_y[..steps], d_h: h });
+            RetreatStates { a: &parameters.a, c, delta, d_y: &scratch.d_y[..steps], d_h: h }.on(isa);
             delta.iter().for_each(|delta| sum.add(delta));
         }
         sum

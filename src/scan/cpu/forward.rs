@@ -2,14 +2,15 @@
 
 use rayon::prelude::*;
 
-use crate::shared::Shared;
-use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, silu};
 use crate::Element;
 use crate::sequences::Sequence;
+use crate::shared::Shared;
+use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, silu};
+use crate::view::Ahead;
 
 use super::kernels::Advance;
 use super::split::{Summaries, state_rows};
-use super::{Block, BlockParameters, OutputMut, Plan, Problem, Reader, Segment, Stage, TILE, coefficients};
+use super::{Block, BlockParameters, OutputMut, Plan, Problem, Reader, STRIDE, Segment, Stage, TILE, coefficients};
 
 /// Blocks that one task carries through each tile: B and C are widened once for them, and the rows they read and write
 /// are long enough for the processor to fetch ahead.
@@ -19,7 +20,7 @@ const BLOCKS_PER_UNIT: usize = 8;
 const STEPS_PER_RUN: usize = 512;
 
 pub(super) fn run<T: Element>(isa: Isa, problem: &Problem<T>, outputs: OutputMut<T>) {
-    let plan = Plan::new(problem);
+    let plan = Plan::new(problem, outputs.final_state.is_some());
     let entry_states = plan.is_split().then(|| entry_states(isa, problem, &plan));
     let pass = Pass {
         isa,
@@ -48,7 +49,7 @@ struct Scratch {
 
 impl Scratch {
     fn new(d_state: usize) -> Self {
-        let (rows, tile) = (|| vec![Row::ZERO; BLOCKS_PER_UNIT * TILE], || vec![0.0; TILE * d_state]);
+        let (rows, tile) = (|| vec![Row::ZERO; BLOCKS_PER_UNIT * STRIDE], || vec![0.0; TILE * d_state]);
         Self { u: rows(), delta: rows(), input: rows(), y: rows(), b: tile(), c: tile() }
     }
 
@@ -69,20 +70,41 @@ impl Scratch {
     }
 
     /// Runs the recurrence through the tile for block `i` of the unit.
-    fn advance(&mut self, isa: Isa, parameters: &BlockParameters, i: usize, steps: usize, h: &mut [Row]) {
-        let (rows, d_state) = (i * TILE..i * TILE + steps, h.len());
-        let y = &mut self.y[rows.clone()];
-        y.fill(Row::ZERO);
-        isa.run(Advance {
+    fn advance(
+        &mut self,
+        isa: Isa,
+        parameters: &BlockParameters,
+        i: usize,
+        steps: usize,
+        states: &mut States,
+        ahead: [Ahead; 3],
+    ) {
+        let (rows, d_state) = (i * STRIDE..i * STRIDE + steps, states.h.len());
+        Advance {
             a: &parameters.a,
             inverse_a: &parameters.inverse_a,
             b: coefficients(&parameters.b, &self.b, d_state),
             c: coefficients(&parameters.c, &self.c, d_state),
             delta: &self.delta[rows.clone()],
-            input: &self.input[rows],
-            h,
-            y,
-        });
+            input: &self.input[rows.clone()],
+            h: &mut states.h,
+            lost: &mut states.lost,
+            y: &mut self.y[rows],
+            ahead,
+        }
+        .on(isa);
+    }
+}
+
+/// The states of one block as they are carried from tile to tile.
+struct States {
+    h: Vec<Row>,
+    lost: Vec<Row>,
+}
+
+impl States {
+    fn new(d_state: usize) -> Self {
+        Self { h: vec![Row::ZERO; d_state], lost: vec![Row::ZERO; d_state] }
     }
 }
 
@@ -100,39 +122,38 @@ impl<T: Element> Pass<'_, '_, T> {
     fn run_unit(&self, unit: &[Block], run: &[Segment], scratch: &mut Scratch) {
         let d_state = self.reader.problem.dims.d_state;
         let unit: Vec<_> = unit.iter().map(|&block| BlockParameters::read(&self.reader, block)).collect();
-        let mut states = vec![Row::ZERO; unit.len() * d_state];
+        let mut states: Vec<_> = unit.iter().map(|_| States::new(d_state)).collect();
         for segment in run {
-            for (h, parameters) in states.chunks_exact_mut(d_state).zip(&unit) {
-                self.enter(segment, parameters.block, h);
+            for (states, parameters) in states.iter_mut().zip(&unit) {
+                self.enter(segment, parameters.block, &mut states.h);
+                states.lost.fill(Row::ZERO);
             }
             for (first, steps) in segment.tiles() {
                 scratch.stage(self.isa, &self.reader, segment, (first, steps), &unit);
-                for (i, (h, parameters)) in states.chunks_exact_mut(d_state).zip(&unit).enumerate() {
-                    self.keep_checkpoint(segment, first, parameters.block, h);
-                    self.prefetch(segment, (first, steps), parameters.block);
-                    scratch.advance(self.isa, parameters, i, steps, h);
+                for (i, (states, parameters)) in states.iter_mut().zip(&unit).enumerate() {
+                    self.keep_checkpoint(segment, first, parameters.block, &states.h);
+                    let ahead = self.ahead(segment, (first, steps), parameters.block);
+                    scratch.advance(self.isa, parameters, i, steps, states, ahead);
                 }
                 let finish = Finish { pass: self, sequence: segment.sequence, first, steps, unit: &unit, scratch };
                 self.isa.run(finish);
             }
             if segment.ends_sequence() {
-                for (h, parameters) in states.chunks_exact(d_state).zip(&unit) {
-                    self.leave(segment, parameters.block, h);
+                for (states, parameters) in states.iter().zip(&unit) {
+                    self.leave(segment, parameters.block, &states.h);
                 }
             }
         }
     }
 
-    /// Asks for what will be read for this block to finish the tile and to stage the next.
-    fn prefetch(&self, segment: &Segment, (first, steps): (usize, usize), block: Block) {
-        let inputs = &self.reader.problem.inputs;
-        if let Some(z) = &inputs.z {
-            self.reader.prefetch(z, segment.sequence, (first, steps), block);
-        }
-        let next = first + steps;
-        let next = (next, TILE.min(segment.first + segment.len - next));
-        self.reader.prefetch(&inputs.u, segment.sequence, next, block);
-        self.reader.prefetch(&inputs.delta, segment.sequence, next, block);
+    /// What will be read for this block to finish the tile and to stage the next.
+    fn ahead(&self, segment: &Segment, (first, steps): (usize, usize), block: Block) -> [Ahead; 3] {
+        let (inputs, sequence) = (&self.reader.problem.inputs, segment.sequence);
+        [
+            inputs.z.map_or(Ahead::NONE, |z| self.reader.ahead(&z, sequence, first, block)),
+            self.reader.ahead(&inputs.u, sequence, first + steps, block),
+            self.reader.ahead(&inputs.delta, sequence, first + steps, block),
+        ]
     }
 
     /// The state before a segment.
@@ -190,9 +211,9 @@ impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
             let step = reader.step(self.sequence, self.first + t);
             for (i, parameters) in self.unit.iter().enumerate() {
                 let block = parameters.block;
-                let mut out = scratch.y[i * TILE + t];
+                let mut out = scratch.y[i * STRIDE + t];
                 if inputs.d.is_some() {
-                    let u = scratch.u[i * TILE + t].vectors::<S>();
+                    let u = scratch.u[i * STRIDE + t].vectors::<S>();
                     for (lane, out) in out.vectors_mut::<S>().iter_mut().enumerate() {
                         *out = simd.fma(parameters.skip.vectors::<S>()[lane], u[lane], *out);
                     }
@@ -235,15 +256,16 @@ fn entry_states<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan) -> Vec<
     let reader = Reader { problem };
     let summaries = Summaries::new(problem, plan, |parameters, segment, h| {
         let mut scratch = Scratch::new(problem.dims.d_state);
-        let mut sum = Row::ZERO;
+        let (mut sum, mut states) = (Row::ZERO, States::new(h.len()));
         // What a sequence ends with is not handed on.
         if !segment.ends_sequence() {
             for (first, steps) in segment.tiles() {
                 scratch.stage(isa, &reader, segment, (first, steps), std::slice::from_ref(parameters));
-                scratch.advance(isa, parameters, 0, steps, h);
+                scratch.advance(isa, parameters, 0, steps, &mut states, [Ahead::NONE; 3]);
                 scratch.delta[..steps].iter().for_each(|delta| sum.add(delta));
             }
         }
+        h.copy_from_slice(&states.h);
         sum
     });
     summaries.chain(isa, plan.segments.iter(), |segment, block, h| {

@@ -20,6 +20,7 @@ mod split;
 use crate::arguments::Dims;
 use crate::sequences::{CHECKPOINT_STEPS, Sequence};
 use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, softplus};
+use crate::view::Ahead;
 use crate::{Discretization, Element, Projection, Result, View};
 
 use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem};
@@ -27,6 +28,10 @@ use kernels::Coefficients;
 
 /// Steps in a tile: one checkpoint each.
 const TILE: usize = CHECKPOINT_STEPS;
+
+/// Rows from one block's tile to the next in the buffers of a unit. One more than a tile, for at a distance of 4096 bytes
+/// the rows of all blocks would share a set of the first-level cache.
+const STRIDE: usize = TILE + 1;
 
 /// Runs the scan with the widest instructions of this processor, on the threads of the current rayon pool.
 pub fn forward<T: Element>(inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<()> {
@@ -105,7 +110,9 @@ struct Plan {
 }
 
 impl Plan {
-    fn new<T: Element>(problem: &Problem<T>) -> Self {
+    /// `hands_on`: whether the state behind (backward, before) each sequence is asked for, so that even an empty one is
+    /// some work.
+    fn new<T: Element>(problem: &Problem<T>, hands_on: bool) -> Self {
         let Dims { groups, .. } = problem.dims;
         let channels = problem.dims.group_channels();
         let blocks: Vec<_> = (0..groups)
@@ -117,8 +124,10 @@ impl Plan {
                 })
             })
             .collect();
-        let mut segments = Vec::with_capacity(problem.sequences.count());
-        for sequence in problem.sequences.iter() {
+        let mut segments = Vec::new();
+        // Without steps and states the batch can be any number, and is not to be counted through.
+        let idle = problem.dims.len == 0 && !hands_on;
+        for sequence in problem.sequences.iter().take_while(|_| !idle) {
             let step = segment_steps(blocks.len(), sequence.len);
             // An empty sequence has one empty segment, which hands its state on.
             for first in (0..sequence.len.max(1)).step_by(step.max(1)) {
@@ -206,12 +215,15 @@ impl<T: Element> Reader<'_, '_, T> {
         }
     }
 
-    /// Asks for the rows of an activation that are going to be read for a block in the next tile.
-    #[inline(always)]
-    fn prefetch(&self, view: &View<T, 3>, sequence: Sequence, (first, steps): (usize, usize), block: Block) {
-        for i in first..first + steps {
-            view.prefetch([sequence.batch, self.step(sequence, i), block.first + block.width - 1]);
+    /// The rows of an activation for a block from step `first` on, to be asked for ahead of time: those of one block lie
+    /// too far apart for the processor to foresee them.
+    fn ahead(&self, view: &View<T, 3>, sequence: Sequence, first: usize, block: Block) -> Ahead {
+        if first >= sequence.len {
+            return Ahead::NONE;
         }
+        let stride = view.strides[1].cast_signed();
+        let step = if self.problem.inputs.options.reverse { -stride } else { stride };
+        view.ahead([sequence.batch, self.step(sequence, first), block.first + block.width - 1], step)
     }
 
     /// A tile of B or C, `(steps, d_state)`, if it varies.
@@ -290,7 +302,7 @@ fn coefficients<'t>(constant: &'t [Row], tile: &'t [f32], d_state: usize) -> Coe
 /// Reads a tile of u and delta for a unit of blocks, and computes the step sizes and what the recurrence takes in.
 ///
 /// It goes row by row, so that memory is read in the order in which it lies, and leaves the tile block by block: row
-/// `i·TILE + t` holds step `t` of block `i`.
+/// `i·STRIDE + t` holds step `t` of block `i`.
 struct Stage<'t, 'a, T: Element> {
     reader: &'t Reader<'t, 'a, T>,
     sequence: Sequence,
@@ -315,11 +327,11 @@ impl<T: Element> Kernel for Stage<'_, '_, T> {
             let step = self.reader.step(self.sequence, first + t);
             for (i, parameters) in self.unit.iter().enumerate() {
                 let (index, width) = ([self.sequence.batch, step, parameters.block.first], parameters.block.width);
-                let (u, delta) = (&mut self.u[i * TILE + t], &mut self.delta[i * TILE + t]);
+                let (u, delta) = (&mut self.u[i * STRIDE + t], &mut self.delta[i * STRIDE + t]);
                 inputs.u.widen_row(index, &mut u.0[..width]);
                 inputs.delta.widen_row(index, &mut delta.0[..width]);
                 let (u, delta) = (u.vectors::<S>(), delta.vectors_mut::<S>());
-                let input = self.input[i * TILE + t].vectors_mut::<S>();
+                let input = self.input[i * STRIDE + t].vectors_mut::<S>();
                 for (lane, bias) in parameters.bias.vectors::<S>().iter().enumerate() {
                     delta[lane] = simd.add_f32s(delta[lane], *bias);
                     if inputs.options.delta_softplus {

@@ -1,0 +1,13 @@
+//! The correctness suite: one program with a module per property, because each program that links GPU code is large.
+
+mod accuracy;
+mod arguments;
+mod case;
+mod common;
+mod conv;
+mod finite_differences;
+mod interpreted;
+mod memory;
+mod properties;
+mod state_update;
+mod vectors;
