@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::simd::BLOCK;
+use crate::simd::{BLOCK, Row};
 use crate::{Element, Error, Result};
 
 /// A kind of memory that tensors live in, and the type of a buffer there.
@@ -97,13 +97,23 @@ impl<T: Element, const R: usize> View<'_, T, R> {
         }
     }
 
+    /// Widens the `width` elements that follow `index` along the last dimension; zeros fill the rest of the row.
+    #[inline(always)]
+    pub(crate) fn read_row(&self, index: [usize; R], width: usize, row: &mut Row) {
+        // A whole block of channels is the common case, and its length is known to the compiler.
+        if width == BLOCK {
+            self.widen_row(index, &mut row.0);
+        } else {
+            *row = Row::ZERO;
+            self.widen_row(index, &mut row.0[..width]);
+        }
+    }
+
     /// Widens the `dst.len()` elements that follow `index` along the last dimension.
     #[inline(always)]
     pub(crate) fn widen_row(&self, index: [usize; R], dst: &mut [f32]) {
         let at = self.index(index);
         match self.strides[R - 1] {
-            // A whole block of channels, the common case, with a length known to the compiler.
-            1 if dst.len() == BLOCK => T::widen(&self.data[at..][..BLOCK], &mut dst[..BLOCK]),
             1 => T::widen(&self.data[at..][..dst.len()], dst),
             stride => {
                 for (i, dst) in dst.iter_mut().enumerate() {
@@ -173,9 +183,12 @@ pub(crate) struct Ahead {
     step: isize,
 }
 
+/// A place that can always be asked for: asking for an address that does not exist is slow.
+static NOTHING: u8 = 0;
+
 impl Ahead {
     /// Nothing.
-    pub const NONE: Self = Self { at: std::ptr::null(), step: 0 };
+    pub const NONE: Self = Self { at: &raw const NOTHING, step: 0 };
 
     /// Asks the processor to fetch the `i`-th place.
     #[inline(always)]

@@ -19,19 +19,6 @@ pub(crate) struct Row(pub [f32; BLOCK]);
 impl Row {
     pub const ZERO: Self = Self([0.0; BLOCK]);
 
-    /// The sum over the channels, by halves, so that it is the same on every instruction set.
-    pub fn sum(&self) -> f32 {
-        let mut x = self.0;
-        let mut width = BLOCK / 2;
-        while width > 0 {
-            for i in 0..width {
-                x[i] += x[i + width];
-            }
-            width /= 2;
-        }
-        x[0]
-    }
-
     /// Adds `other` channel by channel.
     pub fn add(&mut self, other: &Self) {
         for (x, y) in self.0.iter_mut().zip(other.0) {

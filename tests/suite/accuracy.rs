@@ -76,6 +76,21 @@ fn model_widths() {
     }
 }
 
+/// On one thread a buffer serves blocks of different widths one after the other: nothing of a wide one may be left for a
+/// narrow one to read.
+#[test]
+fn ragged_widths_on_one_thread() {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a pool of threads");
+    pool.install(|| {
+        for d_inner in [50, 273, 1543] {
+            for row in [3, 14] {
+                let flags = Flags { grouped: false, ..Flags::pairwise(row) };
+                check::<f32>(Device::best(), Shape { batch: 2, len: 70, d_inner, d_state: 4 }, flags);
+            }
+        }
+    });
+}
+
 /// Widths around those of a vector and of a block, each with its tail.
 #[test]
 fn every_narrow_width() {

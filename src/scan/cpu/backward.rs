@@ -213,8 +213,8 @@ impl Scratch {
         let (inputs, sequence, group) = (&reader.problem.inputs, segment.sequence, unit[0].block.group);
         reader.projection(&inputs.b, sequence, tile, group, &mut self.b);
         reader.projection(&inputs.c, sequence, tile, group, &mut self.c);
-        let Self { u, delta, input, d_y, gate_slope, .. } = self;
-        isa.run(Stage { reader, sequence, tile, unit, u, delta, input });
+        let Self { u, delta, input, y, d_y, gate_slope, .. } = self;
+        isa.run(Stage { reader, sequence, tile, unit, u: Some(u), delta, input, y });
         isa.run(StageGradient { reader, d_outputs, sequence, tile, unit, d_y, gate_slope });
     }
 }
@@ -242,9 +242,9 @@ impl<T: Element> Kernel for StageGradient<'_, '_, T> {
             for (i, parameters) in self.unit.iter().enumerate() {
                 let (index, width) = ([self.sequence.batch, step, parameters.block.first], parameters.block.width);
                 let d_y = &mut self.d_y[i * STRIDE + t];
-                self.d_outputs.d_out.widen_row(index, &mut d_y.0[..width]);
+                self.d_outputs.d_out.read_row(index, width, d_y);
                 if let Some(z) = &self.reader.problem.inputs.z {
-                    z.widen_row(index, &mut gate.0[..width]);
+                    z.read_row(index, width, &mut gate);
                     let slopes = self.gate_slope[i * STRIDE + t].vectors_mut::<S>();
                     let rows = d_y.vectors_mut::<S>().iter_mut().zip(gate.vectors::<S>()).zip(slopes);
                     for ((d_y, z), slope) in rows {
@@ -405,9 +405,7 @@ impl<T: Element> Pass<'_, '_, T> {
                 let at = ((place * dims.batch * dims.len + step) * dims.groups + group) * dims.d_state;
                 // SAFETY: this task alone works on these steps for this unit, and units have shares of their own.
                 let out = unsafe { partial.part(at..at + dims.d_state) };
-                for (out, row) in out.iter_mut().zip(rows) {
-                    *out = row.sum();
-                }
+                self.isa.run(SumChannels { rows, out });
             }
         }
     }
@@ -418,6 +416,25 @@ impl<T: Element> Pass<'_, '_, T> {
         // SAFETY: this task alone works on the first segment of this sequence for these channels.
         let states = unsafe { states.part(at..at + block.width * d_h.len()) };
         transpose(d_h, states);
+    }
+}
+
+/// Sums each row over its channels.
+struct SumChannels<'t> {
+    rows: &'t [Row],
+    out: &'t mut [f32],
+}
+
+impl Kernel for SumChannels<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        for (out, row) in self.out.iter_mut().zip(self.rows) {
+            let vectors = row.vectors::<S>();
+            let sum = vectors[1..].iter().fold(vectors[0], |sum, x| simd.add_f32s(sum, *x));
+            *out = simd.reduce_sum_f32s(sum);
+        }
     }
 }
 
@@ -440,11 +457,12 @@ impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
         let Problem { inputs, dims, .. } = pass.reader.problem;
         let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
         let (first, steps) = self.tile;
-        for (i, (parameters, sums)) in self.unit.iter().zip(self.sums).enumerate() {
-            let (block, skip) = (parameters.block, parameters.skip.vectors::<S>());
-            // Summed over the tile first, which keeps long sums accurate.
-            let (mut skip_sum, mut bias_sum) = (Row::ZERO, Row::ZERO);
-            for t in 0..steps {
+        // Summed over the tile first, which keeps long sums accurate.
+        let mut sums = vec![(Row::ZERO, Row::ZERO); self.unit.len()];
+        for t in 0..steps {
+            let step = self.sequence.batch * dims.len + pass.reader.step(self.sequence, first + t);
+            for (i, (parameters, (skip_sum, bias_sum))) in self.unit.iter().zip(&mut sums).enumerate() {
+                let (block, skip) = (parameters.block, parameters.skip.vectors::<S>());
                 let row = i * STRIDE + t;
                 let (u, delta) = (scratch.u[row].vectors::<S>(), scratch.delta[row].vectors::<S>());
                 let (d_y, y) = (scratch.d_y[row].vectors::<S>(), scratch.y[row].vectors::<S>());
@@ -467,15 +485,13 @@ impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
                         by_delta
                     };
                     d_delta.vectors_mut::<S>()[lane] = d_raw;
-                    let y = simd.fma(skip[lane], u[lane], y[lane]);
-                    d_z.vectors_mut::<S>()[lane] = simd.mul_f32s(gate_slope[lane], y);
+                    d_z.vectors_mut::<S>()[lane] = simd.mul_f32s(gate_slope[lane], y[lane]);
 
                     let skip_sum = &mut skip_sum.vectors_mut::<S>()[lane];
                     *skip_sum = simd.fma(d_y[lane], u[lane], *skip_sum);
                     let bias_sum = &mut bias_sum.vectors_mut::<S>()[lane];
                     *bias_sum = simd.add_f32s(d_raw, *bias_sum);
                 }
-                let step = self.sequence.batch * dims.len + pass.reader.step(self.sequence, first + t);
                 let at = step * dims.d_inner + block.first;
                 // SAFETY: this task alone works on these steps and channels, here and below.
                 narrow(&d_u, unsafe { pass.d_u.part(at..at + block.width) });
@@ -486,8 +502,10 @@ impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
                     narrow(&d_z, unsafe { out.part(at..at + block.width) });
                 }
             }
-            sums.skip.add(&skip_sum);
-            sums.bias.add(&bias_sum);
+        }
+        for (total, (skip_sum, bias_sum)) in self.sums.iter_mut().zip(&sums) {
+            total.skip.add(skip_sum);
+            total.bias.add(bias_sum);
         }
     }
 }

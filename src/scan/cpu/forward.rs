@@ -39,7 +39,6 @@ pub(super) fn run<T: Element>(isa: Isa, problem: &Problem<T>, outputs: OutputMut
 
 /// Buffers of one task, used again by the next.
 struct Scratch {
-    u: Vec<Row>,
     delta: Vec<Row>,
     input: Vec<Row>,
     y: Vec<Row>,
@@ -50,7 +49,7 @@ struct Scratch {
 impl Scratch {
     fn new(d_state: usize) -> Self {
         let (rows, tile) = (|| vec![Row::ZERO; BLOCKS_PER_UNIT * STRIDE], || vec![0.0; TILE * d_state]);
-        Self { u: rows(), delta: rows(), input: rows(), y: rows(), b: tile(), c: tile() }
+        Self { delta: rows(), input: rows(), y: rows(), b: tile(), c: tile() }
     }
 
     /// Reads a tile of everything that the recurrence reads.
@@ -65,8 +64,8 @@ impl Scratch {
         let (inputs, group) = (&reader.problem.inputs, unit[0].block.group);
         reader.projection(&inputs.b, segment.sequence, tile, group, &mut self.b);
         reader.projection(&inputs.c, segment.sequence, tile, group, &mut self.c);
-        let Self { u, delta, input, .. } = self;
-        isa.run(Stage { reader, sequence: segment.sequence, tile, unit, u, delta, input });
+        let Self { delta, input, y, .. } = self;
+        isa.run(Stage { reader, sequence: segment.sequence, tile, unit, u: None, delta, input, y });
     }
 
     /// Runs the recurrence through the tile for block `i` of the unit.
@@ -176,7 +175,7 @@ impl<T: Element> Pass<'_, '_, T> {
         for (n, row) in h.iter().enumerate() {
             let at = (slot * h.len() + n) * self.reader.problem.dims.d_inner + block.first;
             // SAFETY: this task alone works on this tile of these channels, and slots of different tiles differ.
-            unsafe { checkpoints.part(at..at + block.width) }.copy_from_slice(&row.0[..block.width]);
+            narrow(row, unsafe { checkpoints.part(at..at + block.width) });
         }
     }
 
@@ -189,7 +188,7 @@ impl<T: Element> Pass<'_, '_, T> {
     }
 }
 
-/// Adds the skip connection, applies the gate and writes a tile, row by row.
+/// Applies the gate and writes a tile, row by row.
 struct Finish<'t, 'p, 'a, T: Element> {
     pass: &'t Pass<'p, 'a, T>,
     sequence: Sequence,
@@ -212,14 +211,8 @@ impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
             for (i, parameters) in self.unit.iter().enumerate() {
                 let block = parameters.block;
                 let mut out = scratch.y[i * STRIDE + t];
-                if inputs.d.is_some() {
-                    let u = scratch.u[i * STRIDE + t].vectors::<S>();
-                    for (lane, out) in out.vectors_mut::<S>().iter_mut().enumerate() {
-                        *out = simd.fma(parameters.skip.vectors::<S>()[lane], u[lane], *out);
-                    }
-                }
                 if let Some(z) = &inputs.z {
-                    z.widen_row([self.sequence.batch, step, block.first], &mut gate.0[..block.width]);
+                    z.read_row([self.sequence.batch, step, block.first], block.width, &mut gate);
                     for (out, z) in out.vectors_mut::<S>().iter_mut().zip(gate.vectors::<S>()) {
                         *out = simd.mul_f32s(*out, silu(simd, *z));
                     }

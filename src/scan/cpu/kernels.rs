@@ -131,7 +131,7 @@ pub(super) struct Advance<'t> {
     /// What rounding has cost each state in its last step, to be made good in the next (compensated summation). Without
     /// it a state that forgets nothing would be off by 2^-25 times the root of the number of steps, 1e-5 after 65,536.
     pub lost: &'t mut [Row],
-    /// Receives `Σ_n C h` at each step.
+    /// `Σ_n C h` is added to this at each step.
     pub y: &'t mut [Row],
     /// What will be read next, asked for one row in each step: asked for at once it would hold up what is read now.
     pub ahead: [Ahead; 3],
@@ -185,7 +185,7 @@ fn advance_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
             tile.ahead.iter().for_each(|ahead| ahead.prefetch(t));
         }
         let y = &mut y.vectors_mut::<S>()[lane];
-        let mut sum = if n == 0 { simd.splat_f32s(0.0) } else { *y };
+        let mut sum = *y;
         for i in 0..NS {
             let decay = Decay::exp2(simd, simd.mul_f32s(delta, a[i]));
             let weighted = if HOLD {
@@ -221,7 +221,7 @@ pub(super) struct Retreat<'t> {
     pub h: &'t [Row],
     /// The gradient of the states behind the tile; of those before it, on return.
     pub d_h: &'t mut [Row],
-    /// Receives `Σ_n C h`.
+    /// `Σ_n C h` is added to this.
     pub y: &'t mut [Row],
     /// Receives the gradient of [`Advance::input`].
     pub d_input: &'t mut [Row],
@@ -306,7 +306,7 @@ fn retreat_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
             tile.ahead.iter().for_each(|ahead| ahead.prefetch(t));
         }
         let y = &mut y.vectors_mut::<S>()[lane];
-        let mut sum = if n == 0 { zero } else { *y };
+        let mut sum = *y;
         for i in 0..NS {
             let decay = Decay::exp2(simd, simd.mul_f32s(delta, a[i]));
             let minus_one = decay.minus_one(simd);

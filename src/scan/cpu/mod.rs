@@ -199,7 +199,7 @@ impl<T: Element> Reader<'_, '_, T> {
     fn channel_parameter(&self, view: &Option<View<f32, 1>>, block: Block) -> Row {
         let mut row = Row::ZERO;
         if let Some(view) = view {
-            view.widen_row([block.first], &mut row.0[..block.width]);
+            view.read_row([block.first], block.width, &mut row);
         }
         row
     }
@@ -309,35 +309,47 @@ struct Stage<'t, 'a, T: Element> {
     /// The tile's first step in the direction of the scan, and its length.
     tile: (usize, usize),
     unit: &'t [BlockParameters],
-    u: &'t mut [Row],
+    /// Receives u itself, for the backward pass.
+    u: Option<&'t mut [Row]>,
     delta: &'t mut [Row],
     /// Δ·u, or u with zero-order hold.
     input: &'t mut [Row],
+    /// Receives D·u, to which the recurrence adds.
+    y: &'t mut [Row],
 }
 
 impl<T: Element> Kernel for Stage<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Lanes>(self, simd: S) {
+    fn run<S: Lanes>(mut self, simd: S) {
         let inputs = &self.reader.problem.inputs;
         let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
         let (first, steps) = self.tile;
+        let mut u = Row::ZERO;
         for t in 0..steps {
             let step = self.reader.step(self.sequence, first + t);
             for (i, parameters) in self.unit.iter().enumerate() {
                 let (index, width) = ([self.sequence.batch, step, parameters.block.first], parameters.block.width);
-                let (u, delta) = (&mut self.u[i * STRIDE + t], &mut self.delta[i * STRIDE + t]);
-                inputs.u.widen_row(index, &mut u.0[..width]);
-                inputs.delta.widen_row(index, &mut delta.0[..width]);
-                let (u, delta) = (u.vectors::<S>(), delta.vectors_mut::<S>());
-                let input = self.input[i * STRIDE + t].vectors_mut::<S>();
+                let row = i * STRIDE + t;
+                inputs.u.read_row(index, width, &mut u);
+                inputs.delta.read_row(index, width, &mut self.delta[row]);
+                if let Some(rows) = &mut self.u {
+                    rows[row] = u;
+                }
+                let (u, delta) = (u.vectors::<S>(), self.delta[row].vectors_mut::<S>());
+                let (input, y) = (self.input[row].vectors_mut::<S>(), self.y[row].vectors_mut::<S>());
                 for (lane, bias) in parameters.bias.vectors::<S>().iter().enumerate() {
                     delta[lane] = simd.add_f32s(delta[lane], *bias);
                     if inputs.options.delta_softplus {
                         delta[lane] = softplus(simd, delta[lane]);
                     }
                     input[lane] = if hold { u[lane] } else { simd.mul_f32s(delta[lane], u[lane]) };
+                    // Without D nothing may come from u directly, not even the NaN of 0 times infinity.
+                    y[lane] = match inputs.d {
+                        Some(_) => simd.mul_f32s(parameters.skip.vectors::<S>()[lane], u[lane]),
+                        None => simd.splat_f32s(0.0),
+                    };
                 }
             }
         }
