@@ -9,7 +9,7 @@
 use rayon::prelude::*;
 
 use crate::Element;
-use crate::sequences::Sequence;
+use crate::sequences::{CHECKPOINT_STEPS, Sequence};
 use crate::shared::Shared;
 use crate::simd::{Decay, Isa, Kernel, Lanes, Row, silu_grad};
 use crate::view::Ahead;
@@ -18,8 +18,15 @@ use super::super::{GradientsMut, OutputGradients, Problem, ProjectionMut};
 use super::forward::{narrow, transpose};
 use super::kernels::{History, Retreat, RetreatStates};
 use super::split::{Summaries, state_rows};
-use super::{Block, BlockParameters, Plan, Reader, STRIDE, Segment, Stage, TILE, coefficients};
+use super::{Block, BlockParameters, Plan, Reader, Segment, Stage, coefficients};
 use crate::{Discretization, Projection};
+
+/// Steps in a tile: the states of one are recomputed from the checkpoint before it.
+const TILE: usize = CHECKPOINT_STEPS;
+
+/// Rows from one block's tile to the next in the buffers of a unit. One more than a tile, for at a distance of 4096 bytes
+/// the rows of all blocks would share a set of the first-level cache.
+const STRIDE: usize = TILE + 1;
 
 /// Tasks that the channels of a group are divided into at most, and with it the partial sums for B and C.
 const UNITS_PER_GROUP: usize = 16;
@@ -214,7 +221,7 @@ impl Scratch {
         reader.projection(&inputs.b, sequence, tile, group, &mut self.b);
         reader.projection(&inputs.c, sequence, tile, group, &mut self.c);
         let Self { u, delta, input, y, d_y, gate_slope, .. } = self;
-        isa.run(Stage { reader, sequence, tile, unit, u: Some(u), delta, input, y });
+        isa.run(Stage { reader, sequence, tile, unit, stride: STRIDE, u: Some(u), delta, input, y });
         isa.run(StageGradient { reader, d_outputs, sequence, tile, unit, d_y, gate_slope });
     }
 }
@@ -296,7 +303,7 @@ impl<T: Element> Pass<'_, '_, T> {
             .collect();
         for segment in run {
             sums.iter_mut().for_each(|sums| self.enter(segment, sums));
-            for tile in segment.tiles().rev() {
+            for tile in segment.tiles(TILE).rev() {
                 scratch.stage(self.isa, &self.reader, &self.d_outputs, segment, tile, &unit);
                 scratch.d_b.fill(Row::ZERO);
                 scratch.d_c.fill(Row::ZERO);
@@ -530,7 +537,7 @@ fn exit_gradients<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan, d_out
         if segment.first == 0 {
             return sum;
         }
-        for (first, steps) in segment.tiles().rev() {
+        for (first, steps) in segment.tiles(TILE).rev() {
             scratch.stage(isa, &reader, d_outputs, segment, (first, steps), std::slice::from_ref(parameters));
             let delta = &scratch.delta[..steps];
             let c = coefficients(&parameters.c, &scratch.c, d_state);

@@ -3,18 +3,28 @@
 use rayon::prelude::*;
 
 use crate::Element;
-use crate::sequences::Sequence;
+use crate::sequences::{CHECKPOINT_STEPS, Sequence};
 use crate::shared::Shared;
 use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, silu};
 use crate::view::Ahead;
 
 use super::kernels::Advance;
 use super::split::{Summaries, state_rows};
-use super::{Block, BlockParameters, OutputMut, Plan, Problem, Reader, STRIDE, Segment, Stage, TILE, coefficients};
+use super::{Block, BlockParameters, OutputMut, Plan, Problem, Reader, Segment, Stage, coefficients};
 
-/// Blocks that one task carries through each tile: B and C are widened once for them, and the rows they read and write
-/// are long enough for the processor to fetch ahead.
-const BLOCKS_PER_UNIT: usize = 8;
+/// Steps in a tile. Few, so that the tiles of many blocks fit in the second-level cache together.
+const TILE: usize = 16;
+
+/// Rows from one block's tile to the next in the buffers of a unit: odd, so that they do not meet in few sets of the
+/// first-level cache.
+const STRIDE: usize = TILE + 1;
+
+/// Blocks that one task carries through each tile, at most. The more there are, the longer the stretches of memory that
+/// are read and written at once, and the fewer pages are visited.
+const BLOCKS_PER_UNIT: usize = 32;
+
+/// Tasks for each thread, if there are that many: enough to even out the work.
+const TASKS_PER_THREAD: usize = 4;
 
 /// Steps in a task at least, so that short sequences share the cost of reading the parameters.
 const STEPS_PER_RUN: usize = 512;
@@ -30,9 +40,13 @@ pub(super) fn run<T: Element>(isa: Isa, problem: &Problem<T>, outputs: OutputMut
         final_state: outputs.final_state.map(Shared::new),
         checkpoints: outputs.checkpoints.map(Shared::new),
     };
-    let (units, runs) = (plan.units(BLOCKS_PER_UNIT), plan.runs(STEPS_PER_RUN));
+    let runs = plan.runs(STEPS_PER_RUN);
+    // Nothing that is computed depends on this division, so it may look at the number of threads.
+    let tasks = TASKS_PER_THREAD * rayon::current_num_threads();
+    let per_unit = (plan.blocks.len() * runs.len() / tasks).clamp(1, BLOCKS_PER_UNIT);
+    let units = plan.units(per_unit);
     (0..units.len() * runs.len()).into_par_iter().for_each_init(
-        || Scratch::new(problem.dims.d_state),
+        || Scratch::new(problem.dims.d_state, per_unit),
         |scratch, task| pass.run_unit(units[task % units.len()], runs[task / units.len()], scratch),
     );
 }
@@ -47,8 +61,8 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new(d_state: usize) -> Self {
-        let (rows, tile) = (|| vec![Row::ZERO; BLOCKS_PER_UNIT * STRIDE], || vec![0.0; TILE * d_state]);
+    fn new(d_state: usize, blocks: usize) -> Self {
+        let (rows, tile) = (|| vec![Row::ZERO; blocks * STRIDE], || vec![0.0; TILE * d_state]);
         Self { delta: rows(), input: rows(), y: rows(), b: tile(), c: tile() }
     }
 
@@ -65,7 +79,7 @@ impl Scratch {
         reader.projection(&inputs.b, segment.sequence, tile, group, &mut self.b);
         reader.projection(&inputs.c, segment.sequence, tile, group, &mut self.c);
         let Self { delta, input, y, .. } = self;
-        isa.run(Stage { reader, sequence: segment.sequence, tile, unit, u: None, delta, input, y });
+        isa.run(Stage { reader, sequence: segment.sequence, tile, unit, stride: STRIDE, u: None, delta, input, y });
     }
 
     /// Runs the recurrence through the tile for block `i` of the unit.
@@ -127,7 +141,7 @@ impl<T: Element> Pass<'_, '_, T> {
                 self.enter(segment, parameters.block, &mut states.h);
                 states.lost.fill(Row::ZERO);
             }
-            for (first, steps) in segment.tiles() {
+            for (first, steps) in segment.tiles(TILE) {
                 scratch.stage(self.isa, &self.reader, segment, (first, steps), &unit);
                 for (i, (states, parameters)) in states.iter_mut().zip(&unit).enumerate() {
                     self.keep_checkpoint(segment, first, parameters.block, &states.h);
@@ -168,10 +182,10 @@ impl<T: Element> Pass<'_, '_, T> {
 
     fn keep_checkpoint(&self, segment: &Segment, first: usize, block: Block, h: &[Row]) {
         let Some(checkpoints) = &self.checkpoints else { return };
-        if first == 0 {
+        if first == 0 || !first.is_multiple_of(CHECKPOINT_STEPS) {
             return;
         }
-        let slot = segment.sequence.checkpoint_slot(first / TILE);
+        let slot = segment.sequence.checkpoint_slot(first / CHECKPOINT_STEPS);
         for (n, row) in h.iter().enumerate() {
             let at = (slot * h.len() + n) * self.reader.problem.dims.d_inner + block.first;
             // SAFETY: this task alone works on this tile of these channels, and slots of different tiles differ.
@@ -248,11 +262,11 @@ pub(super) fn narrow<T: Element>(row: &Row, to: &mut [T]) {
 fn entry_states<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan) -> Vec<f32> {
     let reader = Reader { problem };
     let summaries = Summaries::new(problem, plan, |parameters, segment, h| {
-        let mut scratch = Scratch::new(problem.dims.d_state);
+        let mut scratch = Scratch::new(problem.dims.d_state, 1);
         let (mut sum, mut states) = (Row::ZERO, States::new(h.len()));
         // What a sequence ends with is not handed on.
         if !segment.ends_sequence() {
-            for (first, steps) in segment.tiles() {
+            for (first, steps) in segment.tiles(TILE) {
                 scratch.stage(isa, &reader, segment, (first, steps), std::slice::from_ref(parameters));
                 scratch.advance(isa, parameters, 0, steps, &mut states, [Ahead::NONE; 3]);
                 scratch.delta[..steps].iter().for_each(|delta| sum.add(delta));

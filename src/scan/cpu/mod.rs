@@ -1,6 +1,6 @@
 //! The scan on the CPU: vectorised over channels, parallel over sequences and channels.
 //!
-//! The channels of each group are cut into blocks of 16, and a tile of 64 steps of one block is worked on at a time:
+//! The channels of each group are cut into blocks of 16, and a tile of some steps of one block is worked on at a time:
 //!
 //! 1. *stage*: read the tile, add the bias, apply softplus;
 //! 2. *advance*: run the recurrence, a few states at a time in registers, all 16 channels in the lanes of a vector;
@@ -25,13 +25,6 @@ use crate::{Discretization, Element, Projection, Result, View};
 
 use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem};
 use kernels::Coefficients;
-
-/// Steps in a tile: one checkpoint each.
-const TILE: usize = CHECKPOINT_STEPS;
-
-/// Rows from one block's tile to the next in the buffers of a unit. One more than a tile, for at a distance of 4096 bytes
-/// the rows of all blocks would share a set of the first-level cache.
-const STRIDE: usize = TILE + 1;
 
 /// Runs the scan with the widest instructions of this processor, on the threads of the current rayon pool.
 pub fn forward<T: Element>(inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<()> {
@@ -93,12 +86,12 @@ impl Segment {
         self.first + self.len == self.sequence.len
     }
 
-    /// The tiles as `(first step, steps)`, counted within the sequence.
-    fn tiles(&self) -> impl DoubleEndedIterator<Item = (usize, usize)> {
+    /// Tiles of `length` steps, the last excepted, as `(first step, steps)`, counted within the sequence.
+    fn tiles(&self, length: usize) -> impl DoubleEndedIterator<Item = (usize, usize)> {
         let (first, end) = (self.first, self.first + self.len);
-        (0..self.len.div_ceil(TILE)).map(move |i| {
-            let start = first + i * TILE;
-            (start, TILE.min(end - start))
+        (0..self.len.div_ceil(length)).map(move |i| {
+            let start = first + i * length;
+            (start, length.min(end - start))
         })
     }
 }
@@ -170,7 +163,7 @@ fn segment_steps(blocks: usize, len: usize) -> usize {
     const ENOUGH_BLOCKS: usize = 16;
     const LEAST_STEPS: usize = 1024;
     let segments = (ENOUGH_BLOCKS / blocks).min(len / LEAST_STEPS).max(1);
-    len.div_ceil(segments).next_multiple_of(TILE)
+    len.div_ceil(segments).next_multiple_of(CHECKPOINT_STEPS)
 }
 
 /// Reads a checked problem tile by tile.
@@ -302,13 +295,14 @@ fn coefficients<'t>(constant: &'t [Row], tile: &'t [f32], d_state: usize) -> Coe
 /// Reads a tile of u and delta for a unit of blocks, and computes the step sizes and what the recurrence takes in.
 ///
 /// It goes row by row, so that memory is read in the order in which it lies, and leaves the tile block by block: row
-/// `i·STRIDE + t` holds step `t` of block `i`.
+/// `i·stride + t` holds step `t` of block `i`.
 struct Stage<'t, 'a, T: Element> {
     reader: &'t Reader<'t, 'a, T>,
     sequence: Sequence,
     /// The tile's first step in the direction of the scan, and its length.
     tile: (usize, usize),
     unit: &'t [BlockParameters],
+    stride: usize,
     /// Receives u itself, for the backward pass.
     u: Option<&'t mut [Row]>,
     delta: &'t mut [Row],
@@ -331,7 +325,7 @@ impl<T: Element> Kernel for Stage<'_, '_, T> {
             let step = self.reader.step(self.sequence, first + t);
             for (i, parameters) in self.unit.iter().enumerate() {
                 let (index, width) = ([self.sequence.batch, step, parameters.block.first], parameters.block.width);
-                let row = i * STRIDE + t;
+                let row = i * self.stride + t;
                 inputs.u.read_row(index, width, &mut u);
                 inputs.delta.read_row(index, width, &mut self.delta[row]);
                 if let Some(rows) = &mut self.u {
