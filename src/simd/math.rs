@@ -71,14 +71,14 @@ fn polynomial_by_pairs<S: Lanes, const K: usize>(simd: S, x: S::f32s, c: [f32; K
 #[inline(always)]
 pub(crate) fn exp<S: Lanes>(simd: S, x: S::f32s) -> S::f32s {
     // ln(2) = HIGH + LOW, where HIGH has so few digits that its product with any k is exact (Cody and Waite).
-    const HIGH: f32 = 0.693_359_375;
+    const HIGH: f32 = 355.0 / 512.0;
     const LOW: f32 = -2.121_944_4e-4;
     let x = simd.clamp(x, -104.0, 89.0);
     let (k, _) = simd.split(simd.mul_f32s(x, simd.splat_f32s(std::f32::consts::LOG2_E)));
     let minus_k = simd.neg_f32s(k);
     let r = simd.fma(minus_k, simd.splat_f32s(HIGH), x);
     let r = simd.fma(minus_k, simd.splat_f32s(LOW), r);
-    let c = [1.0, 1.0, 0.49999994, 0.166665226, 0.0416683517, 0.00836857781, 0.00138157909];
+    let c = [1.0, 1.0, 0.49999994, 0.166_665_23, 0.041_668_35, 0.008_368_578, 0.001_381_579_1];
     simd.scale(polynomial_by_pairs(simd, r, c), k)
 }
 

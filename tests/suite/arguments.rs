@@ -167,11 +167,11 @@ fn endless_empty_batch() {
 }
 
 /// Sizes that fit together, nearly fit, and cannot fit anything.
-fn size() -> impl Strategy<Value = usize> {
+pub fn size() -> impl Strategy<Value = usize> {
     prop_oneof![8 => 0usize..6, 2 => 6usize..40, 1 => Just(1 << 33), 1 => Just(usize::MAX), 1 => any::<usize>()]
 }
 
-fn view3() -> impl Strategy<Value = (usize, [usize; 3], [usize; 3])> {
+pub fn view3() -> impl Strategy<Value = (usize, [usize; 3], [usize; 3])> {
     (size(), [size(), size(), size()], [size(), size(), size()])
 }
 

@@ -11,3 +11,4 @@ mod memory;
 mod properties;
 mod state_update;
 mod vectors;
+mod wild;
