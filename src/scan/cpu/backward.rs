@@ -18,6 +18,7 @@ use super::super::{GradientsMut, OutputGradients, Problem, ProjectionMut};
 use super::forward::{narrow, transpose};
 use super::kernels::{History, Retreat, RetreatStates};
 use super::split::{Summaries, state_rows};
+use super::sums::{BlockGradients, SumChannels, Totals, add_partial};
 use super::{Block, BlockParameters, Plan, Reader, Segment, Stage, coefficients};
 use crate::{Discretization, Projection};
 
@@ -98,66 +99,6 @@ pub(super) fn run<T: Element>(
     }
     if let Some(d_bias) = gradients.delta_bias {
         total.channels(d_bias, |sum| &sum.bias);
-    }
-}
-
-/// Adds up the partial sums of the units, laid one behind the other, in order.
-fn add_partial<T: Element>(partial: &[f32], out: &mut [T]) {
-    const CHUNK: usize = 4096;
-    let len = out.len();
-    out.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, out)| {
-        let mut sum = [0.0; CHUNK];
-        let sum = &mut sum[..out.len()];
-        for unit in partial.chunks_exact(len) {
-            for (sum, x) in sum.iter_mut().zip(&unit[chunk * CHUNK..]) {
-                *sum += x;
-            }
-        }
-        T::narrow(sum, out);
-    });
-}
-
-/// What a task has of a block's gradients: those of the states, carried from tile to tile, and its share of those of
-/// the parameters.
-struct BlockGradients {
-    block: Block,
-    d_h: Vec<Row>,
-    a: Vec<Row>,
-    /// Of B and C where they are constant; else empty.
-    b: Vec<Row>,
-    c: Vec<Row>,
-    skip: Row,
-    bias: Row,
-}
-
-/// Adds the shares of all tasks, in order.
-struct Totals<'t> {
-    sums: &'t [Vec<BlockGradients>],
-    d_state: usize,
-}
-
-impl Totals<'_> {
-    /// A `(d_inner, d_state)` gradient.
-    fn states(&self, out: &mut [f32], part: impl Fn(&BlockGradients) -> &Vec<Row>) {
-        out.fill(0.0);
-        for sum in self.sums.iter().flatten() {
-            for (n, row) in part(sum).iter().enumerate() {
-                for i in 0..sum.block.width {
-                    out[(sum.block.first + i) * self.d_state + n] += row.0[i];
-                }
-            }
-        }
-    }
-
-    /// A `(d_inner)` gradient.
-    fn channels(&self, out: &mut [f32], part: impl Fn(&BlockGradients) -> &Row) {
-        out.fill(0.0);
-        for sum in self.sums.iter().flatten() {
-            let channels = sum.block.first..sum.block.first + sum.block.width;
-            for (out, x) in out[channels].iter_mut().zip(part(sum).0) {
-                *out += x;
-            }
-        }
     }
 }
 
@@ -285,22 +226,8 @@ struct Pass<'p, 'a, T: Element> {
 impl<T: Element> Pass<'_, '_, T> {
     /// Works on the `place`-th unit of its group.
     fn run_unit(&self, place: usize, unit: &[Block], run: &[Segment], scratch: &mut Scratch) -> Vec<BlockGradients> {
-        let d_state = self.reader.problem.dims.d_state;
         let unit: Vec<_> = unit.iter().map(|&block| BlockParameters::read(&self.reader, block)).collect();
-        let rows = || vec![Row::ZERO; d_state];
-        let constant = |is: bool| if is { rows() } else { Vec::new() };
-        let mut sums: Vec<_> = unit
-            .iter()
-            .map(|parameters| BlockGradients {
-                block: parameters.block,
-                d_h: rows(),
-                a: rows(),
-                b: constant(!parameters.b.is_empty()),
-                c: constant(!parameters.c.is_empty()),
-                skip: Row::ZERO,
-                bias: Row::ZERO,
-            })
-            .collect();
+        let mut sums: Vec<_> = unit.iter().map(BlockGradients::zero).collect();
         for segment in run {
             sums.iter_mut().for_each(|sums| self.enter(segment, sums));
             for tile in segment.tiles(TILE).rev() {
@@ -423,25 +350,6 @@ impl<T: Element> Pass<'_, '_, T> {
         // SAFETY: this task alone works on the first segment of this sequence for these channels.
         let states = unsafe { states.part(at..at + block.width * d_h.len()) };
         transpose(d_h, states);
-    }
-}
-
-/// Sums each row over its channels.
-struct SumChannels<'t> {
-    rows: &'t [Row],
-    out: &'t mut [f32],
-}
-
-impl Kernel for SumChannels<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Lanes>(self, simd: S) {
-        for (out, row) in self.out.iter_mut().zip(self.rows) {
-            let vectors = row.vectors::<S>();
-            let sum = vectors[1..].iter().fold(vectors[0], |sum, x| simd.add_f32s(sum, *x));
-            *out = simd.reduce_sum_f32s(sum);
-        }
     }
 }
 

@@ -16,6 +16,7 @@ mod backward;
 mod forward;
 mod kernels;
 mod split;
+mod sums;
 
 use crate::arguments::Dims;
 use crate::sequences::{CHECKPOINT_STEPS, Sequence};
