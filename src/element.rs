@@ -23,7 +23,7 @@ mod sealed {
     impl Sealed for half::bf16 {}
 }
 
-/// An element type of tensors: `f32`, [`f16`] or [`bf16`].
+/// An element type of tensors: `f32`, [`f16`](struct@f16) or [`bf16`].
 ///
 /// All arithmetic is done in `f32`; an element type only says how values are stored.
 pub trait Element: Pod + Send + Sync + std::fmt::Debug + PartialOrd + sealed::Sealed {
