@@ -17,6 +17,9 @@ pub enum DType {
 }
 
 mod sealed {
+    #[cfg(feature = "cuda")]
+    pub trait Sealed: cudarc::driver::DeviceRepr {}
+    #[cfg(not(feature = "cuda"))]
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for half::f16 {}

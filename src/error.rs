@@ -3,7 +3,7 @@
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why an operator refused to run. Nothing has been written when an operator returns one.
+/// Why an operator did not run. When an argument does not fit, nothing has been written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -17,9 +17,27 @@ pub enum Error {
         /// What was passed.
         got: String,
     },
+    /// The CUDA driver could not do what was needed. Only operators on GPUs give this.
+    #[error("{action}: {message}")]
+    Cuda {
+        /// What was being done.
+        action: String,
+        /// What the driver said.
+        message: String,
+    },
 }
 
 impl Error {
+    /// An [`Error::Cuda`].
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda(action: impl std::fmt::Display, error: cudarc::driver::DriverError) -> Self {
+        let message = match (error.error_name(), error.error_string()) {
+            (Ok(name), Ok(text)) => format!("{} ({})", text.to_string_lossy(), name.to_string_lossy()),
+            _ => format!("{error:?}"),
+        };
+        Self::Cuda { action: action.to_string(), message }
+    }
+
     /// An [`Error::Argument`]; the parts are turned into text here.
     pub(crate) fn argument(
         argument: &'static str,

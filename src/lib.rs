@@ -56,6 +56,8 @@
 
 mod arguments;
 pub mod conv;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod element;
 mod error;
 mod pool;

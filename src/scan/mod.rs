@@ -16,6 +16,8 @@
 //! `f64`. [`Inputs::forward`] and [`Inputs::backward`] allocate their results.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod reference;
 
 use crate::arguments::{Dims, zeroed};

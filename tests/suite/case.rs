@@ -338,6 +338,8 @@ impl Case<f32> {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Device {
     Cpu(Isa),
+    #[cfg(feature = "cuda")]
+    Cuda(scan::cuda::Plan),
 }
 
 impl Device {
@@ -371,6 +373,8 @@ impl Device {
                 scan::cpu::backward_with(isa, &inputs, &checkpoints, case.d_outputs(), gradients.as_mut())
                     .expect("the case is valid");
             }
+            #[cfg(feature = "cuda")]
+            Self::Cuda(plan) => crate::gpu::scan(plan, &inputs, to, case.d_outputs(), &mut gradients),
         }
         (output, gradients)
     }

@@ -6,6 +6,8 @@ mod case;
 mod common;
 mod conv;
 mod finite_differences;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod interpreted;
 mod memory;
 mod properties;

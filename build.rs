@@ -1,0 +1,157 @@
+//! Compiles the kernels, one fatbin for each `kernels/*.cu`, if the feature `cuda` is on.
+//!
+//! A fatbin holds machine code for each architecture asked for, and PTX of the newest of them for later devices. The
+//! architectures are those of `CUDA_COMPUTE_CAP` (`90`, or a list: `80,90`), else that of the GPU that `nvidia-smi` finds,
+//! else 8.0, 8.9 and 9.0. nvcc is `NVCC`, or in `CUDA_HOME` or its like, on the `PATH`, or in `/usr/local/cuda`.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::SystemTime;
+use std::{env, fs, thread};
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    for name in ["NVCC", "CUDA_COMPUTE_CAP", "DOCS_RS", "PATH"].iter().chain(&TOOLKIT_VARIABLES) {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    println!("cargo:rerun-if-changed=kernels");
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let sources = kernels();
+    if env::var_os("DOCS_RS").is_some() {
+        // Documentation needs the names of the kernels only.
+        for source in &sources {
+            fs::write(out.join(fatbin_name(source)), []).expect("OUT_DIR is writable");
+        }
+        return;
+    }
+    let build = Build { nvcc: find_nvcc(), flags: flags(&architectures()), out };
+    let threads = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
+    let (next, failed) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for _ in 0..sources.len().min(threads) {
+            scope.spawn(|| {
+                while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(message) = build.compile(source) {
+                        println!("cargo:warning={}: {}", source.display(), message.lines().next().unwrap_or_default());
+                        eprintln!("{message}");
+                        failed.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    assert!(failed.into_inner() == 0, "the CUDA kernels did not compile; nvcc's messages are above");
+}
+
+fn kernels() -> Vec<PathBuf> {
+    let entries = fs::read_dir("kernels").expect("the package has a folder of kernels");
+    let mut sources: Vec<_> = entries
+        .map(|entry| entry.expect("it can be listed").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
+        .collect();
+    // The longest first, so that none is left to run alone at the end.
+    sources.sort_by_key(|path| std::cmp::Reverse(fs::metadata(path).map(|file| file.len()).unwrap_or(0)));
+    sources
+}
+
+fn fatbin_name(source: &Path) -> String {
+    format!("{}.fatbin", source.file_stem().expect("it has a name").to_string_lossy())
+}
+
+struct Build {
+    nvcc: PathBuf,
+    flags: Vec<String>,
+    out: PathBuf,
+}
+
+impl Build {
+    /// Compiles one source unless its fatbin is newer than all that it was made of, with the same command.
+    fn compile(&self, source: &Path) -> Result<(), String> {
+        let fatbin = self.out.join(fatbin_name(source));
+        let (dependencies, stamp) = (fatbin.with_extension("d"), fatbin.with_extension("command"));
+        let command = format!("{} {}", self.nvcc.display(), self.flags.join(" "));
+        if fs::read_to_string(&stamp).is_ok_and(|old| old == command) && is_newer(&fatbin, &dependencies) {
+            return Ok(());
+        }
+        let output = Command::new(&self.nvcc)
+            .args(&self.flags)
+            .args(["-fatbin", "-MD", "-MF"])
+            .arg(&dependencies)
+            .arg("-o")
+            .arg(&fatbin)
+            .arg(source)
+            .output()
+            .map_err(|error| format!("{} does not start: {error}", self.nvcc.display()))?;
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned());
+        }
+        fs::write(stamp, command).map_err(|error| error.to_string())
+    }
+}
+
+/// Whether `file` is newer than all that the make rule in `dependencies` names.
+fn is_newer(file: &Path, dependencies: &Path) -> bool {
+    let time = |path: &Path| fs::metadata(path).and_then(|file| file.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+    let Ok(rule) = fs::read_to_string(dependencies) else { return false };
+    let (made, rule) = (time(file), rule.replace("\\\n", " "));
+    let named = rule.split_once(": ").map_or("", |(_, named)| named);
+    !named.is_empty() && named.split_whitespace().all(|path| fs::exists(path).unwrap_or(false) && time(Path::new(path)) < made)
+}
+
+fn flags(architectures: &[u32]) -> Vec<String> {
+    // Without contraction the kernels say themselves where they round, so that variants of one give the same bits.
+    let mut flags: Vec<_> = ["-O3", "-std=c++17", "-fmad=false", "-lineinfo"].map(String::from).into();
+    for arch in architectures {
+        flags.push(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
+    }
+    let newest = architectures.iter().max().expect("at least one architecture");
+    flags.push(format!("-gencode=arch=compute_{newest},code=compute_{newest}"));
+    flags
+}
+
+fn architectures() -> Vec<u32> {
+    if let Ok(list) = env::var("CUDA_COMPUTE_CAP") {
+        let parsed: Option<Vec<_>> = list
+            .split([',', ';', ' '])
+            .filter(|part| !part.is_empty())
+            .map(|part| part.replace('.', "").parse().ok())
+            .collect();
+        match parsed {
+            Some(architectures) if !architectures.is_empty() => return architectures,
+            _ => panic!("CUDA_COMPUTE_CAP: expected compute capabilities such as `90` or `80,90`, got `{list}`"),
+        }
+    }
+    let found = Command::new("nvidia-smi").args(["--query-gpu=compute_cap", "--format=csv,noheader"]).output();
+    let text = found.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let mut architectures: Vec<u32> =
+        text.lines().filter_map(|line| line.trim().replace('.', "").parse().ok()).collect();
+    architectures.sort_unstable();
+    architectures.dedup();
+    if architectures.is_empty() { vec![80, 89, 90] } else { architectures }
+}
+
+const TOOLKIT_VARIABLES: [&str; 4] = ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "CUDA_TOOLKIT_ROOT_DIR"];
+
+fn find_nvcc() -> PathBuf {
+    if let Some(nvcc) = env::var_os("NVCC") {
+        return nvcc.into();
+    }
+    let name = if cfg!(windows) { "nvcc.exe" } else { "nvcc" };
+    let toolkits = TOOLKIT_VARIABLES.iter().filter_map(|name| env::var_os(name)).map(|root| PathBuf::from(root).join("bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let found = toolkits
+        .chain(env::split_paths(&path))
+        .chain([PathBuf::from("/usr/local/cuda/bin")])
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file());
+    found.unwrap_or_else(|| {
+        panic!(
+            "the feature `cuda` of selective-scan compiles its kernels with nvcc, which was not found: install the CUDA \
+             toolkit (12.4 or newer), and set CUDA_HOME to it or put nvcc on the PATH"
+        )
+    })
+}

@@ -1,0 +1,77 @@
+// Exponentials and the functions made of them.
+//
+// Everything is written with explicit roundings (`fmaf` and compiled without contraction), so that two kernels that
+// spell the same expression get the same bits.
+#pragma once
+#include "element.cuh"
+
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float LN_2 = 0.69314718055994530942f;
+
+// 2^x within a relative 2^-22; subnormal results are zero. (Without `.ftz` each one drags in a compare and two
+// multiplications.)
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1/x within a relative 2^-23; zero where that is subnormal.
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 2^x - 1 without cancellation for small x: near zero by a polynomial (tests/vectors/minimax.py) whose relative error is
+// 2^-23 and vanishes with x. A rounded decay would be multiplied in at every step, always with the same error where the
+// step size is constant, and after 65,536 steps the third digit would be wrong.
+__device__ __forceinline__ float exp2_minus_one(float x) {
+    const float p = fmaf(fmaf(fmaf(0.009621138f, x, 0.055519737f), x, 0.24022649f), x, LN_2);
+    const float far = exp2_fast(x) - 1.0f;
+    return fabsf(x) < 0.125f ? x * p : far;
+}
+
+// ln(1 + e^x), exact to the type that it is computed for: a minimax polynomial of ln(1 + e)/e on [0, 1] with a relative
+// error of 2^-25 (f32) or 2^-19.6 (f16, bf16), which saves the special-function unit a logarithm. Above 20 it is the
+// identity to the last bit.
+template <typename T> __device__ __forceinline__ float softplus(float x) {
+    const float e = exp2_fast(fabsf(x) * -LOG2_E);
+    float p;
+    if constexpr (sizeof(T) == 4) {
+        p = fmaf(0.005232694f, e, -0.029505238f);
+        p = fmaf(p, e, 0.07822595f);
+        p = fmaf(p, e, -0.13663246f);
+        p = fmaf(p, e, 0.19106007f);
+        p = fmaf(p, e, -0.24842982f);
+        p = fmaf(p, e, 0.33319098f);
+        p = fmaf(p, e, -0.49999493f);
+        p = fmaf(p, e, 0.99999994f);
+    } else {
+        p = fmaf(0.014141021f, e, -0.066401795f);
+        p = fmaf(p, e, 0.14922386f);
+        p = fmaf(p, e, -0.2350386f);
+        p = fmaf(p, e, 0.3310945f);
+        p = fmaf(p, e, -0.49986964f);
+        p = fmaf(p, e, 0.99999875f);
+    }
+    return fmaf(e, p, fmaxf(x, 0.0f));
+}
+
+// 1/(1 + e^-x)
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(x * -LOG2_E)); }
+
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+
+// What a state is multiplied by in a step, from x = log2(e) Δ A. `Accurate` keeps it less 1, see exp2_minus_one.
+template <bool Accurate> struct Decay {
+    float value;
+    __device__ __forceinline__ explicit Decay(float x) : value(Accurate ? exp2_minus_one(x) : exp2_fast(x)) {}
+    // decay · h
+    __device__ __forceinline__ float of(float h) const { return Accurate ? fmaf(value, h, h) : value * h; }
+    // decay · h + input, h rounded once.
+    __device__ __forceinline__ float advance(float h, float input) const {
+        return Accurate ? h + fmaf(value, h, input) : fmaf(value, h, input);
+    }
+    __device__ __forceinline__ float minus_one() const { return Accurate ? value : value - 1.0f; }
+};

@@ -1,0 +1,91 @@
+// How tensors reach a kernel. All distances are in elements and 64 bits wide. The same structs, field by field, are in
+// src/cuda/params.rs.
+#pragma once
+#include <stdint.h>
+
+// (batch, length, d_inner); `data` is null where the tensor is absent.
+struct Activation {
+    const void *data;
+    int64_t batch, step, channel;
+};
+
+// B or C: (batch, length, groups, d_state) of the activations' type or, where `constant` is set, (d_inner, d_state) f32.
+struct Projection {
+    const void *data;
+    int64_t batch, step, group, channel, state;
+    int64_t constant;
+};
+
+// (d_inner, d_state) f32.
+struct Matrix {
+    const float *data;
+    int64_t channel, state;
+};
+
+// (d_inner) f32; null where absent.
+struct Vector {
+    const float *data;
+    int64_t channel;
+
+    __device__ __forceinline__ float at(int64_t d, float otherwise) const {
+        return data ? data[d * channel] : otherwise;
+    }
+};
+
+// (sequences, d_inner, d_state) f32; null where absent.
+struct States {
+    const float *data;
+    int64_t sequence, channel, state;
+};
+
+// A sequence or a part of one: `steps` steps from the `first`-th in the direction of the scan on.
+struct Segment {
+    int64_t sequence;
+    // The batch row, where the sequence starts in it, and the sequence's length.
+    int64_t row, start, len;
+    int64_t first, steps;
+    // Its place among all segments, and among those of its sequence.
+    int64_t index, rank;
+
+    __device__ __forceinline__ bool ends_sequence() const { return first + steps == len; }
+
+    // The step of the batch row that is the sequence's `i`-th in the direction of the scan.
+    __device__ __forceinline__ int64_t step(int64_t i, bool reverse) const {
+        return reverse ? start + len - 1 - i : start + i;
+    }
+};
+
+// A part of a packed sequence, as the host lists them; see Segment.
+struct PackedSegment {
+    int64_t sequence, start, len, first, steps, rank;
+};
+
+// How the steps are divided into segments: those that `packed` lists or, where it is null, each batch row into
+// `per_row` parts.
+struct Segments {
+    const PackedSegment *packed;
+    int64_t count, len, per_row, steps;
+
+    __device__ __forceinline__ Segment get(int64_t index) const {
+        Segment s;
+        s.index = index;
+        if (packed) {
+            const PackedSegment part = packed[index];
+            s.sequence = part.sequence;
+            s.row = 0;
+            s.start = part.start;
+            s.len = part.len;
+            s.first = part.first;
+            s.steps = part.steps;
+            s.rank = part.rank;
+        } else {
+            s.sequence = s.row = index / per_row;
+            s.start = 0;
+            s.len = len;
+            s.rank = index - s.row * per_row;
+            s.first = s.rank * steps;
+            s.steps = min(steps, len - s.first);
+        }
+        return s;
+    }
+};

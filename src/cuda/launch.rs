@@ -1,0 +1,171 @@
+//! From checked arguments to launches.
+
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use cudarc::driver::sys::CUdevice_attribute;
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg, SyncOnDrop};
+
+use super::params::{self, UPLOAD_VALUES};
+use super::{Cuda, Module};
+use crate::{Element, Error, Result, View};
+
+/// The device of a stream.
+pub(crate) struct Device<'a> {
+    pub stream: &'a Arc<CudaStream>,
+    /// The number of its multiprocessors.
+    pub processors: usize,
+}
+
+impl<'a> Device<'a> {
+    pub fn new(stream: &'a Arc<CudaStream>) -> Result<Self> {
+        let count = stream.context().attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+        let processors = count.map_err(|error| Error::cuda("asking the device for its size", error))?;
+        Ok(Self { stream, processors: processors.max(1) as usize })
+    }
+
+    /// Memory whose contents a kernel on this stream will write; freed in the order of the stream when it is dropped.
+    pub fn workspace<T: DeviceRepr>(&self, what: &str, len: usize) -> Result<CudaSlice<T>> {
+        // There is no allocation of nothing.
+        let allocated = match len {
+            0 => self.stream.null(),
+            // SAFETY: T is plain data, and every kernel that reads a workspace runs after one that has written it.
+            _ => unsafe { self.stream.alloc(len) },
+        };
+        allocated
+            .map_err(|error| Error::cuda(format_args!("allocating {len} elements for {what}"), error))
+    }
+
+    /// Where a workspace lies. Its uses are all on this stream, and need no recording.
+    pub fn address<T>(&self, workspace: &CudaSlice<T>) -> u64 {
+        workspace.device_ptr(self.stream).0
+    }
+
+    /// A table in device memory.
+    pub fn upload(&self, what: &str, values: &[u64]) -> Result<CudaSlice<u64>> {
+        let table = self.workspace(what, values.len())?;
+        let function = Module::UPLOAD.function(self.stream.context(), "upload", 0)?;
+        let address = self.address(&table);
+        for (i, part) in values.chunks(UPLOAD_VALUES).enumerate() {
+            let mut params = params::Upload::zeroed_boxed();
+            params.to = address + (i * UPLOAD_VALUES * size_of::<u64>()) as u64;
+            params.count = part.len() as u64;
+            params.values[..part.len()].copy_from_slice(part);
+            // SAFETY: the kernel writes `count` values from `to` on, which lie in the table.
+            unsafe { self.launch_function(&function, "upload", [1, 1], 128, 0, &*params) }?;
+        }
+        Ok(table)
+    }
+
+    /// Enqueues a kernel on `grid` blocks of `threads` threads.
+    ///
+    /// # Safety
+    /// `params` must be what the kernel takes, and all that it then reads and writes must be valid for that.
+    pub unsafe fn launch<P: Pod>(
+        &self,
+        module: Module,
+        name: &str,
+        grid: [usize; 2],
+        threads: usize,
+        dynamic_shared: [usize; 2],
+        params: &P,
+    ) -> Result<()> {
+        let [shared, most] = dynamic_shared;
+        let function = module.function(self.stream.context(), name, most)?;
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_function(&function, name, grid, threads, shared, params) }
+    }
+
+    unsafe fn launch_function<P: Pod>(
+        &self,
+        function: &cudarc::driver::CudaFunction,
+        name: &str,
+        grid: [usize; 2],
+        threads: usize,
+        shared: usize,
+        params: &P,
+    ) -> Result<()> {
+        /// Any plain data can be a kernel's argument.
+        #[repr(transparent)]
+        struct Argument<P>(P);
+        // SAFETY: P is Pod, so it can be copied byte by byte.
+        unsafe impl<P: Pod> DeviceRepr for Argument<P> {}
+
+        let argument = Argument(*params);
+        let config = LaunchConfig {
+            grid_dim: (grid[0] as u32, grid[1] as u32, 1),
+            block_dim: (threads as u32, 1, 1),
+            shared_mem_bytes: shared as u32,
+        };
+        // SAFETY: as the caller promises.
+        unsafe { self.stream.launch_builder(function).arg(&argument).launch(config) }
+            .map_err(|error| Error::cuda(format_args!("launching {name}"), error))?;
+        Ok(())
+    }
+}
+
+/// The device memory that a call's kernels read and write. Streams wait for each other's use of a buffer when its address
+/// is asked for, and the use is recorded when this is dropped, after the launches.
+pub(crate) struct Arguments<'a> {
+    stream: &'a Arc<CudaStream>,
+    uses: Vec<SyncOnDrop<'a>>,
+}
+
+impl<'a> Arguments<'a> {
+    pub fn new(stream: &'a Arc<CudaStream>) -> Self {
+        Self { stream, uses: Vec::new() }
+    }
+
+    fn check<T: Element>(&self, argument: &'static str, slice: &CudaSlice<T>) -> Result<()> {
+        if Arc::ptr_eq(slice.context(), self.stream.context()) {
+            return Ok(());
+        }
+        let (ours, theirs) = (self.stream.context().ordinal(), slice.ordinal());
+        let (expected, got) = match ours == theirs {
+            true => (format!("memory of the stream's context on GPU {ours}"), "memory of another context".to_string()),
+            false => (format!("memory of GPU {ours}, the stream's"), format!("memory of GPU {theirs}")),
+        };
+        Err(Error::argument(argument, expected, got))
+    }
+
+    /// The address of a buffer's element `offset`, to be read.
+    pub fn read<T: Element>(&mut self, argument: &'static str, slice: &'a CudaSlice<T>, offset: usize) -> Result<u64> {
+        self.check(argument, slice)?;
+        let (address, used) = slice.device_ptr(self.stream);
+        self.uses.push(used);
+        // An empty buffer is at no address, and a view of no elements may start anywhere.
+        Ok(if slice.is_empty() { address } else { address.wrapping_add((offset * size_of::<T>()) as u64) })
+    }
+
+    /// The address of a buffer to be written.
+    pub fn write<T: Element>(&mut self, argument: &'static str, slice: &'a mut CudaSlice<T>) -> Result<u64> {
+        self.check(argument, slice)?;
+        let (address, used) = slice.device_ptr_mut(self.stream);
+        self.uses.push(used);
+        Ok(address)
+    }
+
+    /// [`Arguments::write`] of a buffer that may be absent, which gives a null.
+    pub fn write_optional<T: Element>(
+        &mut self,
+        argument: &'static str,
+        slice: Option<&'a mut CudaSlice<T>>,
+    ) -> Result<u64> {
+        slice.map_or(Ok(0), |slice| self.write(argument, slice))
+    }
+
+    /// The address of a view's first element, and its strides.
+    pub fn view<T: Element, const R: usize>(
+        &mut self,
+        argument: &'static str,
+        view: &View<'a, T, R, Cuda>,
+    ) -> Result<(u64, [i64; R])> {
+        let address = self.read(argument, view.data, view.offset)?;
+        Ok((address, view.strides.map(|stride| stride as i64)))
+    }
+}
+
+/// The blocks that cover `items`, `per_block` each.
+pub(crate) fn blocks(items: usize, per_block: usize) -> usize {
+    items.div_ceil(per_block)
+}

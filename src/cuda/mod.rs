@@ -1,0 +1,85 @@
+//! The operators on NVIDIA GPUs, through [cudarc](https://docs.rs/cudarc).
+//!
+//! Tensors are [`View`](crate::View)s over [`CudaSlice`]s: the same argument types, and the same checks of them, as on the
+//! CPU, with [`Cuda`] as their kind of memory. Every function takes the stream that it is to work on, enqueues its kernels
+//! there and returns; none waits for the device. What a call needs beside its arguments is allocated and freed in the
+//! order of the stream, and tables travel inside the launches, so that a call can be captured in a CUDA graph (with
+//! cudarc's event tracking off, as any capture needs).
+//!
+//! ```no_run
+//! use selective_scan::{View, cuda, scan};
+//!
+//! let stream = cuda::context(0)?.default_stream();
+//! let (batch, length, d_inner, d_state) = (1, 512, 1536, 16);
+//! # let error = |error| panic!("{error}");
+//! let u = stream.clone_htod(&vec![1.0f32; batch * length * d_inner]).unwrap_or_else(error);
+//! let delta = stream.clone_htod(&vec![0.1f32; batch * length * d_inner]).unwrap_or_else(error);
+//! let a = stream.clone_htod(&vec![-1.0f32; d_inner * d_state]).unwrap_or_else(error);
+//! let b = stream.clone_htod(&vec![1.0f32; batch * length * d_state]).unwrap_or_else(error);
+//! let mut out = stream.alloc_zeros(batch * length * d_inner).unwrap_or_else(error);
+//!
+//! let activation = [batch, length, d_inner];
+//! let b = View::on_device(&b, [batch, length, 1, d_state]);
+//! let inputs = scan::Inputs::new(
+//!     View::on_device(&u, activation),
+//!     View::on_device(&delta, activation),
+//!     View::on_device(&a, [d_inner, d_state]),
+//!     b,
+//!     b,
+//! );
+//! scan::cuda::forward(&stream, &inputs, scan::OutputMut { out: &mut out, final_state: None, checkpoints: None })?;
+//! # Ok::<(), selective_scan::Error>(())
+//! ```
+//!
+//! The kernels are compiled when this crate is (its `build.rs` says for which devices) and loaded once for each context,
+//! which then lives as long as the process.
+
+mod launch;
+mod module;
+pub(crate) mod params;
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaSlice};
+
+use crate::view::dense_strides;
+use crate::{Element, Error, Memory, Result, View, ViewMut};
+
+pub(crate) use launch::{Arguments, Device, blocks};
+pub(crate) use module::Module;
+
+/// The memory of an NVIDIA GPU: buffers are [`CudaSlice`]s.
+#[derive(Debug, Clone, Copy)]
+pub struct Cuda;
+
+impl Memory for Cuda {
+    type Buffer<T: Element> = CudaSlice<T>;
+
+    fn len<T: Element>(buffer: &CudaSlice<T>) -> usize {
+        buffer.len()
+    }
+}
+
+impl<'a, T: Element, const R: usize> View<'a, T, R, Cuda> {
+    /// A dense row-major tensor over device memory.
+    pub fn on_device(data: &'a CudaSlice<T>, shape: [usize; R]) -> Self {
+        Self { data, offset: 0, shape, strides: dense_strides(shape) }
+    }
+}
+
+impl<'a, T: Element, const R: usize> ViewMut<'a, T, R, Cuda> {
+    /// A dense row-major tensor over device memory.
+    pub fn on_device(data: &'a mut CudaSlice<T>, shape: [usize; R]) -> Self {
+        Self { data, offset: 0, shape, strides: dense_strides(shape) }
+    }
+}
+
+/// The context of GPU number `ordinal`: [`CudaContext::new`], but an error instead of a panic where there is no driver.
+pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
+    let names = if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so.1", "libcuda.so"] };
+    // SAFETY: loading the driver runs its initialisation, which is what cudarc is about to do; the handle is not used.
+    if !names.iter().any(|name| unsafe { libloading::Library::new(*name) }.is_ok()) {
+        return Err(Error::Cuda { action: "loading the CUDA driver".into(), message: format!("no {}", names[0]) });
+    }
+    CudaContext::new(ordinal).map_err(|error| Error::cuda(format_args!("opening GPU {ordinal}"), error))
+}

@@ -1,0 +1,132 @@
+//! What kernels take: the same structs, field by field, as in `kernels/`. Addresses are in bytes, strides in elements.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{Arguments, Cuda};
+use crate::{Element, Projection, Result, View};
+
+macro_rules! params {
+    ($($(#[$doc:meta])* $name:ident[$size:literal] { $($field:ident: $type:ty,)* })*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, Pod, Zeroable)]
+        #[repr(C)]
+        pub(crate) struct $name {
+            $(pub $field: $type,)*
+        }
+        // The other side asserts the same size; all fields are 8 bytes or whole structs of such, so equal sizes with
+        // fields of the same names in the same order are equal layouts.
+        const _: () = assert!(size_of::<$name>() == $size);
+    )*};
+}
+
+pub(crate) const UPLOAD_VALUES: usize = 496;
+
+params! {
+    /// `(batch, length, d_inner)`.
+    Activation[32] { data: u64, batch: i64, step: i64, channel: i64, }
+
+    /// B or C.
+    ProjectionParams[56] {
+        data: u64,
+        batch: i64,
+        step: i64,
+        group: i64,
+        channel: i64,
+        state: i64,
+        constant: i64,
+    }
+
+    /// `(d_inner, d_state)`.
+    Matrix[24] { data: u64, channel: i64, state: i64, }
+
+    /// `(d_inner)`.
+    Vector[16] { data: u64, channel: i64, }
+
+    /// `(sequences, d_inner, d_state)`.
+    States[32] { data: u64, sequence: i64, channel: i64, state: i64, }
+
+    Segments[40] { packed: u64, count: i64, len: i64, per_row: i64, steps: i64, }
+
+    ScanInputs[392] {
+        u: Activation,
+        delta: Activation,
+        z: Activation,
+        a: Matrix,
+        b: ProjectionParams,
+        c: ProjectionParams,
+        d: Vector,
+        delta_bias: Vector,
+        initial_state: States,
+        segments: Segments,
+        d_inner: i64,
+        d_state: i64,
+        group_channels: i64,
+        group_blocks: i64,
+        reached: u64,
+        sums: u64,
+        flags: u64,
+    }
+
+    ScanForward[416] { inputs: ScanInputs, out: u64, final_state: u64, checkpoints: u64, }
+
+    Upload[3984] { to: u64, count: u64, values: [u64; UPLOAD_VALUES], }
+}
+
+impl Upload {
+    pub fn zeroed_boxed() -> Box<Self> {
+        bytemuck::allocation::zeroed_box()
+    }
+}
+
+impl<'a> Arguments<'a> {
+    pub fn activation<T: Element>(
+        &mut self,
+        argument: &'static str,
+        view: &View<'a, T, 3, Cuda>,
+    ) -> Result<Activation> {
+        let (data, [batch, step, channel]) = self.view(argument, view)?;
+        Ok(Activation { data, batch, step, channel })
+    }
+
+    pub fn optional_activation<T: Element>(
+        &mut self,
+        argument: &'static str,
+        view: &Option<View<'a, T, 3, Cuda>>,
+    ) -> Result<Activation> {
+        view.as_ref().map_or(Ok(Activation::zeroed()), |view| self.activation(argument, view))
+    }
+
+    pub fn matrix(&mut self, argument: &'static str, view: &View<'a, f32, 2, Cuda>) -> Result<Matrix> {
+        let (data, [channel, state]) = self.view(argument, view)?;
+        Ok(Matrix { data, channel, state })
+    }
+
+    pub fn vector(&mut self, argument: &'static str, view: &Option<View<'a, f32, 1, Cuda>>) -> Result<Vector> {
+        let Some(view) = view else { return Ok(Vector::zeroed()) };
+        let (data, [channel]) = self.view(argument, view)?;
+        Ok(Vector { data, channel })
+    }
+
+    pub fn states(&mut self, argument: &'static str, view: &Option<View<'a, f32, 3, Cuda>>) -> Result<States> {
+        let Some(view) = view else { return Ok(States::zeroed()) };
+        let (data, [sequence, channel, state]) = self.view(argument, view)?;
+        Ok(States { data, sequence, channel, state })
+    }
+
+    pub fn projection<T: Element>(
+        &mut self,
+        argument: &'static str,
+        projection: &Projection<'a, T, Cuda>,
+    ) -> Result<ProjectionParams> {
+        match projection {
+            Projection::Varying(view) => {
+                let (data, [batch, step, group, state]) = self.view(argument, view)?;
+                Ok(ProjectionParams { data, batch, step, group, channel: 0, state, constant: 0 })
+            }
+            Projection::Constant(view) => {
+                let (data, [channel, state]) = self.view(argument, view)?;
+                Ok(ProjectionParams { data, batch: 0, step: 0, group: 0, channel, state, constant: 1 })
+            }
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! The scan on NVIDIA GPUs; see [`cuda`](crate::cuda) for how tensors are passed.
+//!
+//! A block of threads carries some neighbouring channels through a sequence, tile by tile, the states in registers. Where
+//! sequences and channels are too few to fill the device, sequences are split into segments: a first pass runs all
+//! segments at once from zero, and each is then run again from the state that the ones before it lead to. What a segment
+//! does to a state is `exp(A ΣΔ) h + s`, so `ΣΔ` and `s` are all that the first pass has to leave.
+//!
+//! [`Plan`] says how a call is divided, [`forward`] chooses one. Results are the same bits in every run; and whatever a
+//! sequence is packed with, as a packed sequence is divided as it would be alone.
+//!
+//! The fast kernels take what Mamba uses: at most 16 states and an even number, channels in multiples of 4 (per group),
+//! varying `B` and `C`, Euler's rule; activations whose channels, and projections whose states, lie side by side and start
+//! at multiples of 4 and 2 elements. Everything else takes a general kernel, about half as fast.
+
+mod forward;
+mod plan;
+
+pub use forward::{forward, forward_with};
+pub use plan::{Lanes, Plan};
+
+use super::{Inputs, OutputMut, Problem};

@@ -1,0 +1,110 @@
+//! How a call is divided over the device.
+
+use cudarc::driver::CudaSlice;
+
+use crate::arguments::Dims;
+use crate::cuda::{Device, params};
+use crate::sequences::{CHECKPOINT_STEPS, Sequences};
+use crate::{Element, Memory, Result};
+
+use super::Problem;
+
+/// How a call's work is divided; what is `None` is chosen by shape and device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Plan {
+    /// The steps in each segment of a sequence, rounded up to a multiple of 64. Sequences of no more steps are not split;
+    /// with `usize::MAX` none is.
+    ///
+    /// Packed sequences are divided each as if it were alone, so that it gets the same bits, and so more finely than a
+    /// large pack of them needs: `Some(usize::MAX)` is faster then.
+    pub segment_steps: Option<usize>,
+    /// The lanes that share a channel's states where the fast kernels apply. The bits do not depend on it.
+    pub lanes: Option<Lanes>,
+}
+
+/// The lanes of a warp that share the states of a channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Lanes {
+    /// All 16 states in the registers of one lane: the fewest instructions.
+    One,
+    /// 4 states in each of four lanes: four times as many warps.
+    Four,
+}
+
+/// Steps that a segment has at least: fewer would not be worth the first pass.
+const LEAST_SEGMENT: usize = 256;
+
+impl Plan {
+    /// The steps in each segment of a sequence of `len` steps, of which `rows` are worked on at once.
+    pub(super) fn steps(&self, rows: usize, len: usize, d_inner: usize, processors: usize) -> usize {
+        let steps = self.segment_steps.unwrap_or_else(|| {
+            // Blocks of 64 channels, of which a processor holds three.
+            let (blocks, room) = (rows.saturating_mul(d_inner.div_ceil(64)), 3 * processors);
+            let segments = (room / blocks.max(1)).min(len / LEAST_SEGMENT).max(1);
+            if segments == 1 { usize::MAX } else { len.div_ceil(segments) }
+        });
+        let longest = (isize::MAX as usize) / CHECKPOINT_STEPS * CHECKPOINT_STEPS;
+        steps.clamp(1, longest).next_multiple_of(CHECKPOINT_STEPS)
+    }
+
+    pub(super) fn lanes(&self, rows: usize, d_inner: usize, processors: usize) -> Lanes {
+        self.lanes.unwrap_or({
+            // With one lane a channel, four warps for each of a processor's four schedulers.
+            let warps = rows.saturating_mul(d_inner.div_ceil(32));
+            if warps >= 16 * processors { Lanes::One } else { Lanes::Four }
+        })
+    }
+}
+
+/// The segments of a problem as kernels take them.
+pub(super) struct Segments {
+    pub params: params::Segments,
+    /// Whether any sequence has more than one.
+    pub split: bool,
+    /// The table that `params` points at for packed sequences.
+    _table: Option<CudaSlice<u64>>,
+}
+
+impl Segments {
+    pub fn new<T: Element, M: Memory>(device: &Device, problem: &Problem<T, M>, plan: &Plan) -> Result<Self> {
+        let Dims { batch, len, d_inner, .. } = problem.dims;
+        match problem.sequences {
+            Sequences::Dense { .. } => {
+                let steps = plan.steps(batch, len, d_inner, device.processors);
+                // An empty sequence has one empty segment, which hands its state on.
+                let per_row = len.div_ceil(steps).max(1);
+                let params = params::Segments {
+                    packed: 0,
+                    count: (batch * per_row) as i64,
+                    len: len as i64,
+                    per_row: per_row as i64,
+                    steps: steps as i64,
+                };
+                Ok(Self { params, split: per_row > 1, _table: None })
+            }
+            Sequences::Packed(_) => {
+                let (mut entries, mut split) = (Vec::new(), false);
+                for sequence in problem.sequences.iter() {
+                    let steps = plan.steps(1, sequence.len, d_inner, device.processors);
+                    split |= sequence.len > steps;
+                    for rank in 0..sequence.len.div_ceil(steps).max(1) {
+                        let first = rank * steps;
+                        let steps = steps.min(sequence.len - first);
+                        entries.extend(
+                            [sequence.index, sequence.start, sequence.len, first, steps, rank].map(|x| x as u64),
+                        );
+                    }
+                }
+                let table = device.upload("the segments of packed sequences", &entries)?;
+                let params = params::Segments {
+                    packed: device.address(&table),
+                    count: (entries.len() / 6) as i64,
+                    len: len as i64,
+                    per_row: 1,
+                    steps: 0,
+                };
+                Ok(Self { params, split, _table: Some(table) })
+            }
+        }
+    }
+}
