@@ -99,7 +99,8 @@ fn is_newer(file: &Path, dependencies: &Path) -> bool {
     let Ok(rule) = fs::read_to_string(dependencies) else { return false };
     let (made, rule) = (time(file), rule.replace("\\\n", " "));
     let named = rule.split_once(": ").map_or("", |(_, named)| named);
-    !named.is_empty() && named.split_whitespace().all(|path| fs::exists(path).unwrap_or(false) && time(Path::new(path)) < made)
+    !named.is_empty()
+        && named.split_whitespace().all(|path| fs::exists(path).unwrap_or(false) && time(Path::new(path)) < made)
 }
 
 fn flags(architectures: &[u32]) -> Vec<String> {
@@ -141,7 +142,8 @@ fn find_nvcc() -> PathBuf {
         return nvcc.into();
     }
     let name = if cfg!(windows) { "nvcc.exe" } else { "nvcc" };
-    let toolkits = TOOLKIT_VARIABLES.iter().filter_map(|name| env::var_os(name)).map(|root| PathBuf::from(root).join("bin"));
+    let toolkits =
+        TOOLKIT_VARIABLES.iter().filter_map(|name| env::var_os(name)).map(|root| PathBuf::from(root).join("bin"));
     let path = env::var_os("PATH").unwrap_or_default();
     let found = toolkits
         .chain(env::split_paths(&path))

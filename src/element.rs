@@ -18,7 +18,7 @@ pub enum DType {
 
 mod sealed {
     #[cfg(feature = "cuda")]
-    pub trait Sealed: cudarc::driver::DeviceRepr {}
+    pub trait Sealed: cudarc::driver::DeviceRepr + cudarc::driver::ValidAsZeroBits {}
     #[cfg(not(feature = "cuda"))]
     pub trait Sealed {}
     impl Sealed for f32 {}

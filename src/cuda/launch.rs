@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 use cudarc::driver::sys::CUdevice_attribute;
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg, SyncOnDrop};
+use cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg, SyncOnDrop,
+};
 
 use super::params::{self, UPLOAD_VALUES};
 use super::{Cuda, Module};
@@ -32,8 +34,7 @@ impl<'a> Device<'a> {
             // SAFETY: T is plain data, and every kernel that reads a workspace runs after one that has written it.
             _ => unsafe { self.stream.alloc(len) },
         };
-        allocated
-            .map_err(|error| Error::cuda(format_args!("allocating {len} elements for {what}"), error))
+        allocated.map_err(|error| Error::cuda(format_args!("allocating {len} elements for {what}"), error))
     }
 
     /// Where a workspace lies. Its uses are all on this stream, and need no recording.

@@ -97,11 +97,8 @@ pub fn scan<T: Element>(
     let out = copies.poisoned(to.out.len());
     let mut final_state = to.final_state.as_ref().map(|state| copies.poisoned(state.len()));
     let mut checkpoints = to.checkpoints.as_ref().map(|states| copies.poisoned(states.len()));
-    let outputs = OutputMut {
-        out: &mut *out,
-        final_state: final_state.as_deref_mut(),
-        checkpoints: checkpoints.as_deref_mut(),
-    };
+    let outputs =
+        OutputMut { out: &mut *out, final_state: final_state.as_deref_mut(), checkpoints: checkpoints.as_deref_mut() };
     scan::cuda::forward_with(plan, &stream, &on_device, outputs).expect("the case is valid");
     copies.download(out, to.out);
     if let (Some(from), Some(to)) = (final_state, to.final_state) {
@@ -139,7 +136,18 @@ fn forward_flags<T: Element>() {
             for (len, d_state, d_inner) in [(70, 16, 42), (131, 5, 36), (150, 16, 72), (20, 40, 10)] {
                 check::<T>(plan, Shape { batch: 2, len, d_inner, d_state }, Flags::pairwise(row));
             }
-            check::<T>(plan, Shape { batch: 2, len: 150, d_inner: 96, d_state: 16 }, Flags { hold: false, constant_b: false, constant_c: false, time_contiguous: false, column_slice: false, ..Flags::pairwise(row) });
+            check::<T>(
+                plan,
+                Shape { batch: 2, len: 150, d_inner: 96, d_state: 16 },
+                Flags {
+                    hold: false,
+                    constant_b: false,
+                    constant_c: false,
+                    time_contiguous: false,
+                    column_slice: false,
+                    ..Flags::pairwise(row)
+                },
+            );
         }
     }
 }
