@@ -10,7 +10,7 @@ use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaSlice, CudaStream};
 use half::{bf16, f16};
 use selective_scan::cuda::{self, Cuda};
-use selective_scan::scan::cuda::{Lanes, Plan};
+use selective_scan::scan::cuda::{PerLane, Plan};
 use selective_scan::scan::{self, Inputs, Options, OutputMut};
 use selective_scan::{Element, View};
 
@@ -135,10 +135,9 @@ fn main() {
     println!("op,direction,dtype,batch,len,d_inner,d_state,plan,milliseconds,T state steps per second");
     let plans = [
         ("auto", Plan::default()),
-        ("one", Plan { lanes: Some(Lanes::One), ..Plan::default() }),
-        ("four", Plan { lanes: Some(Lanes::Four), ..Plan::default() }),
-        ("one unsplit", Plan { lanes: Some(Lanes::One), segment_steps: Some(usize::MAX) }),
-        ("four unsplit", Plan { lanes: Some(Lanes::Four), segment_steps: Some(usize::MAX) }),
+        ("one", Plan { per_lane: Some(PerLane::One), ..Plan::default() }),
+        ("two", Plan { per_lane: Some(PerLane::Two), ..Plan::default() }),
+        ("four", Plan { per_lane: Some(PerLane::Four), ..Plan::default() }),
     ];
     for (batch, d_inner, len) in [
         (8, 2048, 2048),

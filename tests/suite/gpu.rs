@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use cudarc::driver::{CudaSlice, CudaStream};
 use half::{bf16, f16};
 use selective_scan::cuda::{self, Cuda};
-use selective_scan::scan::cuda::{Lanes, Plan};
+use selective_scan::scan::cuda::{PerLane, Plan};
 use selective_scan::scan::{self, Gradients, Inputs, OutputGradients, OutputMut};
 use selective_scan::{Element, Projection, View};
 
@@ -117,13 +117,14 @@ fn check<T: Element>(plan: Plan, shape: Shape, flags: Flags) {
     ours.assert_close(&reference, T::DTYPE, &what);
 }
 
-fn plans() -> [Plan; 4] {
-    let (one, four) = (Some(Lanes::One), Some(Lanes::Four));
+fn plans() -> [Plan; 5] {
+    let (one, two, four) = (Some(PerLane::One), Some(PerLane::Two), Some(PerLane::Four));
     [
-        Plan { segment_steps: Some(usize::MAX), lanes: one },
-        Plan { segment_steps: Some(usize::MAX), lanes: four },
-        Plan { segment_steps: Some(64), lanes: one },
-        Plan { segment_steps: Some(128), lanes: four },
+        Plan { segment_steps: Some(usize::MAX), per_lane: one },
+        Plan { segment_steps: Some(usize::MAX), per_lane: four },
+        Plan { segment_steps: Some(64), per_lane: one },
+        Plan { segment_steps: Some(64), per_lane: two },
+        Plan { segment_steps: Some(128), per_lane: four },
     ]
 }
 

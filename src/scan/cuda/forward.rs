@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::plan::{Lanes, Plan, Segments};
+use super::plan::{PerLane, Plan, Segments};
 use super::{Inputs, OutputMut, Problem};
 use crate::arguments::Dims;
 use crate::cuda::{Arguments, Cuda, Device, Module, blocks, params};
@@ -65,8 +65,7 @@ pub fn forward_with<T: Element>(
 /// Which of the kernels a problem takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kernel {
-    Wide,
-    Narrow,
+    Fast(PerLane),
     General,
 }
 
@@ -122,7 +121,7 @@ impl Scan {
         };
         let varying = |projection: &Projection<T, Cuda>| matches!(projection, Projection::Varying(_));
         let fast = d_state <= 16
-            && d_state.is_multiple_of(2)
+            && d_state.is_multiple_of(4)
             && group_channels.is_multiple_of(4)
             && varying(&inputs.b)
             && varying(&inputs.c)
@@ -130,26 +129,23 @@ impl Scan {
             && !compensate
             && scan.is_aligned::<T>(&[]);
         if fast {
-            scan.kernel = match plan.lanes(batch * scan.segments.params.per_row as usize, d_inner, device.processors) {
-                Lanes::One => Kernel::Wide,
-                Lanes::Four => Kernel::Narrow,
-            };
+            let rows = batch * scan.segments.params.per_row as usize;
+            scan.kernel = Kernel::Fast(plan.per_lane(rows, d_inner, device.processors));
         }
         Ok(scan)
     }
 
-    /// Whether the inputs can be read four channels and two states at a time, and `outputs`, given by address and
-    /// strides, written so.
+    /// Whether the inputs can be read, and `outputs`, given by address and strides, written by fours.
     pub fn is_aligned<T>(&self, outputs: &[(u64, &[i64])]) -> bool {
-        let whole = |address: u64, strides: &[i64], count: i64| {
-            address % (count as u64 * size_of::<T>() as u64) == 0 && strides.iter().all(|stride| stride % count == 0)
+        let whole = |address: u64, strides: &[i64]| {
+            address.is_multiple_of(4 * size_of::<T>() as u64) && strides.iter().all(|stride| stride % 4 == 0)
         };
         let inputs = &self.inputs;
         let activations = [&inputs.u, &inputs.delta, &inputs.z].into_iter().filter(|tensor| tensor.data != 0);
         let projections = [&inputs.b, &inputs.c];
-        activations.into_iter().all(|x| x.channel == 1 && whole(x.data, &[x.batch, x.step], 4))
-            && projections.into_iter().all(|x| x.state == 1 && whole(x.data, &[x.batch, x.step, x.group], 2))
-            && outputs.iter().all(|(address, strides)| whole(*address, strides, 4))
+        activations.into_iter().all(|x| x.channel == 1 && whole(x.data, &[x.batch, x.step]))
+            && projections.into_iter().all(|x| x.state == 1 && whole(x.data, &[x.batch, x.step, x.group]))
+            && outputs.iter().all(|(address, strides)| whole(*address, strides))
     }
 
     /// For each segment the state that it reaches from zero, and its ΣΔ.
@@ -175,8 +171,9 @@ impl Scan {
     ) -> Result<()> {
         // As the kernels are instantiated: channels and threads of a block.
         let (variant, channels, threads) = match self.kernel {
-            Kernel::Wide => ("wide", 128, 128),
-            Kernel::Narrow => ("narrow", 64, 256),
+            Kernel::Fast(PerLane::One) => ("one", 32, 128),
+            Kernel::Fast(PerLane::Two) => ("two", 64, 128),
+            Kernel::Fast(PerLane::Four) => ("four", 128, 128),
             Kernel::General => ("general", 64, 256),
         };
         let dtype = match T::DTYPE {

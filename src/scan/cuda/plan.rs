@@ -18,16 +18,18 @@ pub struct Plan {
     /// Packed sequences are divided each as if it were alone, so that it gets the same bits, and so more finely than a
     /// large pack of them needs: `Some(usize::MAX)` is faster then.
     pub segment_steps: Option<usize>,
-    /// The lanes that share a channel's states where the fast kernels apply. The bits do not depend on it.
-    pub lanes: Option<Lanes>,
+    /// The channels of which a lane carries states, where the fast kernels apply. The bits do not depend on it.
+    pub per_lane: Option<PerLane>,
 }
 
-/// The lanes of a warp that share the states of a channel.
+/// The channels of which a lane carries 4 states each; 4 lanes hold the 16 states of a channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Lanes {
-    /// All 16 states in the registers of one lane: the fewest instructions.
+pub enum PerLane {
+    /// The most warps.
     One,
-    /// 4 states in each of four lanes: four times as many warps.
+    /// In between.
+    Two,
+    /// The fewest instructions.
     Four,
 }
 
@@ -47,11 +49,11 @@ impl Plan {
         steps.clamp(1, longest).next_multiple_of(CHECKPOINT_STEPS)
     }
 
-    pub(super) fn lanes(&self, rows: usize, d_inner: usize, processors: usize) -> Lanes {
-        self.lanes.unwrap_or({
-            // With one lane a channel, four warps for each of a processor's four schedulers.
+    pub(super) fn per_lane(&self, rows: usize, d_inner: usize, processors: usize) -> PerLane {
+        self.per_lane.unwrap_or({
+            // With four channels a lane, four warps for each of a processor's four schedulers.
             let warps = rows.saturating_mul(d_inner.div_ceil(32));
-            if warps >= 16 * processors { Lanes::One } else { Lanes::Four }
+            if warps >= 16 * processors { PerLane::Four } else { PerLane::One }
         })
     }
 }
