@@ -52,8 +52,20 @@ struct Block {
     }
 };
 
+// A choice that is made when a kernel is compiled, as an argument of a lambda.
+template <bool VALUE> struct Is {
+    static constexpr bool value = VALUE;
+    __host__ __device__ constexpr operator bool() const { return VALUE; }
+};
+
 // Keeps the compiler from computing `x` anew in every turn of a loop.
 __device__ __forceinline__ void keep(int64_t &x) { asm("" : "+l"(x)); }
+__device__ __forceinline__ void keep(int &x) { asm("" : "+r"(x)); }
+
+// The distance of neighbouring steps: 32 bits wide where the host has seen that whole tiles can be stepped over so, which
+// makes one instruction of an address.
+template <bool WHOLE> struct Distance { using type = int64_t; };
+template <> struct Distance<true> { using type = int; };
 
 // The neighbouring channels that a thread stages and finishes together.
 constexpr int QUAD = 4;
@@ -61,12 +73,12 @@ constexpr int QUAD = 4;
 // Walks the steps of one batch row of an activation for the quad of channels from `d` on.
 template <typename T, bool WHOLE> struct Walk {
     const T *at;
-    int64_t step, channel;
+    typename Distance<WHOLE>::type step;
+    int64_t channel;
 
     __device__ __forceinline__ Walk(const Activation &tensor, const Segment &segment, int64_t i, int64_t d, bool reverse)
         : at(static_cast<const T *>(tensor.data)), step(reverse ? -tensor.step : tensor.step), channel(tensor.channel) {
-        // An absent tensor stays null and is not read.
-        if (at) at += segment.row * tensor.batch + segment.step(i, reverse) * tensor.step + d * tensor.channel;
+        at += segment.row * tensor.batch + segment.step(i, reverse) * tensor.step + d * tensor.channel;
         keep(step);
     }
     __device__ __forceinline__ Pack<T, QUAD> load(int steps, int count) const {
@@ -115,7 +127,8 @@ template <typename T, int STEPS, int THREADS, bool WHOLE> struct ProjectionWalk 
     static constexpr int COUNT = (STEPS * ROW + THREADS - 1) / THREADS, ROWS = THREADS / ROW;
 
     const T *at;
-    int64_t step, state;
+    typename Distance<WHOLE>::type step;
+    int64_t state;
     int count, row;
     Pack<T, STATES> fours[COUNT];
 
@@ -132,13 +145,15 @@ template <typename T, int STEPS, int THREADS, bool WHOLE> struct ProjectionWalk 
         at = static_cast<const T *>(from.data) + segment.row * from.batch + segment.step(i + row, reverse) * from.step +
              group * from.group + (first_state + n) * from.state;
         keep(step);
+        keep(count);
     }
 
-    // Puts the loads in flight for a tile of which `left` steps exist.
-    __device__ __forceinline__ void load(int left) {
+    // Puts the loads in flight for a tile of which `left` steps exist; all of them, if it is not `RAGGED`.
+    template <bool RAGGED> __device__ __forceinline__ void load(int left) {
 #pragma unroll
         for (int k = 0; k < COUNT; k++) {
-            fours[k] = ::load<T, STATES, WHOLE>(at + k * ROWS * step, state, row + k * ROWS < left ? count : 0);
+            const bool there = (STEPS % ROWS == 0 && !RAGGED) || row + k * ROWS < left;
+            fours[k] = ::load<T, STATES, WHOLE>(at + k * ROWS * step, state, there ? count : 0);
         }
     }
     __device__ __forceinline__ void advance(int steps) { at += steps * step; }

@@ -25,23 +25,25 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     __shared__ alignas(16) float inputs[STEPS][CHANNELS];
     __shared__ alignas(16) float outputs[SUMMARY ? 1 : STEPS][LANES][CHANNELS];
     __shared__ alignas(16) float projections[STEPS][2][TURN];
+    __shared__ alignas(16) float biases[CHANNELS], skips[CHANNELS];
     extern __shared__ float4 carried[];
 
     const ScanInputs &p = params.in;
     const bool reverse = p.flags & FLAG_REVERSE, hold = GENERAL && (p.flags & FLAG_HOLD);
-    const bool plus = p.flags & FLAG_SOFTPLUS;
+    const bool plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
     const Block block(p, blockIdx.x, CHANNELS);
 
-    // As a member of a quad.
+    // As a member of a quad. One that does not exist reads the last that does, and writes nothing.
     const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS;
-    const int64_t d0 = block.first + column;
     const int count = max(0, min(block.width - column, QUAD));
-    float bias[QUAD], skip[QUAD];
-#pragma unroll
-    for (int c = 0; c < QUAD; c++) {
-        bias[c] = c < count ? p.delta_bias.at(d0 + c, 0.0f) : 0.0f;
-        skip[c] = c < count ? p.d.at(d0 + c, 0.0f) : 0.0f;
+    const int64_t d0 = block.first + (WHOLE ? min(column, block.width - QUAD) : column);
+    const int readable = WHOLE ? QUAD : count;
+    for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
+        const bool exists = c < block.width;
+        biases[c] = exists ? p.delta_bias.at(block.first + c, 0.0f) : 0.0f;
+        skips[c] = exists ? p.d.at(block.first + c, 0.0f) : 0.0f;
     }
+    __syncthreads();
 
     // As a lane of channels: neighbouring lanes have neighbouring channels, so that shared memory is met without
     // conflicts.
@@ -86,23 +88,159 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
         Walk<T, WHOLE> z(p.z, segment, segment.first + row, d0, reverse);
         T *out = static_cast<T *>(params.out) +
                  (segment.row * p.segments.len + segment.step(segment.first + row, reverse)) * p.d_inner + d0;
-        int64_t out_step = reverse ? -p.d_inner : p.d_inner;
+        typename Distance<WHOLE>::type out_step = reverse ? -p.d_inner : p.d_inner;
         keep(out_step);
         using Projections = ProjectionWalk<T, STEPS, THREADS, WHOLE>;
         Projections next(p, segment, block.group, segment.first, 0);
 
         Step next_u[QUADS], next_delta[QUADS];
-        const auto load_next = [&](int left) {
+        const auto load_next = [&](auto ragged, int left) {
 #pragma unroll
             for (int k = 0; k < QUADS; k++) {
-                const int there = row + k * ROWS < left ? count : 0;
+                const int there = !ragged || row + k * ROWS < left ? readable : 0;
                 next_u[k] = u.load(k * ROWS, there);
                 next_delta[k] = delta.load(k * ROWS, there);
             }
-            if (!GENERAL) next.load(left);
+            if (!GENERAL) next.template load<ragged.value>(left);
         };
-        load_next(static_cast<int>(min(segment.steps, int64_t(STEPS))));
 
+        // Carries the states through a tile, `left` steps of it if it is ragged, for which `next` holds what there is to
+        // stage, and has the tile after it loaded if there are `more` whole ones.
+        const auto tile = [&](auto ragged, int64_t i, int left, bool more) {
+            // Stage.
+            Step tile_u[QUADS], tile_z[QUADS];
+            float steps[QUADS][QUAD], bias[QUAD];
+            read_shared(bias, &biases[column]);
+#pragma unroll
+            for (int k = 0; k < QUADS; k++) {
+                tile_u[k] = next_u[k];
+#pragma unroll
+                for (int c = 0; c < QUAD; c++) steps[k][c] = next_delta[k][c] + bias[c];
+            }
+            if (plus) {
+#pragma unroll
+                for (int k = 0; k < QUADS; k++) {
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) steps[k][c] = softplus<T>(steps[k][c]);
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < QUADS; k++) {
+                float in[QUAD];
+#pragma unroll
+                for (int c = 0; c < QUAD; c++) {
+                    if (ragged && row + k * ROWS >= left) steps[k][c] = 0.0f;
+                    in[c] = hold ? tile_u[k][c] : steps[k][c] * tile_u[k][c];
+                }
+                write_shared(&deltas[row + k * ROWS][column], steps[k]);
+                write_shared(&inputs[row + k * ROWS][column], in);
+            }
+            if (!GENERAL) next.store(&projections[0][0][0]);
+            if (!SUMMARY) {
+#pragma unroll
+                for (int k = 0; k < QUADS; k++) {
+                    tile_z[k] = z.load(k * ROWS, gated && (!ragged || row + k * ROWS < left) ? readable : 0);
+                }
+                z.advance(STEPS);
+            }
+            u.advance(STEPS);
+            delta.advance(STEPS);
+            if (!GENERAL) next.advance(STEPS);
+            if (more) load_next(Is<false>(), STEPS);
+            if (!GENERAL) __syncthreads();
+
+            // Advance.
+            for (int turn = 0; turn < turns; turn++) {
+                float inverse_a[STATES], constant_b[STATES], constant_c[STATES];
+                if constexpr (GENERAL) {
+                    Projections tile(p, segment, block.group, i, turn * TURN);
+                    tile.template load<ragged.value>(left);
+                    __syncthreads();
+                    tile.store(&projections[0][0][0]);
+                    __syncthreads();
+                    read_shared(h[0], parked + turn * THREADS * STATES);
+                    read_a(turn);
+                    const Lane lane = lane_of(0, turn);
+                    lane.parameter(inverse_a, p.a);
+#pragma unroll
+                    for (int n = 0; n < STATES; n++) {
+                        // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
+                        inverse_a[n] = fabsf(inverse_a[n]) < 1e-30f ? 0.0f : 1.0f / inverse_a[n];
+                    }
+                    if (p.b.constant) lane.constant(constant_b, p.b);
+                    if (p.c.constant) lane.constant(constant_c, p.c);
+                }
+                float lost[STATES] = {};
+#pragma unroll(GENERAL ? 1 : OWN == 2 ? STEPS / 2 : STEPS)
+                for (int t = 0; t < STEPS; t++) {
+                    float step[OWN], in[OWN], b[STATES], c[STATES], y[OWN];
+                    read_shared(step, &deltas[t][own]);
+                    read_shared(in, &inputs[t][own]);
+                    read_shared(b, &projections[t][0][sub * STATES]);
+                    if (!SUMMARY) read_shared(c, &projections[t][1][sub * STATES]);
+                    if constexpr (GENERAL) {
+#pragma unroll
+                        for (int n = 0; n < STATES; n++) {
+                            if (p.b.constant) b[n] = constant_b[n];
+                            if (!SUMMARY && p.c.constant) c[n] = constant_c[n];
+                        }
+                    }
+#pragma unroll
+                    for (int k = 0; k < OWN; k++) {
+                        if (SUMMARY && turn == 0) total[k] += step[k];
+                        if (!SUMMARY && turn > 0) y[k] = outputs[t][sub][own + k];
+#pragma unroll
+                        for (int n = 0; n < STATES; n++) {
+                            const float x = step[k] * a[k][n];
+                            if (GENERAL && (hold || (p.flags & FLAG_COMPENSATE))) {
+                                const float minus_one = exp2_minus_one(x);
+                                float weighted = in[k];
+                                if (hold) weighted *= inverse_a[n] == 0.0f ? step[k] : minus_one * inverse_a[n];
+                                // What rounding takes from the state is given back in the next step.
+                                const float change = fmaf(minus_one, h[k][n], weighted * b[n]) + lost[n];
+                                const float sum = h[k][n] + change;
+                                if (p.flags & FLAG_COMPENSATE) lost[n] = change - (sum - h[k][n]);
+                                h[k][n] = sum;
+                            } else {
+                                h[k][n] = Decay<ACCURATE>(x).advance(h[k][n], in[k] * b[n]);
+                            }
+                            if (!SUMMARY) y[k] = n || turn ? fmaf(c[n], h[k][n], y[k]) : c[n] * h[k][n];
+                        }
+                    }
+                    if (!SUMMARY) write_shared(&outputs[t][sub][own], y);
+                }
+                if (GENERAL) write_shared(parked + turn * THREADS * STATES, h[0]);
+            }
+            __syncthreads();
+
+            // Finish.
+            if constexpr (!SUMMARY) {
+                float skip[QUAD];
+                read_shared(skip, &skips[column]);
+#pragma unroll
+                for (int k = 0; k < QUADS; k++) {
+                    const int t = row + k * ROWS;
+                    float part[LANES][QUAD], y[QUAD];
+#pragma unroll
+                    for (int s = 0; s < LANES; s++) read_shared(part[s], &outputs[t][s][column]);
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) {
+                        y[c] = (part[0][c] + part[1][c]) + (part[2][c] + part[3][c]);
+                        y[c] = fmaf(skip[c], tile_u[k][c], y[c]);
+                    }
+                    if (gated) {
+#pragma unroll
+                        for (int c = 0; c < QUAD; c++) y[c] *= silu(tile_z[k][c]);
+                    }
+                    store<T, WHOLE>(out + k * ROWS * out_step, y, !ragged || t < left ? count : 0);
+                }
+                out += STEPS * out_step;
+            }
+        };
+
+        // Whole tiles, those between two checkpoints together, then what is left.
+        int64_t whole = segment.steps / STEPS;
+        if (whole > 0) load_next(Is<false>(), STEPS);
         for (int64_t i = segment.first; i < end; i += CHECKPOINT_STEPS) {
             if (!SUMMARY && params.checkpoints && i > 0) {
                 const int64_t slot =
@@ -116,137 +254,16 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                     }
                 }
             }
-            // Steps that are left of this part and, for the loads ahead, of the next.
-            const int there = static_cast<int>(min(end - i, int64_t(CHECKPOINT_STEPS + STEPS)));
-            for (int left = there; left > max(0, there - CHECKPOINT_STEPS); left -= STEPS) {
-                // Stage.
-                Step tile_u[QUADS], tile_z[QUADS];
-                float steps[QUADS][QUAD];
-#pragma unroll
-                for (int k = 0; k < QUADS; k++) {
-                    tile_u[k] = next_u[k];
-#pragma unroll
-                    for (int c = 0; c < QUAD; c++) steps[k][c] = next_delta[k][c] + bias[c];
-                }
-                if (plus) {
-#pragma unroll
-                    for (int k = 0; k < QUADS; k++) {
-#pragma unroll
-                        for (int c = 0; c < QUAD; c++) steps[k][c] = softplus<T>(steps[k][c]);
-                    }
-                }
-                if (left < STEPS) {
-#pragma unroll
-                    for (int k = 0; k < QUADS; k++) {
-#pragma unroll
-                        for (int c = 0; c < QUAD; c++) steps[k][c] = row + k * ROWS < left ? steps[k][c] : 0.0f;
-                    }
-                }
-#pragma unroll
-                for (int k = 0; k < QUADS; k++) {
-                    float in[QUAD];
-#pragma unroll
-                    for (int c = 0; c < QUAD; c++) in[c] = hold ? tile_u[k][c] : steps[k][c] * tile_u[k][c];
-                    write_shared(&deltas[row + k * ROWS][column], steps[k]);
-                    write_shared(&inputs[row + k * ROWS][column], in);
-                }
-                if (!GENERAL) next.store(&projections[0][0][0]);
-                if (!SUMMARY && z.at) {
-#pragma unroll
-                    for (int k = 0; k < QUADS; k++) tile_z[k] = z.load(k * ROWS, row + k * ROWS < left ? count : 0);
-                    z.advance(STEPS);
-                }
-                u.advance(STEPS);
-                delta.advance(STEPS);
-                if (!GENERAL) next.advance(STEPS);
-                load_next(left - STEPS);
-                if (!GENERAL) __syncthreads();
-
-                // Advance.
-                for (int turn = 0; turn < turns; turn++) {
-                    float inverse_a[STATES], constant_b[STATES], constant_c[STATES];
-                    if constexpr (GENERAL) {
-                        Projections tile(p, segment, block.group, i + there - left, turn * TURN);
-                        tile.load(left);
-                        __syncthreads();
-                        tile.store(&projections[0][0][0]);
-                        __syncthreads();
-                        read_shared(h[0], parked + turn * THREADS * STATES);
-                        read_a(turn);
-                        const Lane lane = lane_of(0, turn);
-                        lane.parameter(inverse_a, p.a);
-#pragma unroll
-                        for (int n = 0; n < STATES; n++) {
-                            // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
-                            inverse_a[n] = fabsf(inverse_a[n]) < 1e-30f ? 0.0f : 1.0f / inverse_a[n];
-                        }
-                        if (p.b.constant) lane.constant(constant_b, p.b);
-                        if (p.c.constant) lane.constant(constant_c, p.c);
-                    }
-                    float lost[STATES] = {};
-#pragma unroll(GENERAL ? 1 : OWN == 4 ? 4 : 8)
-                    for (int t = 0; t < STEPS; t++) {
-                        float step[OWN], in[OWN], b[STATES], c[STATES], y[OWN];
-                        read_shared(step, &deltas[t][own]);
-                        read_shared(in, &inputs[t][own]);
-                        read_shared(b, &projections[t][0][sub * STATES]);
-                        if (!SUMMARY) read_shared(c, &projections[t][1][sub * STATES]);
-                        if constexpr (GENERAL) {
-#pragma unroll
-                            for (int n = 0; n < STATES; n++) {
-                                if (p.b.constant) b[n] = constant_b[n];
-                                if (!SUMMARY && p.c.constant) c[n] = constant_c[n];
-                            }
-                        }
-#pragma unroll
-                        for (int k = 0; k < OWN; k++) {
-                            if (SUMMARY && turn == 0) total[k] += step[k];
-                            if (!SUMMARY && turn > 0) y[k] = outputs[t][sub][own + k];
-#pragma unroll
-                            for (int n = 0; n < STATES; n++) {
-                                const float x = step[k] * a[k][n];
-                                if (GENERAL && (hold || (p.flags & FLAG_COMPENSATE))) {
-                                    const float minus_one = exp2_minus_one(x);
-                                    float weighted = in[k];
-                                    if (hold) weighted *= inverse_a[n] == 0.0f ? step[k] : minus_one * inverse_a[n];
-                                    // What rounding takes from the state is given back in the next step.
-                                    const float change = fmaf(minus_one, h[k][n], weighted * b[n]) + lost[n];
-                                    const float sum = h[k][n] + change;
-                                    if (p.flags & FLAG_COMPENSATE) lost[n] = change - (sum - h[k][n]);
-                                    h[k][n] = sum;
-                                } else {
-                                    h[k][n] = Decay<ACCURATE>(x).advance(h[k][n], in[k] * b[n]);
-                                }
-                                if (!SUMMARY) y[k] = n || turn ? fmaf(c[n], h[k][n], y[k]) : c[n] * h[k][n];
-                            }
-                        }
-                        if (!SUMMARY) write_shared(&outputs[t][sub][own], y);
-                    }
-                    if (GENERAL) write_shared(parked + turn * THREADS * STATES, h[0]);
-                }
-                __syncthreads();
-
-                // Finish.
-                if constexpr (!SUMMARY) {
-#pragma unroll
-                    for (int k = 0; k < QUADS; k++) {
-                        const int t = row + k * ROWS;
-                        float part[LANES][QUAD], y[QUAD];
-#pragma unroll
-                        for (int s = 0; s < LANES; s++) read_shared(part[s], &outputs[t][s][column]);
-#pragma unroll
-                        for (int c = 0; c < QUAD; c++) {
-                            y[c] = (part[0][c] + part[1][c]) + (part[2][c] + part[3][c]);
-                            y[c] = fmaf(skip[c], tile_u[k][c], y[c]);
-                        }
-                        if (z.at) {
-#pragma unroll
-                            for (int c = 0; c < QUAD; c++) y[c] *= silu(tile_z[k][c]);
-                        }
-                        store<T, WHOLE>(out + k * ROWS * out_step, y, t < left ? count : 0);
-                    }
-                    out += STEPS * out_step;
-                }
+            const int tiles = static_cast<int>(min(whole, int64_t(CHECKPOINT_STEPS / STEPS)));
+            whole -= tiles;
+            for (int k = 0; k < tiles; k++) {
+                tile(Is<false>(), i + k * STEPS, STEPS, k + 1 < tiles || whole > 0);
+            }
+            const int64_t rest = i + tiles * STEPS;
+            if (tiles < CHECKPOINT_STEPS / STEPS && rest < end) {
+                const int left = static_cast<int>(end - rest);
+                load_next(Is<true>(), left);
+                tile(Is<true>(), rest, left, false);
             }
         }
 
@@ -277,9 +294,9 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     }
 
 #define INSTANCES(SUFFIX, T)                                                                                           \
-    INSTANCE(four_##SUFFIX, T, 4, 128, 8, false, 5)                                                                    \
+    INSTANCE(four_##SUFFIX, T, 4, 128, 8, false, 4)                                                                    \
     INSTANCE(two_##SUFFIX, T, 2, 128, 16, false, 6)                                                                    \
-    INSTANCE(one_##SUFFIX, T, 1, 128, 16, false, 6)                                                                    \
+    INSTANCE(one_##SUFFIX, T, 1, 128, 16, false, 8)                                                                    \
     INSTANCE(general_##SUFFIX, T, 1, 256, 16, true, 2)
 
 INSTANCES(f32, float)

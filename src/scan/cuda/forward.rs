@@ -138,13 +138,16 @@ impl Scan {
     /// Whether the inputs can be read, and `outputs`, given by address and strides, written by fours.
     pub fn is_aligned<T>(&self, outputs: &[(u64, &[i64])]) -> bool {
         let whole = |address: u64, strides: &[i64]| {
-            address.is_multiple_of(4 * size_of::<T>() as u64) && strides.iter().all(|stride| stride % 4 == 0)
+            address.is_multiple_of(4 * size_of::<T>() as u64)
+                && strides.iter().all(|stride| stride % 4 == 0)
+                // Distances within a tile are 32 bits wide.
+                && strides.last().is_none_or(|step| *step < 1 << 24)
         };
         let inputs = &self.inputs;
         let activations = [&inputs.u, &inputs.delta, &inputs.z].into_iter().filter(|tensor| tensor.data != 0);
         let projections = [&inputs.b, &inputs.c];
         activations.into_iter().all(|x| x.channel == 1 && whole(x.data, &[x.batch, x.step]))
-            && projections.into_iter().all(|x| x.state == 1 && whole(x.data, &[x.batch, x.step, x.group]))
+            && projections.into_iter().all(|x| x.state == 1 && whole(x.data, &[x.batch, x.group, x.step]))
             && outputs.iter().all(|(address, strides)| whole(*address, strides))
     }
 
