@@ -192,6 +192,13 @@ struct Lane {
     __device__ __forceinline__ void parameter(float (&to)[STATES], const Matrix &from) const {
         read(to, from.data + channel * from.channel + state * from.state, from.state);
     }
+    // The state before a sequence; zero if none is given.
+    __device__ __forceinline__ void initial(float (&to)[STATES], const States &from, int64_t sequence) const {
+#pragma unroll
+        for (int n = 0; n < STATES; n++) to[n] = 0.0f;
+        if (!from.data) return;
+        read(to, from.data + sequence * from.sequence + channel * from.channel + state * from.state, from.state);
+    }
     __device__ __forceinline__ void constant(float (&to)[STATES], const Projection &from) const {
         read(to, static_cast<const float *>(from.data) + channel * from.channel + state * from.state, from.state);
     }
@@ -205,14 +212,9 @@ struct Lane {
 template <bool ACCURATE>
 __device__ __forceinline__ void enter(const ScanInputs &p, const Segment &segment, const Lane &lane,
                                       const float (&a)[STATES], float (&h)[STATES]) {
-#pragma unroll
-    for (int i = 0; i < STATES; i++) h[i] = 0.0f;
-    const States &initial = p.initial_state;
-    if (initial.data) {
-        lane.read(h, initial.data + segment.sequence * initial.sequence + lane.channel * initial.channel +
-                         lane.state * initial.state, initial.state);
-    }
+    lane.initial(h, p.initial_state, segment.sequence);
     if (!p.reached || !lane.exists) return;
+#pragma unroll 4
     for (int64_t before = segment.index - segment.rank; before < segment.index; before++) {
         const float sum = p.sums[before * p.d_inner + lane.channel];
         float reached[STATES];

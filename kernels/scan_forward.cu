@@ -54,22 +54,25 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     };
     float *const parked = reinterpret_cast<float *>(carried + threadIdx.x);
 
+    float a[OWN][STATES];
+    const auto read_a = [&](int turn) {
+#pragma unroll
+        for (int c = 0; c < OWN; c++) {
+            lane_of(c, turn).parameter(a[c], p.a);
+#pragma unroll
+            for (int n = 0; n < STATES; n++) a[c][n] *= LOG2_E;
+        }
+    };
+    if (!GENERAL) read_a(0);
+
     for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
         const Segment segment = p.segments.get(index);
         if (SUMMARY && segment.ends_sequence()) continue;
         const int64_t end = segment.first + segment.steps;
 
-        float a[OWN][STATES], h[OWN][STATES], total[OWN] = {};
-        const auto read_a = [&](int turn) {
-#pragma unroll
-            for (int c = 0; c < OWN; c++) {
-                lane_of(c, turn).parameter(a[c], p.a);
-#pragma unroll
-                for (int n = 0; n < STATES; n++) a[c][n] *= LOG2_E;
-            }
-        };
+        float h[OWN][STATES], total[OWN] = {};
         for (int turn = 0; turn < turns; turn++) {
-            read_a(turn);
+            if (GENERAL) read_a(turn);
 #pragma unroll
             for (int c = 0; c < OWN; c++) {
                 if constexpr (SUMMARY) {

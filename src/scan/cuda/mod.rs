@@ -12,10 +12,13 @@
 //! varying `B` and `C`, Euler's rule; activations whose channels, and projections whose states, lie side by side and start
 //! at multiples of 4 elements. Everything else takes a general kernel, about half as fast.
 
+mod backward;
 mod forward;
+mod launch;
 mod plan;
 
+pub use backward::{backward, backward_with};
 pub use forward::{forward, forward_with};
 pub use plan::{PerLane, Plan};
 
-use super::{Inputs, OutputMut, Problem};
+use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem};

@@ -4,7 +4,7 @@ use cudarc::driver::CudaSlice;
 
 use crate::arguments::Dims;
 use crate::cuda::{Device, params};
-use crate::sequences::{CHECKPOINT_STEPS, Sequences};
+use crate::sequences::{CHECKPOINT_STEPS, Sequence, Sequences};
 use crate::{Element, Memory, Result};
 
 use super::Problem;
@@ -34,15 +34,19 @@ pub enum PerLane {
 }
 
 /// Steps that a segment has at least: fewer would not be worth the first pass.
-const LEAST_SEGMENT: usize = 256;
+const LEAST_SEGMENT: usize = CHECKPOINT_STEPS;
+
+/// Warps of 8 channels with which a processor is full.
+const FULL: usize = 32;
 
 impl Plan {
     /// The steps in each segment of a sequence of `len` steps, of which `rows` are worked on at once.
     pub(super) fn steps(&self, rows: usize, len: usize, d_inner: usize, processors: usize) -> usize {
         let steps = self.segment_steps.unwrap_or_else(|| {
-            // Blocks of 64 channels, of which a processor holds three.
-            let (blocks, room) = (rows.saturating_mul(d_inner.div_ceil(64)), 3 * processors);
-            let segments = (room / blocks.max(1)).min(len / LEAST_SEGMENT).max(1);
+            let warps = rows.saturating_mul(d_inner.div_ceil(8));
+            // Splitting costs nearly as much again, so it must make far more warps.
+            let segments = (FULL * processors / warps.max(1)).min(len / LEAST_SEGMENT);
+            let segments = if segments < 3 { 1 } else { segments };
             if segments == 1 { usize::MAX } else { len.div_ceil(segments) }
         });
         let longest = (isize::MAX as usize) / CHECKPOINT_STEPS * CHECKPOINT_STEPS;
@@ -51,9 +55,12 @@ impl Plan {
 
     pub(super) fn per_lane(&self, rows: usize, d_inner: usize, processors: usize) -> PerLane {
         self.per_lane.unwrap_or({
-            // With four channels a lane, four warps for each of a processor's four schedulers.
-            let warps = rows.saturating_mul(d_inner.div_ceil(32));
-            if warps >= 16 * processors { PerLane::Four } else { PerLane::One }
+            // The fewest instructions that still leave a processor enough warps.
+            let warps = rows.saturating_mul(d_inner.div_ceil(8));
+            match warps / processors {
+                0..40 => PerLane::One,
+                _ => PerLane::Two,
+            }
         })
     }
 }
@@ -89,18 +96,19 @@ impl Segments {
                 for sequence in problem.sequences.iter() {
                     let steps = plan.steps(1, sequence.len, d_inner, device.processors);
                     split |= sequence.len > steps;
-                    for rank in 0..sequence.len.div_ceil(steps).max(1) {
+                    let count = sequence.len.div_ceil(steps).max(1);
+                    for rank in 0..count {
                         let first = rank * steps;
                         let steps = steps.min(sequence.len - first);
-                        entries.extend(
-                            [sequence.index, sequence.start, sequence.len, first, steps, rank].map(|x| x as u64),
-                        );
+                        let behind = count - 1 - rank;
+                        let Sequence { index, start, len, .. } = sequence;
+                        entries.extend([index, start, len, first, steps, rank, behind].map(|x| x as u64));
                     }
                 }
                 let table = device.upload("the segments of packed sequences", &entries)?;
                 let params = params::Segments {
                     packed: device.address(&table),
-                    count: (entries.len() / 6) as i64,
+                    count: (entries.len() / 7) as i64,
                     len: len as i64,
                     per_row: 1,
                     steps: 0,

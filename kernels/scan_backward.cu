@@ -1,0 +1,646 @@
+// The selective scan, backward: the gradients of its inputs, and what segments of split sequences make of a zero gradient
+// of the state.
+#include "scan.cuh"
+
+struct ScanBackward {
+    ScanInputs in;
+    Activation d_out;
+    States d_final_state;
+    // The states that forward kept, (slots, d_inner, d_state).
+    const float *checkpoints;
+    // Dense gradients of the activations, and of the initial state; null where the input is absent.
+    void *d_u, *d_delta, *d_z;
+    float *d_initial_state;
+    // Gradients of parameters, summed by each of gridDim.y rows of blocks: (rows, d_inner, d_state) and (rows, d_inner).
+    float *d_a, *d_b, *d_c, *d_d, *d_bias;
+    // Gradients of B and C that vary, summed by each block over its channels: (blocks of a group, batch·length, groups, 2,
+    // d_state).
+    float *projections;
+    // With more than 16 states, what the turns before have found of ∂y/∂Δ, ∂y/∂(Δu) and y: (3, batch·length, d_inner).
+    float *carried;
+    int64_t groups, steps;
+};
+static_assert(sizeof(ScanBackward) == 568, "as in src/cuda/params.rs");
+
+constexpr int THREADS = 256, CHANNELS = THREADS / LANES, COLUMNS = CHANNELS / QUAD, WARPS = THREADS / 32;
+// Steps whose decays and states are in registers at a time.
+constexpr int TILE = 8, TILES = CHECKPOINT_STEPS / TILE;
+
+// The sums that the lanes of a channel leave for each step. Channels change places with each sub, so that lanes do not
+// meet in a bank.
+struct Sums {
+    float2 steps[TILE][LANES][CHANNELS];
+    float y[TILE][LANES][CHANNELS];
+
+    static __device__ __forceinline__ int place(int channel, int sub) { return channel ^ sub * 8; }
+};
+
+struct Shared {
+    // Δ and Δu (u with zero-order hold) between two checkpoints.
+    float2 steps[CHECKPOINT_STEPS][CHANNELS];
+    float projections[CHECKPOINT_STEPS][2][TURN];
+    // Each lane's states behind each tile but the last; when the next tile is done, the gradient of those instead.
+    float4 states[TILES][THREADS];
+    // ∂/∂y of a tile.
+    float d_y[TILE][CHANNELS];
+    Sums sums;
+    // Each warp's sums over channels of ∂B and ∂C.
+    float d_projections[WARPS][TILE][2][TURN];
+    float biases[CHANNELS], skips[CHANNELS];
+    // The sums for each quad of a tile, which two threads take turns to add to.
+    float4 d_skip[COLUMNS * TILE], d_bias[COLUMNS * TILE];
+};
+
+// D += A B with 8-bit exponents and 10-bit mantissas. Row `row` of A selects: D's row `t` gets the sums of `upper` over
+// four lanes, and row `t + 8` those of `lower`; `select` is 1 in the lanes that hold row `t`, else 0.
+__device__ __forceinline__ void add_selected(float (&d)[4], float select, float upper, float lower) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %5, %4}, {%6, %7}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(select)), "r"(0), "r"(__float_as_uint(upper)), "r"(__float_as_uint(lower)));
+}
+
+// The upper part of `x` that the tensor cores take whole.
+__device__ __forceinline__ float upper_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+
+// Adds the values of the lanes that share a state to row `t` of the sums: exactly enough for the type that the result is
+// rounded to. f32 is taken in two parts; a truncated term is off by less than 2^-10, which rounding to bf16 hides, and
+// halfway bits make it 2^-11 for f16.
+template <typename T> struct ChannelSum;
+template <> struct ChannelSum<__nv_bfloat16> {
+    static __device__ __forceinline__ void add(float (&d)[4], float select, float b, float c) {
+        add_selected(d, select, b, c);
+    }
+};
+template <> struct ChannelSum<__half> {
+    static __device__ __forceinline__ float round(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }
+    static __device__ __forceinline__ void add(float (&d)[4], float select, float b, float c) {
+        add_selected(d, select, round(b), round(c));
+    }
+};
+template <> struct ChannelSum<float> {
+    static __device__ __forceinline__ void add(float (&d)[4], float select, float b, float c) {
+        const float b_up = upper_part(b), c_up = upper_part(c);
+        add_selected(d, select, b_up, c_up);
+        add_selected(d, select, b - b_up, c - c_up);
+    }
+};
+
+// (exp(ΔA) - 1)/A
+__device__ __forceinline__ float hold_weight(float minus_one, float inverse_a, float delta) {
+    return inverse_a == 0.0f ? delta : minus_one * inverse_a;
+}
+
+// Its derivative by A: Δ² φ'(ΔA) with φ(x) = (e^x - 1)/x.
+__device__ __forceinline__ float hold_weight_slope(float x, float inverse_a, float delta, float weight, float decay) {
+    // φ'(x) = Σ x^k/(k! (k + 2)); the closed form loses as many digits as x has zeros.
+    float p = fmaf(1.0f / 5760.0f, x, 1.0f / 840.0f);
+    p = fmaf(p, x, 1.0f / 144.0f);
+    p = fmaf(p, x, 1.0f / 30.0f);
+    p = fmaf(p, x, 0.125f);
+    p = fmaf(p, x, 1.0f / 3.0f);
+    p = fmaf(p, x, 0.5f);
+    const float far = (delta * decay - weight) * inverse_a;
+    return fabsf(x) < 0.5f ? delta * delta * p : far;
+}
+
+// `GENERAL` as in the forward kernel.
+template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backward(const ScanBackward &params) {
+    constexpr bool WHOLE = !GENERAL, ACCURATE = sizeof(T) == 4;
+    extern __shared__ float4 memory[];
+    Shared &shared = *reinterpret_cast<Shared *>(memory);
+
+    const ScanInputs &p = params.in;
+    const bool reverse = p.flags & FLAG_REVERSE, hold = GENERAL && (p.flags & FLAG_HOLD);
+    const bool plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
+    const Block block(p, blockIdx.x, CHANNELS);
+
+    // As a member of a quad: half of the threads take every other tile.
+    const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS % TILE;
+    const int half = threadIdx.x / (COLUMNS * TILE);
+    const int count = max(0, min(block.width - column, QUAD));
+    const int64_t d0 = block.first + column;
+    for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
+        const bool exists = c < block.width;
+        shared.biases[c] = exists ? p.delta_bias.at(block.first + c, 0.0f) : 0.0f;
+        shared.skips[c] = exists ? p.d.at(block.first + c, 0.0f) : 0.0f;
+    }
+    const int quad = threadIdx.x % (COLUMNS * TILE);
+    shared.d_skip[quad] = shared.d_bias[quad] = {};
+    __syncthreads();
+
+    // As a lane of a channel: lanes that differ in the lowest two bits meet in a sum of the tensor cores, those that differ
+    // in the third in neighbouring columns of it.
+    const int lane_index = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int sub = lane_index / 8, own = warp * 8 + lane_index % 8;
+    const int turns = GENERAL ? static_cast<int>((p.d_state + TURN - 1) / TURN) : 1;
+
+    for (int turn = 0; turn < turns; turn++) {
+        const bool last_turn = turn == turns - 1;
+        const Lane lane(p, block.first + own, own < block.width, turn * TURN + sub * STATES);
+        float a[STATES], inverse_a[STATES], constant_b[STATES] = {}, constant_c[STATES] = {};
+        lane.parameter(a, p.a);
+#pragma unroll
+        for (int n = 0; n < STATES; n++) {
+            inverse_a[n] = fabsf(a[n]) < 1e-30f ? 0.0f : 1.0f / a[n];
+            a[n] *= LOG2_E;
+        }
+        if (GENERAL && p.b.constant) lane.constant(constant_b, p.b);
+        if (GENERAL && p.c.constant) lane.constant(constant_c, p.c);
+        float d_a[STATES] = {}, d_constant_b[STATES] = {}, d_constant_c[STATES] = {};
+
+        for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
+            const Segment segment = p.segments.get(index);
+            const int64_t flat = segment.row * p.segments.len;
+
+            float g[STATES] = {};
+            if (segment.ends_sequence() || p.reached) {
+                const States &final_state = params.d_final_state;
+                if (final_state.data) {
+                    lane.read(g, final_state.data + segment.sequence * final_state.sequence +
+                                     lane.channel * final_state.channel + lane.state * final_state.state,
+                              final_state.state);
+                }
+            }
+            if (p.reached && lane.exists) {
+                // The segments behind this one, the last first.
+                const int64_t last = segment.index + (p.segments.packed ? p.segments.packed[segment.index].behind
+                                                                         : p.segments.per_row - 1 - segment.rank);
+#pragma unroll 4
+                for (int64_t after = last; after > segment.index; after--) {
+                    const float sum = p.sums[after * p.d_inner + lane.channel];
+                    float reached[STATES];
+                    lane.read(reached, p.reached + lane.at(p, after), 1);
+#pragma unroll
+                    for (int n = 0; n < STATES; n++) g[n] = Decay<ACCURATE>(sum * a[n]).advance(g[n], reached[n]);
+                }
+            }
+
+            const int64_t parts = (segment.steps + CHECKPOINT_STEPS - 1) / CHECKPOINT_STEPS;
+            for (int64_t part = parts - 1; part >= 0; part--) {
+                const int64_t i0 = segment.first + part * CHECKPOINT_STEPS;
+                const int left = static_cast<int>(min(segment.first + segment.steps - i0, int64_t(CHECKPOINT_STEPS)));
+                const int tiles = (left + TILE - 1) / TILE;
+
+                // Stage what the recurrence reads.
+                {
+                    constexpr int ROWS = THREADS / COLUMNS;
+                    const int first_row = threadIdx.x / COLUMNS;
+                    const Walk<T, WHOLE> u(p.u, segment, i0 + first_row, d0, reverse);
+                    const Walk<T, WHOLE> delta(p.delta, segment, i0 + first_row, d0, reverse);
+                    ProjectionWalk<T, CHECKPOINT_STEPS, THREADS, WHOLE> projections(p, segment, block.group, i0, turn * TURN);
+                    projections.template load<true>(left);
+                    Pack<T, QUAD> x[CHECKPOINT_STEPS / ROWS], step[CHECKPOINT_STEPS / ROWS];
+#pragma unroll
+                    for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
+                        const int there = first_row + k * ROWS < left ? count : 0;
+                        x[k] = u.load(k * ROWS, there);
+                        step[k] = delta.load(k * ROWS, there);
+                    }
+                    float bias[QUAD];
+                    read_shared(bias, &shared.biases[column]);
+#pragma unroll
+                    for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
+                        const bool there = first_row + k * ROWS < left;
+                        float staged[2 * QUAD];
+#pragma unroll
+                        for (int c = 0; c < QUAD; c++) {
+                            float delta = step[k][c] + bias[c];
+                            if (plus) delta = softplus<T>(delta);
+                            staged[2 * c] = there ? delta : 0.0f;
+                            staged[2 * c + 1] = hold ? x[k][c] : staged[2 * c] * x[k][c];
+                        }
+                        write_shared(&shared.steps[first_row + k * ROWS][column].x, staged);
+                    }
+                    projections.store(&shared.projections[0][0][0]);
+                }
+
+                // The quads of a tile of this thread: z and ∂/∂out, which are read to stage ∂/∂y and again to finish.
+                Pack<T, QUAD> tile_z = {}, tile_d_out = {};
+                const auto stage_d_y = [&](int tile) {
+                    if (tile % 2 != half) return;
+                    const Walk<T, WHOLE> z(p.z, segment, i0 + tile * TILE + row, d0, reverse);
+                    const Walk<T, WHOLE> d_out(params.d_out, segment, i0 + tile * TILE + row, d0, reverse);
+                    const int there = tile * TILE + row < left ? count : 0;
+                    tile_z = z.load(0, gated ? there : 0);
+                    tile_d_out = d_out.load(0, there);
+                    float d_y[QUAD];
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) {
+                        d_y[c] = gated ? tile_d_out[c] * silu(tile_z[c]) : tile_d_out[c];
+                    }
+                    write_shared(&shared.d_y[row][column], d_y);
+                };
+                stage_d_y(tiles - 1);
+                __syncthreads();
+
+                // The states before the part, or before a later tile of it.
+                const auto read_states = [&](float(&h)[STATES], int tile) {
+                    if (tile > 0) {
+                        read_shared(h, &shared.states[tile - 1][threadIdx.x].x);
+                    } else if (i0 > 0) {
+                        const int64_t slot = (flat + segment.start) / CHECKPOINT_STEPS + i0 / CHECKPOINT_STEPS - 1;
+                        lane.read(h, params.checkpoints + lane.at(p, slot), 1);
+                    } else {
+                        lane.initial(h, p.initial_state, segment.sequence);
+                    }
+                };
+                const auto coefficients = [&](float(&b)[STATES], int which, int t) {
+                    read_shared(b, &shared.projections[t][which][sub * STATES]);
+                    if (GENERAL && (which ? p.c : p.b).constant) {
+#pragma unroll
+                        for (int n = 0; n < STATES; n++) b[n] = which ? constant_c[n] : constant_b[n];
+                    }
+                };
+                // exp(ΔA), less 1 where that is kept.
+                const auto decay_of = [&](float x) {
+                    if (GENERAL && hold) return exp2_minus_one(x);
+                    return Decay<ACCURATE>(x).value;
+                };
+                const auto decayed = [&](float decay, float h) {
+                    return ACCURATE || (GENERAL && hold) ? fmaf(decay, h, h) : decay * h;
+                };
+                const auto weighted = [&](int n, float2 in, float decay) {
+                    return hold ? hold_weight(decay, inverse_a[n], in.x) * in.y : in.y;
+                };
+                {
+                    float h[STATES];
+                    read_states(h, 0);
+                    for (int tile = 0; tile + 1 < tiles; tile++) {
+#pragma unroll
+                        for (int t = 0; t < TILE; t++) {
+                            const float2 in = shared.steps[tile * TILE + t][own];
+                            float b[STATES];
+                            coefficients(b, 0, tile * TILE + t);
+#pragma unroll
+                            for (int n = 0; n < STATES; n++) {
+                                const float decay = decay_of(in.x * a[n]);
+                                h[n] = fmaf(weighted(n, in, decay), b[n], decayed(decay, h[n]));
+                            }
+                        }
+                        shared.states[tile][threadIdx.x] = {h[0], h[1], h[2], h[3]};
+                    }
+                }
+
+                for (int tile = tiles - 1; tile >= 0; tile--) {
+                    // Forward through the tile, keeping decays and states.
+                    float decays[TILE][STATES], h[TILE + 1][STATES];
+                    read_states(h[0], tile);
+#pragma unroll
+                    for (int t = 0; t < TILE; t++) {
+                        const float2 in = shared.steps[tile * TILE + t][own];
+                        float b[STATES];
+                        coefficients(b, 0, tile * TILE + t);
+#pragma unroll
+                        for (int n = 0; n < STATES; n++) {
+                            decays[t][n] = decay_of(in.x * a[n]);
+                            h[t + 1][n] = fmaf(weighted(n, in, decays[t][n]), b[n], decayed(decays[t][n], h[t][n]));
+                        }
+                    }
+
+                    // And back.
+                    write_shared(&shared.states[tile][threadIdx.x].x, g);
+                    float sums[STATES][4] = {};
+#pragma unroll
+                    for (int t = TILE - 1; t >= 0; t--) {
+                        const float2 in = shared.steps[tile * TILE + t][own];
+                        const float d_y = shared.d_y[t][own], select = lane_index / 4 == t ? 1.0f : 0.0f;
+                        float b[STATES], c[STATES], d_delta = 0.0f, d_input = 0.0f, y = 0.0f;
+                        coefficients(b, 0, tile * TILE + t);
+                        coefficients(c, 1, tile * TILE + t);
+#pragma unroll
+                        for (int n = 0; n < STATES; n++) {
+                            const float decay = decays[t][n], input = weighted(n, in, decay);
+                            y = n ? fmaf(c[n], h[t + 1][n], y) : c[n] * h[t + 1][n];
+                            g[n] = fmaf(c[n], d_y, g[n]);
+                            const float d_b = g[n] * input, d_c = d_y * h[t + 1][n];
+                            ChannelSum<T>::add(sums[n], select, d_b, d_c);
+                            if (GENERAL) {
+                                d_constant_b[n] += d_b;
+                                d_constant_c[n] += d_c;
+                            }
+                            if (GENERAL && hold) {
+                                const float weight = hold_weight(decay, inverse_a[n], in.x);
+                                const float d_weighted = g[n] * b[n], d_weight = d_weighted * in.y;
+                                d_input = fmaf(d_weighted, weight, d_input);
+                                const float slope =
+                                    hold_weight_slope(in.x * a[n] * LN_2, inverse_a[n], in.x, weight, decay + 1.0f);
+                                d_a[n] = fmaf(d_weight, slope, d_a[n]);
+                                // By Δ, which is counted in units of log2(e) here.
+                                d_delta = fmaf(d_weight, (decay + 1.0f) * LOG2_E, d_delta);
+                            } else {
+                                d_input = n ? fmaf(g[n], b[n], d_input) : g[n] * b[n];
+                            }
+                            // Through the decay: ∂/∂(ΔA) is that of the state before, times that state.
+                            g[n] = decayed(decay, g[n]);
+                            const float d_log = g[n] * h[t][n];
+                            d_a[n] = fmaf(in.x, d_log, d_a[n]);
+                            d_delta = n || (GENERAL && hold) ? fmaf(a[n], d_log, d_delta) : a[n] * d_log;
+                        }
+                        shared.sums.steps[t][sub][Sums::place(own, sub)] = {d_delta, d_input};
+                        if (gated) shared.sums.y[t][sub][Sums::place(own, sub)] = y;
+                    }
+
+                    // Sums over the warp's channels: the pairs of columns are its halves. Row and column of a lane's
+                    // sums are a step and a sub.
+                    const int t_sum = lane_index / 4, sub_sum = lane_index % 4;
+                    float d_b[STATES], d_c[STATES], finite = 0.0f;
+#pragma unroll
+                    for (int n = 0; n < STATES; n++) {
+                        d_b[n] = sums[n][0] + sums[n][1];
+                        d_c[n] = sums[n][2] + sums[n][3];
+                        finite = fmaf(d_b[n], 0.0f, fmaf(d_c[n], 0.0f, finite));
+                    }
+                    float(&to)[TILE][2][TURN] = shared.d_projections[warp];
+                    if (__all_sync(~0u, finite == 0.0f)) {
+                        write_shared(&to[t_sum][0][sub_sum * STATES], d_b);
+                        write_shared(&to[t_sum][1][sub_sum * STATES], d_c);
+                    } else {
+                        // A product of zero and infinity has spread over the rows: sum each step alone, from the states
+                        // and gradients at both ends of the tile.
+                        float again[STATES];
+                        read_shared(again, &shared.states[tile][threadIdx.x].x);
+#pragma unroll 1
+                        for (int t = TILE - 1; t >= 0; t--) {
+                            float state[STATES], c[STATES];
+                            read_states(state, tile);
+                            float2 in;
+#pragma unroll 1
+                            for (int s = 0; s <= t; s++) {
+                                in = shared.steps[tile * TILE + s][own];
+                                float b[STATES];
+                                coefficients(b, 0, tile * TILE + s);
+#pragma unroll
+                                for (int n = 0; n < STATES; n++) {
+                                    const float decay = decay_of(in.x * a[n]);
+                                    state[n] = fmaf(weighted(n, in, decay), b[n], decayed(decay, state[n]));
+                                }
+                            }
+                            coefficients(c, 1, tile * TILE + t);
+                            const float d_y = shared.d_y[t][own];
+#pragma unroll
+                            for (int n = 0; n < STATES; n++) {
+                                const float decay = decay_of(in.x * a[n]);
+                                again[n] = fmaf(c[n], d_y, again[n]);
+                                float one_b = again[n] * weighted(n, in, decay), one_c = d_y * state[n];
+#pragma unroll
+                                for (int other = 1; other < 8; other *= 2) {
+                                    one_b += __shfl_xor_sync(~0u, one_b, other);
+                                    one_c += __shfl_xor_sync(~0u, one_c, other);
+                                }
+                                if (lane_index % 8 == 0) {
+                                    to[t][0][sub * STATES + n] = one_b;
+                                    to[t][1][sub * STATES + n] = one_c;
+                                }
+                                again[n] = decayed(decay, again[n]);
+                            }
+                        }
+                    }
+                    __syncthreads();
+
+                    // Finish: what each channel gets of the sums over its states.
+                    if (tile % 2 == half) {
+                        const int64_t i = i0 + tile * TILE + row;
+                        const int there = tile * TILE + row < left ? count : 0;
+                        const Walk<T, WHOLE> u(p.u, segment, i, d0, reverse), delta(p.delta, segment, i, d0, reverse);
+                        const Pack<T, QUAD> x = u.load(0, there), step = delta.load(0, there);
+                        float d_delta[QUAD], d_input[QUAD], y[QUAD], bias[QUAD], skip[QUAD];
+                        float2 part[LANES][QUAD];
+                        float part_y[LANES][QUAD] = {};
+#pragma unroll
+                        for (int s = 0; s < LANES; s++) {
+                            read_shared(*reinterpret_cast<float(*)[2 * QUAD]>(&part[s][0]),
+                                        &shared.sums.steps[row][s][Sums::place(column, s)].x);
+                            if (gated) read_shared(part_y[s], &shared.sums.y[row][s][Sums::place(column, s)]);
+                        }
+                        read_shared(bias, &shared.biases[column]);
+                        read_shared(skip, &shared.skips[column]);
+                        const int64_t at = (flat + segment.step(i, reverse)) * p.d_inner + block.first + column;
+#pragma unroll
+                        for (int c = 0; c < QUAD; c++) {
+                            d_delta[c] = (part[0][c].x + part[1][c].x) + (part[2][c].x + part[3][c].x);
+                            d_input[c] = (part[0][c].y + part[1][c].y) + (part[2][c].y + part[3][c].y);
+                            y[c] = (part_y[0][c] + part_y[1][c]) + (part_y[2][c] + part_y[3][c]);
+                        }
+                        if (GENERAL && turns > 1) {
+                            const int64_t plane = params.steps * p.d_inner;
+#pragma unroll
+                            for (int c = 0; c < QUAD; c++) {
+                                if (c >= there) break;
+                                float *carried = params.carried + at + c;
+                                if (turn > 0) {
+                                    d_delta[c] += carried[0];
+                                    d_input[c] += carried[plane];
+                                    y[c] += carried[2 * plane];
+                                }
+                                carried[0] = d_delta[c];
+                                carried[plane] = d_input[c];
+                                carried[2 * plane] = y[c];
+                            }
+                        }
+                        if (last_turn) {
+                            float d_u[QUAD], d_step[QUAD], d_z[QUAD], d_skip[QUAD], d_bias[QUAD];
+                            read_shared(d_skip, &shared.d_skip[quad].x);
+                            read_shared(d_bias, &shared.d_bias[quad].x);
+#pragma unroll
+                            for (int c = 0; c < QUAD; c++) {
+                                const float raw = step[c] + bias[c];
+                                const float delta = shared.steps[tile * TILE + row][column + c].x;
+                                const float d_out = tile_d_out[c];
+                                float d_y = d_out;
+                                if (gated) {
+                                    const float z = tile_z[c], s = sigmoid(z);
+                                    d_z[c] = d_out * fmaf(skip[c], x[c], y[c]) * (s * fmaf(z, 1.0f - s, 1.0f));
+                                    d_y = d_out * (z * s);
+                                }
+                                d_u[c] = fmaf(skip[c], d_y, hold ? d_input[c] : d_input[c] * delta);
+                                float d = d_delta[c] * LN_2;
+                                if (!hold) d = fmaf(d_input[c], x[c], d);
+                                if (plus) d *= sigmoid(raw);
+                                d_step[c] = d;
+                                d_skip[c] = fmaf(d_y, x[c], d_skip[c]);
+                                d_bias[c] += d;
+                            }
+                            if (there) {
+                                write_shared(&shared.d_skip[quad].x, d_skip);
+                                write_shared(&shared.d_bias[quad].x, d_bias);
+                            }
+                                                        store<T, WHOLE>(static_cast<T *>(params.d_u) + at, d_u, there);
+                            store<T, WHOLE>(static_cast<T *>(params.d_delta) + at, d_step, there);
+                            if (gated) store<T, WHOLE>(static_cast<T *>(params.d_z) + at, d_z, there);
+                        }
+                    }
+                    // The block's sums of ∂B and ∂C, one to a thread, the warps in order.
+                    {
+                        static_assert(THREADS == TILE * 2 * TURN, "one sum for each thread");
+                        const int t = threadIdx.x / (2 * TURN), which = threadIdx.x / TURN % 2, n = threadIdx.x % TURN;
+                        const int64_t state = turn * TURN + n;
+                        float sum = 0.0f;
+#pragma unroll
+                        for (int w = 0; w < WARPS; w++) sum += shared.d_projections[w][t][which][n];
+                        if (tile * TILE + t < left && state < p.d_state && params.projections) {
+                            const int64_t i = flat + segment.step(i0 + tile * TILE + t, reverse);
+                            const int64_t line = blockIdx.x % p.group_blocks * params.steps + i;
+                            params.projections[((line * params.groups + block.group) * 2 + which) * p.d_state + state] = sum;
+                        }
+                    }
+                    if (tile > 0) stage_d_y(tile - 1);
+                    __syncthreads();
+                }
+            }
+            if (params.d_initial_state && segment.first == 0) {
+                lane.write(params.d_initial_state + lane.at(p, segment.sequence), g);
+            }
+        }
+        lane.write(params.d_a + lane.at(p, blockIdx.y), d_a);
+        if (GENERAL && params.d_b) lane.write(params.d_b + lane.at(p, blockIdx.y), d_constant_b);
+        if (GENERAL && params.d_c) lane.write(params.d_c + lane.at(p, blockIdx.y), d_constant_c);
+    }
+
+    // Sums over the threads of a quad, in order.
+    __syncthreads();
+    const auto sum_quads = [&](const float4(&parts)[COLUMNS * TILE], float *to) {
+        if (!to || threadIdx.x >= block.width) return;
+        float sum = 0.0f;
+        for (int i = 0; i < TILE; i++) {
+            sum += (&parts[i * COLUMNS + threadIdx.x / QUAD].x)[threadIdx.x % QUAD];
+        }
+        to[blockIdx.y * p.d_inner + block.first + threadIdx.x] = sum;
+    };
+    sum_quads(shared.d_skip, params.d_d);
+    sum_quads(shared.d_bias, params.d_bias);
+}
+
+// Runs a segment backwards from a zero gradient of the state, for that which it reaches and its ΣΔ.
+template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat(const ScanBackward &params) {
+    constexpr bool WHOLE = !GENERAL, ACCURATE = sizeof(T) == 4;
+    constexpr int STEPS = THREADS / COLUMNS;
+    __shared__ alignas(16) float2 steps[STEPS][CHANNELS];
+    __shared__ alignas(16) float projections[STEPS][2][TURN];
+
+    const ScanInputs &p = params.in;
+    const bool reverse = p.flags & FLAG_REVERSE, plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
+    const Block block(p, blockIdx.x, CHANNELS);
+    const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS;
+    const int count = max(0, min(block.width - column, QUAD));
+    const int64_t d0 = block.first + column;
+    const int sub = threadIdx.x % 32 / 8, own = threadIdx.x / 32 * 8 + threadIdx.x % 8;
+    const int turns = GENERAL ? static_cast<int>((p.d_state + TURN - 1) / TURN) : 1;
+    float bias[QUAD];
+#pragma unroll
+    for (int c = 0; c < QUAD; c++) bias[c] = c < count ? p.delta_bias.at(d0 + c, 0.0f) : 0.0f;
+
+    for (int turn = 0; turn < turns; turn++) {
+        const Lane lane(p, block.first + own, own < block.width, turn * TURN + sub * STATES);
+        float a[STATES], constant_c[STATES] = {};
+        lane.parameter(a, p.a);
+#pragma unroll
+        for (int n = 0; n < STATES; n++) a[n] *= LOG2_E;
+        if (GENERAL && p.c.constant) lane.constant(constant_c, p.c);
+
+        for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
+            const Segment segment = p.segments.get(index);
+            // What a sequence starts with is not handed on.
+            if (segment.first == 0) continue;
+            float g[STATES] = {}, total = 0.0f;
+            const int64_t tiles = (segment.steps + STEPS - 1) / STEPS;
+            for (int64_t tile = tiles - 1; tile >= 0; tile--) {
+                const int64_t i = segment.first + tile * STEPS;
+                const int left = static_cast<int>(min(segment.first + segment.steps - i, int64_t(STEPS)));
+                const int there = row < left ? count : 0;
+                const Walk<T, WHOLE> delta(p.delta, segment, i + row, d0, reverse);
+                const Walk<T, WHOLE> z(p.z, segment, i + row, d0, reverse);
+                const Walk<T, WHOLE> d_out(params.d_out, segment, i + row, d0, reverse);
+                const Pack<T, QUAD> step = delta.load(0, there), gate = z.load(0, gated ? there : 0);
+                const Pack<T, QUAD> from = d_out.load(0, there);
+                ProjectionWalk<T, STEPS, THREADS, WHOLE> walk(p, segment, block.group, i, turn * TURN);
+                walk.template load<true>(left);
+                float staged[2 * QUAD];
+#pragma unroll
+                for (int c = 0; c < QUAD; c++) {
+                    float x = step[c] + bias[c];
+                    if (plus) x = softplus<T>(x);
+                    staged[2 * c] = row < left ? x : 0.0f;
+                    staged[2 * c + 1] = gated ? from[c] * silu(gate[c]) : from[c];
+                }
+                __syncthreads();
+                write_shared(&steps[row][column].x, staged);
+                walk.store(&projections[0][0][0]);
+                __syncthreads();
+#pragma unroll 8
+                for (int t = STEPS - 1; t >= 0; t--) {
+                    const float2 in = steps[t][own];
+                    float c[STATES];
+                    read_shared(c, &projections[t][1][sub * STATES]);
+                    total += in.x;
+#pragma unroll
+                    for (int n = 0; n < STATES; n++) {
+                        if (GENERAL && p.c.constant) c[n] = constant_c[n];
+                        g[n] = Decay<ACCURATE>(in.x * a[n]).of(fmaf(c[n], in.y, g[n]));
+                    }
+                }
+            }
+            lane.write(p.reached + lane.at(p, segment.index), g);
+            if (turn == 0 && sub == 0 && lane.exists) p.sums[segment.index * p.d_inner + lane.channel] = total;
+        }
+    }
+}
+
+// Sums over the blocks of a group, rounded: ∂B and ∂C.
+struct SumProjections {
+    const float *parts;
+    // Null where constant.
+    void *d_b, *d_c;
+    int64_t blocks, lines, d_state;
+};
+static_assert(sizeof(SumProjections) == 48, "as in src/cuda/params.rs");
+
+template <typename T> __device__ __forceinline__ void sum_projections(const SumProjections &p) {
+    const int64_t count = p.lines * 2 * p.d_state;
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+        const int64_t line = i / (2 * p.d_state), which = i / p.d_state % 2, n = i % p.d_state;
+        void *to = which ? p.d_c : p.d_b;
+        if (!to) continue;
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int64_t block = 0; block < p.blocks; block++) sum += p.parts[block * count + i];
+        static_cast<T *>(to)[line * p.d_state + n] = narrow<T>(sum);
+    }
+}
+
+// Sums over rows of blocks: `(rows, count)`.
+struct SumRows {
+    const float *parts;
+    float *to;
+    int64_t rows, count;
+};
+static_assert(sizeof(SumRows) == 32, "as in src/cuda/params.rs");
+
+extern "C" __global__ void sum_rows(const __grid_constant__ SumRows p) {
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < p.count; i += int64_t(gridDim.x) * blockDim.x) {
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int64_t row = 0; row < p.rows; row++) sum += p.parts[row * p.count + i];
+        p.to[i] = sum;
+    }
+}
+
+#define INSTANCE(NAME, T, GENERAL)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, GENERAL ? 1 : 2)                                                           \
+        scan_backward_##NAME(const __grid_constant__ ScanBackward params) {                                            \
+        scan_backward<T, GENERAL>(params);                                                                             \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        scan_retreat_##NAME(const __grid_constant__ ScanBackward params) {                                             \
+        scan_retreat<T, GENERAL>(params);                                                                              \
+    }
+
+#define INSTANCES(SUFFIX, T)                                                                                           \
+    INSTANCE(fast_##SUFFIX, T, false)                                                                                  \
+    INSTANCE(general_##SUFFIX, T, true)                                                                                \
+    extern "C" __global__ void sum_projections_##SUFFIX(const __grid_constant__ SumProjections p) {                    \
+        sum_projections<T>(p);                                                                                         \
+    }
+
+INSTANCES(f32, float)
+INSTANCES(f16, __half)
+INSTANCES(bf16, __nv_bfloat16)
