@@ -35,7 +35,14 @@ struct Sums {
     static __device__ __forceinline__ int place(int channel, int sub) { return channel ^ sub * 8; }
 };
 
+// Where a part's first step lies in a tensor, for the first channel of the block, and the distance of its steps.
+struct Place {
+    const void *at;
+    int64_t step;
+};
+
 struct Shared {
+    Place u, delta, z, d_out, gradients, lines;
     // Δ and Δu (u with zero-order hold) between two checkpoints.
     float2 steps[CHECKPOINT_STEPS][CHANNELS];
     float projections[CHECKPOINT_STEPS][2][TURN];
@@ -51,39 +58,44 @@ struct Shared {
     float4 d_skip[COLUMNS * TILE], d_bias[COLUMNS * TILE];
 };
 
-// D += A B with 8-bit exponents and 10-bit mantissas. Row `row` of A selects: D's row `t` gets the sums of `upper` over
-// four lanes, and row `t + 8` those of `lower`; `select` is 1 in the lanes that hold row `t`, else 0.
-__device__ __forceinline__ void add_selected(float (&d)[4], float select, float upper, float lower) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %5, %4}, {%6, %7}, {%0, %1, %2, %3};"
+static_assert(sizeof(Shared) == 113248, "as in src/scan/cuda/backward.rs");
+
+// Whether terms must be rounded, see sum_channels.
+template <typename T> constexpr bool ROUNDS = false;
+template <> constexpr bool ROUNDS<__half> = true;
+
+// D += A B on the tensor cores, with 8-bit exponents and 10-bit mantissas. A holds what is to be summed: the lanes that
+// differ in the lowest two bits hold columns of it, and a row of D gets their sum. B chooses D's column: `first` that of
+// the first two of `terms`, `second` that of the other two; 1 in the lanes that hold the column, else 0.
+__device__ __forceinline__ void add_selected(float (&d)[4], const float (&terms)[4], float first, float second) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(select)), "r"(0), "r"(__float_as_uint(upper)), "r"(__float_as_uint(lower)));
+        : "r"(__float_as_uint(terms[0])), "r"(__float_as_uint(terms[1])), "r"(__float_as_uint(terms[2])),
+          "r"(__float_as_uint(terms[3])), "r"(__float_as_uint(first)), "r"(__float_as_uint(second)));
 }
 
-// The upper part of `x` that the tensor cores take whole.
-__device__ __forceinline__ float upper_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
-
-// Adds the values of the lanes that share a state to row `t` of the sums: exactly enough for the type that the result is
-// rounded to. f32 is taken in two parts; a truncated term is off by less than 2^-10, which rounding to bf16 hides, and
-// halfway bits make it 2^-11 for f16.
-template <typename T> struct ChannelSum;
-template <> struct ChannelSum<__nv_bfloat16> {
-    static __device__ __forceinline__ void add(float (&d)[4], float select, float b, float c) {
-        add_selected(d, select, b, c);
+// add_selected, exact enough for the type that the result is rounded to: a truncated term is off by less than 2^-10, which
+// rounding to bf16 hides; rounded terms by 2^-11, for f16; f32 is taken in two parts.
+template <typename T>
+__device__ __forceinline__ void sum_channels(float (&d)[4], const float (&terms)[4], float first, float second) {
+    if constexpr (sizeof(T) == 4) {
+        float upper[4], lower[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            upper[i] = __uint_as_float(__float_as_uint(terms[i]) & 0xffffe000u);
+            lower[i] = terms[i] - upper[i];
+        }
+        add_selected(d, upper, first, second);
+        add_selected(d, lower, first, second);
+    } else if constexpr (ROUNDS<T>) {
+        float rounded[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) rounded[i] = __uint_as_float(__float_as_uint(terms[i]) + 0x1000u);
+        add_selected(d, rounded, first, second);
+    } else {
+        add_selected(d, terms, first, second);
     }
-};
-template <> struct ChannelSum<__half> {
-    static __device__ __forceinline__ float round(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }
-    static __device__ __forceinline__ void add(float (&d)[4], float select, float b, float c) {
-        add_selected(d, select, round(b), round(c));
-    }
-};
-template <> struct ChannelSum<float> {
-    static __device__ __forceinline__ void add(float (&d)[4], float select, float b, float c) {
-        const float b_up = upper_part(b), c_up = upper_part(c);
-        add_selected(d, select, b_up, c_up);
-        add_selected(d, select, b - b_up, c - c_up);
-    }
-};
+}
 
 // (exp(ΔA) - 1)/A
 __device__ __forceinline__ float hold_weight(float minus_one, float inverse_a, float delta) {
@@ -181,6 +193,33 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                 const int left = static_cast<int>(min(segment.first + segment.steps - i0, int64_t(CHECKPOINT_STEPS)));
                 const int tiles = (left + TILE - 1) / TILE;
 
+                // Every thread needs the same places again and again, and registers are few.
+                if (threadIdx.x == 0) {
+                    const int64_t i = segment.step(i0, reverse), sign = reverse ? -1 : 1;
+                    const auto place = [&](const Activation &tensor) {
+                        const int64_t at = segment.row * tensor.batch + i * tensor.step + block.first * tensor.channel;
+                        return Place{static_cast<const T *>(tensor.data) + at, sign * tensor.step};
+                    };
+                    shared.u = place(p.u);
+                    shared.delta = place(p.delta);
+                    shared.z = place(p.z);
+                    shared.d_out = place(params.d_out);
+                    const int64_t at = (flat + i) * p.d_inner + block.first, line = 2 * p.d_state;
+                    shared.gradients = {reinterpret_cast<const void *>(at), sign * p.d_inner};
+                    const int64_t lines = (blockIdx.x % p.group_blocks * params.steps + flat + i) * params.groups;
+                    shared.lines = {params.projections + (lines + block.group) * line, sign * params.groups * line};
+                }
+                // The quad of a tile's step in an activation.
+                const auto load_quad = [&](const Place &place, const Activation &tensor, int i, int there) {
+                    const T *at = static_cast<const T *>(place.at);
+                    if constexpr (WHOLE) {
+                        at += i * static_cast<int>(place.step) + column;
+                    } else {
+                        at += i * place.step + column * tensor.channel;
+                    }
+                    return ::load<T, QUAD, WHOLE>(at, tensor.channel, there);
+                };
+
                 // Stage what the recurrence reads.
                 {
                     constexpr int ROWS = THREADS / COLUMNS;
@@ -218,11 +257,9 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                 Pack<T, QUAD> tile_z = {}, tile_d_out = {};
                 const auto stage_d_y = [&](int tile) {
                     if (tile % 2 != half) return;
-                    const Walk<T, WHOLE> z(p.z, segment, i0 + tile * TILE + row, d0, reverse);
-                    const Walk<T, WHOLE> d_out(params.d_out, segment, i0 + tile * TILE + row, d0, reverse);
-                    const int there = tile * TILE + row < left ? count : 0;
-                    tile_z = z.load(0, gated ? there : 0);
-                    tile_d_out = d_out.load(0, there);
+                    const int i = tile * TILE + row, there = i < left ? count : 0;
+                    tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
+                    tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
                     float d_y[QUAD];
 #pragma unroll
                     for (int c = 0; c < QUAD; c++) {
@@ -230,6 +267,7 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                     }
                     write_shared(&shared.d_y[row][column], d_y);
                 };
+                __syncthreads();
                 stage_d_y(tiles - 1);
                 __syncthreads();
 
@@ -299,12 +337,12 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
 
                     // And back.
                     write_shared(&shared.states[tile][threadIdx.x].x, g);
-                    float sums[STATES][4] = {};
+                    float sums[2][2][4] = {}; // half of the tile, pair of states
 #pragma unroll
                     for (int t = TILE - 1; t >= 0; t--) {
                         const float2 in = shared.steps[tile * TILE + t][own];
-                        const float d_y = shared.d_y[t][own], select = lane_index / 4 == t ? 1.0f : 0.0f;
-                        float b[STATES], c[STATES], d_delta = 0.0f, d_input = 0.0f, y = 0.0f;
+                        const float d_y = shared.d_y[t][own];
+                        float b[STATES], c[STATES], terms[2][4], d_delta = 0.0f, d_input = 0.0f, y = 0.0f;
                         coefficients(b, 0, tile * TILE + t);
                         coefficients(c, 1, tile * TILE + t);
 #pragma unroll
@@ -313,7 +351,8 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                             y = n ? fmaf(c[n], h[t + 1][n], y) : c[n] * h[t + 1][n];
                             g[n] = fmaf(c[n], d_y, g[n]);
                             const float d_b = g[n] * input, d_c = d_y * h[t + 1][n];
-                            ChannelSum<T>::add(sums[n], select, d_b, d_c);
+                            terms[n / 2][n % 2] = d_b;
+                            terms[n / 2][2 + n % 2] = d_c;
                             if (GENERAL) {
                                 d_constant_b[n] += d_b;
                                 d_constant_c[n] += d_c;
@@ -336,24 +375,31 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                             d_a[n] = fmaf(in.x, d_log, d_a[n]);
                             d_delta = n || (GENERAL && hold) ? fmaf(a[n], d_log, d_delta) : a[n] * d_log;
                         }
+                        const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
+                        const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
+                        sum_channels<T>(sums[t / 4][0], terms[0], first, second);
+                        sum_channels<T>(sums[t / 4][1], terms[1], first, second);
                         shared.sums.steps[t][sub][Sums::place(own, sub)] = {d_delta, d_input};
                         if (gated) shared.sums.y[t][sub][Sums::place(own, sub)] = y;
                     }
 
-                    // Sums over the warp's channels: the pairs of columns are its halves. Row and column of a lane's
-                    // sums are a step and a sub.
-                    const int t_sum = lane_index / 4, sub_sum = lane_index % 4;
-                    float d_b[STATES], d_c[STATES], finite = 0.0f;
+                    // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves'
+                    // lanes share the steps. Columns are the steps, first of ∂B and then of ∂C.
+                    const int upper = lane_index / 4 % 2;
+                    float totals[2][STATES], finite = 0.0f;
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) {
-                        d_b[n] = sums[n][0] + sums[n][1];
-                        d_c[n] = sums[n][2] + sums[n][3];
-                        finite = fmaf(d_b[n], 0.0f, fmaf(d_c[n], 0.0f, finite));
+                    for (int k = 0; k < 4 * STATES / 2; k++) {
+                        const float(&d)[4] = sums[k / 4][k / 2 % 2];
+                        const float even = d[k % 2 * 2], odd = d[k % 2 * 2 + 1];
+                        const float total = (upper ? odd : even) + __shfl_xor_sync(~0u, upper ? even : odd, 4);
+                        totals[k / 4][k % 4] = total;
+                        finite = fmaf(total, 0.0f, finite);
                     }
                     float(&to)[TILE][2][TURN] = shared.d_projections[warp];
                     if (__all_sync(~0u, finite == 0.0f)) {
-                        write_shared(&to[t_sum][0][sub_sum * STATES], d_b);
-                        write_shared(&to[t_sum][1][sub_sum * STATES], d_c);
+                        const int t = lane_index % 2 * 2 + upper, which = lane_index / 2 % 2;
+                        write_shared(&to[t][which][sub * STATES], totals[0]);
+                        write_shared(&to[4 + t][which][sub * STATES], totals[1]);
                     } else {
                         // A product of zero and infinity has spread over the rows: sum each step alone, from the states
                         // and gradients at both ends of the tile.
@@ -399,10 +445,9 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
 
                     // Finish: what each channel gets of the sums over its states.
                     if (tile % 2 == half) {
-                        const int64_t i = i0 + tile * TILE + row;
-                        const int there = tile * TILE + row < left ? count : 0;
-                        const Walk<T, WHOLE> u(p.u, segment, i, d0, reverse), delta(p.delta, segment, i, d0, reverse);
-                        const Pack<T, QUAD> x = u.load(0, there), step = delta.load(0, there);
+                        const int i = tile * TILE + row, there = i < left ? count : 0;
+                        const Pack<T, QUAD> x = load_quad(shared.u, p.u, i, there);
+                        const Pack<T, QUAD> step = load_quad(shared.delta, p.delta, i, there);
                         float d_delta[QUAD], d_input[QUAD], y[QUAD], bias[QUAD], skip[QUAD];
                         float2 part[LANES][QUAD];
                         float part_y[LANES][QUAD] = {};
@@ -414,7 +459,9 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                         }
                         read_shared(bias, &shared.biases[column]);
                         read_shared(skip, &shared.skips[column]);
-                        const int64_t at = (flat + segment.step(i, reverse)) * p.d_inner + block.first + column;
+                        const Place place = shared.gradients;
+                        const typename Distance<WHOLE>::type distance = place.step;
+                        const int64_t at = reinterpret_cast<int64_t>(place.at) + (i * distance + column);
 #pragma unroll
                         for (int c = 0; c < QUAD; c++) {
                             d_delta[c] = (part[0][c].x + part[1][c].x) + (part[2][c].x + part[3][c].x);
@@ -477,10 +524,11 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                         float sum = 0.0f;
 #pragma unroll
                         for (int w = 0; w < WARPS; w++) sum += shared.d_projections[w][t][which][n];
-                        if (tile * TILE + t < left && state < p.d_state && params.projections) {
-                            const int64_t i = flat + segment.step(i0 + tile * TILE + t, reverse);
-                            const int64_t line = blockIdx.x % p.group_blocks * params.steps + i;
-                            params.projections[((line * params.groups + block.group) * 2 + which) * p.d_state + state] = sum;
+                        const int i = tile * TILE + t;
+                        if (i < left && state < p.d_state && params.projections) {
+                            const Place place = shared.lines;
+                            float *line = static_cast<float *>(const_cast<void *>(place.at)) + i * place.step;
+                            line[which * p.d_state + state] = sum;
                         }
                     }
                     if (tile > 0) stage_d_y(tile - 1);

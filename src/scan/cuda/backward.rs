@@ -131,7 +131,7 @@ pub fn backward_with<T: Element>(
 const CHANNELS: usize = 64;
 const THREADS: usize = 256;
 const TURN: usize = 16;
-const SHARED: usize = 113_152;
+const SHARED: usize = 113_248;
 
 /// Blocks for each processor that the rows are enough for; more would only make more parts of sums.
 const BLOCKS_PER_PROCESSOR: usize = 8;
