@@ -253,13 +253,12 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                     projections.store(&shared.projections[0][0][0]);
                 }
 
-                // The quads of a tile of this thread: z and ∂/∂out, which are read to stage ∂/∂y and again to finish.
-                Pack<T, QUAD> tile_z = {}, tile_d_out = {};
+                // Half of the threads stage a tile while the other half finish the one behind it.
                 const auto stage_d_y = [&](int tile) {
                     if (tile % 2 != half) return;
                     const int i = tile * TILE + row, there = i < left ? count : 0;
-                    tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
-                    tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
+                    const Pack<T, QUAD> tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
+                    const Pack<T, QUAD> tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
                     float d_y[QUAD];
 #pragma unroll
                     for (int c = 0; c < QUAD; c++) {
@@ -448,25 +447,32 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                         const int i = tile * TILE + row, there = i < left ? count : 0;
                         const Pack<T, QUAD> x = load_quad(shared.u, p.u, i, there);
                         const Pack<T, QUAD> step = load_quad(shared.delta, p.delta, i, there);
+                        // Read again: kept since they were staged, they would take registers from the recurrence.
+                        const Pack<T, QUAD> tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
+                        const Pack<T, QUAD> tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
                         float d_delta[QUAD], d_input[QUAD], y[QUAD], bias[QUAD], skip[QUAD];
-                        float2 part[LANES][QUAD];
-                        float part_y[LANES][QUAD] = {};
-#pragma unroll
-                        for (int s = 0; s < LANES; s++) {
-                            read_shared(*reinterpret_cast<float(*)[2 * QUAD]>(&part[s][0]),
-                                        &shared.sums.steps[row][s][Sums::place(column, s)].x);
-                            if (gated) read_shared(part_y[s], &shared.sums.y[row][s][Sums::place(column, s)]);
-                        }
                         read_shared(bias, &shared.biases[column]);
                         read_shared(skip, &shared.skips[column]);
                         const Place place = shared.gradients;
                         const typename Distance<WHOLE>::type distance = place.step;
                         const int64_t at = reinterpret_cast<int64_t>(place.at) + (i * distance + column);
 #pragma unroll
-                        for (int c = 0; c < QUAD; c++) {
-                            d_delta[c] = (part[0][c].x + part[1][c].x) + (part[2][c].x + part[3][c].x);
-                            d_input[c] = (part[0][c].y + part[1][c].y) + (part[2][c].y + part[3][c].y);
-                            y[c] = (part_y[0][c] + part_y[1][c]) + (part_y[2][c] + part_y[3][c]);
+                        for (int s = 0; s < LANES; s += 2) {
+                            float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
+                            read_shared(one, &shared.sums.steps[row][s][Sums::place(column, s)].x);
+                            read_shared(two, &shared.sums.steps[row][s + 1][Sums::place(column, s + 1)].x);
+                            if (gated) {
+                                read_shared(one_y, &shared.sums.y[row][s][Sums::place(column, s)]);
+                                read_shared(two_y, &shared.sums.y[row][s + 1][Sums::place(column, s + 1)]);
+                            }
+#pragma unroll
+                            for (int c = 0; c < QUAD; c++) {
+                                const float delta = one[2 * c] + two[2 * c], input = one[2 * c + 1] + two[2 * c + 1];
+                                const float both_y = one_y[c] + two_y[c];
+                                d_delta[c] = s ? d_delta[c] + delta : delta;
+                                d_input[c] = s ? d_input[c] + input : input;
+                                y[c] = s ? y[c] + both_y : both_y;
+                            }
                         }
                         if (GENERAL && turns > 1) {
                             const int64_t plane = params.steps * p.d_inner;
