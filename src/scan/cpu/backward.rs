@@ -15,7 +15,7 @@ use crate::simd::{Decay, Isa, Kernel, Lanes, Row, silu_grad};
 use crate::view::Ahead;
 
 use super::super::{GradientsMut, OutputGradients, Problem, ProjectionMut};
-use super::forward::{narrow, transpose};
+use super::forward::transpose;
 use super::kernels::{History, Retreat, RetreatStates};
 use super::split::{Summaries, state_rows};
 use super::sums::{BlockGradients, SumChannels, Totals, add_partial};
@@ -409,12 +409,12 @@ impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
                 }
                 let at = step * dims.d_inner + block.first;
                 // SAFETY: this task alone works on these steps and channels, here and below.
-                narrow(&d_u, unsafe { pass.d_u.part(at..at + block.width) });
+                d_u.narrow(unsafe { pass.d_u.part(at..at + block.width) });
                 // SAFETY: as above.
-                narrow(&d_delta, unsafe { pass.d_delta.part(at..at + block.width) });
+                d_delta.narrow(unsafe { pass.d_delta.part(at..at + block.width) });
                 if let Some(out) = &pass.d_z {
                     // SAFETY: as above.
-                    narrow(&d_z, unsafe { out.part(at..at + block.width) });
+                    d_z.narrow(unsafe { out.part(at..at + block.width) });
                 }
             }
         }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::Element;
 use crate::sequences::{CHECKPOINT_STEPS, Sequence};
 use crate::shared::Shared;
-use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, silu};
+use crate::simd::{Isa, Kernel, Lanes, Row, silu};
 use crate::view::Ahead;
 
 use super::kernels::Advance;
@@ -189,7 +189,7 @@ impl<T: Element> Pass<'_, '_, T> {
         for (n, row) in h.iter().enumerate() {
             let at = (slot * h.len() + n) * self.reader.problem.dims.d_inner + block.first;
             // SAFETY: this task alone works on this tile of these channels, and slots of different tiles differ.
-            narrow(row, unsafe { checkpoints.part(at..at + block.width) });
+            row.narrow(unsafe { checkpoints.part(at..at + block.width) });
         }
     }
 
@@ -233,7 +233,7 @@ impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
                 }
                 let at = (self.sequence.batch * dims.len + step) * dims.d_inner + block.first;
                 // SAFETY: this task alone works on these steps and channels.
-                narrow(&out, unsafe { self.pass.out.part(at..at + block.width) });
+                out.narrow(unsafe { self.pass.out.part(at..at + block.width) });
             }
         }
     }
@@ -245,16 +245,6 @@ pub(super) fn transpose(rows: &[Row], out: &mut [f32]) {
         for (out, row) in out.iter_mut().zip(rows) {
             *out = row.0[i];
         }
-    }
-}
-
-/// Rounds the channels that `to` has room for.
-#[inline(always)]
-pub(super) fn narrow<T: Element>(row: &Row, to: &mut [T]) {
-    match to.len() {
-        // The common case, with a length known to the compiler.
-        BLOCK => T::narrow(&row.0, &mut to[..BLOCK]),
-        width => T::narrow(&row.0[..width], to),
     }
 }
 

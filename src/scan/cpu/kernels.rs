@@ -4,7 +4,7 @@
 
 use std::array::from_fn;
 
-use crate::simd::{Decay, Isa, Kernel, Lanes, Row, polynomial};
+use crate::simd::{Decay, Isa, Kernel, Lanes, Row, hold_weight, polynomial};
 use crate::view::Ahead;
 
 /// B or C of a tile.
@@ -429,11 +429,4 @@ impl Kernel for RetreatStates<'_> {
             }
         }
     }
-}
-
-/// `(exp(ΔA) - 1)/A`, or Δ where A is as good as zero.
-#[inline(always)]
-fn hold_weight<S: Lanes>(simd: S, decay_minus_one: S::f32s, inverse_a: S::f32s, delta: S::f32s) -> S::f32s {
-    let vanishes = simd.equal_f32s(inverse_a, simd.splat_f32s(0.0));
-    simd.select_f32s(vanishes, delta, simd.mul_f32s(decay_minus_one, inverse_a))
 }

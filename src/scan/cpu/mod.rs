@@ -20,7 +20,7 @@ mod sums;
 
 use crate::arguments::Dims;
 use crate::sequences::{CHECKPOINT_STEPS, Sequence};
-use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, softplus};
+use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, hold_inverse, softplus};
 use crate::view::Ahead;
 use crate::{Discretization, Element, Projection, Result, View};
 
@@ -260,10 +260,7 @@ impl BlockParameters {
         reader.parameter(&inputs.a, block, &mut a);
         let mut inverse_a = Vec::new();
         if inputs.options.discretization == Discretization::ZeroOrderHold {
-            // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
-            const TINY: f32 = 1e-30;
-            let inverse = |a: f32| if a.abs() < TINY { 0.0 } else { 1.0 / a };
-            inverse_a = a.iter().map(|row| Row(row.0.map(inverse))).collect();
+            inverse_a = a.iter().map(|row| Row(row.0.map(hold_inverse))).collect();
         }
         for row in &mut a {
             row.0 = row.0.map(|a| a * std::f32::consts::LOG2_E);
