@@ -10,7 +10,7 @@ use crate::view::Ahead;
 
 use super::kernels::Advance;
 use super::split::{Summaries, state_rows};
-use super::{Block, BlockParameters, OutputMut, Plan, Problem, Reader, Segment, Stage, coefficients};
+use super::{Block, BlockParameters, OutputMut, Plan, Problem, Reader, Segment, Stage};
 
 /// Steps in a tile. Few, so that the tiles of many blocks fit in the second-level cache together.
 const TILE: usize = 16;
@@ -92,14 +92,9 @@ impl Scratch {
         states: &mut States,
         ahead: [Ahead; 3],
     ) {
-        let (rows, d_state) = (i * STRIDE..i * STRIDE + steps, states.h.len());
+        let rows = i * STRIDE..i * STRIDE + steps;
         Advance {
-            a: &parameters.a,
-            inverse_a: &parameters.inverse_a,
-            b: coefficients(&parameters.b, &self.b, d_state),
-            c: coefficients(&parameters.c, &self.c, d_state),
-            delta: &self.delta[rows.clone()],
-            input: &self.input[rows.clone()],
+            tile: parameters.tile(&self.b, &self.c, &self.delta[rows.clone()], &self.input[rows.clone()]),
             h: &mut states.h,
             lost: &mut states.lost,
             y: &mut self.y[rows],
