@@ -156,6 +156,23 @@ fn long_memory_with_a_constant_step() {
     long(set, Flags { z: true, d: true, ..Flags::default() });
 }
 
+/// The same input at every step too, and nothing forgotten: while a state lies between two powers of two, every step is
+/// rounded by the same amount in the same direction. If that is not made good, the 8,192 steps of a segment add up to 1e-4.
+#[test]
+fn long_memory_of_a_constant_input() {
+    let set = |case: &mut Case<f32>| {
+        let Shape { len, d_inner, d_state, .. } = case.shape;
+        for (t, i) in (0..len).flat_map(|t| (0..d_inner).map(move |i| (t, i))) {
+            case.u.set([0, t, i], 0.3 + i as f32 * 0.01);
+            case.delta.set([0, t, i], 0.1 + i as f32 * 0.01);
+        }
+        case.b.iter_mut().enumerate().for_each(|(i, b)| *b = 0.5 + (i % d_state) as f32 * 0.1);
+        case.a.iter_mut().for_each(|a| *a *= 1e-9);
+    };
+    long(set, Flags { z: true, d: true, ..Flags::default() });
+    long(set, Flags { z: true, d: true, hold: true, ..Flags::default() });
+}
+
 /// Δ·A far below -100: nothing is remembered.
 #[test]
 fn strong_decay() {
