@@ -15,11 +15,14 @@
 #include "math.cuh"
 #include "tensor.cuh"
 
+// Sequences with more steps than this are long: a sum of n terms loses about sqrt(n/2)·2^-25, which passes 2e-6 here.
+constexpr int64_t LONG_SEQUENCE = 16384;
+
 // The steps between two kept states of one sequence; see src/sequences.rs.
 constexpr int CHECKPOINT_STEPS = 64;
 
 constexpr uint64_t FLAG_SOFTPLUS = 1, FLAG_HOLD = 2, FLAG_REVERSE = 4;
-// f32 states are summed with compensation.
+// f32 states of long sequences are summed with compensation.
 constexpr uint64_t FLAG_COMPENSATE = 8;
 
 // What forward and backward both read.

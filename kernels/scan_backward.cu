@@ -382,31 +382,17 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                         if (gated) shared.sums.y[t][sub][Sums::place(own, sub)] = y;
                     }
 
-                    // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves'
-                    // lanes share the steps. Columns are the steps, first of ∂B and then of ∂C.
-                    const int upper = lane_index / 4 % 2;
-                    float totals[2][STATES], finite = 0.0f;
+                    float finite = 0.0f;
 #pragma unroll
-                    for (int k = 0; k < 4 * STATES / 2; k++) {
-                        const float(&d)[4] = sums[k / 4][k / 2 % 2];
-                        const float even = d[k % 2 * 2], odd = d[k % 2 * 2 + 1];
-                        const float total = (upper ? odd : even) + __shfl_xor_sync(~0u, upper ? even : odd, 4);
-                        totals[k / 4][k % 4] = total;
-                        finite = fmaf(total, 0.0f, finite);
-                    }
-                    float(&to)[TILE][2][TURN] = shared.d_projections[warp];
-                    if (__all_sync(~0u, finite == 0.0f)) {
-                        const int t = lane_index % 2 * 2 + upper, which = lane_index / 2 % 2;
-                        write_shared(&to[t][which][sub * STATES], totals[0]);
-                        write_shared(&to[4 + t][which][sub * STATES], totals[1]);
-                    } else {
-                        // A product of zero and infinity has spread over the rows: sum each step alone, from the states
-                        // and gradients at both ends of the tile.
+                    for (int k = 0; k < 16; k++) finite = fmaf(sums[k / 8][k / 4 % 2][k % 4], 0.0f, finite);
+                    if (!__all_sync(~0u, finite == 0.0f)) {
+                        // A product of zero and infinity has spread over the columns. Sum each step alone, in the same
+                        // way so that the others keep their bits, from the states and gradients at both ends of the tile.
                         float again[STATES];
                         read_shared(again, &shared.states[tile][threadIdx.x].x);
 #pragma unroll 1
                         for (int t = TILE - 1; t >= 0; t--) {
-                            float state[STATES], c[STATES];
+                            float state[STATES], c[STATES], d_b[STATES], d_c[STATES];
                             read_states(state, tile);
                             float2 in;
 #pragma unroll 1
@@ -426,19 +412,43 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                             for (int n = 0; n < STATES; n++) {
                                 const float decay = decay_of(in.x * a[n]);
                                 again[n] = fmaf(c[n], d_y, again[n]);
-                                float one_b = again[n] * weighted(n, in, decay), one_c = d_y * state[n];
-#pragma unroll
-                                for (int other = 1; other < 8; other *= 2) {
-                                    one_b += __shfl_xor_sync(~0u, one_b, other);
-                                    one_c += __shfl_xor_sync(~0u, one_c, other);
-                                }
-                                if (lane_index % 8 == 0) {
-                                    to[t][0][sub * STATES + n] = one_b;
-                                    to[t][1][sub * STATES + n] = one_c;
-                                }
+                                d_b[n] = again[n] * weighted(n, in, decay);
+                                d_c[n] = d_y * state[n];
                                 again[n] = decayed(decay, again[n]);
                             }
+                            const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
+                            const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
+#pragma unroll
+                            for (int pair = 0; pair < 2; pair++) {
+                                float of_b[4] = {}, of_c[4] = {};
+                                sum_channels<T>(of_b, {d_b[2 * pair], d_b[2 * pair + 1], 0.0f, 0.0f}, first, second);
+                                sum_channels<T>(of_c, {0.0f, 0.0f, d_c[2 * pair], d_c[2 * pair + 1]}, first, second);
+                                // Into the column that the step has: its lanes, and the even or the odd of their two.
+#pragma unroll
+                                for (int k = 0; k < 8; k++) {
+                                    const bool has = lane_index % 2 == t % 4 / 2 && k % 2 == t % 2 && k / 4 == t / 4;
+                                    const float one = lane_index % 4 < 2 ? of_b[k % 4] : of_c[k % 4];
+                                    if (has) sums[k / 4][pair][k % 4] = one;
+                                }
+                            }
                         }
+                    }
+
+                    // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves'
+                    // lanes share the steps. Columns are the steps, first of ∂B and then of ∂C.
+                    const int upper = lane_index / 4 % 2;
+                    float totals[2][STATES];
+#pragma unroll
+                    for (int k = 0; k < 8; k++) {
+                        const float(&d)[4] = sums[k / 4][k / 2 % 2];
+                        const float even = d[k % 2 * 2], odd = d[k % 2 * 2 + 1];
+                        totals[k / 4][k % 4] = (upper ? odd : even) + __shfl_xor_sync(~0u, upper ? even : odd, 4);
+                    }
+                    {
+                        const int t = lane_index % 2 * 2 + upper, which = lane_index / 2 % 2;
+                        float(&to)[TILE][2][TURN] = shared.d_projections[warp];
+                        write_shared(&to[t][which][sub * STATES], totals[0]);
+                        write_shared(&to[4 + t][which][sub * STATES], totals[1]);
                     }
                     __syncthreads();
 

@@ -69,6 +69,8 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
         const Segment segment = p.segments.get(index);
         if (SUMMARY && segment.ends_sequence()) continue;
         const int64_t end = segment.first + segment.steps;
+        // By the sequence's own length, so that it gets the same bits whatever it is packed with.
+        const bool compensate = GENERAL && (p.flags & FLAG_COMPENSATE) && segment.len > LONG_SEQUENCE;
 
         float h[OWN][STATES], total[OWN] = {};
         for (int turn = 0; turn < turns; turn++) {
@@ -195,14 +197,14 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 #pragma unroll
                         for (int n = 0; n < STATES; n++) {
                             const float x = step[k] * a[k][n];
-                            if (GENERAL && (hold || (p.flags & FLAG_COMPENSATE))) {
+                            if (GENERAL && (hold || compensate)) {
                                 const float minus_one = exp2_minus_one(x);
                                 float weighted = in[k];
                                 if (hold) weighted *= inverse_a[n] == 0.0f ? step[k] : minus_one * inverse_a[n];
                                 // What rounding takes from the state is given back in the next step.
                                 const float change = fmaf(minus_one, h[k][n], weighted * b[n]) + lost[n];
                                 const float sum = h[k][n] + change;
-                                if (p.flags & FLAG_COMPENSATE) lost[n] = change - (sum - h[k][n]);
+                                if (compensate) lost[n] = change - (sum - h[k][n]);
                                 h[k][n] = sum;
                             } else {
                                 h[k][n] = Decay<ACCURATE>(x).advance(h[k][n], in[k] * b[n]);

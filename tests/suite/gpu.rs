@@ -1,6 +1,7 @@
 //! The suite's problems on a GPU, or on a simulated one: whatever the CUDA driver's library that is found leads to.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::{CudaSlice, CudaStream};
@@ -13,10 +14,16 @@ use selective_scan::scan::{
 use selective_scan::{Element, Projection, View};
 
 use crate::case::{Case, Device, Flags, Shape, seeded};
+use crate::properties;
+
+thread_local! {
+    /// Another stream that this thread is to work on.
+    static STREAM: Cell<Option<Arc<CudaStream>>> = const { Cell::new(None) };
+}
 
 /// The stream that tests work on, or nothing (said once) where there is no device.
 pub fn stream() -> Option<Arc<CudaStream>> {
-    static STREAM: OnceLock<Option<Arc<CudaStream>>> = OnceLock::new();
+    static DEFAULT: OnceLock<Option<Arc<CudaStream>>> = OnceLock::new();
     let open = || match cuda::context(0) {
         Ok(context) => Some(context.default_stream()),
         Err(error) => {
@@ -24,7 +31,14 @@ pub fn stream() -> Option<Arc<CudaStream>> {
             None
         }
     };
-    STREAM.get_or_init(open).clone()
+    let own = STREAM.take();
+    STREAM.set(own.clone());
+    own.or_else(|| DEFAULT.get_or_init(open).clone())
+}
+
+/// Whether the device is simulated, which takes a second for what a GPU does in a microsecond.
+fn is_simulated(stream: &CudaStream) -> bool {
+    stream.context().name().is_ok_and(|name| name.to_lowercase().contains("sim"))
 }
 
 /// Device copies of host tensors, for as long as the arena lives.
@@ -73,17 +87,8 @@ impl Copies {
     }
 }
 
-/// Forward with checkpoints, then backward, on the device.
-pub fn scan<T: Element>(
-    plan: Plan,
-    inputs: &Inputs<T>,
-    to: OutputMut<T>,
-    d_outputs: OutputGradients<T>,
-    gradients: &mut Gradients<T>,
-) {
-    let stream = stream().expect("only called where there is a device");
-    let copies = Copies::new(&stream);
-    let on_device = Inputs {
+fn on_device<'c, T: Element>(copies: &'c Copies, inputs: &Inputs<'c, T>) -> Inputs<'c, T, Cuda> {
+    Inputs {
         u: copies.view(&inputs.u),
         delta: copies.view(&inputs.delta),
         a: copies.view(&inputs.a),
@@ -95,7 +100,20 @@ pub fn scan<T: Element>(
         initial_state: inputs.initial_state.as_ref().map(|view| copies.view(view)),
         cu_seqlens: inputs.cu_seqlens,
         options: inputs.options,
-    };
+    }
+}
+
+/// Forward with checkpoints, then backward, on the device.
+pub fn scan<T: Element>(
+    plan: Plan,
+    inputs: &Inputs<T>,
+    to: OutputMut<T>,
+    d_outputs: OutputGradients<T>,
+    gradients: &mut Gradients<T>,
+) {
+    let stream = stream().expect("only called where there is a device");
+    let copies = Copies::new(&stream);
+    let on_device = on_device(&copies, inputs);
     let out = copies.poisoned(to.out.len());
     let mut final_state = to.final_state.as_ref().map(|state| copies.poisoned(state.len()));
     let mut checkpoints = to.checkpoints.as_ref().map(|states| copies.poisoned(states.len()));
@@ -205,51 +223,276 @@ fn check<T: Element>(plan: Plan, shape: Shape, flags: Flags) {
     case.check(Device::Cuda(plan), &what);
 }
 
-fn plans() -> [Plan; 5] {
-    let (one, two, four) = (Some(PerLane::One), Some(PerLane::Two), Some(PerLane::Four));
-    [
-        Plan { segment_steps: Some(usize::MAX), per_lane: one },
-        Plan { segment_steps: Some(usize::MAX), per_lane: four },
-        Plan { segment_steps: Some(64), per_lane: one },
-        Plan { segment_steps: Some(64), per_lane: two },
-        Plan { segment_steps: Some(128), per_lane: four },
-    ]
+const WHOLE: Plan = Plan { segment_steps: Some(usize::MAX), per_lane: None };
+const SPLIT: Plan = Plan { segment_steps: Some(64), per_lane: None };
+
+/// What the fast kernels take, with the other flags as they are.
+fn fast(flags: Flags) -> Flags {
+    let (hold, constant_b, constant_c, time_contiguous, column_slice) = (false, false, false, false, false);
+    Flags { hold, constant_b, constant_c, time_contiguous, column_slice, ..flags }
 }
 
-fn forward_flags<T: Element>() {
+/// Every pair of flags in all combinations, whole and split, through the general kernels and the fast ones.
+fn all_flags<T: Element>() {
     if stream().is_none() {
         return;
     }
-    for plan in plans() {
+    for plan in [WHOLE, SPLIT] {
         for row in 0..16 {
-            for (len, d_state, d_inner) in [(70, 16, 42), (131, 5, 36), (150, 16, 72), (20, 40, 10)] {
+            for (len, d_state, d_inner) in [(70, 16, 42), (131, 5, 36), (20, 40, 10)] {
                 check::<T>(plan, Shape { batch: 2, len, d_inner, d_state }, Flags::pairwise(row));
             }
-            check::<T>(
-                plan,
-                Shape { batch: 2, len: 150, d_inner: 96, d_state: 16 },
-                Flags {
-                    hold: false,
-                    constant_b: false,
-                    constant_c: false,
-                    time_contiguous: false,
-                    column_slice: false,
-                    ..Flags::pairwise(row)
-                },
-            );
+            check::<T>(plan, Shape { batch: 2, len: 150, d_inner: 72, d_state: 16 }, fast(Flags::pairwise(row)));
         }
     }
 }
 
 #[test]
-fn forward_f32() {
-    forward_flags::<f32>();
+fn all_flags_f32() {
+    all_flags::<f32>();
 }
+
 #[test]
-fn forward_f16() {
-    forward_flags::<f16>();
+fn all_flags_f16() {
+    all_flags::<f16>();
 }
+
 #[test]
-fn forward_bf16() {
-    forward_flags::<bf16>();
+fn all_flags_bf16() {
+    all_flags::<bf16>();
+}
+
+/// The lengths and numbers of states of the CPU path's grid; a simulated device gets the small ones.
+#[test]
+fn grid() {
+    let Some(stream) = stream() else { return };
+    let lengths = [1, 2, 3, 8, 17, 64, 129, 372, 784, 1134, 2048, 4096];
+    for (i, len) in lengths.into_iter().enumerate() {
+        for (j, d_state) in [1, 4, 8, 16, 64, 256].into_iter().enumerate() {
+            let (case, d_inner) = (6 * i + j, [20, 33, 6, 132][(6 * i + j) % 4]);
+            let work = len * d_state * d_inner;
+            if is_simulated(&stream) && work > 60_000 {
+                continue;
+            }
+            let (shape, flags) = (Shape { batch: 2, len, d_inner, d_state }, Flags::pairwise(case % 16));
+            let flags = if case % 3 == 0 { fast(flags) } else { flags };
+            let plan = Plan::default();
+            match case % 5 {
+                0 | 1 => check::<f32>(plan, shape, flags),
+                2 => check::<f16>(plan, shape, flags),
+                _ => check::<bf16>(plan, shape, flags),
+            }
+        }
+    }
+}
+
+/// Widths of models, and one beside each.
+#[test]
+fn model_widths() {
+    if stream().is_none() {
+        return;
+    }
+    for d_inner in [1536, 1537, 2044] {
+        check::<bf16>(Plan::default(), Shape { batch: 1, len: 18, d_inner, d_state: 16 }, Flags::mamba());
+    }
+}
+
+/// Nothing forgotten over 65,536 steps, where every rounding of a decay and of a state adds up; few channels, so that the
+/// sequence is split, and whole.
+#[test]
+fn long_memory() {
+    let Some(stream) = stream() else { return };
+    let len = if is_simulated(&stream) { 4096 } else { 65_536 };
+    for (plan, scale) in [(Plan::default(), 1.0), (Plan::default(), 1e-5), (WHOLE, 1e-5)] {
+        let (mut rng, seed) = seeded();
+        let mut case = Case::<f32>::new(&mut rng, Shape { batch: 1, len, d_inner: 20, d_state: 4 }, Flags::mamba());
+        case.a.iter_mut().for_each(|a| *a *= scale);
+        case.check(Device::Cuda(plan), &|| format!("SEED={seed} {plan:?} {scale}"));
+    }
+}
+
+#[test]
+fn nan_and_infinity() {
+    if stream().is_none() {
+        return;
+    }
+    for plan in [WHOLE, SPLIT] {
+        properties::nan_spreads(Device::Cuda(plan), 21, 3);
+        // The fast kernels, whose tensor cores multiply everything by something.
+        properties::nan_spreads(Device::Cuda(plan), 24, 4);
+    }
+}
+
+#[test]
+fn nothing_to_do() {
+    if stream().is_some() {
+        properties::empty_problems(Device::Cuda(Plan::default()));
+    }
+}
+
+/// Packed and alone, the same bits, whatever is chosen; and in a batch as well, if sequences are divided the same way.
+#[test]
+fn a_sequence_does_not_see_its_neighbours() {
+    if stream().is_none() {
+        return;
+    }
+    properties::neighbours(Device::Cuda(Plan::default()), &[(70, 36)], |flags| Flags { packed: true, ..flags });
+    properties::neighbours(Device::Cuda(Plan::default()), &[(70, 36)], |flags| Flags { packed: true, ..fast(flags) });
+    properties::neighbours(Device::Cuda(SPLIT), &[(75, 34)], |flags| flags);
+}
+
+/// The general kernels and the fast ones agree to the last bit.
+#[test]
+fn layouts_do_not_matter() {
+    if stream().is_none() {
+        return;
+    }
+    properties::layouts::<bf16>(Device::Cuda(WHOLE), 7);
+    properties::layouts::<bf16>(Device::Cuda(SPLIT), 8);
+    properties::layouts::<f32>(Device::Cuda(WHOLE), 8);
+}
+
+#[test]
+fn parts_equal_the_whole() {
+    if stream().is_some() {
+        properties::parts_equal_whole(Device::Cuda(Plan::default()), 4..7);
+    }
+}
+
+/// However many channels a lane has, and in every run, the same bits.
+#[test]
+fn bits_do_not_depend_on_the_kernel() {
+    if stream().is_none() {
+        return;
+    }
+    let (mut rng, seed) = seeded();
+    let shape = Shape { batch: 2, len: 150, d_inner: 136, d_state: 16 };
+    let case = Case::<bf16>::new(&mut rng, shape, Flags { initial_state: true, ..Flags::mamba() });
+    for segment_steps in [usize::MAX, 64] {
+        let results = [PerLane::One, PerLane::Two, PerLane::Four, PerLane::One].map(|per_lane| {
+            case.run(Device::Cuda(Plan { segment_steps: Some(segment_steps), per_lane: Some(per_lane) }))
+        });
+        assert!(results.iter().all(|other| *other == results[0]), "SEED={seed}");
+    }
+}
+
+/// Two threads with a stream each.
+#[test]
+fn streams_do_not_meet() {
+    let Some(first) = stream() else { return };
+    let (mut rng, seed) = seeded();
+    let shape = Shape { batch: 1, len: 200, d_inner: 24, d_state: 8 };
+    let cases = [(); 2].map(|()| Case::<f32>::new(&mut rng, shape, Flags::mamba()));
+    let alone = cases.each_ref().map(|case| case.run(Device::Cuda(SPLIT)));
+    std::thread::scope(|scope| {
+        let threads = [0, 1].map(|i| {
+            let (case, alone) = (&cases[i], &alone[i]);
+            let own = first.context().new_stream().expect("a stream");
+            scope.spawn(move || {
+                STREAM.set(Some(own));
+                for _ in 0..5 {
+                    assert!(case.run(Device::Cuda(SPLIT)) == *alone, "SEED={seed}");
+                }
+            })
+        });
+        threads.into_iter().for_each(|thread| thread.join().expect("the bits are the same"));
+    });
+}
+
+/// Elements that lie more than 2^31 apart.
+#[test]
+fn distant_elements() {
+    let Some(stream) = stream() else { return };
+    let (batch, len, d_inner, d_state) = (2, 5, 8, 4);
+    let apart = (1usize << 31) + 64;
+    let count = apart + 256;
+    // SAFETY: the elements that are read are written before.
+    let Ok(mut far) = (unsafe { stream.alloc::<bf16>(count) }) else {
+        return eprintln!("the device has no room for {count} elements: skipped");
+    };
+    let mut rng = seeded().0;
+    let case =
+        Case::<bf16>::new(&mut rng, Shape { batch, len, d_inner, d_state }, Flags { z: true, ..Flags::default() });
+    let inputs = case.inputs();
+    for (i, view) in [inputs.u, inputs.delta, inputs.z.expect("it has a gate")].into_iter().enumerate() {
+        for row in 0..batch {
+            let from = &view.data[row * len * d_inner..][..len * d_inner];
+            let at = row * apart + 64 * i;
+            stream.memcpy_htod(from, &mut far.slice_mut(at..at + from.len())).expect("copied");
+        }
+    }
+    let copies = Copies::new(&stream);
+    let place = |i: usize| View::on_device(&far, [batch, len, d_inner]).with_layout(64 * i, [apart, d_inner, 1]);
+    let distant = Inputs {
+        z: Some(place(2)),
+        options: inputs.options,
+        ..Inputs::new(
+            place(0),
+            place(1),
+            copies.view(&inputs.a),
+            copies.projection(&inputs.b),
+            copies.projection(&inputs.c),
+        )
+    };
+    let out = copies.poisoned::<bf16>(batch * len * d_inner);
+    let outputs = OutputMut { out: &mut *out, final_state: None, checkpoints: None };
+    scan::cuda::forward(&stream, &distant, outputs).expect("the inputs are valid");
+    let mut ours = vec![bf16::ZERO; out.len()];
+    copies.download(out, &mut ours);
+    let near: Vec<f64> = case.run(Device::Cuda(WHOLE)).get("out").to_vec();
+    assert_eq!(ours.iter().map(|x| x.to_f64()).collect::<Vec<_>>(), near);
+}
+
+/// A call in a CUDA graph, replayed. Simulated devices have no graphs.
+#[test]
+fn captured() {
+    let Some(stream) = stream().filter(|stream| !is_simulated(stream)) else { return };
+    use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+    let context = stream.context();
+    let stream = context.new_stream().expect("a stream");
+    let mut rng = seeded().0;
+    let case = Case::<f32>::new(&mut rng, Shape { batch: 1, len: 300, d_inner: 24, d_state: 8 }, Flags::mamba());
+    let copies = Copies::new(&stream);
+    let inputs = on_device(&copies, &case.inputs());
+    let out = copies.poisoned::<f32>(300 * 24);
+    let mut run = || {
+        let outputs = OutputMut { out: &mut *out, final_state: None, checkpoints: None };
+        scan::cuda::forward_with(SPLIT, &stream, &inputs, outputs).expect("the case is valid");
+    };
+    run();
+    stream.synchronize().expect("it ran");
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).expect("capturing");
+    run();
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags).expect("captured").expect("something was captured");
+    stream.memset_zeros(out).expect("cleared");
+    graph.launch().expect("replayed");
+    let mut ours = vec![0.0; out.len()];
+    copies.download(out, &mut ours);
+    let expected = case.run(Device::Cuda(SPLIT));
+    assert!(ours.iter().map(|&x| f64::from(x)).eq(expected.get("out").iter().copied()));
+}
+
+/// A context that does not exist is an error, not a panic.
+#[test]
+fn no_such_device() {
+    let error = cuda::context(usize::from(u8::MAX)).expect_err("there are not that many").to_string();
+    assert!(error.starts_with("opening GPU 255") || error.starts_with("loading the CUDA driver"), "{error}");
+}
+
+/// The order in which blocks run must not change a bit: with the variable BITS set to a file, the bits of one problem are
+/// kept there by the first run and compared with by the next, under another schedule of the simulator.
+#[test]
+fn the_same_bits_as_the_run_before() {
+    let (Some(_), Ok(path)) = (stream(), std::env::var("BITS")) else { return };
+    let mut rng = rand::SeedableRng::seed_from_u64(1);
+    let shape = Shape { batch: 2, len: 150, d_inner: 136, d_state: 16 };
+    let case = Case::<f32>::new(&mut rng, shape, Flags { initial_state: true, d_final_state: true, ..Flags::mamba() });
+    let tensors = [WHOLE, SPLIT].map(|plan| case.run(Device::Cuda(plan)).0);
+    let bits: Vec<u64> = tensors.iter().flatten().flat_map(|tensor| &tensor.values).map(|x| x.to_bits()).collect();
+    let bytes: &[u8] = bytemuck::cast_slice(&bits);
+    match std::fs::read(&path) {
+        Ok(before) => assert!(before == bytes, "other bits than those in {path}"),
+        Err(_) => std::fs::write(&path, bytes).expect("it can be written"),
+    }
 }

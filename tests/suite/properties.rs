@@ -1,5 +1,7 @@
 //! What the scan promises beside being accurate: the same bits where DESIGN says so, and nothing leaking.
 
+use std::ops::Range;
+
 use half::bf16;
 use proptest::prelude::*;
 use rand::rngs::StdRng;
@@ -63,20 +65,24 @@ fn alone<T: Element>(case: &Case<T>, sequence: usize) -> Case<T> {
 /// A sequence gets the same bits packed, in a batch and alone; parameter gradients, which sum over all, excepted.
 #[test]
 fn a_sequence_does_not_see_its_neighbours() {
+    neighbours(Device::best(), &[(75, 34), (1500, 20)], |flags| flags);
+}
+
+pub fn neighbours(device: Device, shapes: &[(usize, usize)], change: impl Fn(Flags) -> Flags) {
     let (mut rng, seed) = seeded();
     let parameters = ["d_a", "d_d", "d_delta_bias"];
     for row in 0..16 {
-        for (len, d_inner) in [(75, 34), (1500, 20)] {
+        for &(len, d_inner) in shapes {
             let shape = Shape { batch: 3, len, d_inner, d_state: 6 };
-            let case = Case::<f32>::new(&mut rng, shape, Flags::pairwise(row));
-            let whole = case.run(Device::best());
+            let case = Case::<f32>::new(&mut rng, shape, change(Flags::pairwise(row)));
+            let whole = case.run(device);
             for sequence in 0..case.sequences() {
                 let single = alone(&case, sequence);
                 let start = match case.flags.packed {
                     true => case.cu_seqlens[sequence],
                     false => sequence * len,
                 };
-                for tensor in single.run(Device::best()).0 {
+                for tensor in single.run(device).0 {
                     let is_constant = |name, constant| tensor.name == name && constant;
                     if parameters.contains(&tensor.name)
                         || is_constant("d_b", case.flags.constant_b)
@@ -92,7 +98,7 @@ fn a_sequence_does_not_see_its_neighbours() {
                     };
                     assert!(
                         whole[at..at + tensor.values.len()] == tensor.values,
-                        "SEED={seed} row {row} {shape:?}: {} of sequence {sequence}",
+                        "SEED={seed} {device:?} row {row} {shape:?}: {} of sequence {sequence}",
                         tensor.name
                     );
                 }
@@ -104,10 +110,14 @@ fn a_sequence_does_not_see_its_neighbours() {
 /// However tensors are stored, the same bits come out.
 #[test]
 fn layouts_do_not_matter() {
+    layouts::<bf16>(Device::best(), 7);
+}
+
+pub fn layouts<T: Element>(device: Device, d_state: usize) {
     let (mut rng, seed) = seeded();
     for row in 0..16 {
-        let shape = Shape { batch: 2, len: 90, d_inner: 36, d_state: 7 };
-        let case = Case::<bf16>::new(&mut rng, shape, Flags::pairwise(row));
+        let shape = Shape { batch: 2, len: 90, d_inner: 36, d_state };
+        let case = Case::<T>::new(&mut rng, shape, Flags::pairwise(row));
         let dense = Case {
             u: case.u.dense(),
             delta: case.delta.dense(),
@@ -115,7 +125,7 @@ fn layouts_do_not_matter() {
             d_out: case.d_out.dense(),
             ..case.clone()
         };
-        assert!(case.run(Device::best()) == dense.run(Device::best()), "SEED={seed} row {row}");
+        assert!(case.run(device) == dense.run(device), "SEED={seed} {device:?} row {row}");
     }
 }
 
@@ -176,12 +186,16 @@ fn broadcast_inputs() {
 /// Running two parts one after the other, the state passed on, equals running the whole; wherever it is cut.
 #[test]
 fn split_anywhere_equals_whole() {
+    parts_equal_whole(Device::best(), 0..16);
+}
+
+pub fn parts_equal_whole(device: Device, rows: Range<usize>) {
     let (mut rng, seed) = seeded();
-    for row in 0..16 {
+    for row in rows {
         let flags = Flags { packed: false, grouped: false, initial_state: true, ..Flags::pairwise(row) };
         let shape = Shape { batch: 2, len: 200, d_inner: 19, d_state: 6 };
         let case = Case::<f32>::new(&mut rng, shape, flags);
-        let whole = case.inputs().forward().expect("valid");
+        let whole = device.run(&case).0;
         for cut in [1, 63, 64, 65, rng.random_range(2..198), 199] {
             let mut ranges = [0..cut, cut..200];
             if flags.reverse {
@@ -191,7 +205,7 @@ fn split_anywhere_equals_whole() {
             let mut out = vec![0.0; whole.out.len()];
             for range in ranges {
                 let part = part_of(&case, range.clone(), &state);
-                let output = part.inputs().forward().expect("valid");
+                let output = device.run(&part).0;
                 for b in 0..2 {
                     let (len, d) = (range.len(), 19);
                     out[(b * 200 + range.start) * d..][..len * d]
@@ -238,59 +252,65 @@ fn infected(poisoned: &[f64], clean: &[f64]) -> Vec<usize> {
 /// A NaN in one channel's input reaches that channel from there on, and no other; backwards likewise.
 #[test]
 fn nan_reaches_what_depends_on_it() {
+    Device::all().into_iter().for_each(|device| nan_spreads(device, 21, 3));
+}
+
+pub fn nan_spreads(device: Device, d: usize, d_state: usize) {
     let (mut rng, seed) = seeded();
-    let shape = Shape { batch: 2, len: 150, d_inner: 21, d_state: 3 };
+    let shape = Shape { batch: 2, len: 150, d_inner: d, d_state };
     let (batch, t0, channel) = (1, 70, 18);
     for value in [f32::NAN, f32::INFINITY] {
-        for device in Device::all() {
-            let clean_case = Case::<f32>::new(&mut rng, shape, Flags::mamba());
-            let clean = clean_case.run(device);
-            let own = |i: usize| i % 21 == channel && i / 21 / 150 == batch;
+        let clean_case = Case::<f32>::new(&mut rng, shape, Flags::mamba());
+        let clean = clean_case.run(device);
+        let own = |i: usize| i % d == channel && i / d / 150 == batch;
 
-            let mut case = clean_case.clone();
-            case.u.set([batch, t0, channel], value);
-            let results = case.run(device);
-            let hit = infected(results.get("out"), clean.get("out"));
-            assert!(hit.iter().all(|&i| own(i) && i / 21 % 150 >= t0), "SEED={seed} {device:?}: u leaks into {hit:?}");
-            assert!(hit.contains(&((batch * 150 + t0) * 21 + channel)), "SEED={seed} {device:?}: u is ignored");
-            assert!(results.get("out")[hit[0]].is_nan() || value.is_infinite());
-            // d_u depends on u only through nothing: the scan is linear in u.
-            assert!(infected(results.get("d_u"), clean.get("d_u")).is_empty(), "SEED={seed} {device:?}");
-            let hit = infected(results.get("d_c"), clean.get("d_c"));
-            assert!(hit.iter().all(|&i| i / 3 >= batch * 150 + t0), "SEED={seed} {device:?}: u leaks into d_c");
+        let mut case = clean_case.clone();
+        case.u.set([batch, t0, channel], value);
+        let results = case.run(device);
+        let hit = infected(results.get("out"), clean.get("out"));
+        assert!(hit.iter().all(|&i| own(i) && i / d % 150 >= t0), "SEED={seed} {device:?}: u leaks into {hit:?}");
+        assert!(hit.contains(&((batch * 150 + t0) * d + channel)), "SEED={seed} {device:?}: u is ignored");
+        assert!(results.get("out")[hit[0]].is_nan() || value.is_infinite());
+        // d_u depends on u only through nothing: the scan is linear in u.
+        assert!(infected(results.get("d_u"), clean.get("d_u")).is_empty(), "SEED={seed} {device:?}");
+        let hit = infected(results.get("d_c"), clean.get("d_c"));
+        assert!(hit.iter().all(|&i| i / d_state >= batch * 150 + t0), "SEED={seed} {device:?}: u leaks into d_c");
 
-            let mut case = clean_case.clone();
-            case.d_out.set([batch, t0, channel], value);
-            let results = case.run(device);
-            assert!(infected(results.get("out"), clean.get("out")).is_empty());
-            let hit = infected(results.get("d_u"), clean.get("d_u"));
-            assert!(hit.iter().all(|&i| own(i) && i / 21 % 150 <= t0), "SEED={seed} {device:?}: d_out leaks: {hit:?}");
-            assert!(hit.contains(&((batch * 150 + t0) * 21 + channel)), "SEED={seed} {device:?}: d_out is ignored");
+        let mut case = clean_case.clone();
+        case.d_out.set([batch, t0, channel], value);
+        let results = case.run(device);
+        assert!(infected(results.get("out"), clean.get("out")).is_empty());
+        let hit = infected(results.get("d_u"), clean.get("d_u"));
+        assert!(hit.iter().all(|&i| own(i) && i / d % 150 <= t0), "SEED={seed} {device:?}: d_out leaks: {hit:?}");
+        assert!(hit.contains(&((batch * 150 + t0) * d + channel)), "SEED={seed} {device:?}: d_out is ignored");
 
-            let mut case = clean_case.clone();
-            case.b[(batch * 150 + t0) * 3 + 1] = value;
-            let hit = infected(case.run(device).get("out"), clean.get("out"));
-            assert!(hit.iter().all(|&i| i / 21 >= batch * 150 + t0), "SEED={seed} {device:?}: b leaks");
-            assert!(hit.len() >= 21, "SEED={seed} {device:?}: b is ignored");
-        }
+        let mut case = clean_case.clone();
+        case.b[(batch * 150 + t0) * d_state + 1] = value;
+        let hit = infected(case.run(device).get("out"), clean.get("out"));
+        assert!(hit.iter().all(|&i| i / d >= batch * 150 + t0), "SEED={seed} {device:?}: b leaks");
+        assert!(hit.len() >= d, "SEED={seed} {device:?}: b is ignored");
     }
 }
 
 /// Empty batches and sequences give empty outputs and leave the state as it is.
 #[test]
 fn nothing_to_do() {
+    empty_problems(Device::best());
+}
+
+pub fn empty_problems(device: Device) {
     let (mut rng, _) = seeded();
     let flags = Flags { initial_state: true, d_final_state: true, ..Flags::mamba() };
     for (batch, len) in [(2, 0), (0, 5), (0, 0)] {
         for packed in [false, true] {
             let shape = Shape { batch, len, d_inner: 9, d_state: 4 };
             let case = Case::<f32>::new(&mut rng, shape, Flags { packed, ..flags });
-            let (output, gradients) = Device::best().run(&case);
+            let (output, gradients) = device.run(&case);
             assert!(output.out.is_empty() && gradients.u.is_empty());
             assert_eq!(output.final_state, case.initial_state[..output.final_state.len()]);
             assert_eq!(gradients.initial_state.as_deref(), Some(&case.d_final_state[..]));
             assert!(gradients.a.iter().chain(gradients.d.iter().flatten()).all(|&x| x == 0.0));
-            case.check(Device::best(), &|| format!("{shape:?}"));
+            case.check(device, &|| format!("{shape:?}"));
         }
     }
 }

@@ -7,6 +7,7 @@ use super::Problem;
 use super::plan::{PerLane, Plan, Segments};
 use crate::arguments::Dims;
 use crate::cuda::{Arguments, Cuda, Device, Module, blocks, params};
+use crate::sequences::Sequences;
 use crate::{DType, Discretization, Element, Projection, Result};
 
 /// Which of the kernels a problem takes.
@@ -23,9 +24,8 @@ pub(super) struct Scan {
     pub kernel: Kernel,
 }
 
-/// Sequences with more steps than this are summed with compensation in f32. A sum of `n` terms loses about
-/// `sqrt(n/2)·2^-25`, which passes 2e-6 here.
-const COMPENSATED_STEPS: usize = 16_384;
+/// As `LONG_SEQUENCE` in the kernels.
+const LONG_SEQUENCE: usize = 16_384;
 
 impl Scan {
     pub fn new<'a, T: Element>(
@@ -37,7 +37,11 @@ impl Scan {
         let (inputs, Dims { d_inner, d_state, batch, .. }) = (&problem.inputs, problem.dims);
         let segments = Segments::new(device, problem, plan)?;
         let group_channels = problem.dims.group_channels();
-        let compensate = T::DTYPE == DType::F32 && problem.dims.len > COMPENSATED_STEPS;
+        let longest = match problem.sequences {
+            Sequences::Dense { len, .. } => len,
+            Sequences::Packed(_) => problem.sequences.iter().map(|sequence| sequence.len).max().unwrap_or(0),
+        };
+        let compensate = T::DTYPE == DType::F32 && longest > LONG_SEQUENCE;
         let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
         let flag = |set: bool, bit: u64| if set { bit } else { 0 };
         let mut scan = Self {
