@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the CPU path's unsafe code under Miri, which checks it for undefined behaviour and data races.
-# Takes about five minutes.
+# Takes some minutes.
 # Needs: rustup toolchain install nightly --component miri --component rust-src
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

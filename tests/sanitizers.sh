@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs tests under the sanitizers of the nightly compiler. Unlike Miri they watch the machine's own instructions, AVX-512
-# and all, at a tenth of its speed and not a ten-thousandth: `address` sees accesses outside an allocation, `thread` sees
+# and all, and are fast enough for whole sequences: `address` sees accesses outside an allocation, `thread` sees
 # races.
 # Needs: rustup toolchain install nightly --component rust-src
 set -euo pipefail
