@@ -29,6 +29,8 @@ macro_rules! modules {
 modules! {
     SCAN_FORWARD = "scan_forward",
     UPLOAD = "upload",
+    STATE_UPDATE = "state_update",
+    ROLLBACK = "rollback",
 }
 
 /// What has been loaded into one context.

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{Arguments, Cuda};
-use crate::{Element, Projection, Result, View};
+use crate::{Element, Projection, Result, View, ViewMut};
 
 macro_rules! params {
     ($($(#[$doc:meta])* $name:ident[$size:literal] { $($field:ident: $type:ty,)* })*) => {$(
@@ -69,6 +69,47 @@ params! {
 
     ScanForward[416] { inputs: ScanInputs, out: u64, final_state: u64, checkpoints: u64, }
 
+    /// `(slots, rows, columns)`.
+    Pool[32] { data: u64, slot: i64, row: i64, column: i64, }
+
+    Slots[2064] { table: u64, kind: i64, few: [i32; 512], }
+
+    StateUpdate[2440] {
+        u: Activation,
+        dt: Activation,
+        z: Activation,
+        a: Matrix,
+        b: ProjectionParams,
+        c: ProjectionParams,
+        d: Vector,
+        dt_bias: Vector,
+        state: Pool,
+        out: u64,
+        token_states: u64,
+        batch: i64,
+        tokens: i64,
+        d_inner: i64,
+        d_state: i64,
+        group_channels: i64,
+        lane_shift: i64,
+        rows: i64,
+        flags: u64,
+        slots: Slots,
+    }
+
+    Rollback[104] {
+        state: Pool,
+        token_states: u64,
+        batch: i64,
+        token: i64,
+        row: i64,
+        column: i64,
+        restored: u64,
+        count: i64,
+        rows: i64,
+        columns: i64,
+    }
+
     Upload[3984] { to: u64, count: u64, values: [u64; UPLOAD_VALUES], }
 }
 
@@ -128,5 +169,13 @@ impl<'a> Arguments<'a> {
                 Ok(ProjectionParams { data, batch: 0, step: 0, group: 0, channel, state, constant: 1 })
             }
         }
+    }
+
+    /// The pool of an update, to be read and written.
+    pub fn pool<St: Element>(&mut self, argument: &'static str, view: ViewMut<'a, St, 3, Cuda>) -> Result<Pool> {
+        let data = self.write(argument, view.data)?;
+        let [slot, row, column] = view.strides.map(|stride| stride as i64);
+        // A view of no elements may start anywhere.
+        Ok(Pool { data: data.wrapping_add((view.offset * size_of::<St>()) as u64), slot, row, column })
     }
 }

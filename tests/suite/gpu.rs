@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use selective_scan::cuda::{self, Cuda};
 use selective_scan::scan::cuda::{Lanes, Plan};
 use selective_scan::scan::{self, Gradients, Inputs, OutputGradients, OutputMut};
-use selective_scan::{Element, Projection, View};
+use selective_scan::{Element, Projection, View, ViewMut, state_update};
 
 use crate::case::{Case, Device, Flags, Shape, seeded};
 
@@ -50,7 +50,7 @@ impl Copies {
         View { data: self.slice(data), offset, shape, strides }
     }
 
-    fn projection<T: Element>(&self, projection: &Projection<T>) -> Projection<'_, T, Cuda> {
+    pub fn projection<T: Element>(&self, projection: &Projection<T>) -> Projection<'_, T, Cuda> {
         match projection {
             Projection::Varying(view) => Projection::Varying(self.view(view)),
             Projection::Constant(view) => Projection::Constant(self.view(view)),
@@ -69,6 +69,23 @@ impl Copies {
     pub fn poisoned<T: Element>(&self, len: usize) -> &mut CudaSlice<T> {
         self.slice(&vec![T::from_f32(f32::NAN); len])
     }
+}
+
+/// A rollback on the device.
+pub fn rollback<St: Element>(
+    state: ViewMut<St, 3>,
+    token_states: View<St, 4>,
+    slots: Option<&[i32]>,
+    accepted: &[usize],
+) {
+    let stream = stream().expect("only called where there is a device");
+    let copies = Copies::new(&stream);
+    let ViewMut { data, offset, shape, strides } = state;
+    let pool = copies.slice(data);
+    let state = ViewMut { data: &mut *pool, offset, shape, strides };
+    let token_states = copies.view(&token_states);
+    state_update::cuda::rollback(&stream, state, token_states, slots, accepted).expect("the case is valid");
+    copies.download(pool, data);
 }
 
 /// Forward with checkpoints on the device.

@@ -1,0 +1,107 @@
+//! The state update on NVIDIA GPUs; see [`cuda`](crate::cuda) for how tensors are passed.
+//!
+//! Every state is read and written once, by one thread, and that is what the time goes to: a thread holds four
+//! neighbouring states of a channel as they are stored. What Mamba uses (Euler's rule, varying `B` and `C`, `d_state` a
+//! multiple of 4 and at most 128) takes the fast kernel where states lie side by side and start at multiples of 4
+//! elements, those of the pool as well as those of `A`, `B` and `C`; everything else gets the same bits from a general one.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use super::{Inputs, UpdateMut};
+use crate::arguments::Dims;
+use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, GRID_ROWS, Module, lies_whole, params, suffix};
+use crate::pool::cuda::SlotList;
+use crate::{Discretization, Element, Result};
+
+pub use crate::pool::cuda::rollback;
+
+/// Threads of a block, as in the kernel.
+const THREADS: usize = 128;
+
+/// Neighbouring states that a thread holds.
+const QUAD: usize = 4;
+
+/// Batch rows that a thread of the fast kernel works on at a time.
+const ROWS: usize = 2;
+
+/// Runs the update on the stream's device, asynchronously.
+///
+/// # Errors
+/// An argument that does not fit, see [`Inputs`] and [`UpdateMut`], or that lies on another device; nothing is written
+/// then. What the driver refuses.
+pub fn update<T: Element, St: Element>(
+    stream: &Arc<CudaStream>,
+    inputs: &Inputs<T, Cuda>,
+    outputs: UpdateMut<T, St, Cuda>,
+) -> Result<()> {
+    let problem = inputs.check()?;
+    let slots = problem.check_outputs(&outputs)?;
+    let device = Device::new(stream)?;
+    let mut arguments = Arguments::new(stream);
+    let Dims { batch, len, d_inner, d_state, .. } = problem.dims;
+    let mut params = params::StateUpdate {
+        u: arguments.activation("u", &inputs.u)?,
+        dt: arguments.activation("dt", &inputs.dt)?,
+        z: arguments.optional_activation("z", &inputs.z)?,
+        a: arguments.matrix("a", &inputs.a)?,
+        b: arguments.projection("b", &inputs.b)?,
+        c: arguments.projection("c", &inputs.c)?,
+        d: arguments.vector("d", &inputs.d)?,
+        dt_bias: arguments.vector("dt_bias", &inputs.dt_bias)?,
+        state: arguments.pool("state", outputs.state)?,
+        out: arguments.write("out", outputs.out)?,
+        token_states: arguments.write_optional("token_states", outputs.token_states)?,
+        batch: batch as i64,
+        tokens: len as i64,
+        d_inner: d_inner as i64,
+        d_state: d_state as i64,
+        group_channels: problem.dims.group_channels() as i64,
+        lane_shift: d_state.div_ceil(QUAD).next_power_of_two().min(32).ilog2().into(),
+        rows: 1,
+        flags: 0,
+        slots: bytemuck::Zeroable::zeroed(),
+    };
+    if batch == 0 || len == 0 {
+        return Ok(());
+    }
+    let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
+    let whole = is_whole::<T, St>(&params);
+    let fast = whole && !hold && params.b.constant == 0 && params.c.constant == 0 && d_state <= 32 * QUAD;
+    params.flags = u64::from(inputs.options.dt_softplus) | u64::from(hold) << 1 | u64::from(whole) << 2;
+    let columns = d_inner.div_ceil(THREADS >> params.lane_shift).min(GRID_COLUMNS);
+    // Rows share what a thread reads of A, once there are enough of them to fill the device.
+    let room = 24 * device.processors;
+    if fast && columns.saturating_mul(batch.div_ceil(ROWS)) >= room / 2 {
+        params.rows = ROWS as i64;
+    }
+    let steps = batch.div_ceil(params.rows as usize);
+    // As many turns for every block.
+    let turns = steps.div_ceil(room.div_ceil(columns).min(GRID_ROWS));
+    let grid = [columns, steps.div_ceil(turns).min(GRID_ROWS)];
+
+    let list = SlotList::new(&device, slots)?;
+    params.slots = list.params;
+    let variant = if fast { "fast" } else { "general" };
+    let name = format!("state_update_{variant}_{}_{}", suffix(T::DTYPE), suffix(St::DTYPE));
+    // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`; slots of different rows
+    // differ, and each state and output is written by one thread.
+    unsafe { device.launch(Module::STATE_UPDATE, &name, grid, THREADS, [0, 0], &params) }
+}
+
+/// Whether all that has states as its last dimension can be accessed by fours.
+fn is_whole<T, St>(p: &params::StateUpdate) -> bool {
+    let projection = |x: &params::ProjectionParams| match x.constant {
+        0 => x.state == 1 && lies_whole::<T>(x.data, &[x.batch, x.step, x.group], QUAD),
+        _ => x.state == 1 && lies_whole::<f32>(x.data, &[x.channel], QUAD),
+    };
+    p.d_state % QUAD as i64 == 0
+        && p.a.state == 1
+        && lies_whole::<f32>(p.a.data, &[p.a.channel], QUAD)
+        && projection(&p.b)
+        && projection(&p.c)
+        && p.state.column == 1
+        && lies_whole::<St>(p.state.data, &[p.state.slot, p.state.row], QUAD)
+        && lies_whole::<St>(p.token_states, &[], QUAD)
+}
