@@ -52,3 +52,13 @@ __device__ __forceinline__ void put(T *p, int64_t stride, const Pack<T, COUNT> &
         }
     }
 }
+
+// `COUNT` elements, read and written as a whole where the kernel is made for that (`ALWAYS`) or finds that it can (`whole`).
+template <int COUNT, bool ALWAYS, typename E>
+__device__ __forceinline__ Pack<E, COUNT> fetch(const E *p, int64_t stride, int count, bool whole) {
+    return ALWAYS || whole ? load<E, COUNT, true>(p, stride, count) : load<E, COUNT, false>(p, stride, count);
+}
+template <int COUNT, bool ALWAYS, typename E>
+__device__ __forceinline__ void keep(E *p, int64_t stride, const Pack<E, COUNT> &pack, int count, bool whole) {
+    ALWAYS || whole ? put<E, COUNT, true>(p, stride, pack, count) : put<E, COUNT, false>(p, stride, pack, count);
+}

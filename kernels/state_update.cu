@@ -34,16 +34,6 @@ constexpr int THREADS = 128;
 // The neighbouring states of a thread.
 constexpr int QUAD = 4;
 
-// Four states, with what the kernel knows of them before it runs, or finds in `whole`.
-template <bool FAST, typename E>
-__device__ __forceinline__ Pack<E, QUAD> fetch(const E *p, int64_t stride, int count, bool whole) {
-    return FAST || whole ? load<E, QUAD, true>(p, stride, count) : load<E, QUAD, false>(p, stride, count);
-}
-template <bool FAST, typename E>
-__device__ __forceinline__ void keep(E *p, int64_t stride, const Pack<E, QUAD> &states, int count, bool whole) {
-    FAST || whole ? put<E, QUAD, true>(p, stride, states, count) : put<E, QUAD, false>(p, stride, states, count);
-}
-
 // Four states of a channel from `n` on, and their parameters.
 template <typename T, bool FAST> struct Quad {
     int64_t n;
@@ -54,7 +44,7 @@ template <typename T, bool FAST> struct Quad {
     __device__ __forceinline__ Quad(const StateUpdate &p, int64_t channel, int64_t n, bool exists) : n(n) {
         count = exists ? static_cast<int>(max(int64_t(0), min(p.d_state - n, int64_t(QUAD)))) : 0;
         const float *at = p.a.data + channel * p.a.channel + n * p.a.state;
-        const Pack<float, QUAD> row = fetch<FAST>(at, p.a.state, count, p.flags & FLAG_WHOLE);
+        const Pack<float, QUAD> row = fetch<QUAD, FAST>(at, p.a.state, count, p.flags & FLAG_WHOLE);
 #pragma unroll
         for (int i = 0; i < QUAD; i++) {
             a[i] = row[i] * LOG2_E;
@@ -68,14 +58,14 @@ template <typename T, bool FAST> struct Quad {
                                                      int64_t group, bool whole) const {
         if (!FAST && from.constant) return {};
         const T *at = static_cast<const T *>(from.data) + (row * from.batch + token * from.step);
-        return fetch<FAST>(at + (group * from.group + n * from.state), from.state, count, whole);
+        return fetch<QUAD, FAST>(at + (group * from.group + n * from.state), from.state, count, whole);
     }
 
     __device__ __forceinline__ void widen(float (&to)[QUAD], const Projection &from, const Pack<T, QUAD> &varying,
                                           int64_t channel, bool whole) const {
         if (!FAST && from.constant) {
             const float *at = static_cast<const float *>(from.data) + (channel * from.channel + n * from.state);
-            const Pack<float, QUAD> row = fetch<FAST>(at, from.state, count, whole);
+            const Pack<float, QUAD> row = fetch<QUAD, FAST>(at, from.state, count, whole);
 #pragma unroll
             for (int i = 0; i < QUAD; i++) to[i] = row[i];
         } else {
@@ -116,7 +106,7 @@ __device__ __forceinline__ void state_update(const StateUpdate &p) {
                 if (slot < 0) continue;
                 state[r] = static_cast<St *>(p.state.data) + (slot * p.state.slot + channel * p.state.row);
                 if (turns == 1) {
-                    h[r] = fetch<FAST>(state[r] + quad.n * p.state.column, p.state.column, quad.count, whole);
+                    h[r] = fetch<QUAD, FAST>(state[r] + quad.n * p.state.column, p.state.column, quad.count, whole);
                 }
             }
 
@@ -146,7 +136,7 @@ __device__ __forceinline__ void state_update(const StateUpdate &p) {
                         if (!state[r]) continue;
                         b[r] = quad.varying(p.b, first + r, t, group, whole);
                         c[r] = quad.varying(p.c, first + r, t, group, whole);
-                        if (turns > 1) h[r] = fetch<FAST>(state[r] + column, p.state.column, quad.count, whole);
+                        if (turns > 1) h[r] = fetch<QUAD, FAST>(state[r] + column, p.state.column, quad.count, whole);
                     }
 #pragma unroll
                     for (int r = 0; r < ROWS; r++) {
@@ -175,12 +165,12 @@ __device__ __forceinline__ void state_update(const StateUpdate &p) {
                         y[r] = sum;
                         h[r] = pack<St, QUAD>(next);
                         if (turns > 1 || t + 1 == p.tokens) {
-                            keep<FAST>(state[r] + column, p.state.column, h[r], quad.count, whole);
+                            keep<QUAD, FAST>(state[r] + column, p.state.column, h[r], quad.count, whole);
                         }
                         if (p.token_states) {
                             St *to = static_cast<St *>(p.token_states) +
                                      (((first + r) * p.tokens + t) * p.d_inner + channel) * p.d_state + quad.n;
-                            keep<FAST>(to, 1, h[r], quad.count, whole);
+                            keep<QUAD, FAST>(to, 1, h[r], quad.count, whole);
                         }
                     }
                 }

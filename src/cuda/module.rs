@@ -31,6 +31,10 @@ modules! {
     UPLOAD = "upload",
     STATE_UPDATE = "state_update",
     ROLLBACK = "rollback",
+    CONV_FORWARD = "conv_forward",
+    CONV_BACKWARD = "conv_backward",
+    CONV_UPDATE = "conv_update",
+    SUM = "sum",
 }
 
 /// What has been loaded into one context.

@@ -110,6 +110,52 @@ params! {
         columns: i64,
     }
 
+    /// `(sequences, width - 1, d_inner)`.
+    StateRows[32] { data: u64, sequence: i64, row: i64, channel: i64, }
+
+    Runs[48] { packed: u64, sequences: i64, len: i64, per_row: i64, steps: i64, count: i64, }
+
+    ConvInputs[184] {
+        x: Activation,
+        weight: Matrix,
+        bias: Vector,
+        initial_state: StateRows,
+        runs: Runs,
+        d_inner: i64,
+        width: i64,
+        lane_shift: i64,
+        flags: u64,
+    }
+
+    ConvForward[200] { inputs: ConvInputs, out: u64, final_state: u64, }
+
+    ConvBackward[272] {
+        inputs: ConvInputs,
+        d_out: Activation,
+        d_final_state: StateRows,
+        d_x: u64,
+        d_initial_state: u64,
+        parts: u64,
+    }
+
+    ConvUpdate[2232] {
+        x: Activation,
+        weight: Matrix,
+        bias: Vector,
+        state: Pool,
+        out: u64,
+        token_states: u64,
+        batch: i64,
+        tokens: i64,
+        d_inner: i64,
+        width: i64,
+        lane_shift: i64,
+        flags: u64,
+        slots: Slots,
+    }
+
+    Sum[56] { from: u64, to: u64, parts: i64, m: i64, stride: i64, slice: i64, row_shift: i64, }
+
     Upload[3984] { to: u64, count: u64, values: [u64; UPLOAD_VALUES], }
 }
 
@@ -177,5 +223,12 @@ impl<'a> Arguments<'a> {
         let [slot, row, column] = view.strides.map(|stride| stride as i64);
         // A view of no elements may start anywhere.
         Ok(Pool { data: data.wrapping_add((view.offset * size_of::<St>()) as u64), slot, row, column })
+    }
+
+    /// The states of a convolution.
+    pub fn state_rows(&mut self, argument: &'static str, view: &Option<View<'a, f32, 3, Cuda>>) -> Result<StateRows> {
+        let Some(view) = view else { return Ok(StateRows::zeroed()) };
+        let (data, [sequence, row, channel]) = self.view(argument, view)?;
+        Ok(StateRows { data, sequence, row, channel })
     }
 }

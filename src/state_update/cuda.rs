@@ -11,7 +11,7 @@ use cudarc::driver::CudaStream;
 
 use super::{Inputs, UpdateMut};
 use crate::arguments::Dims;
-use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, GRID_ROWS, Module, lies_whole, params, suffix};
+use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, grid_rows, lies_whole, params, suffix};
 use crate::pool::cuda::SlotList;
 use crate::{Discretization, Element, Result};
 
@@ -76,10 +76,7 @@ pub fn update<T: Element, St: Element>(
     if fast && columns.saturating_mul(batch.div_ceil(ROWS)) >= room / 2 {
         params.rows = ROWS as i64;
     }
-    let steps = batch.div_ceil(params.rows as usize);
-    // As many turns for every block.
-    let turns = steps.div_ceil(room.div_ceil(columns).min(GRID_ROWS));
-    let grid = [columns, steps.div_ceil(turns).min(GRID_ROWS)];
+    let grid = [columns, grid_rows(columns, batch.div_ceil(params.rows as usize), room)];
 
     let list = SlotList::new(&device, slots)?;
     params.slots = list.params;
