@@ -88,10 +88,12 @@ pub fn update<T: Element, St: Element>(inputs: &UpdateInputs<T>, outputs: Update
     }
 }
 
-const DEVICE: Device = Device::Cuda(Plan { segment_steps: None, lanes: None });
+fn gpu() -> Device {
+    Device::Cuda(Plan::default())
+}
 
 fn device(_: &mut Draw) -> Device {
-    DEVICE
+    gpu()
 }
 
 #[test]
@@ -112,14 +114,14 @@ fn halves_are_as_the_reference() {
 #[test]
 fn a_packed_sequence_gives_the_bits_of_the_same_alone() {
     if stream().is_some() {
-        packed_alone(DEVICE, 200..230);
+        packed_alone(gpu(), 200..230);
     }
 }
 
 #[test]
 fn chunks_give_the_bits_of_the_whole() {
     if stream().is_some() {
-        chunks(DEVICE, 300..325);
+        chunks(gpu(), 300..325);
     }
 }
 
@@ -137,9 +139,9 @@ fn updates_are_as_the_reference() {
 #[test]
 fn many_tokens_give_the_bits_of_single_ones() {
     if stream().is_some() {
-        tokens_at_once::<f32, f32>(DEVICE);
-        tokens_at_once::<f32, bf16>(DEVICE);
-        tokens_at_once::<bf16, f16>(DEVICE);
+        tokens_at_once::<f32, f32>(gpu());
+        tokens_at_once::<f32, bf16>(gpu());
+        tokens_at_once::<bf16, f16>(gpu());
     }
 }
 
@@ -185,12 +187,12 @@ fn any_layout_and_every_run_give_the_same_bits() {
                 }
             };
             let plain = case(false);
-            let results = plain.run(DEVICE);
+            let results = plain.run(gpu());
             let want = reference::backward(&plain.inputs(), plain.d_outputs()).unwrap();
             assert_close(&results.1.weight, &want.weight, super::GRADIENTS, "weight");
             assert_close(&results.1.x, &want.x, super::GRADIENTS, "x");
-            assert_eq!(results, plain.run(DEVICE), "width {width}: in a second run");
-            assert_eq!(results, case(true).run(DEVICE), "width {width}: in another layout");
+            assert_eq!(results, plain.run(gpu()), "width {width}: in a second run");
+            assert_eq!(results, case(true).run(gpu()), "width {width}: in another layout");
         }
     }
 }
@@ -210,7 +212,7 @@ fn sums_over_many_runs_stay_exact() {
         ..Inputs::new(View::new(&x, [1, len, d]), View::new(&weight, [d, width]))
     };
     let d_out = View::new(&d_out[..], [1, len, d]);
-    let got = super::backward(DEVICE, &inputs, d_out.into());
+    let got = super::backward(gpu(), &inputs, d_out.into());
     let want = reference::backward(&inputs, d_out).unwrap();
     assert_close(&got.weight, &want.weight, 2e-6, "weight");
 }
@@ -251,16 +253,16 @@ fn nothing_in_gives_nothing_out() {
         let x = View::new(&[0.0f32; 0][..], [batch, len, 4]);
         let initial = View::new(&state[..batch * 8], [batch, 2, 4]);
         let inputs = Inputs { initial_state: Some(initial), ..Inputs::new(x, View::new(&weight, [4, 3])) };
-        assert_eq!(super::forward(DEVICE, &inputs).final_state, vec![2.0; batch * 8]);
+        assert_eq!(super::forward(gpu(), &inputs).final_state, vec![2.0; batch * 8]);
         let d_outputs = OutputGradients { d_out: x, d_final_state: Some(initial) };
-        let gradients = super::backward(DEVICE, &inputs, d_outputs);
+        let gradients = super::backward(gpu(), &inputs, d_outputs);
         assert_eq!(gradients.initial_state, Some(vec![2.0; batch * 8]));
         assert_eq!(gradients.weight, [0.0; 12]);
     }
     // More rows of nothing than can be counted through.
     let x = View::new(&[0.0f32; 0][..], [usize::MAX / 8, 0, 1]);
     let inputs = Inputs::new(x, View::new(&weight[..2], [1, 2]));
-    assert_eq!(super::backward(DEVICE, &inputs, x.into()).weight, [0.0; 2]);
+    assert_eq!(super::backward(gpu(), &inputs, x.into()).weight, [0.0; 2]);
     forward(&inputs, OutputMut { out: &mut [], final_state: None });
 }
 
