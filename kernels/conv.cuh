@@ -15,6 +15,11 @@ struct StateRows {
     int64_t sequence, row, channel;
 };
 
+// Whether all steps of a tile are there, as a type.
+template <bool VALUE> struct Is {
+    static constexpr bool value = VALUE;
+};
+
 // A part of a sequence: `steps` steps from the `first`-th in the direction of the convolution on.
 struct Run {
     int64_t sequence;

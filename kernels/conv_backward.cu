@@ -20,7 +20,7 @@ struct ConvBackward {
 };
 static_assert(sizeof(ConvBackward) == 272, "as in src/cuda/params.rs");
 
-template <typename T, int MOST, int COUNT, bool WHOLE>
+template <typename T, int LEAST, int MOST, int COUNT, bool WHOLE>
 __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
     const ConvInputs &p = params.in;
     constexpr int BEFORE = MOST - 1, TILE = 4;
@@ -35,7 +35,7 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
          first_d += int64_t(gridDim.x) * lanes * COUNT) {
         const int64_t d = first_d + lane * COUNT;
         const int count = static_cast<int>(max(int64_t(0), min(p.d_inner - d, int64_t(COUNT))));
-        const Filter<MOST, COUNT> filter(p.weight, p.bias, p.width, d, count);
+        const Filter<LEAST, MOST, COUNT> filter(p.weight, p.bias, p.width, d, count);
         float d_weight[MOST][COUNT] = {}, d_bias[COUNT] = {};
 
         const int64_t stride = int64_t(gridDim.y) * (THREADS >> p.lane_shift);
@@ -59,28 +59,28 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
             // Positions of the line from here on are of the final state.
             const int end = static_cast<int>(min(run.len - run.first, int64_t(run.steps + width)));
 
-            for (int i = 0; i < run.steps + BEFORE; i += TILE) {
+            int i = 0;
+            // `inner` where all steps are the run's own and no gradient is one of a state's.
+            const auto tile = [&](auto inner) {
                 Pack<T, COUNT> next[TILE], d_next[TILE];
 #pragma unroll
                 for (int t = 0; t < TILE; t++) {
-                    next[t] = load<T, COUNT, WHOLE>(x, line.channel, i + t < there ? count : 0);
-                    d_next[t] = load<T, COUNT, WHOLE>(d_out, params.d_out.channel, i + t < there ? count : 0);
+                    next[t] = load<T, COUNT, WHOLE>(x, line.channel, inner.value || i + t < there ? count : 0);
+                    d_next[t] = load<T, COUNT, WHOLE>(d_out, params.d_out.channel, inner.value || i + t < there ? count : 0);
                     x += line.step;
                     d_out += d_step;
                 }
 #pragma unroll
                 for (int t = 0; t < TILE; t++) {
-                    const bool is_own = i + t < run.steps;
+                    const bool is_own = inner.value || i + t < run.steps;
 #pragma unroll
                     for (int c = 0; c < COUNT; c++) {
                         window[BEFORE + t][c] = next[t][c];
                         float d_sum = d_next[t][c];
-                        if (activate) {
-                            const float sum = filter.apply(window + t, c), s = sigmoid(sum);
-                            d_sum *= s * fmaf(sum, 1.0f - s, 1.0f);
-                        }
+                        const float sum = filter.apply(window + t, c), s = sigmoid(sum);
+                        d_sum = activate ? d_sum * (s * fmaf(sum, 1.0f - s, 1.0f)) : d_sum;
                         // Behind the end there is no sum, and what stands there need not be a number.
-                        g[BEFORE + t][c] = i + t < there ? d_sum : 0.0f;
+                        g[BEFORE + t][c] = inner.value || i + t < there ? d_sum : 0.0f;
                         if (is_own) {
 #pragma unroll
                             for (int k = 0; k < MOST; k++) {
@@ -100,7 +100,7 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
                     }
                     // Of this position from the run's start on, where weights that there are not would have come first.
                     const int position = i + t - filter.gap;
-                    if (params.d_final_state.data && position >= end && position < run.steps + width - 1) {
+                    if (!inner.value && params.d_final_state.data && position >= end && position < run.steps + width - 1) {
                         const StateRows &state = params.d_final_state;
                         const float *at = state.data + run.sequence * state.sequence +
                                           (position - end) * state.row + d * state.channel;
@@ -109,8 +109,8 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
                             if (c < count) d_line[c] += at[c * state.channel];
                         }
                     }
-                    if (i + t >= BEFORE) {
-                        const int left = i + t < run.steps + BEFORE ? count : 0;
+                    if (inner.value || i + t >= BEFORE) {
+                        const int left = inner.value || i + t < run.steps + BEFORE ? count : 0;
                         put<T, COUNT, WHOLE>(d_x, 1, pack<T, COUNT>(d_line), left);
                     } else if (params.d_initial_state && run.first == 0 && position >= 0) {
                         float *to = params.d_initial_state + (run.sequence * (width - 1) + position) * p.d_inner + d;
@@ -126,7 +126,11 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
 #pragma unroll
                     for (int c = 0; c < COUNT; c++) window[j][c] = window[TILE + j][c], g[j][c] = g[TILE + j][c];
                 }
-            }
+                i += TILE;
+            };
+            while (i < BEFORE && i < run.steps + BEFORE) tile(Is<false>());
+            while (i + TILE <= run.steps) tile(Is<true>());
+            while (i < run.steps + BEFORE) tile(Is<false>());
         }
 
         __syncthreads();
@@ -152,19 +156,21 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
     }
 }
 
-#define INSTANCE(NAME, T, MOST, COUNT, WHOLE)                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \
+#define INSTANCE(NAME, T, LEAST, MOST, COUNT, WHOLE, BLOCKS)                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         conv_backward_##NAME(const __grid_constant__ ConvBackward params) {                                            \
-        conv_backward<T, MOST, COUNT, WHOLE>(params);                                                                  \
+        conv_backward<T, LEAST, MOST, COUNT, WHOLE>(params);                                                           \
     }
 
-// Of wide filters there is room in the registers for two channels only.
-#define INSTANCES(SUFFIX, T)                                                                                           \
-    INSTANCE(whole_4_##SUFFIX, T, 4, 4, true)                                                                          \
-    INSTANCE(strided_4_##SUFFIX, T, 4, 4, false)                                                                       \
-    INSTANCE(whole_8_##SUFFIX, T, 8, 2, true)                                                                          \
-    INSTANCE(strided_8_##SUFFIX, T, 8, 2, false)
+// The usual widths exactly. Of wide filters there is room in the registers for two channels only.
+#define INSTANCES(SUFFIX, T, BLOCKS)                                                                                   \
+    INSTANCE(whole_2_##SUFFIX, T, 2, 2, 4, true, 4)                                                                    \
+    INSTANCE(whole_3_##SUFFIX, T, 3, 3, 4, true, 4)                                                                    \
+    INSTANCE(whole_4_##SUFFIX, T, 4, 4, 4, true, BLOCKS)                                                               \
+    INSTANCE(whole_8_##SUFFIX, T, 5, 8, 2, true, 3)                                                                    \
+    INSTANCE(strided_4_##SUFFIX, T, 2, 4, 4, false, 3)                                                                 \
+    INSTANCE(strided_8_##SUFFIX, T, 5, 8, 2, false, 3)
 
-INSTANCES(f32, float)
-INSTANCES(f16, __half)
-INSTANCES(bf16, __nv_bfloat16)
+INSTANCES(f32, float, 3)
+INSTANCES(f16, __half, 4)
+INSTANCES(bf16, __nv_bfloat16, 4)

@@ -10,7 +10,7 @@ struct ConvForward {
 static_assert(sizeof(ConvForward) == 200, "as in src/cuda/params.rs");
 
 constexpr int QUAD = 4;
-template <typename T, int MOST, bool WHOLE> __device__ __forceinline__ void conv_forward(const ConvForward &params) {
+template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline__ void conv_forward(const ConvForward &params) {
     const ConvInputs &p = params.in;
     // Steps whose loads are in flight together.
     constexpr int BEFORE = MOST - 1, TILE = sizeof(T) == 4 ? 4 : 8;
@@ -23,7 +23,7 @@ template <typename T, int MOST, bool WHOLE> __device__ __forceinline__ void conv
         const int64_t d = ((block << p.lane_shift) + lane) * QUAD;
         if (d >= p.d_inner) continue;
         const int count = static_cast<int>(min(p.d_inner - d, int64_t(QUAD)));
-        const Filter<MOST, QUAD> filter(p.weight, p.bias, p.width, d, count);
+        const Filter<LEAST, MOST, QUAD> filter(p.weight, p.bias, p.width, d, count);
 
         const int64_t stride = int64_t(gridDim.y) * (THREADS >> p.lane_shift);
         for (int64_t index = int64_t(blockIdx.y) * (THREADS >> p.lane_shift) + own; index < p.runs.count;
@@ -38,11 +38,12 @@ template <typename T, int MOST, bool WHOLE> __device__ __forceinline__ void conv
             const T *x = line.x + run.first * line.step;
             T *out = static_cast<T *>(params.out) +
                      (run.row * p.runs.len + run.step(run.first, reverse)) * p.d_inner + d;
-            for (int left = run.steps; left > 0; left -= TILE) {
+            int left = run.steps;
+            const auto tile = [&](auto full) {
                 Pack<T, QUAD> next[TILE];
 #pragma unroll
                 for (int t = 0; t < TILE; t++) {
-                    next[t] = load<T, QUAD, WHOLE>(x, line.channel, t < left ? count : 0);
+                    next[t] = load<T, QUAD, WHOLE>(x, line.channel, full.value || t < left ? count : 0);
                     x += line.step;
                 }
 #pragma unroll
@@ -52,12 +53,10 @@ template <typename T, int MOST, bool WHOLE> __device__ __forceinline__ void conv
                     for (int c = 0; c < QUAD; c++) {
                         window[BEFORE + t][c] = next[t][c];
                         sum[c] = filter.apply(window + t, c);
+                        const float active = silu(sum[c]);
+                        sum[c] = activate ? active : sum[c];
                     }
-                    if (activate) {
-#pragma unroll
-                        for (int c = 0; c < QUAD; c++) sum[c] = silu(sum[c]);
-                    }
-                    put<T, QUAD, WHOLE>(out, 1, pack<T, QUAD>(sum), t < left ? count : 0);
+                    put<T, QUAD, WHOLE>(out, 1, pack<T, QUAD>(sum), full.value || t < left ? count : 0);
                     out += out_step;
                 }
 #pragma unroll
@@ -65,7 +64,9 @@ template <typename T, int MOST, bool WHOLE> __device__ __forceinline__ void conv
 #pragma unroll
                     for (int c = 0; c < QUAD; c++) window[j][c] = window[TILE + j][c];
                 }
-            }
+            };
+            for (; left >= TILE; left -= TILE) tile(Is<true>());
+            if (left > 0) tile(Is<false>());
             if (params.final_state && run.ends_sequence()) {
                 for (int j = 0; j < line.rows; j++) {
                     float row[QUAD];
@@ -81,17 +82,19 @@ template <typename T, int MOST, bool WHOLE> __device__ __forceinline__ void conv
     }
 }
 
-#define INSTANCE(NAME, T, MOST, WHOLE, BLOCKS)                                                                         \
+#define INSTANCE(NAME, T, LEAST, MOST, WHOLE, BLOCKS)                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         conv_forward_##NAME(const __grid_constant__ ConvForward params) {                                              \
-        conv_forward<T, MOST, WHOLE>(params);                                                                          \
+        conv_forward<T, LEAST, MOST, WHOLE>(params);                                                                   \
     }
 
+// The usual widths exactly.
 #define INSTANCES(SUFFIX, T)                                                                                           \
-    INSTANCE(whole_4_##SUFFIX, T, 4, true, 5)                                                                          \
-    INSTANCE(strided_4_##SUFFIX, T, 4, false, 4)                                                                       \
-    INSTANCE(whole_8_##SUFFIX, T, 8, true, 3)                                                                          \
-    INSTANCE(strided_8_##SUFFIX, T, 8, false, 3)
+    INSTANCE(whole_2_##SUFFIX, T, 2, 2, true, 6)                                                                       \
+    INSTANCE(whole_3_##SUFFIX, T, 3, 3, true, 6)                                                                       \
+    INSTANCE(whole_4_##SUFFIX, T, 4, 4, true, 5)                                                                       \
+    INSTANCE(whole_8_##SUFFIX, T, 5, 8, true, 3)                                                                       \
+    INSTANCE(strided_8_##SUFFIX, T, 2, 8, false, 3)
 
 INSTANCES(f32, float)
 INSTANCES(f16, __half)

@@ -1,7 +1,7 @@
 // The causal convolution on a pool of states, in place.
 //
 // A thread holds the states of four neighbouring channels, as they are stored, and takes one batch row after another
-// through its tokens. `FAST` is for filters of up to four weights where everything lies side by side and aligned.
+// through its tokens. `FAST` is for filters of four weights where everything lies side by side and aligned.
 #include "filter.cuh"
 #include "pool.cuh"
 
@@ -27,7 +27,7 @@ constexpr uint64_t FLAG_SILU = 1, FLAG_WHOLE = 2;
 constexpr int THREADS = 128;
 constexpr int QUAD = 4;
 
-template <typename T, typename St, int MOST, bool FAST> __device__ __forceinline__ void conv_update(const ConvUpdate &p) {
+template <typename T, typename St, int LEAST, int MOST, bool FAST> __device__ __forceinline__ void conv_update(const ConvUpdate &p) {
     constexpr int BEFORE = MOST - 1;
     const bool activate = p.flags & FLAG_SILU, whole = p.flags & FLAG_WHOLE;
     const int lanes = 1 << p.lane_shift, lane = threadIdx.x & (lanes - 1), own = threadIdx.x >> p.lane_shift;
@@ -35,7 +35,7 @@ template <typename T, typename St, int MOST, bool FAST> __device__ __forceinline
 
     for (int64_t d = (int64_t(blockIdx.x) * lanes + lane) * QUAD; d < p.d_inner; d += int64_t(gridDim.x) * lanes * QUAD) {
         const int count = static_cast<int>(min(p.d_inner - d, int64_t(QUAD)));
-        const Filter<MOST, QUAD> filter(p.weight, p.bias, p.width, d, count);
+        const Filter<LEAST, MOST, QUAD> filter(p.weight, p.bias, p.width, d, count);
 
         const int64_t stride = int64_t(gridDim.y) * (THREADS >> p.lane_shift);
         for (int64_t row = int64_t(blockIdx.y) * (THREADS >> p.lane_shift) + own; row < p.batch; row += stride) {
@@ -100,11 +100,11 @@ template <typename T, typename St, int MOST, bool FAST> __device__ __forceinline
 #define INSTANCES(NAME, T, St)                                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
         conv_update_fast_##NAME(const __grid_constant__ ConvUpdate params) {                                           \
-        conv_update<T, St, 4, true>(params);                                                                           \
+        conv_update<T, St, 4, 4, true>(params);                                                                        \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \
         conv_update_general_##NAME(const __grid_constant__ ConvUpdate params) {                                        \
-        conv_update<T, St, 8, false>(params);                                                                          \
+        conv_update<T, St, 2, 8, false>(params);                                                                       \
     }
 
 #define STATES(NAME, T)                                                                                                \

@@ -4,8 +4,10 @@
 // neighbouring states of one channel, as they are stored, and `lanes` neighbouring threads hold a channel. A thread takes
 // its channel through batch rows that share the row of A, the loads of two of them in flight together.
 //
-// `FAST` leaves out what Mamba does not use (constant B and C, exact zero-order hold, more than 128 states) and whatever
-// does not lie side by side and aligned, for the sake of registers. The bits are the same.
+// The fast kernel does what Mamba uses: varying B and C, Euler's rule, up to 128 states; states side by side and aligned;
+// activations of fewer than 2^31 elements, so that indices are 32 bits wide (those of 64 would be half of all
+// instructions, and more than the processors can issue while memory keeps up). The general one does everything, with the
+// same bits.
 #include "math.cuh"
 #include "pool.cuh"
 #include "tensor.cuh"
@@ -35,7 +37,7 @@ constexpr int THREADS = 128;
 constexpr int QUAD = 4;
 
 // Four states of a channel from `n` on, and their parameters.
-template <typename T, bool FAST> struct Quad {
+template <typename T> struct Quad {
     int64_t n;
     int count;
     // log2(e) A, and 1/A where exact zero-order hold divides by it.
@@ -44,174 +46,199 @@ template <typename T, bool FAST> struct Quad {
     __device__ __forceinline__ Quad(const StateUpdate &p, int64_t channel, int64_t n, bool exists) : n(n) {
         count = exists ? static_cast<int>(max(int64_t(0), min(p.d_state - n, int64_t(QUAD)))) : 0;
         const float *at = p.a.data + channel * p.a.channel + n * p.a.state;
-        const Pack<float, QUAD> row = fetch<QUAD, FAST>(at, p.a.state, count, p.flags & FLAG_WHOLE);
+        const Pack<float, QUAD> row = fetch<QUAD, false>(at, p.a.state, count, p.flags & FLAG_WHOLE);
 #pragma unroll
         for (int i = 0; i < QUAD; i++) {
             a[i] = row[i] * LOG2_E;
             // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
-            if (!FAST) inverse_a[i] = fabsf(row[i]) < 1e-30f ? 0.0f : 1.0f / row[i];
+            inverse_a[i] = fabsf(row[i]) < 1e-30f ? 0.0f : 1.0f / row[i];
         }
     }
 
-    // B or C of one token, unless it is constant.
-    __device__ __forceinline__ Pack<T, QUAD> varying(const Projection &from, int64_t row, int64_t token,
-                                                     int64_t group, bool whole) const {
-        if (!FAST && from.constant) return {};
-        const T *at = static_cast<const T *>(from.data) + (row * from.batch + token * from.step);
-        return fetch<QUAD, FAST>(at + (group * from.group + n * from.state), from.state, count, whole);
-    }
-
-    __device__ __forceinline__ void widen(float (&to)[QUAD], const Projection &from, const Pack<T, QUAD> &varying,
-                                          int64_t channel, bool whole) const {
-        if (!FAST && from.constant) {
+    // B or C of one token.
+    __device__ __forceinline__ void read(float (&to)[QUAD], const Projection &from, int64_t row, int64_t token,
+                                         int64_t group, int64_t channel, bool whole) const {
+        if (from.constant) {
             const float *at = static_cast<const float *>(from.data) + (channel * from.channel + n * from.state);
-            const Pack<float, QUAD> row = fetch<QUAD, FAST>(at, from.state, count, whole);
+            const Pack<float, QUAD> pack = fetch<QUAD, false>(at, from.state, count, whole);
 #pragma unroll
-            for (int i = 0; i < QUAD; i++) to[i] = row[i];
+            for (int i = 0; i < QUAD; i++) to[i] = pack[i];
         } else {
+            const T *at = static_cast<const T *>(from.data) + (row * from.batch + token * from.step);
+            at += group * from.group + n * from.state;
+            const Pack<T, QUAD> pack = fetch<QUAD, false>(at, from.state, count, whole);
 #pragma unroll
-            for (int i = 0; i < QUAD; i++) to[i] = varying[i];
+            for (int i = 0; i < QUAD; i++) to[i] = pack[i];
         }
     }
 };
 
-template <typename T, typename St, bool FAST>
-__device__ __forceinline__ void state_update(const StateUpdate &p) {
-    // More would not fit in the registers.
-    constexpr int ROWS = FAST ? 2 : 1;
-    const int lanes = 1 << p.lane_shift, sub = threadIdx.x & (lanes - 1);
-    const bool hold = !FAST && (p.flags & FLAG_HOLD), plus = p.flags & FLAG_SOFTPLUS, whole = p.flags & FLAG_WHOLE;
-    const int turns = FAST ? 1 : static_cast<int>((p.d_state + QUAD * lanes - 1) / (QUAD * lanes));
-    const int rows = static_cast<int>(p.rows);
+// The sum over neighbouring lanes, the same in each of them.
+__device__ __forceinline__ float sum_lanes(float x, int lanes) {
+    for (int offset = lanes >> 1; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
 
-    for (int64_t first_channel = int64_t(blockIdx.x) * (THREADS >> p.lane_shift); first_channel < p.d_inner;
-         first_channel += int64_t(gridDim.x) * (THREADS >> p.lane_shift)) {
-        const int64_t channel = first_channel + (threadIdx.x >> p.lane_shift);
+template <typename T, typename St> __device__ __forceinline__ void general(const StateUpdate &p) {
+    const int lanes = 1 << p.lane_shift, sub = threadIdx.x & (lanes - 1);
+    const bool hold = p.flags & FLAG_HOLD, plus = p.flags & FLAG_SOFTPLUS, whole = p.flags & FLAG_WHOLE;
+    const int turns = static_cast<int>((p.d_state + QUAD * lanes - 1) / (QUAD * lanes));
+
+    for (int64_t first = int64_t(blockIdx.x) * (THREADS >> p.lane_shift); first < p.d_inner;
+         first += int64_t(gridDim.x) * (THREADS >> p.lane_shift)) {
+        const int64_t channel = first + (threadIdx.x >> p.lane_shift);
         const bool exists = channel < p.d_inner;
         const int64_t group = exists ? channel / p.group_channels : 0;
         const float bias = exists ? p.dt_bias.at(channel, 0.0f) : 0.0f;
         const float skip = exists ? p.d.at(channel, 0.0f) : 0.0f;
-        Quad<T, FAST> quad(p, channel, sub * QUAD, exists);
+        Quad<T> quad(p, channel, sub * QUAD, exists);
 
-        for (int64_t first = int64_t(blockIdx.y) * rows; first < p.batch; first += int64_t(gridDim.y) * rows) {
-            // Null for rows that are not there or padding.
-            St *state[ROWS];
-            Pack<St, QUAD> h[ROWS];
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                state[r] = nullptr;
-                h[r] = {};
-                if (r >= rows || first + r >= p.batch || !exists) continue;
-                const int64_t slot = p.slots.of(first + r);
-                if (slot < 0) continue;
-                state[r] = static_cast<St *>(p.state.data) + (slot * p.state.slot + channel * p.state.row);
-                if (turns == 1) {
-                    h[r] = fetch<QUAD, FAST>(state[r] + quad.n * p.state.column, p.state.column, quad.count, whole);
-                }
-            }
-
+        for (int64_t row = blockIdx.y; row < p.batch; row += gridDim.y) {
+            const int64_t slot = p.slots.of(row);
+            const bool live = exists && slot >= 0;
+            St *state = static_cast<St *>(p.state.data) + (slot * p.state.slot + channel * p.state.row);
+            St *kept = static_cast<St *>(p.token_states) + (row * p.tokens * p.d_inner + channel) * p.d_state;
+            Pack<St, QUAD> h = {};
             for (int64_t t = 0; t < p.tokens; t++) {
-                T u[ROWS], dt[ROWS], z[ROWS];
-                Pack<T, QUAD> b[ROWS], c[ROWS];
-                const auto element = [&](const Activation &from, int64_t row) {
-                    return static_cast<const T *>(from.data)[row * from.batch + t * from.step + channel * from.channel];
+                const auto element = [&](const Activation &from) {
+                    const int64_t at = row * from.batch + t * from.step + channel * from.channel;
+                    return live && from.data ? widen(static_cast<const T *>(from.data)[at]) : 0.0f;
                 };
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    u[r] = dt[r] = z[r] = narrow<T>(0.0f);
-                    if (!state[r]) continue;
-                    u[r] = element(p.u, first + r);
-                    dt[r] = element(p.dt, first + r);
-                    if (p.z.data) z[r] = element(p.z, first + r);
-                }
-                float y[ROWS], delta[ROWS];
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) y[r] = 0.0f;
+                const float u = element(p.u), z = element(p.z);
+                float delta = element(p.dt) + bias, y = 0.0f;
+                if (plus) delta = softplus<T>(delta);
+                const float in = hold ? u : delta * u;
                 for (int turn = 0; turn < turns; turn++) {
-                    if (turns > 1) quad = Quad<T, FAST>(p, channel, (turn * lanes + sub) * QUAD, exists);
-                    // The states behind the last token, which are rounded as those in the pool are.
-                    const int64_t column = quad.n * p.state.column;
-#pragma unroll
-                    for (int r = 0; r < ROWS; r++) {
-                        if (!state[r]) continue;
-                        b[r] = quad.varying(p.b, first + r, t, group, whole);
-                        c[r] = quad.varying(p.c, first + r, t, group, whole);
-                        if (turns > 1) h[r] = fetch<QUAD, FAST>(state[r] + column, p.state.column, quad.count, whole);
-                    }
-#pragma unroll
-                    for (int r = 0; r < ROWS; r++) {
-                        if (!state[r]) continue;
-                        if (turn == 0) {
-                            delta[r] = widen(dt[r]) + bias;
-                            if (plus) delta[r] = softplus<T>(delta[r]);
-                        }
-                        const float in = hold ? widen(u[r]) : delta[r] * widen(u[r]);
-                        float b_row[QUAD], c_row[QUAD], next[QUAD];
-                        quad.widen(b_row, p.b, b[r], channel, whole);
-                        quad.widen(c_row, p.c, c[r], channel, whole);
-                        float sum = y[r];
+                    if (turns > 1) quad = Quad<T>(p, channel, (turn * lanes + sub) * QUAD, exists);
+                    St *at = state + quad.n * p.state.column;
+                    // What a turn has left in the pool is what it would have kept, as both are rounded.
+                    if (live && (t == 0 || turns > 1)) h = fetch<QUAD, false>(at, p.state.column, quad.count, whole);
+                    if (live) {
+                        float b[QUAD], c[QUAD], next[QUAD];
+                        quad.read(b, p.b, row, t, group, channel, whole);
+                        quad.read(c, p.c, row, t, group, channel, whole);
 #pragma unroll
                         for (int i = 0; i < QUAD; i++) {
-                            const Decay<true> decay(delta[r] * quad.a[i]);
+                            const Decay<true> decay(delta * quad.a[i]);
                             float weighted = in;
-                            if (hold) {
-                                weighted *= quad.inverse_a[i] == 0.0f ? delta[r] : decay.value * quad.inverse_a[i];
-                            }
-                            next[i] = decay.advance(h[r][i], weighted * b_row[i]);
-                            const float longer = fmaf(c_row[i], next[i], sum);
+                            if (hold) weighted *= quad.inverse_a[i] == 0.0f ? delta : decay.value * quad.inverse_a[i];
+                            next[i] = decay.advance(h[i], weighted * b[i]);
+                            const float longer = fmaf(c[i], next[i], y);
                             // An infinite Δ or u would make NaN of states that do not exist.
-                            sum = i < quad.count ? longer : sum;
+                            y = i < quad.count ? longer : y;
                         }
-                        y[r] = sum;
-                        h[r] = pack<St, QUAD>(next);
-                        if (turns > 1 || t + 1 == p.tokens) {
-                            keep<QUAD, FAST>(state[r] + column, p.state.column, h[r], quad.count, whole);
-                        }
-                        if (p.token_states) {
-                            St *to = static_cast<St *>(p.token_states) +
-                                     (((first + r) * p.tokens + t) * p.d_inner + channel) * p.d_state + quad.n;
-                            keep<QUAD, FAST>(to, 1, h[r], quad.count, whole);
-                        }
+                        h = pack<St, QUAD>(next);
+                        if (turns > 1 || t + 1 == p.tokens) keep<QUAD, false>(at, p.state.column, h, quad.count, whole);
+                    }
+                    if (p.token_states) {
+                        keep<QUAD, false>(kept + t * p.d_inner * p.d_state + quad.n, 1, h, quad.count, whole);
                     }
                 }
-                for (int offset = lanes >> 1; offset > 0; offset >>= 1) {
-#pragma unroll
-                    for (int r = 0; r < ROWS; r++) y[r] += __shfl_xor_sync(0xffffffffu, y[r], offset);
-                }
+                y = sum_lanes(y, lanes);
                 if (sub > 0 || !exists) continue;
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    if (r >= rows || first + r >= p.batch) continue;
-                    float out = fmaf(skip, widen(u[r]), y[r]);
-                    if (p.z.data) out *= silu(widen(z[r]));
-                    static_cast<T *>(p.out)[((first + r) * p.tokens + t) * p.d_inner + channel] =
-                        narrow<T>(state[r] ? out : 0.0f);
-                }
-            }
-            if (!p.token_states) continue;
-            // What padding rows leave.
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                if (state[r] || r >= rows || first + r >= p.batch || !exists) continue;
-                for (int64_t t = 0; t < p.tokens; t++) {
-                    St *to = static_cast<St *>(p.token_states) +
-                             (((first + r) * p.tokens + t) * p.d_inner + channel) * p.d_state;
-                    for (int64_t n = sub; n < p.d_state; n += lanes) to[n] = narrow<St>(0.0f);
-                }
+                y = fmaf(skip, u, y);
+                if (p.z.data) y *= silu(z);
+                static_cast<T *>(p.out)[(row * p.tokens + t) * p.d_inner + channel] = narrow<T>(live ? y : 0.0f);
             }
         }
     }
 }
 
-#define INSTANCE(NAME, T, St, FAST)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                           \
-        state_update_##NAME(const __grid_constant__ StateUpdate params) {                                              \
-        state_update<T, St, FAST>(params) ;                                                                            \
+template <typename T, typename St> __device__ __forceinline__ void fast(const StateUpdate &p) {
+    constexpr int ROWS = 2;
+    const int lanes = 1 << p.lane_shift, sub = threadIdx.x & (lanes - 1);
+    const bool plus = p.flags & FLAG_SOFTPLUS;
+    const uint32_t d_inner = p.d_inner, d_state = p.d_state, batch = p.batch, tokens = p.tokens, rows = p.rows;
+    // Threads that have no states work on some that are there, and do not write.
+    const uint32_t own = blockIdx.x * (THREADS >> p.lane_shift) + (threadIdx.x >> p.lane_shift);
+    const bool holds = own < d_inner && sub * QUAD < d_state, writes = own < d_inner && sub == 0;
+    const uint32_t channel = min(own, d_inner - 1), n = sub * QUAD < d_state ? sub * QUAD : 0;
+
+    const float bias = p.dt_bias.at(channel, 0.0f), skip = p.d.at(channel, 0.0f);
+    const Quad<T> quad(p, channel, n, true);
+    const uint32_t group = channel / static_cast<uint32_t>(p.group_channels);
+    const T *u_data = static_cast<const T *>(p.u.data), *dt_data = static_cast<const T *>(p.dt.data);
+    const T *z_data = static_cast<const T *>(p.z.data);
+    const T *b_data = static_cast<const T *>(p.b.data), *c_data = static_cast<const T *>(p.c.data);
+    const uint32_t u_at = channel * uint32_t(p.u.channel), dt_at = channel * uint32_t(p.dt.channel);
+    const uint32_t z_at = channel * uint32_t(p.z.channel);
+    const uint32_t b_at = group * uint32_t(p.b.group) + n, c_at = group * uint32_t(p.c.group) + n;
+    St *pool = static_cast<St *>(p.state.data) + (channel * p.state.row + n);
+
+    for (uint32_t first = blockIdx.y * rows; first < batch; first += gridDim.y * rows) {
+        uint32_t row[ROWS];
+        bool exists[ROWS], live[ROWS];
+        St *state[ROWS];
+        Pack<St, QUAD> h[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            exists[r] = r < rows && first + r < batch;
+            row[r] = exists[r] ? first + r : first;
+            const int64_t slot = p.slots.of(row[r]);
+            live[r] = exists[r] && slot >= 0;
+            state[r] = pool + slot * p.state.slot;
+            h[r] = load<St, QUAD, true>(state[r], 1, live[r] && holds ? QUAD : 0);
+        }
+        for (uint32_t t = 0; t < tokens; t++) {
+            T u[ROWS], dt[ROWS], z[ROWS];
+            Pack<T, QUAD> b[ROWS], c[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                u[r] = u_data[row[r] * uint32_t(p.u.batch) + t * uint32_t(p.u.step) + u_at];
+                dt[r] = dt_data[row[r] * uint32_t(p.dt.batch) + t * uint32_t(p.dt.step) + dt_at];
+                z[r] = z_data ? z_data[row[r] * uint32_t(p.z.batch) + t * uint32_t(p.z.step) + z_at] : T();
+                const uint32_t b_row = row[r] * uint32_t(p.b.batch) + t * uint32_t(p.b.step) + b_at;
+                const uint32_t c_row = row[r] * uint32_t(p.c.batch) + t * uint32_t(p.c.step) + c_at;
+                b[r] = load<T, QUAD, true>(b_data + b_row, 1, QUAD);
+                c[r] = load<T, QUAD, true>(c_data + c_row, 1, QUAD);
+            }
+            // Nothing above is to wait for its use: all of it shall be in flight.
+            asm volatile("" ::: "memory");
+            float y[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                float delta = widen(dt[r]) + bias, next[QUAD];
+                const float plused = softplus<T>(delta);
+                delta = plus ? plused : delta;
+                const float in = delta * widen(u[r]);
+                y[r] = 0.0f;
+#pragma unroll
+                for (int i = 0; i < QUAD; i++) {
+                    next[i] = Decay<true>(delta * quad.a[i]).advance(h[r][i], in * b[r][i]);
+                    y[r] = fmaf(c[r][i], next[i], y[r]);
+                }
+                if (sub * QUAD >= d_state) y[r] = 0.0f;
+                h[r] = pack<St, QUAD>(next);
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) y[r] = sum_lanes(y[r], lanes);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                float out = fmaf(skip, widen(u[r]), y[r]);
+                const float gated = out * silu(widen(z[r]));
+                out = z_data ? gated : out;
+                const uint32_t at = (row[r] * tokens + t) * d_inner + channel;
+                if (writes && exists[r]) static_cast<T *>(p.out)[at] = narrow<T>(live[r] ? out : 0.0f);
+                if (p.token_states && holds && exists[r]) {
+                    St *to = static_cast<St *>(p.token_states) + (int64_t(at) * d_state + n);
+                    put<St, QUAD, true>(to, 1, live[r] ? h[r] : Pack<St, QUAD>{}, QUAD);
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) put<St, QUAD, true>(state[r], 1, h[r], live[r] && holds ? QUAD : 0);
     }
+}
 
 #define INSTANCES(NAME, T, St)                                                                                         \
-    INSTANCE(fast_##NAME, T, St, true)                                                                                 \
-    INSTANCE(general_##NAME, T, St, false)
+    extern "C" __global__ void __launch_bounds__(THREADS, 7)                                                           \
+        state_update_fast_##NAME(const __grid_constant__ StateUpdate params) {                                         \
+        fast<T, St>(params);                                                                                           \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 6)                                                           \
+        state_update_general_##NAME(const __grid_constant__ StateUpdate params) {                                      \
+        general<T, St>(params);                                                                                        \
+    }
 
 #define STATES(NAME, T)                                                                                                \
     INSTANCES(NAME##_f32, T, float)                                                                                    \

@@ -3,7 +3,8 @@
 //! Every state is read and written once, by one thread, and that is what the time goes to: a thread holds four
 //! neighbouring states of a channel as they are stored. What Mamba uses (Euler's rule, varying `B` and `C`, `d_state` a
 //! multiple of 4 and at most 128) takes the fast kernel where states lie side by side and start at multiples of 4
-//! elements, those of the pool as well as those of `A`, `B` and `C`; everything else gets the same bits from a general one.
+//! elements, those of the pool as well as those of `A`, `B` and `C`, and where no activation spans 2^31 elements.
+//! Everything else gets the same bits from a general one.
 
 use std::sync::Arc;
 
@@ -68,7 +69,8 @@ pub fn update<T: Element, St: Element>(
     }
     let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
     let whole = is_whole::<T, St>(&params);
-    let fast = whole && !hold && params.b.constant == 0 && params.c.constant == 0 && d_state <= 32 * QUAD;
+    let euler = !hold && params.b.constant == 0 && params.c.constant == 0;
+    let fast = whole && euler && d_state <= 32 * QUAD && is_small(&params);
     params.flags = u64::from(inputs.options.dt_softplus) | u64::from(hold) << 1 | u64::from(whole) << 2;
     let columns = d_inner.div_ceil(THREADS >> params.lane_shift).min(GRID_COLUMNS);
     // Rows share what a thread reads of A, once there are enough of them to fill the device.
@@ -85,6 +87,21 @@ pub fn update<T: Element, St: Element>(
     // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`; slots of different rows
     // differ, and each state and output is written by one thread.
     unsafe { device.launch(Module::STATE_UPDATE, &name, grid, THREADS, [0, 0], &params) }
+}
+
+/// Whether every index into what is not a state fits in 31 bits.
+fn is_small(p: &params::StateUpdate) -> bool {
+    let fits = |extents: &[(i64, i64)]| {
+        let last: i128 = extents.iter().map(|&(count, stride)| i128::from(count - 1) * i128::from(stride)).sum();
+        last < i128::from(i32::MAX)
+    };
+    let activation = |x: &params::Activation| fits(&[(p.batch, x.batch), (p.tokens, x.step), (p.d_inner, x.channel)]);
+    let groups = p.d_inner / p.group_channels;
+    let projection = |x: &params::ProjectionParams| {
+        fits(&[(p.batch, x.batch), (p.tokens, x.step), (groups, x.group), (p.d_state, x.state)])
+    };
+    let out = [(p.batch, p.tokens * p.d_inner), (p.tokens, p.d_inner), (p.d_inner, 1)];
+    [&p.u, &p.dt, &p.z].into_iter().all(activation) && projection(&p.b) && projection(&p.c) && fits(&out)
 }
 
 /// Whether all that has states as its last dimension can be accessed by fours.

@@ -51,12 +51,15 @@ pub fn forward<T: Element>(
         return Ok(());
     }
     let whole = is_whole::<T>(&inputs, &inputs.x, out, layout.channels);
-    let variant = if whole { "whole" } else { "strided" };
-    let width = if problem.width <= 4 { 4 } else { 8 };
+    let variant = match (whole, problem.width) {
+        (true, width @ ..=4) => format!("whole_{width}"),
+        (true, _) => "whole_8".into(),
+        (false, _) => "strided_8".into(),
+    };
     let grid = layout.grid(&inputs, 20 * device.processors);
     let _table = upload_runs(&device, &problem, layout, &mut inputs.runs)?;
     let params = params::ConvForward { inputs, out, final_state };
-    let name = format!("conv_forward_{variant}_{width}_{}", suffix(T::DTYPE));
+    let name = format!("conv_forward_{variant}_{}", suffix(T::DTYPE));
     // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`, and each element of the
     // outputs is written by one thread.
     unsafe { device.launch(Module::CONV_FORWARD, &name, grid, THREADS, [0, 0], &params) }
@@ -101,10 +104,14 @@ pub fn backward<T: Element>(
     if parts > 0 {
         let whole = is_whole::<T>(&inputs, &inputs.x, d_x, layout.channels)
             && is_whole::<T>(&inputs, &d_out, d_x, layout.channels);
-        let variant = if whole { "whole" } else { "strided" };
+        let variant = match whole {
+            true if problem.width < 4 => format!("whole_{}", problem.width),
+            true => format!("whole_{width}"),
+            false => format!("strided_{width}"),
+        };
         let _table = upload_runs(&device, &problem, layout, &mut inputs.runs)?;
         let params = params::ConvBackward { inputs, d_out, d_final_state, d_x, d_initial_state, parts: from };
-        let name = format!("conv_backward_{variant}_{width}_{}", suffix(T::DTYPE));
+        let name = format!("conv_backward_{variant}_{}", suffix(T::DTYPE));
         // SAFETY: every address and extent has been checked by `Inputs::check` and `check_backward`, each element of the
         // gradients is written by one thread, and the workspace has room for what each row of blocks leaves.
         unsafe { device.launch(Module::CONV_BACKWARD, &name, grid, THREADS, [0, 0], &params) }?;

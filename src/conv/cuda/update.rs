@@ -55,7 +55,7 @@ pub fn update<T: Element, St: Element>(
 
     let list = SlotList::new(&device, slots)?;
     params.slots = list.params;
-    let variant = if whole && problem.width <= 4 { "fast" } else { "general" };
+    let variant = if whole && problem.width == 4 { "fast" } else { "general" };
     let name = format!("conv_update_{variant}_{}_{}", suffix(T::DTYPE), suffix(St::DTYPE));
     // SAFETY: every address and extent has been checked by `UpdateInputs::check` and `check_outputs`; slots of different
     // rows differ, and each state and output is written by one thread.
