@@ -193,7 +193,7 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const St
                 c[r] = load<T, QUAD, true>(c_data + c_row, 1, QUAD);
             }
             // Nothing above is to wait for its use: all of it shall be in flight.
-            asm volatile("" ::: "memory");
+            __syncwarp();
             float y[ROWS];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
@@ -235,7 +235,7 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const St
         state_update_fast_##NAME(const __grid_constant__ StateUpdate params) {                                         \
         fast<T, St>(params);                                                                                           \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 6)                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 7)                                                           \
         state_update_general_##NAME(const __grid_constant__ StateUpdate params) {                                      \
         general<T, St>(params);                                                                                        \
     }
