@@ -22,12 +22,12 @@ struct StateUpdate {
     // (batch, tokens, d_inner, d_state); null where not asked for.
     void *token_states;
     int64_t batch, tokens, d_inner, d_state, group_channels;
-    // Threads to a channel, a power of two up to 32, as a shift; batch rows that a thread works on at a time.
-    int64_t lane_shift, rows;
+    // Threads to a channel, a power of two up to 32, as a shift.
+    int64_t lane_shift;
     uint64_t flags;
     Slots slots;
 };
-static_assert(sizeof(StateUpdate) == 2440, "as in src/cuda/params.rs");
+static_assert(sizeof(StateUpdate) == 2432, "as in src/cuda/params.rs");
 
 constexpr uint64_t FLAG_SOFTPLUS = 1, FLAG_HOLD = 2;
 // All that has states as its last dimension can be read and written by fours.
@@ -144,11 +144,11 @@ template <typename T, typename St> __device__ __forceinline__ void general(const
     }
 }
 
-template <typename T, typename St> __device__ __forceinline__ void fast(const StateUpdate &p) {
-    constexpr int ROWS = 2;
+// `ROWS` batch rows at a time.
+template <typename T, typename St, int ROWS> __device__ __forceinline__ void fast(const StateUpdate &p) {
     const int lanes = 1 << p.lane_shift, sub = threadIdx.x & (lanes - 1);
     const bool plus = p.flags & FLAG_SOFTPLUS;
-    const uint32_t d_inner = p.d_inner, d_state = p.d_state, batch = p.batch, tokens = p.tokens, rows = p.rows;
+    const uint32_t d_inner = p.d_inner, d_state = p.d_state, batch = p.batch, tokens = p.tokens;
     // Threads that have no states work on some that are there, and do not write.
     const uint32_t own = blockIdx.x * (THREADS >> p.lane_shift) + (threadIdx.x >> p.lane_shift);
     const bool holds = own < d_inner && sub * QUAD < d_state, writes = own < d_inner && sub == 0;
@@ -165,14 +165,14 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const St
     const uint32_t b_at = group * uint32_t(p.b.group) + n, c_at = group * uint32_t(p.c.group) + n;
     St *pool = static_cast<St *>(p.state.data) + (channel * p.state.row + n);
 
-    for (uint32_t first = blockIdx.y * rows; first < batch; first += gridDim.y * rows) {
+    for (uint32_t first = blockIdx.y * ROWS; first < batch; first += gridDim.y * ROWS) {
         uint32_t row[ROWS];
         bool exists[ROWS], live[ROWS];
         St *state[ROWS];
         Pack<St, QUAD> h[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            exists[r] = r < rows && first + r < batch;
+            exists[r] = first + r < batch;
             row[r] = exists[r] ? first + r : first;
             const int64_t slot = p.slots.of(row[r]);
             live[r] = exists[r] && slot >= 0;
@@ -230,15 +230,16 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const St
     }
 }
 
-#define INSTANCES(NAME, T, St)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS, 7)                                                           \
-        state_update_fast_##NAME(const __grid_constant__ StateUpdate params) {                                         \
-        fast<T, St>(params);                                                                                           \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 7)                                                           \
-        state_update_general_##NAME(const __grid_constant__ StateUpdate params) {                                      \
-        general<T, St>(params);                                                                                        \
+#define INSTANCE(NAME, KERNEL, BLOCKS)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
+        state_update_##NAME(const __grid_constant__ StateUpdate params) {                                              \
+        KERNEL(params);                                                                                                \
     }
+
+#define INSTANCES(NAME, T, St)                                                                                         \
+    INSTANCE(fast_1_##NAME, (fast<T, St, 1>), 8)                                                                       \
+    INSTANCE(fast_2_##NAME, (fast<T, St, 2>), 7)                                                                       \
+    INSTANCE(general_##NAME, (general<T, St>), 6)
 
 #define STATES(NAME, T)                                                                                                \
     INSTANCES(NAME##_f32, T, float)                                                                                    \

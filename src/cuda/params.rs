@@ -74,7 +74,7 @@ params! {
 
     Slots[2064] { table: u64, kind: i64, few: [i32; 512], }
 
-    StateUpdate[2440] {
+    StateUpdate[2432] {
         u: Activation,
         dt: Activation,
         z: Activation,
@@ -92,7 +92,6 @@ params! {
         d_state: i64,
         group_channels: i64,
         lane_shift: i64,
-        rows: i64,
         flags: u64,
         slots: Slots,
     }

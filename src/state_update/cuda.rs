@@ -24,9 +24,6 @@ const THREADS: usize = 128;
 /// Neighbouring states that a thread holds.
 const QUAD: usize = 4;
 
-/// Batch rows that a thread of the fast kernel works on at a time.
-const ROWS: usize = 2;
-
 /// Runs the update on the stream's device, asynchronously.
 ///
 /// # Errors
@@ -60,7 +57,6 @@ pub fn update<T: Element, St: Element>(
         d_state: d_state as i64,
         group_channels: problem.dims.group_channels() as i64,
         lane_shift: d_state.div_ceil(QUAD).next_power_of_two().min(32).ilog2().into(),
-        rows: 1,
         flags: 0,
         slots: bytemuck::Zeroable::zeroed(),
     };
@@ -73,16 +69,17 @@ pub fn update<T: Element, St: Element>(
     let fast = whole && euler && d_state <= 32 * QUAD && is_small(&params);
     params.flags = u64::from(inputs.options.dt_softplus) | u64::from(hold) << 1 | u64::from(whole) << 2;
     let columns = d_inner.div_ceil(THREADS >> params.lane_shift).min(GRID_COLUMNS);
-    // Rows share what a thread reads of A, once there are enough of them to fill the device.
-    let room = 24 * device.processors;
-    if fast && columns.saturating_mul(batch.div_ceil(ROWS)) >= room / 2 {
-        params.rows = ROWS as i64;
-    }
-    let grid = [columns, grid_rows(columns, batch.div_ceil(params.rows as usize), room)];
+    // Two rows at a time put more in flight and share what is read of A, once there are enough of them for that.
+    let rows = if fast && columns.saturating_mul(batch.div_ceil(2)) >= 6 * device.processors { 2 } else { 1 };
+    let grid = [columns, grid_rows(columns, batch.div_ceil(rows), 24 * device.processors)];
 
     let list = SlotList::new(&device, slots)?;
     params.slots = list.params;
-    let variant = if fast { "fast" } else { "general" };
+    let variant = match (fast, rows) {
+        (false, _) => "general",
+        (true, 1) => "fast_1",
+        (true, _) => "fast_2",
+    };
     let name = format!("state_update_{variant}_{}_{}", suffix(T::DTYPE), suffix(St::DTYPE));
     // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`; slots of different rows
     // differ, and each state and output is written by one thread.

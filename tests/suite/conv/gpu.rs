@@ -133,6 +133,7 @@ fn updates_are_as_the_reference() {
         update_against_reference::<f16, f16>(&device, &[1, 4]);
         // The reference does not round inputs between tokens.
         update_against_reference::<f32, bf16>(&device, &[1]);
+        update_against_reference::<bf16, bf16>(&device, &[1]);
     }
 }
 

@@ -6,7 +6,7 @@ use selective_scan::{Element, View, ViewMut};
 
 use super::{FORWARD, on_cpu, steps};
 use crate::case::Device;
-use crate::common::{Draw, Strided, assert_close, bits};
+use crate::common::{Draw, Strided, assert_close, bits, shares_words};
 
 /// An update's inputs and pool, drawn at random.
 struct Update<T, St> {
@@ -104,6 +104,9 @@ pub fn update_against_reference<T: Element, St: Element>(device: &dyn Fn(&mut Dr
         let keep = draw.flag().then_some(&mut token_states[..]);
         let kept = keep.is_some();
         let device = device(draw);
+        if !matches!(device, Device::Cpu(_)) && shares_words::<St>(case.pool_strides) {
+            continue;
+        }
         let out = case.run(device, [0, tokens], &mut pool, keep);
         let what = format!("{device:?}, seed {seed}, shape {:?}, width {}", case.x.shape, case.width);
         assert_close(&out, &want.out, FORWARD, &what);
@@ -138,6 +141,9 @@ pub fn tokens_at_once<T: Element, St: Element>(device: Device) {
     for seed in 100..130 {
         let case = Update::<T, St>::draw(&mut Draw::new(seed), &[1, 2, 5, 12]);
         let [batch, tokens, d] = case.x.shape;
+        if !matches!(device, Device::Cpu(_)) && shares_words::<St>(case.pool_strides) {
+            continue;
+        }
         let mut pool = case.pool.clone();
         let mut token_states = vec![St::from_f32(7.0); batch * tokens * d * (case.width - 1)];
         let all = case.run(device, [0, tokens], &mut pool, Some(&mut token_states));
