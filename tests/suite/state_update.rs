@@ -30,6 +30,7 @@ struct Case<T, St> {
     slots: Option<Vec<i32>>,
     options: Options,
     pool: Vec<St>,
+    pool_offset: usize,
     pool_shape: [usize; 3],
     pool_strides: [usize; 3],
 }
@@ -45,11 +46,13 @@ impl<T: Element, St: Element> Case<T, St> {
         let slots = draw.flag().then(|| [vec![4, -1, 2], vec![0, 3, -7]][usize::from(draw.flag())][..batch].to_vec());
         let slot_count = if slots.is_some() { 5 } else { batch };
         let state = d_inner * d_state;
-        // Dense, paged, with the states of a channel apart, or transposed.
+        // Dense, paged, with the states of a channel apart, or transposed; from a place that is a multiple of 4 or is not,
+        // and so are distances.
+        let (offset, extra) = (draw.one_of(&[2, 4]), draw.one_of(&[3, 4]));
         let pool_strides = match draw.one_of(&[0, 0, 1, 2, 3]) {
             0 => [state, d_state, 1],
-            1 => [state + 7, d_state, 1],
-            2 => [d_inner * (d_state + 3), d_state + 3, 1],
+            1 => [state + extra, d_state, 1],
+            2 => [d_inner * (d_state + extra), d_state + extra, 1],
             _ => [state, 1, d_inner],
         };
         let projection = batch * shape[1] * groups.unwrap_or(1) * d_state;
@@ -71,7 +74,8 @@ impl<T: Element, St: Element> Case<T, St> {
                 dt_softplus: draw.flag(),
                 discretization: draw.one_of(&[Discretization::Euler, Discretization::ZeroOrderHold]),
             },
-            pool: draw.uniform(2 + slot_count * pool_strides[0].max(d_inner * pool_strides[1]), -1.0, 1.0),
+            pool: draw.uniform(offset + slot_count * pool_strides[0].max(d_inner * pool_strides[1]), -1.0, 1.0),
+            pool_offset: offset,
             pool_shape: [slot_count, d_inner, d_state],
             pool_strides,
         }
@@ -109,13 +113,13 @@ impl<T: Element, St: Element> Case<T, St> {
     }
 
     fn state<'p>(&self, pool: &'p mut [St]) -> ViewMut<'p, St, 3> {
-        ViewMut::new(pool, self.pool_shape).with_layout(2, self.pool_strides)
+        ViewMut::new(pool, self.pool_shape).with_layout(self.pool_offset, self.pool_strides)
     }
 
     fn state_at(&self, pool: &[St], slot: usize) -> Vec<St> {
         let [_, d_inner, d_state] = self.pool_shape;
         let [s, d, n] = self.pool_strides;
-        (0..d_inner * d_state).map(|i| pool[2 + slot * s + i / d_state * d + i % d_state * n]).collect()
+        (0..d_inner * d_state).map(|i| pool[self.pool_offset + slot * s + i / d_state * d + i % d_state * n]).collect()
     }
 
     fn slot(&self, row: usize) -> Option<usize> {
@@ -179,7 +183,7 @@ fn against_reference<T: Element, St: Element>(
             continue;
         }
         let inputs = case.inputs(0, tokens);
-        let state = View::new(&case.pool[..], case.pool_shape).with_layout(2, case.pool_strides);
+        let state = View::new(&case.pool[..], case.pool_shape).with_layout(case.pool_offset, case.pool_strides);
         let want = reference::update(&inputs, state).unwrap();
 
         let mut pool = case.pool.clone();
@@ -204,7 +208,7 @@ fn against_reference<T: Element, St: Element>(
             assert_close(&case.state_at(&pool, slot), last, FORWARD, &what);
             let [s, d, n] = case.pool_strides;
             for i in 0..size {
-                let at = 2 + slot * s + i / case.d_state * d + i % case.d_state * n;
+                let at = case.pool_offset + slot * s + i / case.d_state * d + i % case.d_state * n;
                 untouched[at] = pool[at];
             }
         }

@@ -17,20 +17,23 @@ struct Update<T, St> {
     slots: Option<Vec<i32>>,
     silu: bool,
     pool: Vec<St>,
+    pool_offset: usize,
     pool_shape: [usize; 3],
     pool_strides: [usize; 3],
 }
 
 impl<T: Element, St: Element> Update<T, St> {
     fn draw(draw: &mut Draw, tokens: &[usize]) -> Self {
-        let (width, d) = (draw.one_of(&[2, 3, 4, 5, 6, 7, 8]), draw.one_of(&[1, 16, 37, 150]));
+        let (width, d) = (draw.one_of(&[2, 3, 4, 4, 5, 6, 7, 8]), draw.one_of(&[1, 16, 37, 140, 150]));
         let batch = draw.one_of(&[1, 3]);
         let slots = draw.flag().then(|| [vec![4, -1, 2], vec![0, 3, -7]][usize::from(draw.flag())][..batch].to_vec());
         let pool_shape = [if slots.is_some() { 5 } else { batch }, width - 1, d];
-        // Dense, paged, and as (slots, d_inner, width - 1) in memory.
+        // Dense, paged, and as (slots, d_inner, width - 1) in memory; from a place that is a multiple of 4 or is not, and so
+        // are distances.
+        let (offset, extra) = (draw.one_of(&[3, 4]), draw.one_of(&[5, 4]));
         let pool_strides = match draw.one_of(&[0, 1, 2]) {
             0 => [(width - 1) * d, d, 1],
-            1 => [(width - 1) * (d + 2) + 5, d + 2, 1],
+            1 => [(width - 1) * (d + extra) + 2 * extra, d + extra, 1],
             _ => [(width - 1) * d, 1, width - 1],
         };
         let tokens = draw.one_of(tokens);
@@ -41,7 +44,8 @@ impl<T: Element, St: Element> Update<T, St> {
             bias: draw.flag().then(|| draw.uniform(d, -1.0, 1.0)),
             slots,
             silu: draw.flag(),
-            pool: draw.uniform(3 + pool_shape[0] * pool_strides[0], -1.0, 1.0),
+            pool: draw.uniform(offset + pool_shape[0] * pool_strides[0], -1.0, 1.0),
+            pool_offset: offset,
             pool_shape,
             pool_strides,
         }
@@ -58,7 +62,7 @@ impl<T: Element, St: Element> Update<T, St> {
     }
 
     fn state<'p>(&self, pool: &'p mut [St]) -> ViewMut<'p, St, 3> {
-        ViewMut::new(pool, self.pool_shape).with_layout(3, self.pool_strides)
+        ViewMut::new(pool, self.pool_shape).with_layout(self.pool_offset, self.pool_strides)
     }
 
     /// Runs `tokens` tokens from the `first` on, into buffers that hold something else before.
@@ -97,7 +101,7 @@ pub fn update_against_reference<T: Element, St: Element>(device: &dyn Fn(&mut Dr
         let draw = &mut Draw::new(seed);
         let case = Update::<T, St>::draw(draw, tokens);
         let [batch, tokens, d] = case.x.shape;
-        let state = View::new(&case.pool[..], case.pool_shape).with_layout(3, case.pool_strides);
+        let state = View::new(&case.pool[..], case.pool_shape).with_layout(case.pool_offset, case.pool_strides);
         let want = reference::update(&case.inputs(0, tokens), state).unwrap();
         let mut pool = case.pool.clone();
         let mut token_states = vec![St::from_f32(7.0); batch * tokens * d * (case.width - 1)];
@@ -121,7 +125,7 @@ pub fn update_against_reference<T: Element, St: Element>(device: &dyn Fn(&mut Dr
                 let Some(slot) = slot else { break };
                 let [s, j, c] = case.pool_strides;
                 let value = want.token_states[((row + 1) * tokens - 1) * (case.width - 1) * d + i];
-                expected[3 + slot * s + i / d * j + i % d * c] = St::from_f32(value as f32);
+                expected[case.pool_offset + slot * s + i / d * j + i % d * c] = St::from_f32(value as f32);
             }
         }
         assert_eq!(bits(&pool), bits(&expected), "{what}: pool");
