@@ -130,6 +130,65 @@ fn large_batches_take_any_slots() {
     drop(stream);
 }
 
+/// Tensors with gaps between all rows, at places where the fast kernels take them, with one batch row and with two to a
+/// thread, and one element farther on, where the general kernel does: the same bits, and nothing written to the gaps.
+#[test]
+fn any_place_and_distance_give_the_same_bits() {
+    if stream().is_none() {
+        return;
+    }
+    for (batch, tokens, d_inner, d_state) in [(5, 3, 38, 16), (3, 2, 6, 12), (4, 3, 70, 4), (180, 2, 36, 128)] {
+        let groups = 2;
+        let draw = &mut Draw::new(d_state as u64);
+        let padded = d_state + 4;
+        let strides = [d_inner * padded + 8, padded, 1];
+        let a: Vec<f32> = draw.uniform(d_inner * padded, -2.0, 0.0);
+        let d: Vec<f32> = draw.uniform(d_inner, -1.0, 1.0);
+        let activations: Vec<Vec<bf16>> =
+            (0..3).map(|_| draw.uniform(batch * tokens * (d_inner + 3), -1.0, 1.0)).collect();
+        let projections: Vec<Vec<bf16>> =
+            (0..2).map(|_| draw.uniform(batch * tokens * groups * padded, -1.0, 1.0)).collect();
+        let slots: Vec<i32> = (0..batch as i32).rev().map(|row| if row == 1 { -1 } else { row }).collect();
+        let states: Vec<f32> = draw.uniform(batch * strides[0], -1.0, 1.0);
+        let run = |offset: usize| {
+            let mut pool = [vec![9.0; offset], states.clone()].concat();
+            let activation = |data| {
+                let strides = [tokens * (d_inner + 3), d_inner + 3, 1];
+                View::new(data, [batch, tokens, d_inner]).with_layout(0, strides)
+            };
+            let projection = |data| {
+                let strides = [tokens * groups * padded, groups * padded, padded, 1];
+                View::new(data, [batch, tokens, groups, d_state]).with_layout(0, strides)
+            };
+            let inputs = Inputs {
+                z: Some(activation(&activations[2][..])),
+                d: Some(View::new(&d[..], [d_inner])),
+                slots: Some(&slots),
+                options: Options { dt_softplus: true, ..Options::default() },
+                ..Inputs::new(
+                    activation(&activations[0][..]),
+                    activation(&activations[1][..]),
+                    View::new(&a[..], [d_inner, d_state]).with_layout(0, [padded, 1]),
+                    projection(&projections[0][..]),
+                    projection(&projections[1][..]),
+                )
+            };
+            let mut out = vec![bf16::NAN; batch * tokens * d_inner];
+            let mut token_states = vec![f32::NAN; batch * tokens * d_inner * d_state];
+            let state = ViewMut::new(&mut pool[..], [batch, d_inner, d_state]).with_layout(offset, strides);
+            update(&inputs, UpdateMut { state, out: &mut out, token_states: Some(&mut token_states) });
+            (bits(&pool[offset..]), bits(&out), bits(&token_states))
+        };
+        let (fast, general) = (run(4), run(5));
+        assert!(fast == general, "batch {batch}, d_state {d_state}");
+        for (i, (before, after)) in states.iter().zip(&fast.0).enumerate() {
+            let within = i % strides[0];
+            let is_gap = within >= d_inner * padded || within % padded >= d_state;
+            assert!(!is_gap || before.to_bits() == *after, "batch {batch}, d_state {d_state}: written at {i}");
+        }
+    }
+}
+
 #[test]
 fn what_lies_elsewhere_or_does_not_fit_is_named() {
     let Some(stream) = stream() else { return };
