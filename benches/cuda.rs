@@ -13,8 +13,8 @@ use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaSlice, CudaStream};
 use half::{bf16, f16};
 use selective_scan::cuda::{self, Cuda};
-use selective_scan::scan::cuda::{Lanes, Plan};
-use selective_scan::scan::{self, Inputs, Options, OutputMut};
+use selective_scan::scan::cuda::{PerLane, Plan};
+use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut, ProjectionMut};
 use selective_scan::{Element, View};
 
 #[derive(Parser)]
@@ -85,8 +85,9 @@ struct Set<T> {
 
 fn scan<T: Element>(stream: &Arc<CudaStream>, arguments: &Arguments, shape: Shape, plan: Plan, name: &str) {
     let Shape { batch, len, d_inner, d_state } = shape;
-    let what = format!("scan,forward,{:?},{batch},{len},{d_inner},{d_state},{name}", T::DTYPE);
-    if !what.contains(&arguments.filter) {
+    let what = format!("{:?},{batch},{len},{d_inner},{d_state},{name}", T::DTYPE);
+    let matches = |direction| format!("scan,{direction},{what}").contains(&arguments.filter);
+    if !matches("forward") && !matches("backward") {
         return;
     }
     let count = batch * len * d_inner;
@@ -104,7 +105,7 @@ fn scan<T: Element>(stream: &Arc<CudaStream>, arguments: &Arguments, shape: Shap
     let a = stream.clone_htod(&a).expect("the device has room");
     let d = uniform::<f32>(stream, d_inner, 0.5, 1.0, 1);
     let bias = uniform::<f32>(stream, d_inner, -0.5, 0.5, 2);
-    let mut out = stream.alloc_zeros::<T>(count).expect("the device has room");
+    let mut out = zeros::<T>(stream, count);
     let inputs: Vec<Inputs<T, Cuda>> = sets
         .iter()
         .map(|set| Inputs {
@@ -121,12 +122,54 @@ fn scan<T: Element>(stream: &Arc<CudaStream>, arguments: &Arguments, shape: Shap
             )
         })
         .collect();
+    let report = |direction: &str, ms: f32| {
+        let rate = (count * d_state) as f64 / f64::from(ms) * 1e-9;
+        println!("scan,{direction},{what},{ms:.4},{rate:.3}");
+    };
+    if matches("forward") {
+        let ms = time(stream, arguments.repeats, |i| {
+            let to = OutputMut { out: &mut out, final_state: None, checkpoints: None };
+            scan::cuda::forward_with(plan, stream, &inputs[i % inputs.len()], to).expect("it runs");
+        });
+        report("forward", ms);
+    }
+    if !matches("backward") {
+        return;
+    }
+    let mut checkpoints = zeros::<f32>(stream, inputs[0].checkpoint_len().expect("the inputs are valid"));
+    let to = OutputMut { out: &mut out, final_state: None, checkpoints: Some(&mut checkpoints) };
+    scan::cuda::forward_with(plan, stream, &inputs[0], to).expect("it runs");
+    let mut activations = [(); 3].map(|()| zeros::<T>(stream, count));
+    let mut projections = [(); 2].map(|()| zeros::<T>(stream, batch * len * d_state));
+    let mut d_a = zeros::<f32>(stream, d_inner * d_state);
+    let mut channels = [(); 2].map(|()| zeros::<f32>(stream, d_inner));
     let ms = time(stream, arguments.repeats, |i| {
-        let to = OutputMut { out: &mut out, final_state: None, checkpoints: None };
-        scan::cuda::forward_with(plan, stream, &inputs[i % inputs.len()], to).expect("it runs");
+        let [u, delta, z] = &mut activations;
+        let [b, c] = &mut projections;
+        let [d, delta_bias] = &mut channels;
+        let gradients = GradientsMut {
+            u,
+            delta,
+            a: &mut d_a,
+            b: ProjectionMut::Varying(b),
+            c: ProjectionMut::Varying(c),
+            z: Some(z),
+            d: Some(d),
+            delta_bias: Some(delta_bias),
+            initial_state: None,
+        };
+        let d_out = View::on_device(&sets[(i + 1) % sets.len()].u, [batch, len, d_inner]);
+        scan::cuda::backward_with(plan, stream, &inputs[i % inputs.len()], &checkpoints, d_out.into(), gradients)
+            .expect("it runs");
     });
-    let rate = (count * d_state) as f64 / f64::from(ms) * 1e-9;
-    println!("{what},{ms:.4},{rate:.3}");
+    report("backward", ms);
+}
+
+fn zeros<T: Element>(stream: &Arc<CudaStream>, len: usize) -> CudaSlice<T> {
+    match len {
+        0 => stream.null().expect("nothing"),
+        _ => stream.alloc_zeros(len).expect("the device has room"),
+    }
 }
 
 fn main() {
@@ -138,10 +181,9 @@ fn main() {
     println!("op,direction,dtype,batch,len,d_inner,d_state,plan,milliseconds,T state steps per second");
     let plans = [
         ("auto", Plan::default()),
-        ("one", Plan { lanes: Some(Lanes::One), ..Plan::default() }),
-        ("four", Plan { lanes: Some(Lanes::Four), ..Plan::default() }),
-        ("one unsplit", Plan { lanes: Some(Lanes::One), segment_steps: Some(usize::MAX) }),
-        ("four unsplit", Plan { lanes: Some(Lanes::Four), segment_steps: Some(usize::MAX) }),
+        ("one", Plan { per_lane: Some(PerLane::One), ..Plan::default() }),
+        ("two", Plan { per_lane: Some(PerLane::Two), ..Plan::default() }),
+        ("four", Plan { per_lane: Some(PerLane::Four), ..Plan::default() }),
     ];
     for (batch, d_inner, len) in [
         (8, 2048, 2048),

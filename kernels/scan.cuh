@@ -1,12 +1,13 @@
 // What the kernels of the scan share: their arguments, and how the work of a block is laid out.
 //
-// A block carries `CHANNELS` neighbouring channels of one group through one segment after another, tile by tile:
+// A block carries neighbouring channels of one group through one segment after another, tile by tile:
 //
-//   stage    all threads read the tile's activations four channels at a time and leave Δ and what the recurrence takes
-//            in in shared memory, so that the functions of a step are computed once per channel however many lanes
+//   stage    the threads read the tile's activations four channels at a time and leave Δ and what the recurrence takes in
+//            in shared memory, so that the functions of a step are computed once for each channel however many lanes
 //            share its states;
-//   advance  each lane carries `STATES` neighbouring states of one channel in registers, `LANES` lanes a channel;
-//   finish   the threads that staged four channels sum up the lanes' parts of y and write them.
+//   advance  each lane carries 4 states of `OWN` neighbouring channels in registers; a channel's 16 states are in 4 lanes
+//            (and more than 16 take turns);
+//   finish   the threads that staged four channels sum the lanes' parts of y up and write them.
 //
 // Loads of the next tile are in flight while a tile is advanced. Steps beyond the end are staged as zero step sizes,
 // which leave every state as it is, so that no loop depends on the length.
@@ -51,8 +52,20 @@ struct Block {
     }
 };
 
+// A choice that is made when a kernel is compiled, as an argument of a lambda.
+template <bool VALUE> struct Is {
+    static constexpr bool value = VALUE;
+    __host__ __device__ constexpr operator bool() const { return VALUE; }
+};
+
 // Keeps the compiler from computing `x` anew in every turn of a loop.
 __device__ __forceinline__ void keep(int64_t &x) { asm("" : "+l"(x)); }
+__device__ __forceinline__ void keep(int &x) { asm("" : "+r"(x)); }
+
+// The distance of neighbouring steps: 32 bits wide where the host has seen that whole tiles can be stepped over so, which
+// makes one instruction of an address.
+template <bool WHOLE> struct Distance { using type = int64_t; };
+template <> struct Distance<true> { using type = int; };
 
 // The neighbouring channels that a thread stages and finishes together.
 constexpr int QUAD = 4;
@@ -60,12 +73,12 @@ constexpr int QUAD = 4;
 // Walks the steps of one batch row of an activation for the quad of channels from `d` on.
 template <typename T, bool WHOLE> struct Walk {
     const T *at;
-    int64_t step, channel;
+    typename Distance<WHOLE>::type step;
+    int64_t channel;
 
     __device__ __forceinline__ Walk(const Activation &tensor, const Segment &segment, int64_t i, int64_t d, bool reverse)
         : at(static_cast<const T *>(tensor.data)), step(reverse ? -tensor.step : tensor.step), channel(tensor.channel) {
-        // An absent tensor stays null and is not read.
-        if (at) at += segment.row * tensor.batch + segment.step(i, reverse) * tensor.step + d * tensor.channel;
+        at += segment.row * tensor.batch + segment.step(i, reverse) * tensor.step + d * tensor.channel;
         keep(step);
     }
     __device__ __forceinline__ Pack<T, QUAD> load(int steps, int count) const {
@@ -74,38 +87,73 @@ template <typename T, bool WHOLE> struct Walk {
     __device__ __forceinline__ void advance(int steps) { at += steps * step; }
 };
 
-// Walks B and C for a tile in shared memory, `(STEPS, 2, STATES)` with the states from `state` on: zero beyond the
-// segment's end and beyond d_state, and where a projection is constant. Each thread brings in pairs of states.
-template <typename T, int STEPS, int STATES, int THREADS, bool WHOLE> struct ProjectionWalk {
-    static constexpr int ROW = STATES; // pairs in a step
+// `COUNT` values that lie side by side in shared memory, aligned to as many as are moved at once.
+template <int COUNT> __device__ __forceinline__ void read_shared(float (&to)[COUNT], const float *from) {
+    static_assert(COUNT == 1 || COUNT == 2 || COUNT % 4 == 0, "whole words");
+    if constexpr (COUNT == 1) {
+        to[0] = *from;
+    } else if constexpr (COUNT == 2) {
+        const float2 two = *reinterpret_cast<const float2 *>(from);
+        to[0] = two.x, to[1] = two.y;
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) {
+            const float4 four = *reinterpret_cast<const float4 *>(from + i);
+            to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+        }
+    }
+}
+template <int COUNT> __device__ __forceinline__ void write_shared(float *to, const float (&from)[COUNT]) {
+    static_assert(COUNT == 1 || COUNT == 2 || COUNT % 4 == 0, "whole words");
+    if constexpr (COUNT == 1) {
+        *to = from[0];
+    } else if constexpr (COUNT == 2) {
+        *reinterpret_cast<float2 *>(to) = {from[0], from[1]};
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) {
+            *reinterpret_cast<float4 *>(to + i) = {from[i], from[i + 1], from[i + 2], from[i + 3]};
+        }
+    }
+}
+
+// The states of a channel that one lane holds, the lanes that hold a channel's, and how many states that makes.
+constexpr int STATES = 4, LANES = 4, TURN = STATES * LANES;
+
+// Walks B and C for a tile in shared memory, `(STEPS, 2, TURN)` with the states from `state` on: zero beyond the segment's
+// end and beyond d_state, and where a projection is constant. Each thread brings in states by fours.
+template <typename T, int STEPS, int THREADS, bool WHOLE> struct ProjectionWalk {
+    static constexpr int ROW = 2 * LANES; // fours in a step
     static constexpr int COUNT = (STEPS * ROW + THREADS - 1) / THREADS, ROWS = THREADS / ROW;
-    static_assert(THREADS % ROW == 0, "a thread stays with its states");
 
     const T *at;
-    int64_t step, state;
+    typename Distance<WHOLE>::type step;
+    int64_t state;
     int count, row;
-    Pack<T, 2> pairs[COUNT];
+    Pack<T, STATES> fours[COUNT];
 
     __device__ __forceinline__ ProjectionWalk(const ScanInputs &p, const Segment &segment, int64_t group, int64_t i,
                                               int64_t first_state) {
         const bool reverse = p.flags & FLAG_REVERSE;
-        const int n = threadIdx.x % (STATES / 2) * 2;
-        const Projection &from = threadIdx.x / (STATES / 2) % 2 ? p.c : p.b;
+        const int n = threadIdx.x % LANES * STATES;
+        const Projection &from = threadIdx.x / LANES % 2 ? p.c : p.b;
         row = threadIdx.x / ROW;
-        count = from.constant ? 0 : static_cast<int>(max(int64_t(0), min(p.d_state - first_state - n, int64_t(2))));
+        count = static_cast<int>(max(int64_t(0), min(p.d_state - first_state - n, int64_t(STATES))));
+        if (from.constant || row >= STEPS) count = 0;
         step = reverse ? -from.step : from.step;
         state = from.state;
         at = static_cast<const T *>(from.data) + segment.row * from.batch + segment.step(i + row, reverse) * from.step +
              group * from.group + (first_state + n) * from.state;
         keep(step);
+        keep(count);
     }
 
-    // Puts the loads in flight for a tile of which `left` steps exist.
-    __device__ __forceinline__ void load(int left) {
+    // Puts the loads in flight for a tile of which `left` steps exist; all of them, if it is not `RAGGED`.
+    template <bool RAGGED> __device__ __forceinline__ void load(int left) {
 #pragma unroll
         for (int k = 0; k < COUNT; k++) {
-            const int t = row + k * ROWS;
-            pairs[k] = ::load<T, 2, WHOLE>(at + k * ROWS * step, state, t < STEPS && t < left ? count : 0);
+            const bool there = (STEPS % ROWS == 0 && !RAGGED) || row + k * ROWS < left;
+            fours[k] = ::load<T, STATES, WHOLE>(at + k * ROWS * step, state, there ? count : 0);
         }
     }
     __device__ __forceinline__ void advance(int steps) { at += steps * step; }
@@ -113,27 +161,65 @@ template <typename T, int STEPS, int STATES, int THREADS, bool WHOLE> struct Pro
     __device__ __forceinline__ void store(float *tile) const {
 #pragma unroll
         for (int k = 0; k < COUNT; k++) {
-            const int i = threadIdx.x + k * THREADS;
-            if (STEPS * ROW % THREADS == 0 || i < STEPS * ROW) {
-                *reinterpret_cast<float2 *>(tile + 2 * i) = {pairs[k][0], pairs[k][1]};
+            if (STEPS % ROWS == 0 || row + k * ROWS < STEPS) {
+                const float four[STATES] = {fours[k][0], fours[k][1], fours[k][2], fours[k][3]};
+                write_shared(tile + STATES * (threadIdx.x + k * THREADS), four);
             }
         }
     }
 };
 
-// `COUNT` values that lie side by side in shared memory, aligned.
-template <int COUNT> __device__ __forceinline__ void read_shared(float (&to)[COUNT], const float *from) {
-    static_assert(COUNT % 4 == 0, "whole 16-byte words");
+// 4 neighbouring states of one channel from `state` on, where they exist.
+struct Lane {
+    int64_t channel, state;
+    bool exists;
+    int count;
+
+    __device__ __forceinline__ Lane(const ScanInputs &p, int64_t channel, bool exists, int64_t state)
+        : channel(channel), state(state), exists(exists),
+          count(exists ? static_cast<int>(max(int64_t(0), min(p.d_state - state, int64_t(STATES)))) : 0) {}
+
+    __device__ __forceinline__ void read(float (&to)[STATES], const float *from, int64_t stride) const {
 #pragma unroll
-    for (int i = 0; i < COUNT; i += 4) {
-        const float4 four = *reinterpret_cast<const float4 *>(from + i);
-        to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+        for (int i = 0; i < STATES; i++) to[i] = i < count ? from[i * stride] : 0.0f;
     }
-}
-template <int COUNT> __device__ __forceinline__ void write_shared(float *to, const float (&from)[COUNT]) {
-    static_assert(COUNT % 4 == 0, "whole 16-byte words");
+    __device__ __forceinline__ void write(float *to, const float (&from)[STATES]) const {
 #pragma unroll
-    for (int i = 0; i < COUNT; i += 4) {
-        *reinterpret_cast<float4 *>(to + i) = {from[i], from[i + 1], from[i + 2], from[i + 3]};
+        for (int i = 0; i < STATES; i++) {
+            if (i < count) to[i] = from[i];
+        }
+    }
+    __device__ __forceinline__ void parameter(float (&to)[STATES], const Matrix &from) const {
+        read(to, from.data + channel * from.channel + state * from.state, from.state);
+    }
+    // The state before a sequence; zero if none is given.
+    __device__ __forceinline__ void initial(float (&to)[STATES], const States &from, int64_t sequence) const {
+#pragma unroll
+        for (int n = 0; n < STATES; n++) to[n] = 0.0f;
+        if (!from.data) return;
+        read(to, from.data + sequence * from.sequence + channel * from.channel + state * from.state, from.state);
+    }
+    __device__ __forceinline__ void constant(float (&to)[STATES], const Projection &from) const {
+        read(to, static_cast<const float *>(from.data) + channel * from.channel + state * from.state, from.state);
+    }
+    // Where this lane's states lie in a dense (…, d_inner, d_state).
+    __device__ __forceinline__ int64_t at(const ScanInputs &p, int64_t index) const {
+        return (index * p.d_inner + channel) * p.d_state + state;
+    }
+};
+
+// The state that enters a segment: the initial state, carried through what the segments before it are summed up by.
+template <bool ACCURATE>
+__device__ __forceinline__ void enter(const ScanInputs &p, const Segment &segment, const Lane &lane,
+                                      const float (&a)[STATES], float (&h)[STATES]) {
+    lane.initial(h, p.initial_state, segment.sequence);
+    if (!p.reached || !lane.exists) return;
+#pragma unroll 4
+    for (int64_t before = segment.index - segment.rank; before < segment.index; before++) {
+        const float sum = p.sums[before * p.d_inner + lane.channel];
+        float reached[STATES];
+        lane.read(reached, p.reached + lane.at(p, before), 1);
+#pragma unroll
+        for (int i = 0; i < STATES; i++) h[i] = Decay<ACCURATE>(sum * a[i]).advance(h[i], reached[i]);
     }
 }

@@ -55,9 +55,9 @@ struct Segment {
     }
 };
 
-// A part of a packed sequence, as the host lists them; see Segment.
+// A part of a packed sequence, as the host lists them; see Segment. `behind` counts its sequence's segments behind it.
 struct PackedSegment {
-    int64_t sequence, start, len, first, steps, rank;
+    int64_t sequence, start, len, first, steps, rank, behind;
 };
 
 // How the steps are divided into segments: those that `packed` lists or, where it is null, each batch row into

@@ -94,6 +94,21 @@ impl Sequence {
     }
 }
 
+/// Cuts a list of parts of sequences into ranges of neighbours with at least `least` steps each, the last excepted. An
+/// empty part counts as a step, for handing its state on is some work.
+pub(crate) fn runs<P>(parts: &[P], steps: impl Fn(&P) -> usize, least: usize) -> Vec<&[P]> {
+    let mut runs = Vec::new();
+    let (mut start, mut total) = (0, 0);
+    for (i, part) in parts.iter().enumerate() {
+        total += steps(part).max(1);
+        if total >= least || i + 1 == parts.len() {
+            runs.push(&parts[start..=i]);
+            (start, total) = (i + 1, 0);
+        }
+    }
+    runs
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -27,6 +27,7 @@ macro_rules! modules {
 }
 
 modules! {
+    SCAN_BACKWARD = "scan_backward",
     SCAN_FORWARD = "scan_forward",
     UPLOAD = "upload",
     STATE_UPDATE = "state_update",

@@ -69,6 +69,30 @@ params! {
 
     ScanForward[416] { inputs: ScanInputs, out: u64, final_state: u64, checkpoints: u64, }
 
+    ScanBackward[568] {
+        inputs: ScanInputs,
+        d_out: Activation,
+        d_final_state: States,
+        checkpoints: u64,
+        d_u: u64,
+        d_delta: u64,
+        d_z: u64,
+        d_initial_state: u64,
+        d_a: u64,
+        d_b: u64,
+        d_c: u64,
+        d_d: u64,
+        d_bias: u64,
+        projections: u64,
+        carried: u64,
+        groups: i64,
+        steps: i64,
+    }
+
+    SumProjections[48] { parts: u64, d_b: u64, d_c: u64, blocks: i64, lines: i64, d_state: i64, }
+
+    SumRows[32] { parts: u64, to: u64, rows: i64, count: i64, }
+
     /// `(slots, rows, columns)`.
     Pool[32] { data: u64, slot: i64, row: i64, column: i64, }
 
@@ -157,6 +181,18 @@ params! {
 
     Upload[3984] { to: u64, count: u64, values: [u64; UPLOAD_VALUES], }
 }
+
+macro_rules! with_inputs {
+    ($($name:ident),*) => {$(
+        impl AsMut<ScanInputs> for $name {
+            fn as_mut(&mut self) -> &mut ScanInputs {
+                &mut self.inputs
+            }
+        }
+    )*};
+}
+
+with_inputs!(ScanForward, ScanBackward);
 
 impl Upload {
     pub fn zeroed_boxed() -> Box<Self> {

@@ -42,6 +42,21 @@ impl<V: Copy> Decay<V> {
 
 const LN_2: f32 = std::f32::consts::LN_2;
 
+/// `1/a` for [`hold_weight`], and zero where `a` is too small to divide by.
+#[inline(always)]
+pub(crate) fn hold_inverse(a: f32) -> f32 {
+    // Below this, (exp(Δa) - 1)/a is Δ to more digits than an f32 has.
+    const TINY: f32 = 1e-30;
+    if a.abs() < TINY { 0.0 } else { 1.0 / a }
+}
+
+/// `(exp(Δa) - 1)/a`, what zero-order hold multiplies the input by; Δ where `a` is as good as zero.
+#[inline(always)]
+pub(crate) fn hold_weight<S: Lanes>(simd: S, decay_minus_one: S::f32s, inverse_a: S::f32s, delta: S::f32s) -> S::f32s {
+    let vanishes = simd.equal_f32s(inverse_a, simd.splat_f32s(0.0));
+    simd.select_f32s(vanishes, delta, simd.mul_f32s(decay_minus_one, inverse_a))
+}
+
 /// Horner's scheme, the constant coefficient first.
 #[inline(always)]
 pub(crate) fn polynomial<S: Lanes, const K: usize>(simd: S, x: S::f32s, c: [f32; K]) -> S::f32s {

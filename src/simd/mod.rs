@@ -3,9 +3,11 @@
 
 mod math;
 
-pub(crate) use math::{Decay, polynomial, silu, silu_grad, softplus};
+pub(crate) use math::{Decay, hold_inverse, hold_weight, polynomial, silu, silu_grad, softplus};
 
 use pulp::{NullaryFnOnce, Simd};
+
+use crate::Element;
 
 /// Channels in a block, the unit in which the CPU path divides work. It is the widest vector there is, so that the
 /// division, and with it the order of every sum over channels, does not depend on the instruction set.
@@ -23,6 +25,16 @@ impl Row {
     pub fn add(&mut self, other: &Self) {
         for (x, y) in self.0.iter_mut().zip(other.0) {
             *x += y;
+        }
+    }
+
+    /// Rounds the channels that `to` has room for.
+    #[inline(always)]
+    pub fn narrow<T: Element>(&self, to: &mut [T]) {
+        match to.len() {
+            // The common case, with a length known to the compiler.
+            BLOCK => T::narrow(&self.0, &mut to[..BLOCK]),
+            width => T::narrow(&self.0[..width], to),
         }
     }
 

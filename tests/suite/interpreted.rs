@@ -1,9 +1,12 @@
-//! Small problems that pass through every unsafe block of the CPU path, for interpreters that check memory (`tests/miri.sh`).
+//! Small problems that pass through the unsafe blocks of the CPU path, for tools that check memory (`tests/miri.sh`,
+//! `tests/sanitizers.sh`). Miri takes half a minute for a step of a few channels, so it is given few of them; checkpoints
+//! and split sequences, which need many, are left to the sanitizers.
 
-use half::bf16;
-use selective_scan::Isa;
+use half::{bf16, f16};
+use selective_scan::{Discretization, Isa, Projection, View, ViewMut, conv, state_update};
 
 use crate::case::{Case, Device, Flags, Shape, seeded};
+use crate::common::Draw;
 
 fn on_two_threads(work: impl FnOnce() + Send) {
     rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("a pool of threads").install(work);
@@ -14,7 +17,7 @@ fn on_two_threads(work: impl FnOnce() + Send) {
 fn scan() {
     on_two_threads(|| {
         for row in [7, 11, 13] {
-            let shape = Shape { batch: 2, len: 66, d_inner: 18, d_state: 1 };
+            let shape = Shape { batch: 2, len: if cfg!(miri) { 3 } else { 66 }, d_inner: 18, d_state: 1 };
             let case = Case::<bf16>::new(&mut seeded().0, shape, Flags::pairwise(row));
             case.check(Device::Cpu(Isa::Portable), &|| format!("row {row}"));
         }
@@ -23,10 +26,58 @@ fn scan() {
 
 /// Split sequences, whose segments are written from different threads.
 #[test]
+#[cfg_attr(miri, ignore = "would take hours")]
 fn split_scan() {
     on_two_threads(|| {
-        let shape = Shape { batch: 1, len: 2048, d_inner: 1, d_state: 1 };
+        let shape = Shape { batch: 1, len: 2048, d_inner: 2, d_state: 1 };
         let case = Case::<f32>::new(&mut seeded().0, shape, Flags::mamba());
         case.check(Device::Cpu(Isa::Portable), &|| "split".into());
+    });
+}
+
+/// The convolution from two threads: more than a unit of channels, and its update in a pool of strided slots. What comes
+/// out is for `conv` to judge.
+#[test]
+fn convolution() {
+    on_two_threads(|| {
+        let (draw, [len, d, width]) = (&mut Draw::new(1), [3, 130, 2]);
+        let (x, state) = (draw.uniform::<bf16>(len * d, -1.0, 1.0), draw.uniform::<f32>(d, -1.0, 1.0));
+        let weight = draw.uniform(d * width, -1.0, 1.0);
+        let (x, weight) = (View::new(&x[..], [1, len, d]), View::new(&weight[..], [d, width]));
+        let initial_state = Some(View::new(&state[..], [1, width - 1, d]));
+        let inputs = conv::Inputs { initial_state, ..conv::Inputs::new(x, weight) };
+        let (mut output, mut gradients) =
+            (inputs.forward().expect("valid"), conv::Gradients::zeroed(&inputs).expect("valid"));
+        let outputs = conv::OutputMut { out: &mut output.out[..], final_state: Some(&mut output.final_state[..]) };
+        conv::cpu::forward_with(Isa::Portable, &inputs, outputs).expect("valid");
+        conv::cpu::backward_with(Isa::Portable, &inputs, x.into(), gradients.as_mut()).expect("valid");
+
+        let mut pool = vec![f16::ZERO; 3 * (d + 1)];
+        let pool = ViewMut::new(&mut pool, [3, width - 1, d]).with_layout(0, [d + 1, d + 1, 1]);
+        let update = conv::UpdateInputs { slots: Some(&[2]), ..conv::UpdateInputs::new(x, weight) };
+        update.update_with_token_states(pool).expect("valid");
+    });
+}
+
+/// The state update from two threads, with a padding row: on f32 states where they lie, and on a pool whose states are
+/// apart.
+#[test]
+fn state_updates() {
+    on_two_threads(|| {
+        let (draw, [batch, len, d, n]) = (&mut Draw::new(1), [2, 2, 18, 4]);
+        let u = draw.uniform::<bf16>(batch * len * d, -1.0, 1.0);
+        let (a, b) = (draw.uniform::<f32>(d * n, -1.0, 0.0), draw.uniform::<f32>(d * n, -1.0, 1.0));
+        let (u, b) = (View::new(&u[..], [batch, len, d]), View::new(&b[..], [d, n]));
+        let a = View::new(&a[..], [d, n]);
+        let inputs = state_update::Inputs {
+            slots: Some(&[2, -1]),
+            ..state_update::Inputs::new(u, u, a, Projection::Constant(b), Projection::Constant(b))
+        };
+        let mut dense = vec![0.5f32; 3 * d * n];
+        inputs.update(ViewMut::new(&mut dense, [3, d, n])).expect("valid");
+        let mut apart = vec![f16::ONE; 3 * d * (n + 1)];
+        let apart = ViewMut::new(&mut apart, [3, d, n]).with_layout(0, [d * (n + 1), n + 1, 1]);
+        let options = state_update::Options { discretization: Discretization::ZeroOrderHold, ..inputs.options };
+        state_update::Inputs { options, ..inputs }.update_with_token_states(apart).expect("valid");
     });
 }

@@ -16,7 +16,7 @@ mod backward;
 mod forward;
 mod update;
 
-use crate::sequences::Sequence;
+use crate::sequences::{self, Sequence};
 use crate::simd::{BLOCK, Isa, Row};
 use crate::{Element, Result, View};
 
@@ -145,18 +145,8 @@ fn tiles<T: Element>(problem: &Problem<T>, keep_empty: bool) -> Vec<Tile> {
     problem.sequences.iter().flat_map(tiles).collect()
 }
 
-/// Ranges of neighbouring tiles with at least [`STEPS_PER_RUN`] steps, or as many tiles, each; the last excepted.
 fn runs(tiles: &[Tile]) -> Vec<&[Tile]> {
-    let mut runs = Vec::new();
-    let (mut start, mut total) = (0, 0);
-    for (i, tile) in tiles.iter().enumerate() {
-        total += tile.len.max(1);
-        if total >= STEPS_PER_RUN || i + 1 == tiles.len() {
-            runs.push(&tiles[start..=i]);
-            (start, total) = (i + 1, 0);
-        }
-    }
-    runs
+    sequences::runs(tiles, |tile| tile.len, STEPS_PER_RUN)
 }
 
 /// A buffer of `rows` rows of a unit: block `i` of row `r` stands at `r·BLOCKS + i`.

@@ -15,11 +15,11 @@ use crate::simd::{Decay, Isa, Kernel, Lanes, Row, silu_grad};
 use crate::view::Ahead;
 
 use super::super::{GradientsMut, OutputGradients, Problem, ProjectionMut};
-use super::forward::{narrow, transpose};
+use super::forward::transpose;
 use super::kernels::{History, Retreat, RetreatStates};
 use super::split::{Summaries, state_rows};
 use super::sums::{BlockGradients, SumChannels, Totals, add_partial};
-use super::{Block, BlockParameters, Plan, Reader, Segment, Stage, coefficients};
+use super::{Block, BlockParameters, Plan, Reader, Segment, Stage};
 use crate::{Discretization, Projection};
 
 /// Steps in a tile: the states of one are recomputed from the checkpoint before it.
@@ -282,7 +282,7 @@ impl<T: Element> Pass<'_, '_, T> {
         sums: &mut BlockGradients,
         scratch: &mut Scratch,
     ) {
-        let (sequence, block, d_state) = (segment.sequence, parameters.block, sums.d_h.len());
+        let (sequence, block) = (segment.sequence, parameters.block);
         match first {
             0 => self.reader.state(&self.reader.problem.inputs.initial_state, sequence, block, &mut scratch.h),
             _ => {
@@ -292,12 +292,7 @@ impl<T: Element> Pass<'_, '_, T> {
         }
         let rows = i * STRIDE..i * STRIDE + steps;
         Retreat {
-            a: &parameters.a,
-            inverse_a: &parameters.inverse_a,
-            b: coefficients(&parameters.b, &scratch.b, d_state),
-            c: coefficients(&parameters.c, &scratch.c, d_state),
-            delta: &scratch.delta[rows.clone()],
-            input: &scratch.input[rows.clone()],
+            tile: parameters.tile(&scratch.b, &scratch.c, &scratch.delta[rows.clone()], &scratch.input[rows.clone()]),
             d_y: &scratch.d_y[rows.clone()],
             h: &scratch.h,
             d_h: &mut sums.d_h,
@@ -409,12 +404,12 @@ impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
                 }
                 let at = step * dims.d_inner + block.first;
                 // SAFETY: this task alone works on these steps and channels, here and below.
-                narrow(&d_u, unsafe { pass.d_u.part(at..at + block.width) });
+                d_u.narrow(unsafe { pass.d_u.part(at..at + block.width) });
                 // SAFETY: as above.
-                narrow(&d_delta, unsafe { pass.d_delta.part(at..at + block.width) });
+                d_delta.narrow(unsafe { pass.d_delta.part(at..at + block.width) });
                 if let Some(out) = &pass.d_z {
                     // SAFETY: as above.
-                    narrow(&d_z, unsafe { out.part(at..at + block.width) });
+                    d_z.narrow(unsafe { out.part(at..at + block.width) });
                 }
             }
         }
@@ -437,7 +432,6 @@ fn softplus_slope<S: Lanes>(simd: S, delta: S::f32s) -> S::f32s {
 /// A segment turns the gradient `g` behind it into `exp(A ΣΔ) g + s`, where `s` is what it makes of zero: the forward
 /// pass' summary, read from the end.
 fn exit_gradients<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan, d_outputs: &OutputGradients<T>) -> Vec<f32> {
-    let d_state = problem.dims.d_state;
     let reader = Reader { problem };
     let summaries = Summaries::new(problem, plan, |parameters, segment, h| {
         let mut scratch = Scratch::new(problem, 1);
@@ -448,8 +442,8 @@ fn exit_gradients<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan, d_out
         for (first, steps) in segment.tiles(TILE).rev() {
             scratch.stage(isa, &reader, d_outputs, segment, (first, steps), std::slice::from_ref(parameters));
             let delta = &scratch.delta[..steps];
-            let c = coefficients(&parameters.c, &scratch.c, d_state);
-            RetreatStates { a: &parameters.a, c, delta, d_y: &scratch.d_y[..steps], d_h: h }.on(isa);
+            let tile = parameters.tile(&scratch.b, &scratch.c, delta, &scratch.input[..steps]);
+            RetreatStates { tile, d_y: &scratch.d_y[..steps], d_h: h }.on(isa);
             delta.iter().for_each(|delta| sum.add(delta));
         }
         sum

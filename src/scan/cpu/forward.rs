@@ -5,12 +5,12 @@ use rayon::prelude::*;
 use crate::Element;
 use crate::sequences::{CHECKPOINT_STEPS, Sequence};
 use crate::shared::Shared;
-use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, silu};
+use crate::simd::{Isa, Kernel, Lanes, Row, silu};
 use crate::view::Ahead;
 
 use super::kernels::Advance;
 use super::split::{Summaries, state_rows};
-use super::{Block, BlockParameters, OutputMut, Plan, Problem, Reader, Segment, Stage, coefficients};
+use super::{Block, BlockParameters, OutputMut, Plan, Problem, Reader, Segment, Stage};
 
 /// Steps in a tile. Few, so that the tiles of many blocks fit in the second-level cache together.
 const TILE: usize = 16;
@@ -92,14 +92,9 @@ impl Scratch {
         states: &mut States,
         ahead: [Ahead; 3],
     ) {
-        let (rows, d_state) = (i * STRIDE..i * STRIDE + steps, states.h.len());
+        let rows = i * STRIDE..i * STRIDE + steps;
         Advance {
-            a: &parameters.a,
-            inverse_a: &parameters.inverse_a,
-            b: coefficients(&parameters.b, &self.b, d_state),
-            c: coefficients(&parameters.c, &self.c, d_state),
-            delta: &self.delta[rows.clone()],
-            input: &self.input[rows.clone()],
+            tile: parameters.tile(&self.b, &self.c, &self.delta[rows.clone()], &self.input[rows.clone()]),
             h: &mut states.h,
             lost: &mut states.lost,
             y: &mut self.y[rows],
@@ -189,7 +184,7 @@ impl<T: Element> Pass<'_, '_, T> {
         for (n, row) in h.iter().enumerate() {
             let at = (slot * h.len() + n) * self.reader.problem.dims.d_inner + block.first;
             // SAFETY: this task alone works on this tile of these channels, and slots of different tiles differ.
-            narrow(row, unsafe { checkpoints.part(at..at + block.width) });
+            row.narrow(unsafe { checkpoints.part(at..at + block.width) });
         }
     }
 
@@ -233,7 +228,7 @@ impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
                 }
                 let at = (self.sequence.batch * dims.len + step) * dims.d_inner + block.first;
                 // SAFETY: this task alone works on these steps and channels.
-                narrow(&out, unsafe { self.pass.out.part(at..at + block.width) });
+                out.narrow(unsafe { self.pass.out.part(at..at + block.width) });
             }
         }
     }
@@ -245,16 +240,6 @@ pub(super) fn transpose(rows: &[Row], out: &mut [f32]) {
         for (out, row) in out.iter_mut().zip(rows) {
             *out = row.0[i];
         }
-    }
-}
-
-/// Rounds the channels that `to` has room for.
-#[inline(always)]
-pub(super) fn narrow<T: Element>(row: &Row, to: &mut [T]) {
-    match to.len() {
-        // The common case, with a length known to the compiler.
-        BLOCK => T::narrow(&row.0, &mut to[..BLOCK]),
-        width => T::narrow(&row.0[..width], to),
     }
 }
 

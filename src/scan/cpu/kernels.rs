@@ -4,16 +4,14 @@
 
 use std::array::from_fn;
 
-use crate::simd::{Decay, Isa, Kernel, Lanes, Row, polynomial};
+use crate::simd::{Decay, Isa, Kernel, Lanes, Row, hold_weight, polynomial};
 use crate::view::Ahead;
 
 /// B or C of a tile.
 #[derive(Clone, Copy)]
 pub(super) enum Coefficients<'t> {
-    /// `(steps, d_state)`, shared by all channels.
-    PerStep { data: &'t [f32], d_state: usize },
-    /// A row for each state, the same at every step.
-    PerChannel(&'t [Row]),
+    PerStep(PerStep<'t>),
+    PerChannel(PerChannel<'t>),
 }
 
 /// [`Coefficients`] with the case known to the compiler.
@@ -25,10 +23,11 @@ pub(super) trait Coefficient: Copy {
     fn gradient_row(self, t: usize, n: usize) -> usize;
 }
 
+/// `(steps, d_state)`, shared by all channels.
 #[derive(Clone, Copy)]
-struct PerStep<'t> {
-    data: &'t [f32],
-    d_state: usize,
+pub(super) struct PerStep<'t> {
+    pub data: &'t [f32],
+    pub d_state: usize,
 }
 
 impl Coefficient for PerStep<'_> {
@@ -44,8 +43,9 @@ impl Coefficient for PerStep<'_> {
     }
 }
 
+/// A row for each state, the same at every step.
 #[derive(Clone, Copy)]
-struct PerChannel<'t>(&'t [Row]);
+pub(super) struct PerChannel<'t>(pub &'t [Row]);
 
 impl Coefficient for PerChannel<'_> {
     #[inline(always)]
@@ -73,49 +73,9 @@ fn store<S: Lanes, const NS: usize>(rows: &mut [Row], lane: usize, values: [S::f
     }
 }
 
-/// Calls `$run::<S, B, C, ZOH>` for the kinds of B and C at hand.
-macro_rules! specialise {
-    ($tile:expr, $run:ident, $simd:expr) => {{
-        let tile = $tile;
-        let hold = !tile.inverse_a.is_empty();
-        match (tile.b, tile.c) {
-            (Coefficients::PerStep { data: b, d_state }, Coefficients::PerStep { data: c, .. }) => {
-                let (b, c) = (PerStep { data: b, d_state }, PerStep { data: c, d_state });
-                if hold { $run::<S, _, _, true>($simd, tile, b, c) } else { $run::<S, _, _, false>($simd, tile, b, c) }
-            }
-            (Coefficients::PerStep { data, d_state }, Coefficients::PerChannel(c)) => {
-                let (b, c) = (PerStep { data, d_state }, PerChannel(c));
-                if hold { $run::<S, _, _, true>($simd, tile, b, c) } else { $run::<S, _, _, false>($simd, tile, b, c) }
-            }
-            (Coefficients::PerChannel(b), Coefficients::PerStep { data, d_state }) => {
-                let (b, c) = (PerChannel(b), PerStep { data, d_state });
-                if hold { $run::<S, _, _, true>($simd, tile, b, c) } else { $run::<S, _, _, false>($simd, tile, b, c) }
-            }
-            (Coefficients::PerChannel(b), Coefficients::PerChannel(c)) => {
-                let (b, c) = (PerChannel(b), PerChannel(c));
-                if hold { $run::<S, _, _, true>($simd, tile, b, c) } else { $run::<S, _, _, false>($simd, tile, b, c) }
-            }
-        }
-    }};
-}
-
-/// Calls `$run` on all states, as many at a time as there are registers for.
-macro_rules! in_groups {
-    ($wide:literal, $tile:ident, $run:ident::<$($generic:ident),*>($($argument:expr),*)) => {{
-        let mut n = 0;
-        while n + $wide <= $tile.h.len() {
-            $run::<$($generic,)* $wide>($($argument,)* n);
-            n += $wide;
-        }
-        while n < $tile.h.len() {
-            $run::<$($generic,)* 1>($($argument,)* n);
-            n += 1;
-        }
-    }};
-}
-
-/// Runs the recurrence through a tile.
-pub(super) struct Advance<'t> {
+/// What both recurrences read of a tile.
+#[derive(Clone, Copy)]
+pub(super) struct Tile<'t> {
     /// log2(e)·A for each state.
     pub a: &'t [Row],
     /// 1/A for each state with zero-order hold, else empty.
@@ -126,6 +86,59 @@ pub(super) struct Advance<'t> {
     pub delta: &'t [Row],
     /// Δ·u at each step, or u with zero-order hold.
     pub input: &'t [Row],
+}
+
+/// Calls `$run::<S, B, C, HOLD>` for the kinds of B and C and the discretization at hand.
+macro_rules! specialise {
+    ($kernel:expr, $run:ident, $simd:expr) => {{
+        use Coefficients::{PerChannel, PerStep};
+        let (kernel, simd) = ($kernel, $simd);
+        let Tile { inverse_a, b, c, .. } = kernel.tile;
+        match (b, c, !inverse_a.is_empty()) {
+            (PerStep(b), PerStep(c), false) => $run::<S, _, _, false>(simd, kernel, b, c),
+            (PerStep(b), PerStep(c), true) => $run::<S, _, _, true>(simd, kernel, b, c),
+            (PerStep(b), PerChannel(c), false) => $run::<S, _, _, false>(simd, kernel, b, c),
+            (PerStep(b), PerChannel(c), true) => $run::<S, _, _, true>(simd, kernel, b, c),
+            (PerChannel(b), PerStep(c), false) => $run::<S, _, _, false>(simd, kernel, b, c),
+            (PerChannel(b), PerStep(c), true) => $run::<S, _, _, true>(simd, kernel, b, c),
+            (PerChannel(b), PerChannel(c), false) => $run::<S, _, _, false>(simd, kernel, b, c),
+            (PerChannel(b), PerChannel(c), true) => $run::<S, _, _, true>(simd, kernel, b, c),
+        }
+    }};
+}
+
+/// Calls `$run` on all states, as many at a time as there are registers for.
+macro_rules! in_groups {
+    ($wide:literal, $states:expr, $run:ident::<$($generic:ident),*>($($argument:expr),*)) => {{
+        let (mut n, states) = (0, $states);
+        while n + $wide <= states {
+            $run::<$($generic,)* $wide>($($argument,)* n);
+            n += $wide;
+        }
+        while n < states {
+            $run::<$($generic,)* 1>($($argument,)* n);
+            n += 1;
+        }
+    }};
+}
+
+/// Makes a kernel whose `on` runs it. That is not generic, so that it is compiled here and not again in every crate that
+/// uses this one.
+macro_rules! compiled_here {
+    ($($kernel:ident),*) => {
+        $(impl $kernel<'_> {
+            pub fn on(self, isa: Isa) {
+                isa.run(self);
+            }
+        })*
+    };
+}
+
+compiled_here!(Advance, Retreat, RetreatStates);
+
+/// Runs the recurrence through a tile.
+pub(super) struct Advance<'t> {
+    pub tile: Tile<'t>,
     /// The states, advanced to the end of the tile.
     pub h: &'t mut [Row],
     /// What rounding has cost each state in its last step, to be made good in the next (compensated summation). Without
@@ -135,13 +148,6 @@ pub(super) struct Advance<'t> {
     pub y: &'t mut [Row],
     /// What will be read next, asked for one row in each step: asked for at once it would hold up what is read now.
     pub ahead: [Ahead; 3],
-}
-
-impl Advance<'_> {
-    /// Runs the kernel. Not generic, so that it is compiled here and not again in every crate that uses this one.
-    pub fn on(self, isa: Isa) {
-        isa.run(self);
-    }
 }
 
 impl Kernel for Advance<'_> {
@@ -154,13 +160,13 @@ impl Kernel for Advance<'_> {
 }
 
 #[inline(always)]
-fn advance<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool>(simd: S, mut tile: Advance, b: B, c: C) {
-    let tile = &mut tile;
+fn advance<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool>(simd: S, mut kernel: Advance, b: B, c: C) {
+    let (states, kernel) = (kernel.h.len(), &mut kernel);
     for lane in 0..Row::ZERO.vectors::<S>().len() {
         if S::REGISTER_COUNT >= 32 {
-            in_groups!(8, tile, advance_states::<S, B, C, HOLD>(simd, tile, b, c, lane));
+            in_groups!(8, states, advance_states::<S, B, C, HOLD>(simd, kernel, b, c, lane));
         } else {
-            in_groups!(4, tile, advance_states::<S, B, C, HOLD>(simd, tile, b, c, lane));
+            in_groups!(4, states, advance_states::<S, B, C, HOLD>(simd, kernel, b, c, lane));
         }
     }
 }
@@ -168,28 +174,29 @@ fn advance<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool>(simd: S, 
 #[inline(always)]
 fn advance_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, const NS: usize>(
     simd: S,
-    tile: &mut Advance,
+    kernel: &mut Advance,
     b: B,
     c: C,
     lane: usize,
     n: usize,
 ) {
-    let a = vectors::<S, NS>(&tile.a[n..], lane);
-    let mut h = vectors::<S, NS>(&tile.h[n..], lane);
-    let mut lost = vectors::<S, NS>(&tile.lost[n..], lane);
-    let steps = tile.delta.iter().zip(tile.input).zip(tile.y.iter_mut()).enumerate();
+    let Tile { delta, input, .. } = kernel.tile;
+    let a = vectors::<S, NS>(&kernel.tile.a[n..], lane);
+    let mut h = vectors::<S, NS>(&kernel.h[n..], lane);
+    let mut lost = vectors::<S, NS>(&kernel.lost[n..], lane);
+    let steps = delta.iter().zip(input).zip(kernel.y.iter_mut()).enumerate();
     for (t, ((delta, input), y)) in steps {
         let (delta, input) = (delta.vectors::<S>()[lane], input.vectors::<S>()[lane]);
         let (b, c) = (b.get::<S, NS>(simd, t, n, lane), c.get::<S, NS>(simd, t, n, lane));
         if n + lane == 0 {
-            tile.ahead.iter().for_each(|ahead| ahead.prefetch(t));
+            kernel.ahead.iter().for_each(|ahead| ahead.prefetch(t));
         }
         let y = &mut y.vectors_mut::<S>()[lane];
         let mut sum = *y;
         for i in 0..NS {
             let decay = Decay::exp2(simd, simd.mul_f32s(delta, a[i]));
             let weighted = if HOLD {
-                let inverse = tile.inverse_a[n + i].vectors::<S>()[lane];
+                let inverse = kernel.tile.inverse_a[n + i].vectors::<S>()[lane];
                 simd.mul_f32s(input, hold_weight(simd, decay.minus_one(simd), inverse, delta))
             } else {
                 input
@@ -203,18 +210,13 @@ fn advance_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
         }
         *y = sum;
     }
-    store::<S, NS>(&mut tile.h[n..], lane, h);
-    store::<S, NS>(&mut tile.lost[n..], lane, lost);
+    store::<S, NS>(&mut kernel.h[n..], lane, h);
+    store::<S, NS>(&mut kernel.lost[n..], lane, lost);
 }
 
 /// Takes the gradient of the states backwards through a tile, recomputing the states on the way there.
 pub(super) struct Retreat<'t> {
-    pub a: &'t [Row],
-    pub inverse_a: &'t [Row],
-    pub b: Coefficients<'t>,
-    pub c: Coefficients<'t>,
-    pub delta: &'t [Row],
-    pub input: &'t [Row],
+    pub tile: Tile<'t>,
     /// The gradient of y at each step.
     pub d_y: &'t [Row],
     /// The states before the tile.
@@ -223,7 +225,7 @@ pub(super) struct Retreat<'t> {
     pub d_h: &'t mut [Row],
     /// `Σ_n C h` is added to this.
     pub y: &'t mut [Row],
-    /// Receives the gradient of [`Advance::input`].
+    /// Receives the gradient of [`Tile::input`].
     pub d_input: &'t mut [Row],
     /// Receives log2(e) times the gradient of Δ, what it gets through `input` left out.
     pub d_delta: &'t mut [Row],
@@ -256,13 +258,6 @@ impl History {
 /// States that [`Retreat`] works on at a time: more would push the history out of the first-level cache.
 const WIDEST_RETREAT: usize = 4;
 
-impl Retreat<'_> {
-    /// Runs the kernel. Not generic, so that it is compiled here and not again in every crate that uses this one.
-    pub fn on(self, isa: Isa) {
-        isa.run(self);
-    }
-}
-
 impl Kernel for Retreat<'_> {
     type Output = ();
 
@@ -273,37 +268,37 @@ impl Kernel for Retreat<'_> {
 }
 
 #[inline(always)]
-fn retreat<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool>(simd: S, mut tile: Retreat, b: B, c: C) {
-    let tile = &mut tile;
+fn retreat<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool>(simd: S, mut kernel: Retreat, b: B, c: C) {
+    let (states, kernel) = (kernel.h.len(), &mut kernel);
     for lane in 0..Row::ZERO.vectors::<S>().len() {
-        in_groups!(4, tile, retreat_states::<S, B, C, HOLD>(simd, tile, b, c, lane));
+        in_groups!(4, states, retreat_states::<S, B, C, HOLD>(simd, kernel, b, c, lane));
     }
 }
 
 #[inline(always)]
 fn retreat_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, const NS: usize>(
     simd: S,
-    tile: &mut Retreat,
+    kernel: &mut Retreat,
     b: B,
     c: C,
     lane: usize,
     n: usize,
 ) {
-    let steps = tile.delta.len();
+    let steps = kernel.tile.delta.len();
     let zero = simd.splat_f32s(0.0);
-    let a = vectors::<S, NS>(&tile.a[n..], lane);
-    let inverse_a = if HOLD { vectors::<S, NS>(&tile.inverse_a[n..], lane) } else { [zero; NS] };
-    let History { carried, decay_minus_one } = &mut *tile.history;
+    let a = vectors::<S, NS>(&kernel.tile.a[n..], lane);
+    let inverse_a = if HOLD { vectors::<S, NS>(&kernel.tile.inverse_a[n..], lane) } else { [zero; NS] };
+    let History { carried, decay_minus_one } = &mut *kernel.history;
     let (carried, decay_minus_one) = (&mut carried[..steps * NS], &mut decay_minus_one[..steps * NS]);
 
-    let mut h = vectors::<S, NS>(&tile.h[n..], lane);
+    let mut h = vectors::<S, NS>(&kernel.h[n..], lane);
     let past = carried.chunks_exact_mut(NS).zip(decay_minus_one.chunks_exact_mut(NS));
-    let rows = tile.delta.iter().zip(tile.input).zip(tile.y.iter_mut());
+    let rows = kernel.tile.delta.iter().zip(kernel.tile.input).zip(kernel.y.iter_mut());
     for (t, (((delta, input), y), (carried, decay_minus_one))) in rows.zip(past).enumerate() {
         let (delta, input) = (delta.vectors::<S>()[lane], input.vectors::<S>()[lane]);
         let (b, c) = (b.get::<S, NS>(simd, t, n, lane), c.get::<S, NS>(simd, t, n, lane));
         if n + lane == 0 {
-            tile.ahead.iter().for_each(|ahead| ahead.prefetch(t));
+            kernel.ahead.iter().for_each(|ahead| ahead.prefetch(t));
         }
         let y = &mut y.vectors_mut::<S>()[lane];
         let mut sum = *y;
@@ -321,19 +316,19 @@ fn retreat_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
         *y = sum;
     }
 
-    let mut g = vectors::<S, NS>(&tile.d_h[n..], lane);
+    let mut g = vectors::<S, NS>(&kernel.d_h[n..], lane);
     let mut d_a = [zero; NS];
     for t in (0..steps).rev() {
-        let (delta, input) = (tile.delta[t].vectors::<S>()[lane], tile.input[t].vectors::<S>()[lane]);
-        let d_y = tile.d_y[t].vectors::<S>()[lane];
+        let (delta, input) = (kernel.tile.delta[t].vectors::<S>()[lane], kernel.tile.input[t].vectors::<S>()[lane]);
+        let d_y = kernel.d_y[t].vectors::<S>()[lane];
         let at = b.gradient_row(t, n);
-        let d_b = &mut tile.d_b[at..at + NS];
+        let d_b = &mut kernel.d_b[at..at + NS];
         let at = c.gradient_row(t, n);
-        let d_c = &mut tile.d_c[at..at + NS];
+        let d_c = &mut kernel.d_c[at..at + NS];
         let (b, c) = (b.get::<S, NS>(simd, t, n, lane), c.get::<S, NS>(simd, t, n, lane));
         let (carried, decay_minus_one) = (&carried[t * NS..][..NS], &decay_minus_one[t * NS..][..NS]);
-        let d_input_row = &mut tile.d_input[t].vectors_mut::<S>()[lane];
-        let d_delta_row = &mut tile.d_delta[t].vectors_mut::<S>()[lane];
+        let d_input_row = &mut kernel.d_input[t].vectors_mut::<S>()[lane];
+        let d_delta_row = &mut kernel.d_delta[t].vectors_mut::<S>()[lane];
         let (mut d_input, mut d_delta) = if n == 0 { (zero, zero) } else { (*d_input_row, *d_delta_row) };
         for i in 0..NS {
             let (carried, minus_one) = (carried[i].vectors::<S>()[lane], decay_minus_one[i].vectors::<S>()[lane]);
@@ -367,8 +362,8 @@ fn retreat_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
         }
         (*d_input_row, *d_delta_row) = (d_input, d_delta);
     }
-    store::<S, NS>(&mut tile.d_h[n..], lane, g);
-    for (total, d_a) in tile.d_a[n..][..NS].iter_mut().zip(d_a) {
+    store::<S, NS>(&mut kernel.d_h[n..], lane, g);
+    for (total, d_a) in kernel.d_a[n..][..NS].iter_mut().zip(d_a) {
         let total = &mut total.vectors_mut::<S>()[lane];
         *total = simd.add_f32s(*total, d_a);
     }
@@ -394,18 +389,9 @@ fn hold_weight_slope<S: Lanes>(
 
 /// Takes the gradient of the states backwards through a tile and computes nothing else.
 pub(super) struct RetreatStates<'t> {
-    pub a: &'t [Row],
-    pub c: Coefficients<'t>,
-    pub delta: &'t [Row],
+    pub tile: Tile<'t>,
     pub d_y: &'t [Row],
     pub d_h: &'t mut [Row],
-}
-
-impl RetreatStates<'_> {
-    /// Runs the kernel. Not generic, so that it is compiled here and not again in every crate that uses this one.
-    pub fn on(self, isa: Isa) {
-        isa.run(self);
-    }
 }
 
 impl Kernel for RetreatStates<'_> {
@@ -414,26 +400,17 @@ impl Kernel for RetreatStates<'_> {
     #[inline(always)]
     fn run<S: Lanes>(self, simd: S) {
         for lane in 0..Row::ZERO.vectors::<S>().len() {
-            for (n, (d_h, a)) in self.d_h.iter_mut().zip(self.a).enumerate() {
+            for (n, (d_h, a)) in self.d_h.iter_mut().zip(self.tile.a).enumerate() {
                 let (g, a) = (&mut d_h.vectors_mut::<S>()[lane], a.vectors::<S>()[lane]);
-                for t in (0..self.delta.len()).rev() {
-                    let [c] = match self.c {
-                        Coefficients::PerStep { data, d_state } => {
-                            PerStep { data, d_state }.get::<S, 1>(simd, t, n, lane)
-                        }
-                        Coefficients::PerChannel(rows) => PerChannel(rows).get::<S, 1>(simd, t, n, lane),
+                for t in (0..self.tile.delta.len()).rev() {
+                    let [c] = match self.tile.c {
+                        Coefficients::PerStep(c) => c.get::<S, 1>(simd, t, n, lane),
+                        Coefficients::PerChannel(c) => c.get::<S, 1>(simd, t, n, lane),
                     };
-                    let decay = Decay::exp2(simd, simd.mul_f32s(self.delta[t].vectors::<S>()[lane], a));
+                    let decay = Decay::exp2(simd, simd.mul_f32s(self.tile.delta[t].vectors::<S>()[lane], a));
                     *g = decay.apply(simd, simd.fma(c, self.d_y[t].vectors::<S>()[lane], *g));
                 }
             }
         }
     }
-}
-
-/// `(exp(ΔA) - 1)/A`, or Δ where A is as good as zero.
-#[inline(always)]
-fn hold_weight<S: Lanes>(simd: S, decay_minus_one: S::f32s, inverse_a: S::f32s, delta: S::f32s) -> S::f32s {
-    let vanishes = simd.equal_f32s(inverse_a, simd.splat_f32s(0.0));
-    simd.select_f32s(vanishes, delta, simd.mul_f32s(decay_minus_one, inverse_a))
 }

@@ -19,13 +19,13 @@ mod split;
 mod sums;
 
 use crate::arguments::Dims;
-use crate::sequences::{CHECKPOINT_STEPS, Sequence};
-use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, softplus};
+use crate::sequences::{CHECKPOINT_STEPS, Sequence, runs};
+use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, hold_inverse, softplus};
 use crate::view::Ahead;
 use crate::{Discretization, Element, Projection, Result, View};
 
 use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem};
-use kernels::Coefficients;
+use kernels::{Coefficients, PerChannel, PerStep, Tile};
 
 /// Runs the scan with the widest instructions of this processor, on the threads of the current rayon pool.
 pub fn forward<T: Element>(inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<()> {
@@ -141,18 +141,8 @@ impl Plan {
         self.blocks.chunk_by(|a, b| a.group == b.group).flat_map(|group| group.chunks(per)).collect()
     }
 
-    /// Ranges of neighbouring segments with at least `steps` steps each, the last excepted.
     fn runs(&self, steps: usize) -> Vec<&[Segment]> {
-        let mut runs = Vec::new();
-        let (mut start, mut total) = (0, 0);
-        for (i, segment) in self.segments.iter().enumerate() {
-            total += segment.len;
-            if total >= steps || i + 1 == self.segments.len() {
-                runs.push(&self.segments[start..=i]);
-                (start, total) = (i + 1, 0);
-            }
-        }
-        runs
+        runs(&self.segments, |segment| segment.len, steps)
     }
 }
 
@@ -260,10 +250,7 @@ impl BlockParameters {
         reader.parameter(&inputs.a, block, &mut a);
         let mut inverse_a = Vec::new();
         if inputs.options.discretization == Discretization::ZeroOrderHold {
-            // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
-            const TINY: f32 = 1e-30;
-            let inverse = |a: f32| if a.abs() < TINY { 0.0 } else { 1.0 / a };
-            inverse_a = a.iter().map(|row| Row(row.0.map(inverse))).collect();
+            inverse_a = a.iter().map(|row| Row(row.0.map(hold_inverse))).collect();
         }
         for row in &mut a {
             row.0 = row.0.map(|a| a * std::f32::consts::LOG2_E);
@@ -286,11 +273,16 @@ impl BlockParameters {
             bias: reader.channel_parameter(&inputs.delta_bias, block),
         }
     }
-}
 
-/// The coefficients of a tile: the constant ones if there are any.
-fn coefficients<'t>(constant: &'t [Row], tile: &'t [f32], d_state: usize) -> Coefficients<'t> {
-    if constant.is_empty() { Coefficients::PerStep { data: tile, d_state } } else { Coefficients::PerChannel(constant) }
+    /// What the recurrences read of a tile. `b` and `c` are the tile's, in use where they are not constant.
+    fn tile<'t>(&'t self, b: &'t [f32], c: &'t [f32], delta: &'t [Row], input: &'t [Row]) -> Tile<'t> {
+        let coefficients = |constant: &'t [Row], data| match constant.is_empty() {
+            true => Coefficients::PerStep(PerStep { data, d_state: self.a.len() }),
+            false => Coefficients::PerChannel(PerChannel(constant)),
+        };
+        let (b, c) = (coefficients(&self.b, b), coefficients(&self.c, c));
+        Tile { a: &self.a, inverse_a: &self.inverse_a, b, c, delta, input }
+    }
 }
 
 /// Reads a tile of u and delta for a unit of blocks, and computes the step sizes and what the recurrence takes in.

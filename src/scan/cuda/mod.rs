@@ -8,14 +8,17 @@
 //! [`Plan`] says how a call is divided, [`forward`] chooses one. Results are the same bits in every run; and whatever a
 //! sequence is packed with, as a packed sequence is divided as it would be alone.
 //!
-//! The fast kernels take what Mamba uses: at most 16 states and an even number, channels in multiples of 4 (per group),
+//! The fast kernels take what Mamba uses: at most 16 states and a multiple of 4, channels in multiples of 4 (per group),
 //! varying `B` and `C`, Euler's rule; activations whose channels, and projections whose states, lie side by side and start
-//! at multiples of 4 and 2 elements. Everything else takes a general kernel, about half as fast.
+//! at multiples of 4 elements. Everything else takes a general kernel, about half as fast.
 
+mod backward;
 mod forward;
+mod launch;
 mod plan;
 
+pub use backward::{backward, backward_with};
 pub use forward::{forward, forward_with};
-pub use plan::{Lanes, Plan};
+pub use plan::{PerLane, Plan};
 
-use super::{Inputs, OutputMut, Problem};
+use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem};

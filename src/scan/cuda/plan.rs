@@ -4,7 +4,7 @@ use cudarc::driver::CudaSlice;
 
 use crate::arguments::Dims;
 use crate::cuda::{Device, params};
-use crate::sequences::{CHECKPOINT_STEPS, Sequences};
+use crate::sequences::{CHECKPOINT_STEPS, Sequence, Sequences};
 use crate::{Element, Memory, Result};
 
 use super::Problem;
@@ -18,40 +18,49 @@ pub struct Plan {
     /// Packed sequences are divided each as if it were alone, so that it gets the same bits, and so more finely than a
     /// large pack of them needs: `Some(usize::MAX)` is faster then.
     pub segment_steps: Option<usize>,
-    /// The lanes that share a channel's states where the fast kernels apply. The bits do not depend on it.
-    pub lanes: Option<Lanes>,
+    /// The channels of which a lane carries states, where the fast kernels apply. The bits do not depend on it.
+    pub per_lane: Option<PerLane>,
 }
 
-/// The lanes of a warp that share the states of a channel.
+/// The channels of which a lane carries 4 states each; 4 lanes hold the 16 states of a channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Lanes {
-    /// All 16 states in the registers of one lane: the fewest instructions.
+pub enum PerLane {
+    /// The most warps.
     One,
-    /// 4 states in each of four lanes: four times as many warps.
+    /// In between.
+    Two,
+    /// The fewest instructions.
     Four,
 }
 
 /// Steps that a segment has at least: fewer would not be worth the first pass.
-const LEAST_SEGMENT: usize = 256;
+const LEAST_SEGMENT: usize = CHECKPOINT_STEPS;
+
+/// Warps of 8 channels with which a processor is full.
+const FULL: usize = 32;
 
 impl Plan {
     /// The steps in each segment of a sequence of `len` steps, of which `rows` are worked on at once.
     pub(super) fn steps(&self, rows: usize, len: usize, d_inner: usize, processors: usize) -> usize {
         let steps = self.segment_steps.unwrap_or_else(|| {
-            // Blocks of 64 channels, of which a processor holds three.
-            let (blocks, room) = (rows.saturating_mul(d_inner.div_ceil(64)), 3 * processors);
-            let segments = (room / blocks.max(1)).min(len / LEAST_SEGMENT).max(1);
+            let warps = rows.saturating_mul(d_inner.div_ceil(8));
+            // Splitting costs nearly as much again, so it must make far more warps.
+            let segments = (FULL * processors / warps.max(1)).min(len / LEAST_SEGMENT);
+            let segments = if segments < 3 { 1 } else { segments };
             if segments == 1 { usize::MAX } else { len.div_ceil(segments) }
         });
         let longest = (isize::MAX as usize) / CHECKPOINT_STEPS * CHECKPOINT_STEPS;
         steps.clamp(1, longest).next_multiple_of(CHECKPOINT_STEPS)
     }
 
-    pub(super) fn lanes(&self, rows: usize, d_inner: usize, processors: usize) -> Lanes {
-        self.lanes.unwrap_or({
-            // With one lane a channel, four warps for each of a processor's four schedulers.
-            let warps = rows.saturating_mul(d_inner.div_ceil(32));
-            if warps >= 16 * processors { Lanes::One } else { Lanes::Four }
+    pub(super) fn per_lane(&self, rows: usize, d_inner: usize, processors: usize) -> PerLane {
+        self.per_lane.unwrap_or({
+            // The fewest instructions that still leave a processor enough warps.
+            let warps = rows.saturating_mul(d_inner.div_ceil(8));
+            match warps / processors {
+                0..40 => PerLane::One,
+                _ => PerLane::Two,
+            }
         })
     }
 }
@@ -87,18 +96,19 @@ impl Segments {
                 for sequence in problem.sequences.iter() {
                     let steps = plan.steps(1, sequence.len, d_inner, device.processors);
                     split |= sequence.len > steps;
-                    for rank in 0..sequence.len.div_ceil(steps).max(1) {
+                    let count = sequence.len.div_ceil(steps).max(1);
+                    for rank in 0..count {
                         let first = rank * steps;
                         let steps = steps.min(sequence.len - first);
-                        entries.extend(
-                            [sequence.index, sequence.start, sequence.len, first, steps, rank].map(|x| x as u64),
-                        );
+                        let behind = count - 1 - rank;
+                        let Sequence { index, start, len, .. } = sequence;
+                        entries.extend([index, start, len, first, steps, rank, behind].map(|x| x as u64));
                     }
                 }
                 let table = device.upload("the segments of packed sequences", &entries)?;
                 let params = params::Segments {
                     packed: device.address(&table),
-                    count: (entries.len() / 6) as i64,
+                    count: (entries.len() / 7) as i64,
                     len: len as i64,
                     per_row: 1,
                     steps: 0,

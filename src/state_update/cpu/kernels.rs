@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::arguments::Dims;
-use crate::simd::{BLOCK, Decay, Lanes, Row};
+use crate::simd::{BLOCK, Decay, Lanes, Row, hold_inverse, hold_weight};
 use crate::{Element, Projection, View};
 
 use super::Block;
@@ -55,6 +55,16 @@ pub(super) fn parameter<'p>(
     buffer.fill(0.0);
     for (i, row) in buffer.chunks_exact_mut(padded).enumerate() {
         view.widen_row([block.first + i, 0], &mut row[..d_state]);
+    }
+    buffer
+}
+
+/// 1/A for [`hold_weight`].
+#[inline(always)]
+pub(super) fn inverses<'p>(a: &[f32], buffer: &'p mut Vec<f32>) -> &'p [f32] {
+    let buffer = sized(buffer, a.len());
+    for (inverse, a) in buffer.iter_mut().zip(a) {
+        *inverse = hold_inverse(*a);
     }
     buffer
 }
@@ -163,6 +173,8 @@ impl Tail {
 /// One token of one channel. The slices are padded to whole vectors with zeros.
 pub(super) struct Step<'t> {
     pub a: &'t [f32],
+    /// 1/A with zero-order hold, else not looked at.
+    pub inverse_a: &'t [f32],
     pub b: &'t [f32],
     pub c: &'t [f32],
     pub delta: f32,
@@ -177,13 +189,17 @@ impl Step<'_> {
         let input = simd.splat_f32s(if HOLD { self.u } else { self.delta * self.u });
         let h: &mut [S::f32s] = bytemuck::cast_slice_mut(h);
         let (a, b): (&[S::f32s], &[S::f32s]) = (bytemuck::cast_slice(self.a), bytemuck::cast_slice(self.b));
-        let c: &[S::f32s] = bytemuck::cast_slice(self.c);
+        let (c, inverse_a): (&[S::f32s], &[S::f32s]) =
+            (bytemuck::cast_slice(self.c), bytemuck::cast_slice(self.inverse_a));
         let mut sum = simd.splat_f32s(0.0);
         let vectors = h.len();
         for (i, (h, ((a, b), c))) in h.iter_mut().zip(a.iter().zip(b).zip(c)).enumerate() {
             let decay = Decay::exp2(simd, simd.mul_f32s(delta, simd.mul_f32s(*a, log2_e)));
-            let weighted =
-                if HOLD { simd.mul_f32s(input, hold_weight(simd, decay.minus_one(simd), *a, delta)) } else { input };
+            let weighted = if HOLD {
+                simd.mul_f32s(input, hold_weight(simd, decay.minus_one(simd), inverse_a[i], delta))
+            } else {
+                input
+            };
             *h = simd.fma(weighted, *b, decay.apply(simd, *h));
             if tail.is_there && i + 1 == vectors {
                 // An infinite Δ or u would make NaN of the padding.
@@ -194,12 +210,4 @@ impl Step<'_> {
         }
         simd.reduce_sum_f32s(sum)
     }
-}
-
-/// `(exp(ΔA) - 1)/A`, or Δ where A is too small to divide by.
-#[inline(always)]
-fn hold_weight<S: Lanes>(simd: S, decay_minus_one: S::f32s, a: S::f32s, delta: S::f32s) -> S::f32s {
-    // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
-    let tiny = simd.less_than_f32s(simd.abs_f32s(a), simd.splat_f32s(1e-30));
-    simd.select_f32s(tiny, delta, simd.div_f32s(decay_minus_one, a))
 }

@@ -19,7 +19,7 @@ use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, silu, softplus};
 use crate::{DType, Discretization, Element, Result};
 
 use super::{Inputs, Problem};
-use kernels::{Coefficients, Step, Tail, narrow_padded, parameter, sized, varying, widen_padded};
+use kernels::{Coefficients, Step, Tail, inverses, narrow_padded, parameter, sized, varying, widen_padded};
 
 /// Tokens that a block of channels is carried through at a time, its states in the first-level cache.
 const TOKENS: usize = 8;
@@ -77,6 +77,8 @@ struct Scratch<St> {
     h: Vec<f32>,
     /// The padded rows of A of a block.
     a: Vec<f32>,
+    /// Those of 1/A with zero-order hold.
+    inverse_a: Vec<f32>,
     b: Vec<f32>,
     c: Vec<f32>,
     /// The states of a block as they are stored.
@@ -89,8 +91,8 @@ struct Scratch<St> {
 impl<St> Default for Scratch<St> {
     fn default() -> Self {
         let rows = [Row::ZERO; TOKENS];
-        let (h, a, b, c, rounded) = Default::default();
-        Self { h, a, b, c, rounded, u: rows, delta: rows, y: rows }
+        let (h, a, inverse_a, b, c, rounded) = Default::default();
+        Self { h, a, inverse_a, b, c, rounded, u: rows, delta: rows, y: rows }
     }
 }
 
@@ -191,8 +193,9 @@ impl<T: Element, St: Element> Pass<'_, '_, T, St> {
     ) {
         let Problem { inputs, dims } = self.problem;
         let d_state = dims.d_state;
-        let Scratch { h, a, b, c, rounded, u, delta, y } = scratch;
+        let Scratch { h, a, inverse_a, b, c, rounded, u, delta, y } = scratch;
         let a = parameter(&inputs.a, block, padded, a);
+        let inverse_a = if HOLD { inverses(a, inverse_a) } else { a };
         let b = Coefficients::new(&inputs.b, dims, block, groups.clone(), padded, b);
         let c = Coefficients::new(&inputs.c, dims, block, groups.clone(), padded, c);
 
@@ -207,9 +210,10 @@ impl<T: Element, St: Element> Pass<'_, '_, T, St> {
         let tail = Tail::new(d_state % S::F32_LANES);
         for t in 0..block.tokens {
             let (b, c, y) = (b.at(t), c.at(t), &mut y[t].0);
-            let channels = h.chunks_exact_mut(padded).zip(a.chunks_exact(padded)).zip(y.iter_mut());
-            for (i, ((h, a), y)) in channels.enumerate() {
-                let step = Step { a, b: b.row(i), c: c.row(i), delta: delta[t].0[i], u: u[t].0[i] };
+            let parameters = a.chunks_exact(padded).zip(inverse_a.chunks_exact(padded));
+            let channels = h.chunks_exact_mut(padded).zip(parameters).zip(y.iter_mut());
+            for (i, ((h, (a, inverse_a)), y)) in channels.enumerate() {
+                let step = Step { a, inverse_a, b: b.row(i), c: c.row(i), delta: delta[t].0[i], u: u[t].0[i] };
                 *y = step.run::<S, HOLD>(simd, h, &tail);
             }
             // Rounded behind every token, so that any number of them at once gives the same bits.
@@ -294,12 +298,7 @@ impl<T: Element, St: Element> Pass<'_, '_, T, St> {
             }
             let at = (block.row * dims.len + block.token + t) * dims.d_inner + block.first;
             // SAFETY: this task alone works on these channels of this row.
-            let out = unsafe { self.out.part(at..at + block.width) };
-            match out.len() {
-                // The common case, with a length known to the compiler.
-                BLOCK => T::narrow(&y.0, &mut out[..BLOCK]),
-                width => T::narrow(&y.0[..width], out),
-            }
+            y.narrow(unsafe { self.out.part(at..at + block.width) });
         }
     }
 }

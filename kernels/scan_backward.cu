@@ -1,0 +1,700 @@
+// The selective scan, backward: the gradients of its inputs, and what segments of split sequences make of a zero gradient
+// of the state.
+#include "scan.cuh"
+
+struct ScanBackward {
+    ScanInputs in;
+    Activation d_out;
+    States d_final_state;
+    // The states that forward kept, (slots, d_inner, d_state).
+    const float *checkpoints;
+    // Dense gradients of the activations, and of the initial state; null where the input is absent.
+    void *d_u, *d_delta, *d_z;
+    float *d_initial_state;
+    // Gradients of parameters, summed by each of gridDim.y rows of blocks: (rows, d_inner, d_state) and (rows, d_inner).
+    float *d_a, *d_b, *d_c, *d_d, *d_bias;
+    // Gradients of B and C that vary, summed by each block over its channels: (blocks of a group, batch·length, groups, 2,
+    // d_state).
+    float *projections;
+    // With more than 16 states, what the turns before have found of ∂y/∂Δ, ∂y/∂(Δu) and y: (3, batch·length, d_inner).
+    float *carried;
+    int64_t groups, steps;
+};
+static_assert(sizeof(ScanBackward) == 568, "as in src/cuda/params.rs");
+
+constexpr int THREADS = 256, CHANNELS = THREADS / LANES, COLUMNS = CHANNELS / QUAD, WARPS = THREADS / 32;
+// Steps whose decays and states are in registers at a time.
+constexpr int TILE = 8, TILES = CHECKPOINT_STEPS / TILE;
+
+// The sums that the lanes of a channel leave for each step. Channels change places with each sub, so that lanes do not
+// meet in a bank.
+struct Sums {
+    float2 steps[TILE][LANES][CHANNELS];
+    float y[TILE][LANES][CHANNELS];
+
+    static __device__ __forceinline__ int place(int channel, int sub) { return channel ^ sub * 8; }
+};
+
+// Where a part's first step lies in a tensor, for the first channel of the block, and the distance of its steps.
+struct Place {
+    const void *at;
+    int64_t step;
+};
+
+struct Shared {
+    Place u, delta, z, d_out, gradients, lines;
+    // Δ and Δu (u with zero-order hold) between two checkpoints.
+    float2 steps[CHECKPOINT_STEPS][CHANNELS];
+    float projections[CHECKPOINT_STEPS][2][TURN];
+    // Each lane's states behind each tile but the last; when the next tile is done, the gradient of those instead.
+    float4 states[TILES][THREADS];
+    // ∂/∂y of a tile.
+    float d_y[TILE][CHANNELS];
+    Sums sums;
+    // Each warp's sums over channels of ∂B and ∂C.
+    float d_projections[WARPS][TILE][2][TURN];
+    float biases[CHANNELS], skips[CHANNELS];
+    // The sums for each quad of a tile, which two threads take turns to add to.
+    float4 d_skip[COLUMNS * TILE], d_bias[COLUMNS * TILE];
+};
+
+static_assert(sizeof(Shared) == 113248, "as in src/scan/cuda/backward.rs");
+
+// Whether terms must be rounded, see sum_channels.
+template <typename T> constexpr bool ROUNDS = false;
+template <> constexpr bool ROUNDS<__half> = true;
+
+// D += A B on the tensor cores, with 8-bit exponents and 10-bit mantissas. A holds what is to be summed: the lanes that
+// differ in the lowest two bits hold columns of it, and a row of D gets their sum. B chooses D's column: `first` that of
+// the first two of `terms`, `second` that of the other two; 1 in the lanes that hold the column, else 0.
+__device__ __forceinline__ void add_selected(float (&d)[4], const float (&terms)[4], float first, float second) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(terms[0])), "r"(__float_as_uint(terms[1])), "r"(__float_as_uint(terms[2])),
+          "r"(__float_as_uint(terms[3])), "r"(__float_as_uint(first)), "r"(__float_as_uint(second)));
+}
+
+// add_selected, exact enough for the type that the result is rounded to: a truncated term is off by less than 2^-10, which
+// rounding to bf16 hides; rounded terms by 2^-11, for f16; f32 is taken in two parts.
+template <typename T>
+__device__ __forceinline__ void sum_channels(float (&d)[4], const float (&terms)[4], float first, float second) {
+    if constexpr (sizeof(T) == 4) {
+        float upper[4], lower[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            upper[i] = __uint_as_float(__float_as_uint(terms[i]) & 0xffffe000u);
+            lower[i] = terms[i] - upper[i];
+        }
+        add_selected(d, upper, first, second);
+        add_selected(d, lower, first, second);
+    } else if constexpr (ROUNDS<T>) {
+        float rounded[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) rounded[i] = __uint_as_float(__float_as_uint(terms[i]) + 0x1000u);
+        add_selected(d, rounded, first, second);
+    } else {
+        add_selected(d, terms, first, second);
+    }
+}
+
+// (exp(ΔA) - 1)/A
+__device__ __forceinline__ float hold_weight(float minus_one, float inverse_a, float delta) {
+    return inverse_a == 0.0f ? delta : minus_one * inverse_a;
+}
+
+// Its derivative by A: Δ² φ'(ΔA) with φ(x) = (e^x - 1)/x.
+__device__ __forceinline__ float hold_weight_slope(float x, float inverse_a, float delta, float weight, float decay) {
+    // φ'(x) = Σ x^k/(k! (k + 2)); the closed form loses as many digits as x has zeros.
+    float p = fmaf(1.0f / 5760.0f, x, 1.0f / 840.0f);
+    p = fmaf(p, x, 1.0f / 144.0f);
+    p = fmaf(p, x, 1.0f / 30.0f);
+    p = fmaf(p, x, 0.125f);
+    p = fmaf(p, x, 1.0f / 3.0f);
+    p = fmaf(p, x, 0.5f);
+    const float far = (delta * decay - weight) * inverse_a;
+    return fabsf(x) < 0.5f ? delta * delta * p : far;
+}
+
+// `GENERAL` as in the forward kernel.
+template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backward(const ScanBackward &params) {
+    constexpr bool WHOLE = !GENERAL, ACCURATE = sizeof(T) == 4;
+    extern __shared__ float4 memory[];
+    Shared &shared = *reinterpret_cast<Shared *>(memory);
+
+    const ScanInputs &p = params.in;
+    const bool reverse = p.flags & FLAG_REVERSE, hold = GENERAL && (p.flags & FLAG_HOLD);
+    const bool plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
+    const Block block(p, blockIdx.x, CHANNELS);
+
+    // As a member of a quad: half of the threads take every other tile.
+    const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS % TILE;
+    const int half = threadIdx.x / (COLUMNS * TILE);
+    const int count = max(0, min(block.width - column, QUAD));
+    const int64_t d0 = block.first + column;
+    for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
+        const bool exists = c < block.width;
+        shared.biases[c] = exists ? p.delta_bias.at(block.first + c, 0.0f) : 0.0f;
+        shared.skips[c] = exists ? p.d.at(block.first + c, 0.0f) : 0.0f;
+    }
+    const int quad = threadIdx.x % (COLUMNS * TILE);
+    shared.d_skip[quad] = shared.d_bias[quad] = {};
+    __syncthreads();
+
+    // As a lane of a channel: lanes that differ in the lowest two bits meet in a sum of the tensor cores, those that differ
+    // in the third in neighbouring columns of it.
+    const int lane_index = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int sub = lane_index / 8, own = warp * 8 + lane_index % 8;
+    const int turns = GENERAL ? static_cast<int>((p.d_state + TURN - 1) / TURN) : 1;
+
+    for (int turn = 0; turn < turns; turn++) {
+        const bool last_turn = turn == turns - 1;
+        const Lane lane(p, block.first + own, own < block.width, turn * TURN + sub * STATES);
+        float a[STATES], inverse_a[STATES], constant_b[STATES] = {}, constant_c[STATES] = {};
+        lane.parameter(a, p.a);
+#pragma unroll
+        for (int n = 0; n < STATES; n++) {
+            inverse_a[n] = fabsf(a[n]) < 1e-30f ? 0.0f : 1.0f / a[n];
+            a[n] *= LOG2_E;
+        }
+        if (GENERAL && p.b.constant) lane.constant(constant_b, p.b);
+        if (GENERAL && p.c.constant) lane.constant(constant_c, p.c);
+        float d_a[STATES] = {}, d_constant_b[STATES] = {}, d_constant_c[STATES] = {};
+
+        for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
+            const Segment segment = p.segments.get(index);
+            const int64_t flat = segment.row * p.segments.len;
+
+            float g[STATES] = {};
+            if (segment.ends_sequence() || p.reached) {
+                const States &final_state = params.d_final_state;
+                if (final_state.data) {
+                    lane.read(g, final_state.data + segment.sequence * final_state.sequence +
+                                     lane.channel * final_state.channel + lane.state * final_state.state,
+                              final_state.state);
+                }
+            }
+            if (p.reached && lane.exists) {
+                // The segments behind this one, the last first.
+                const int64_t last = segment.index + (p.segments.packed ? p.segments.packed[segment.index].behind
+                                                                         : p.segments.per_row - 1 - segment.rank);
+#pragma unroll 4
+                for (int64_t after = last; after > segment.index; after--) {
+                    const float sum = p.sums[after * p.d_inner + lane.channel];
+                    float reached[STATES];
+                    lane.read(reached, p.reached + lane.at(p, after), 1);
+#pragma unroll
+                    for (int n = 0; n < STATES; n++) g[n] = Decay<ACCURATE>(sum * a[n]).advance(g[n], reached[n]);
+                }
+            }
+
+            const int64_t parts = (segment.steps + CHECKPOINT_STEPS - 1) / CHECKPOINT_STEPS;
+            for (int64_t part = parts - 1; part >= 0; part--) {
+                const int64_t i0 = segment.first + part * CHECKPOINT_STEPS;
+                const int left = static_cast<int>(min(segment.first + segment.steps - i0, int64_t(CHECKPOINT_STEPS)));
+                const int tiles = (left + TILE - 1) / TILE;
+
+                // Every thread needs the same places again and again, and registers are few.
+                if (threadIdx.x == 0) {
+                    const int64_t i = segment.step(i0, reverse), sign = reverse ? -1 : 1;
+                    const auto place = [&](const Activation &tensor) {
+                        const int64_t at = segment.row * tensor.batch + i * tensor.step + block.first * tensor.channel;
+                        return Place{static_cast<const T *>(tensor.data) + at, sign * tensor.step};
+                    };
+                    shared.u = place(p.u);
+                    shared.delta = place(p.delta);
+                    shared.z = place(p.z);
+                    shared.d_out = place(params.d_out);
+                    const int64_t at = (flat + i) * p.d_inner + block.first, line = 2 * p.d_state;
+                    shared.gradients = {reinterpret_cast<const void *>(at), sign * p.d_inner};
+                    const int64_t lines = (blockIdx.x % p.group_blocks * params.steps + flat + i) * params.groups;
+                    shared.lines = {params.projections + (lines + block.group) * line, sign * params.groups * line};
+                }
+                // The quad of a tile's step in an activation.
+                const auto load_quad = [&](const Place &place, const Activation &tensor, int i, int there) {
+                    const T *at = static_cast<const T *>(place.at);
+                    if constexpr (WHOLE) {
+                        at += i * static_cast<int>(place.step) + column;
+                    } else {
+                        at += i * place.step + column * tensor.channel;
+                    }
+                    return ::load<T, QUAD, WHOLE>(at, tensor.channel, there);
+                };
+
+                // Stage what the recurrence reads.
+                {
+                    constexpr int ROWS = THREADS / COLUMNS;
+                    const int first_row = threadIdx.x / COLUMNS;
+                    const Walk<T, WHOLE> u(p.u, segment, i0 + first_row, d0, reverse);
+                    const Walk<T, WHOLE> delta(p.delta, segment, i0 + first_row, d0, reverse);
+                    ProjectionWalk<T, CHECKPOINT_STEPS, THREADS, WHOLE> projections(p, segment, block.group, i0, turn * TURN);
+                    projections.template load<true>(left);
+                    Pack<T, QUAD> x[CHECKPOINT_STEPS / ROWS], step[CHECKPOINT_STEPS / ROWS];
+#pragma unroll
+                    for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
+                        const int there = first_row + k * ROWS < left ? count : 0;
+                        x[k] = u.load(k * ROWS, there);
+                        step[k] = delta.load(k * ROWS, there);
+                    }
+                    float bias[QUAD];
+                    read_shared(bias, &shared.biases[column]);
+#pragma unroll
+                    for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
+                        const bool there = first_row + k * ROWS < left;
+                        float staged[2 * QUAD];
+#pragma unroll
+                        for (int c = 0; c < QUAD; c++) {
+                            float delta = step[k][c] + bias[c];
+                            if (plus) delta = softplus<T>(delta);
+                            staged[2 * c] = there ? delta : 0.0f;
+                            staged[2 * c + 1] = hold ? x[k][c] : staged[2 * c] * x[k][c];
+                        }
+                        write_shared(&shared.steps[first_row + k * ROWS][column].x, staged);
+                    }
+                    projections.store(&shared.projections[0][0][0]);
+                }
+
+                // Half of the threads stage a tile while the other half finish the one behind it.
+                const auto stage_d_y = [&](int tile) {
+                    if (tile % 2 != half) return;
+                    const int i = tile * TILE + row, there = i < left ? count : 0;
+                    const Pack<T, QUAD> tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
+                    const Pack<T, QUAD> tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
+                    float d_y[QUAD];
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) {
+                        d_y[c] = gated ? tile_d_out[c] * silu(tile_z[c]) : tile_d_out[c];
+                    }
+                    write_shared(&shared.d_y[row][column], d_y);
+                };
+                __syncthreads();
+                stage_d_y(tiles - 1);
+                __syncthreads();
+
+                // The states before the part, or before a later tile of it.
+                const auto read_states = [&](float(&h)[STATES], int tile) {
+                    if (tile > 0) {
+                        read_shared(h, &shared.states[tile - 1][threadIdx.x].x);
+                    } else if (i0 > 0) {
+                        const int64_t slot = (flat + segment.start) / CHECKPOINT_STEPS + i0 / CHECKPOINT_STEPS - 1;
+                        lane.read(h, params.checkpoints + lane.at(p, slot), 1);
+                    } else {
+                        lane.initial(h, p.initial_state, segment.sequence);
+                    }
+                };
+                const auto coefficients = [&](float(&b)[STATES], int which, int t) {
+                    read_shared(b, &shared.projections[t][which][sub * STATES]);
+                    if (GENERAL && (which ? p.c : p.b).constant) {
+#pragma unroll
+                        for (int n = 0; n < STATES; n++) b[n] = which ? constant_c[n] : constant_b[n];
+                    }
+                };
+                // exp(ΔA), less 1 where that is kept.
+                const auto decay_of = [&](float x) {
+                    if (GENERAL && hold) return exp2_minus_one(x);
+                    return Decay<ACCURATE>(x).value;
+                };
+                const auto decayed = [&](float decay, float h) {
+                    return ACCURATE || (GENERAL && hold) ? fmaf(decay, h, h) : decay * h;
+                };
+                const auto weighted = [&](int n, float2 in, float decay) {
+                    return hold ? hold_weight(decay, inverse_a[n], in.x) * in.y : in.y;
+                };
+                {
+                    float h[STATES];
+                    read_states(h, 0);
+                    for (int tile = 0; tile + 1 < tiles; tile++) {
+#pragma unroll
+                        for (int t = 0; t < TILE; t++) {
+                            const float2 in = shared.steps[tile * TILE + t][own];
+                            float b[STATES];
+                            coefficients(b, 0, tile * TILE + t);
+#pragma unroll
+                            for (int n = 0; n < STATES; n++) {
+                                const float decay = decay_of(in.x * a[n]);
+                                h[n] = fmaf(weighted(n, in, decay), b[n], decayed(decay, h[n]));
+                            }
+                        }
+                        shared.states[tile][threadIdx.x] = {h[0], h[1], h[2], h[3]};
+                    }
+                }
+
+                for (int tile = tiles - 1; tile >= 0; tile--) {
+                    // Forward through the tile, keeping decays and states.
+                    float decays[TILE][STATES], h[TILE + 1][STATES];
+                    read_states(h[0], tile);
+#pragma unroll
+                    for (int t = 0; t < TILE; t++) {
+                        const float2 in = shared.steps[tile * TILE + t][own];
+                        float b[STATES];
+                        coefficients(b, 0, tile * TILE + t);
+#pragma unroll
+                        for (int n = 0; n < STATES; n++) {
+                            decays[t][n] = decay_of(in.x * a[n]);
+                            h[t + 1][n] = fmaf(weighted(n, in, decays[t][n]), b[n], decayed(decays[t][n], h[t][n]));
+                        }
+                    }
+
+                    // And back.
+                    write_shared(&shared.states[tile][threadIdx.x].x, g);
+                    float sums[2][2][4] = {}; // half of the tile, pair of states
+#pragma unroll
+                    for (int t = TILE - 1; t >= 0; t--) {
+                        const float2 in = shared.steps[tile * TILE + t][own];
+                        const float d_y = shared.d_y[t][own];
+                        float b[STATES], c[STATES], terms[2][4], d_delta = 0.0f, d_input = 0.0f, y = 0.0f;
+                        coefficients(b, 0, tile * TILE + t);
+                        coefficients(c, 1, tile * TILE + t);
+#pragma unroll
+                        for (int n = 0; n < STATES; n++) {
+                            const float decay = decays[t][n], input = weighted(n, in, decay);
+                            y = n ? fmaf(c[n], h[t + 1][n], y) : c[n] * h[t + 1][n];
+                            g[n] = fmaf(c[n], d_y, g[n]);
+                            const float d_b = g[n] * input, d_c = d_y * h[t + 1][n];
+                            terms[n / 2][n % 2] = d_b;
+                            terms[n / 2][2 + n % 2] = d_c;
+                            if (GENERAL) {
+                                d_constant_b[n] += d_b;
+                                d_constant_c[n] += d_c;
+                            }
+                            if (GENERAL && hold) {
+                                const float weight = hold_weight(decay, inverse_a[n], in.x);
+                                const float d_weighted = g[n] * b[n], d_weight = d_weighted * in.y;
+                                d_input = fmaf(d_weighted, weight, d_input);
+                                const float slope =
+                                    hold_weight_slope(in.x * a[n] * LN_2, inverse_a[n], in.x, weight, decay + 1.0f);
+                                d_a[n] = fmaf(d_weight, slope, d_a[n]);
+                                // By Δ, which is counted in units of log2(e) here.
+                                d_delta = fmaf(d_weight, (decay + 1.0f) * LOG2_E, d_delta);
+                            } else {
+                                d_input = n ? fmaf(g[n], b[n], d_input) : g[n] * b[n];
+                            }
+                            // Through the decay: ∂/∂(ΔA) is that of the state before, times that state.
+                            g[n] = decayed(decay, g[n]);
+                            const float d_log = g[n] * h[t][n];
+                            d_a[n] = fmaf(in.x, d_log, d_a[n]);
+                            d_delta = n || (GENERAL && hold) ? fmaf(a[n], d_log, d_delta) : a[n] * d_log;
+                        }
+                        const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
+                        const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
+                        sum_channels<T>(sums[t / 4][0], terms[0], first, second);
+                        sum_channels<T>(sums[t / 4][1], terms[1], first, second);
+                        shared.sums.steps[t][sub][Sums::place(own, sub)] = {d_delta, d_input};
+                        if (gated) shared.sums.y[t][sub][Sums::place(own, sub)] = y;
+                    }
+
+                    // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves'
+                    // lanes share the steps. Columns are the steps, first of ∂B and then of ∂C.
+                    const int upper = lane_index / 4 % 2;
+                    float totals[2][STATES], finite = 0.0f;
+#pragma unroll
+                    for (int k = 0; k < 4 * STATES / 2; k++) {
+                        const float(&d)[4] = sums[k / 4][k / 2 % 2];
+                        const float even = d[k % 2 * 2], odd = d[k % 2 * 2 + 1];
+                        const float total = (upper ? odd : even) + __shfl_xor_sync(~0u, upper ? even : odd, 4);
+                        totals[k / 4][k % 4] = total;
+                        finite = fmaf(total, 0.0f, finite);
+                    }
+                    float(&to)[TILE][2][TURN] = shared.d_projections[warp];
+                    if (__all_sync(~0u, finite == 0.0f)) {
+                        const int t = lane_index % 2 * 2 + upper, which = lane_index / 2 % 2;
+                        write_shared(&to[t][which][sub * STATES], totals[0]);
+                        write_shared(&to[4 + t][which][sub * STATES], totals[1]);
+                    } else {
+                        // A product of zero and infinity has spread over the rows: sum each step alone, from the states
+                        // and gradients at both ends of the tile.
+                        float again[STATES];
+                        read_shared(again, &shared.states[tile][threadIdx.x].x);
+#pragma unroll 1
+                        for (int t = TILE - 1; t >= 0; t--) {
+                            float state[STATES], c[STATES];
+                            read_states(state, tile);
+                            float2 in;
+#pragma unroll 1
+                            for (int s = 0; s <= t; s++) {
+                                in = shared.steps[tile * TILE + s][own];
+                                float b[STATES];
+                                coefficients(b, 0, tile * TILE + s);
+#pragma unroll
+                                for (int n = 0; n < STATES; n++) {
+                                    const float decay = decay_of(in.x * a[n]);
+                                    state[n] = fmaf(weighted(n, in, decay), b[n], decayed(decay, state[n]));
+                                }
+                            }
+                            coefficients(c, 1, tile * TILE + t);
+                            const float d_y = shared.d_y[t][own];
+#pragma unroll
+                            for (int n = 0; n < STATES; n++) {
+                                const float decay = decay_of(in.x * a[n]);
+                                again[n] = fmaf(c[n], d_y, again[n]);
+                                float one_b = again[n] * weighted(n, in, decay), one_c = d_y * state[n];
+#pragma unroll
+                                for (int other = 1; other < 8; other *= 2) {
+                                    one_b += __shfl_xor_sync(~0u, one_b, other);
+                                    one_c += __shfl_xor_sync(~0u, one_c, other);
+                                }
+                                if (lane_index % 8 == 0) {
+                                    to[t][0][sub * STATES + n] = one_b;
+                                    to[t][1][sub * STATES + n] = one_c;
+                                }
+                                again[n] = decayed(decay, again[n]);
+                            }
+                        }
+                    }
+                    __syncthreads();
+
+                    // Finish: what each channel gets of the sums over its states.
+                    if (tile % 2 == half) {
+                        const int i = tile * TILE + row, there = i < left ? count : 0;
+                        const Pack<T, QUAD> x = load_quad(shared.u, p.u, i, there);
+                        const Pack<T, QUAD> step = load_quad(shared.delta, p.delta, i, there);
+                        // Read again: kept since they were staged, they would take registers from the recurrence.
+                        const Pack<T, QUAD> tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
+                        const Pack<T, QUAD> tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
+                        float d_delta[QUAD], d_input[QUAD], y[QUAD], bias[QUAD], skip[QUAD];
+                        read_shared(bias, &shared.biases[column]);
+                        read_shared(skip, &shared.skips[column]);
+                        const Place place = shared.gradients;
+                        const typename Distance<WHOLE>::type distance = place.step;
+                        const int64_t at = reinterpret_cast<int64_t>(place.at) + (i * distance + column);
+#pragma unroll
+                        for (int s = 0; s < LANES; s += 2) {
+                            float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
+                            read_shared(one, &shared.sums.steps[row][s][Sums::place(column, s)].x);
+                            read_shared(two, &shared.sums.steps[row][s + 1][Sums::place(column, s + 1)].x);
+                            if (gated) {
+                                read_shared(one_y, &shared.sums.y[row][s][Sums::place(column, s)]);
+                                read_shared(two_y, &shared.sums.y[row][s + 1][Sums::place(column, s + 1)]);
+                            }
+#pragma unroll
+                            for (int c = 0; c < QUAD; c++) {
+                                const float delta = one[2 * c] + two[2 * c], input = one[2 * c + 1] + two[2 * c + 1];
+                                const float both_y = one_y[c] + two_y[c];
+                                d_delta[c] = s ? d_delta[c] + delta : delta;
+                                d_input[c] = s ? d_input[c] + input : input;
+                                y[c] = s ? y[c] + both_y : both_y;
+                            }
+                        }
+                        if (GENERAL && turns > 1) {
+                            const int64_t plane = params.steps * p.d_inner;
+#pragma unroll
+                            for (int c = 0; c < QUAD; c++) {
+                                if (c >= there) break;
+                                float *carried = params.carried + at + c;
+                                if (turn > 0) {
+                                    d_delta[c] += carried[0];
+                                    d_input[c] += carried[plane];
+                                    y[c] += carried[2 * plane];
+                                }
+                                carried[0] = d_delta[c];
+                                carried[plane] = d_input[c];
+                                carried[2 * plane] = y[c];
+                            }
+                        }
+                        if (last_turn) {
+                            float d_u[QUAD], d_step[QUAD], d_z[QUAD], d_skip[QUAD], d_bias[QUAD];
+                            read_shared(d_skip, &shared.d_skip[quad].x);
+                            read_shared(d_bias, &shared.d_bias[quad].x);
+#pragma unroll
+                            for (int c = 0; c < QUAD; c++) {
+                                const float raw = step[c] + bias[c];
+                                const float delta = shared.steps[tile * TILE + row][column + c].x;
+                                const float d_out = tile_d_out[c];
+                                float d_y = d_out;
+                                if (gated) {
+                                    const float z = tile_z[c], s = sigmoid(z);
+                                    d_z[c] = d_out * fmaf(skip[c], x[c], y[c]) * (s * fmaf(z, 1.0f - s, 1.0f));
+                                    d_y = d_out * (z * s);
+                                }
+                                d_u[c] = fmaf(skip[c], d_y, hold ? d_input[c] : d_input[c] * delta);
+                                float d = d_delta[c] * LN_2;
+                                if (!hold) d = fmaf(d_input[c], x[c], d);
+                                if (plus) d *= sigmoid(raw);
+                                d_step[c] = d;
+                                d_skip[c] = fmaf(d_y, x[c], d_skip[c]);
+                                d_bias[c] += d;
+                            }
+                            if (there) {
+                                write_shared(&shared.d_skip[quad].x, d_skip);
+                                write_shared(&shared.d_bias[quad].x, d_bias);
+                            }
+                                                        store<T, WHOLE>(static_cast<T *>(params.d_u) + at, d_u, there);
+                            store<T, WHOLE>(static_cast<T *>(params.d_delta) + at, d_step, there);
+                            if (gated) store<T, WHOLE>(static_cast<T *>(params.d_z) + at, d_z, there);
+                        }
+                    }
+                    // The block's sums of ∂B and ∂C, one to a thread, the warps in order.
+                    {
+                        static_assert(THREADS == TILE * 2 * TURN, "one sum for each thread");
+                        const int t = threadIdx.x / (2 * TURN), which = threadIdx.x / TURN % 2, n = threadIdx.x % TURN;
+                        const int64_t state = turn * TURN + n;
+                        float sum = 0.0f;
+#pragma unroll
+                        for (int w = 0; w < WARPS; w++) sum += shared.d_projections[w][t][which][n];
+                        const int i = tile * TILE + t;
+                        if (i < left && state < p.d_state && params.projections) {
+                            const Place place = shared.lines;
+                            float *line = static_cast<float *>(const_cast<void *>(place.at)) + i * place.step;
+                            line[which * p.d_state + state] = sum;
+                        }
+                    }
+                    if (tile > 0) stage_d_y(tile - 1);
+                    __syncthreads();
+                }
+            }
+            if (params.d_initial_state && segment.first == 0) {
+                lane.write(params.d_initial_state + lane.at(p, segment.sequence), g);
+            }
+        }
+        lane.write(params.d_a + lane.at(p, blockIdx.y), d_a);
+        if (GENERAL && params.d_b) lane.write(params.d_b + lane.at(p, blockIdx.y), d_constant_b);
+        if (GENERAL && params.d_c) lane.write(params.d_c + lane.at(p, blockIdx.y), d_constant_c);
+    }
+
+    // Sums over the threads of a quad, in order.
+    __syncthreads();
+    const auto sum_quads = [&](const float4(&parts)[COLUMNS * TILE], float *to) {
+        if (!to || threadIdx.x >= block.width) return;
+        float sum = 0.0f;
+        for (int i = 0; i < TILE; i++) {
+            sum += (&parts[i * COLUMNS + threadIdx.x / QUAD].x)[threadIdx.x % QUAD];
+        }
+        to[blockIdx.y * p.d_inner + block.first + threadIdx.x] = sum;
+    };
+    sum_quads(shared.d_skip, params.d_d);
+    sum_quads(shared.d_bias, params.d_bias);
+}
+
+// Runs a segment backwards from a zero gradient of the state, for that which it reaches and its ΣΔ.
+template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat(const ScanBackward &params) {
+    constexpr bool WHOLE = !GENERAL, ACCURATE = sizeof(T) == 4;
+    constexpr int STEPS = THREADS / COLUMNS;
+    __shared__ alignas(16) float2 steps[STEPS][CHANNELS];
+    __shared__ alignas(16) float projections[STEPS][2][TURN];
+
+    const ScanInputs &p = params.in;
+    const bool reverse = p.flags & FLAG_REVERSE, plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
+    const Block block(p, blockIdx.x, CHANNELS);
+    const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS;
+    const int count = max(0, min(block.width - column, QUAD));
+    const int64_t d0 = block.first + column;
+    const int sub = threadIdx.x % 32 / 8, own = threadIdx.x / 32 * 8 + threadIdx.x % 8;
+    const int turns = GENERAL ? static_cast<int>((p.d_state + TURN - 1) / TURN) : 1;
+    float bias[QUAD];
+#pragma unroll
+    for (int c = 0; c < QUAD; c++) bias[c] = c < count ? p.delta_bias.at(d0 + c, 0.0f) : 0.0f;
+
+    for (int turn = 0; turn < turns; turn++) {
+        const Lane lane(p, block.first + own, own < block.width, turn * TURN + sub * STATES);
+        float a[STATES], constant_c[STATES] = {};
+        lane.parameter(a, p.a);
+#pragma unroll
+        for (int n = 0; n < STATES; n++) a[n] *= LOG2_E;
+        if (GENERAL && p.c.constant) lane.constant(constant_c, p.c);
+
+        for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
+            const Segment segment = p.segments.get(index);
+            // What a sequence starts with is not handed on.
+            if (segment.first == 0) continue;
+            float g[STATES] = {}, total = 0.0f;
+            const int64_t tiles = (segment.steps + STEPS - 1) / STEPS;
+            for (int64_t tile = tiles - 1; tile >= 0; tile--) {
+                const int64_t i = segment.first + tile * STEPS;
+                const int left = static_cast<int>(min(segment.first + segment.steps - i, int64_t(STEPS)));
+                const int there = row < left ? count : 0;
+                const Walk<T, WHOLE> delta(p.delta, segment, i + row, d0, reverse);
+                const Walk<T, WHOLE> z(p.z, segment, i + row, d0, reverse);
+                const Walk<T, WHOLE> d_out(params.d_out, segment, i + row, d0, reverse);
+                const Pack<T, QUAD> step = delta.load(0, there), gate = z.load(0, gated ? there : 0);
+                const Pack<T, QUAD> from = d_out.load(0, there);
+                ProjectionWalk<T, STEPS, THREADS, WHOLE> walk(p, segment, block.group, i, turn * TURN);
+                walk.template load<true>(left);
+                float staged[2 * QUAD];
+#pragma unroll
+                for (int c = 0; c < QUAD; c++) {
+                    float x = step[c] + bias[c];
+                    if (plus) x = softplus<T>(x);
+                    staged[2 * c] = row < left ? x : 0.0f;
+                    staged[2 * c + 1] = gated ? from[c] * silu(gate[c]) : from[c];
+                }
+                __syncthreads();
+                write_shared(&steps[row][column].x, staged);
+                walk.store(&projections[0][0][0]);
+                __syncthreads();
+#pragma unroll 8
+                for (int t = STEPS - 1; t >= 0; t--) {
+                    const float2 in = steps[t][own];
+                    float c[STATES];
+                    read_shared(c, &projections[t][1][sub * STATES]);
+                    total += in.x;
+#pragma unroll
+                    for (int n = 0; n < STATES; n++) {
+                        if (GENERAL && p.c.constant) c[n] = constant_c[n];
+                        g[n] = Decay<ACCURATE>(in.x * a[n]).of(fmaf(c[n], in.y, g[n]));
+                    }
+                }
+            }
+            lane.write(p.reached + lane.at(p, segment.index), g);
+            if (turn == 0 && sub == 0 && lane.exists) p.sums[segment.index * p.d_inner + lane.channel] = total;
+        }
+    }
+}
+
+// Sums over the blocks of a group, rounded: ∂B and ∂C.
+struct SumProjections {
+    const float *parts;
+    // Null where constant.
+    void *d_b, *d_c;
+    int64_t blocks, lines, d_state;
+};
+static_assert(sizeof(SumProjections) == 48, "as in src/cuda/params.rs");
+
+template <typename T> __device__ __forceinline__ void sum_projections(const SumProjections &p) {
+    const int64_t count = p.lines * 2 * p.d_state;
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+        const int64_t line = i / (2 * p.d_state), which = i / p.d_state % 2, n = i % p.d_state;
+        void *to = which ? p.d_c : p.d_b;
+        if (!to) continue;
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int64_t block = 0; block < p.blocks; block++) sum += p.parts[block * count + i];
+        static_cast<T *>(to)[line * p.d_state + n] = narrow<T>(sum);
+    }
+}
+
+// Sums over rows of blocks: `(rows, count)`.
+struct SumRows {
+    const float *parts;
+    float *to;
+    int64_t rows, count;
+};
+static_assert(sizeof(SumRows) == 32, "as in src/cuda/params.rs");
+
+extern "C" __global__ void sum_rows(const __grid_constant__ SumRows p) {
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < p.count; i += int64_t(gridDim.x) * blockDim.x) {
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int64_t row = 0; row < p.rows; row++) sum += p.parts[row * p.count + i];
+        p.to[i] = sum;
+    }
+}
+
+#define INSTANCE(NAME, T, GENERAL)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, GENERAL ? 1 : 2)                                                           \
+        scan_backward_##NAME(const __grid_constant__ ScanBackward params) {                                            \
+        scan_backward<T, GENERAL>(params);                                                                             \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        scan_retreat_##NAME(const __grid_constant__ ScanBackward params) {                                             \
+        scan_retreat<T, GENERAL>(params);                                                                              \
+    }
+
+#define INSTANCES(SUFFIX, T)                                                                                           \
+    INSTANCE(fast_##SUFFIX, T, false)                                                                                  \
+    INSTANCE(general_##SUFFIX, T, true)                                                                                \
+    extern "C" __global__ void sum_projections_##SUFFIX(const __grid_constant__ SumProjections p) {                    \
+        sum_projections<T>(p);                                                                                         \
+    }
+
+INSTANCES(f32, float)
+INSTANCES(f16, __half)
+INSTANCES(bf16, __nv_bfloat16)

@@ -1,0 +1,169 @@
+//! Launching the backward pass.
+
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
+use cudarc::driver::{CudaSlice, CudaStream};
+
+use super::launch::{Kernel, LaunchShape, Scan, dtype_name};
+use super::{GradientsMut, Inputs, OutputGradients, Plan};
+use crate::arguments::Dims;
+use crate::cuda::{Arguments, Cuda, Device, Module, blocks, params};
+use crate::scan::ProjectionMut;
+use crate::{Element, Result};
+
+/// Computes the gradient of every input that was given on the stream's device. `checkpoints` are those that a forward pass
+/// on a GPU kept for the same inputs.
+///
+/// # Errors
+/// An argument that does not fit, or lies on another device; nothing is written then. What the driver refuses.
+pub fn backward<T: Element>(
+    stream: &Arc<CudaStream>,
+    inputs: &Inputs<T, Cuda>,
+    checkpoints: &CudaSlice<f32>,
+    d_outputs: OutputGradients<T, Cuda>,
+    gradients: GradientsMut<T, Cuda>,
+) -> Result<()> {
+    backward_with(Plan::default(), stream, inputs, checkpoints, d_outputs, gradients)
+}
+
+/// [`backward`] divided as `plan` says.
+pub fn backward_with<T: Element>(
+    plan: Plan,
+    stream: &Arc<CudaStream>,
+    inputs: &Inputs<T, Cuda>,
+    checkpoints: &CudaSlice<f32>,
+    d_outputs: OutputGradients<T, Cuda>,
+    gradients: GradientsMut<T, Cuda>,
+) -> Result<()> {
+    let problem = inputs.check()?;
+    problem.check_backward(checkpoints, &d_outputs, &gradients)?;
+    let device = Device::new(stream)?;
+    let mut arguments = Arguments::new(stream);
+    let mut scan = Scan::new(&device, &problem, &plan, &mut arguments)?;
+    let Dims { batch, len, d_inner, d_state, groups } = problem.dims;
+    let steps = batch * len;
+
+    let mut projection = |name, gradient| match gradient {
+        ProjectionMut::Varying(data) => Ok((arguments.write(name, data)?, 0)),
+        ProjectionMut::Constant(data) => Ok((0, arguments.write(name, data)?)),
+    };
+    let [(b, constant_b), (c, constant_c)] =
+        [projection("gradients.b", gradients.b)?, projection("gradients.c", gradients.c)?];
+    let mut params = params::ScanBackward {
+        inputs: scan.inputs,
+        d_out: arguments.activation("d_out", &d_outputs.d_out)?,
+        d_final_state: arguments.states("d_final_state", &d_outputs.d_final_state)?,
+        checkpoints: arguments.read("checkpoints", checkpoints, 0)?,
+        d_u: arguments.write("gradients.u", gradients.u)?,
+        d_delta: arguments.write("gradients.delta", gradients.delta)?,
+        d_z: arguments.write_optional("gradients.z", gradients.z)?,
+        d_initial_state: arguments.write_optional("gradients.initial_state", gradients.initial_state)?,
+        groups: groups as i64,
+        steps: steps as i64,
+        ..params::ScanBackward::zeroed()
+    };
+    let (d_out, row) = (params.d_out, &[d_inner as i64][..]);
+    let d_out_is_aligned = d_out.channel == 1 && scan.is_aligned::<T>(&[(d_out.data, &[d_out.batch, d_out.step])]);
+    if !d_out_is_aligned || !scan.is_aligned::<T>(&[(params.d_u, row), (params.d_delta, row), (params.d_z, row)]) {
+        scan.kernel = Kernel::General;
+    }
+
+    // Rows of blocks, each of which sums the gradients of parameters over the segments that it takes.
+    let segments = scan.inputs.segments.count as usize;
+    let columns = scan.groups() * scan.group_blocks(CHANNELS);
+    let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).clamp(1, 65_535);
+    let variant = if scan.kernel == Kernel::General { "general" } else { "fast" };
+    let shape = |shared| LaunchShape { variant, channels: CHANNELS, threads: THREADS, rows, shared };
+
+    let mut sums = Sums { device: &device, rows, parts: Vec::new() };
+    params.d_a = sums.add(d_inner * d_state, arguments.write("gradients.a", gradients.a)?)?;
+    params.d_b = sums.add(d_inner * d_state, constant_b)?;
+    params.d_c = sums.add(d_inner * d_state, constant_c)?;
+    params.d_d = sums.add(d_inner, arguments.write_optional("gradients.d", gradients.d)?)?;
+    params.d_bias = sums.add(d_inner, arguments.write_optional("gradients.delta_bias", gradients.delta_bias)?)?;
+
+    let group_blocks = scan.group_blocks(CHANNELS);
+    let lines = steps * groups;
+    let projections = match b != 0 || c != 0 {
+        true => Some(device.workspace::<f32>("the gradients of b and c", group_blocks * lines * 2 * d_state)?),
+        false => None,
+    };
+    params.projections = projections.as_ref().map_or(0, |parts| device.address(parts));
+    let carried = match d_state > TURN {
+        true => Some(device.workspace::<f32>("sums over states", 3 * steps * d_inner)?),
+        false => None,
+    };
+    params.carried = carried.as_ref().map_or(0, |sums| device.address(sums));
+    let workspace = scan.workspace(&device)?;
+    if let Some(workspace) = &workspace {
+        params.inputs = scan.split_inputs(&device, workspace);
+    }
+
+    if segments > 0 {
+        // SAFETY (both): every address and extent has been checked by `Inputs::check` and `check_backward`, and the
+        // workspaces have an element for each that the kernels write.
+        if workspace.is_some() {
+            unsafe { scan.launch::<T, _>(&device, Module::SCAN_BACKWARD, "scan_retreat", shape([0, 0]), params) }?;
+        }
+        unsafe { scan.launch::<T, _>(&device, Module::SCAN_BACKWARD, "scan_backward", shape([SHARED; 2]), params) }?;
+    }
+    if let Some(parts) = &projections
+        && lines > 0
+    {
+        let params = params::SumProjections {
+            parts: device.address(parts),
+            d_b: b,
+            d_c: c,
+            blocks: group_blocks as i64,
+            lines: lines as i64,
+            d_state: d_state as i64,
+        };
+        let name = format!("sum_projections_{}", dtype_name(T::DTYPE));
+        let grid = [blocks(lines * 2 * d_state, 256).min(1 << 20), 1];
+        // SAFETY: the backward kernel has written `blocks` parts of `2·d_state` sums for each line.
+        unsafe { device.launch(Module::SCAN_BACKWARD, &name, grid, 256, [0, 0], &params) }?;
+    }
+    sums.finish(segments > 0)
+}
+
+// As the kernels are written.
+const CHANNELS: usize = 64;
+const THREADS: usize = 256;
+const TURN: usize = 16;
+const SHARED: usize = 113_248;
+
+/// Blocks for each processor that the rows are enough for; more would only make more parts of sums.
+const BLOCKS_PER_PROCESSOR: usize = 8;
+
+/// Gradients that each row of blocks sums up for itself, and where the sums over the rows go.
+struct Sums<'d> {
+    device: &'d Device<'d>,
+    rows: usize,
+    parts: Vec<(CudaSlice<f32>, usize, u64)>,
+}
+
+impl Sums<'_> {
+    /// Room for `count` sums of each row, whose totals go to the address `to`; a null stays one.
+    fn add(&mut self, count: usize, to: u64) -> Result<u64> {
+        if to == 0 {
+            return Ok(0);
+        }
+        let part = self.device.workspace("the gradients of parameters", self.rows * count)?;
+        let address = self.device.address(&part);
+        self.parts.push((part, count, to));
+        Ok(address)
+    }
+
+    /// Sums the rows. If none has been `written`, the sums are zero.
+    fn finish(self, written: bool) -> Result<()> {
+        for (part, count, to) in &self.parts {
+            let rows = if written { self.rows as i64 } else { 0 };
+            let params = params::SumRows { parts: self.device.address(part), to: *to, rows, count: *count as i64 };
+            let grid = [blocks(*count, 256).clamp(1, 1 << 20), 1];
+            // SAFETY: the backward kernel has written `rows` parts of `count` sums, and `to` has room for as many.
+            unsafe { self.device.launch(Module::SCAN_BACKWARD, "sum_rows", grid, 256, [0, 0], &params) }?;
+        }
+        Ok(())
+    }
+}

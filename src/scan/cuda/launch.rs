@@ -1,0 +1,164 @@
+//! What the launches of both passes have in common.
+
+use bytemuck::Pod;
+use cudarc::driver::CudaSlice;
+
+use super::Problem;
+use super::plan::{PerLane, Plan, Segments};
+use crate::arguments::Dims;
+use crate::cuda::{Arguments, Cuda, Device, Module, blocks, params};
+use crate::{DType, Discretization, Element, Projection, Result};
+
+/// Which of the kernels a problem takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kernel {
+    Fast(PerLane),
+    General,
+}
+
+/// What the launches of a pass have in common.
+pub(super) struct Scan {
+    pub inputs: params::ScanInputs,
+    pub segments: Segments,
+    pub kernel: Kernel,
+}
+
+/// Sequences with more steps than this are summed with compensation in f32. A sum of `n` terms loses about
+/// `sqrt(n/2)·2^-25`, which passes 2e-6 here.
+const COMPENSATED_STEPS: usize = 16_384;
+
+impl Scan {
+    pub fn new<'a, T: Element>(
+        device: &Device,
+        problem: &Problem<'a, T, Cuda>,
+        plan: &Plan,
+        arguments: &mut Arguments<'a>,
+    ) -> Result<Self> {
+        let (inputs, Dims { d_inner, d_state, batch, .. }) = (&problem.inputs, problem.dims);
+        let segments = Segments::new(device, problem, plan)?;
+        let group_channels = problem.dims.group_channels();
+        let compensate = T::DTYPE == DType::F32 && problem.dims.len > COMPENSATED_STEPS;
+        let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
+        let flag = |set: bool, bit: u64| if set { bit } else { 0 };
+        let mut scan = Self {
+            inputs: params::ScanInputs {
+                u: arguments.activation("u", &inputs.u)?,
+                delta: arguments.activation("delta", &inputs.delta)?,
+                z: arguments.optional_activation("z", &inputs.z)?,
+                a: arguments.matrix("a", &inputs.a)?,
+                b: arguments.projection("b", &inputs.b)?,
+                c: arguments.projection("c", &inputs.c)?,
+                d: arguments.vector("d", &inputs.d)?,
+                delta_bias: arguments.vector("delta_bias", &inputs.delta_bias)?,
+                initial_state: arguments.states("initial_state", &inputs.initial_state)?,
+                segments: segments.params,
+                d_inner: d_inner as i64,
+                d_state: d_state as i64,
+                group_channels: group_channels as i64,
+                group_blocks: 0,
+                reached: 0,
+                sums: 0,
+                flags: flag(inputs.options.delta_softplus, 1)
+                    | flag(hold, 2)
+                    | flag(inputs.options.reverse, 4)
+                    | flag(compensate, 8),
+            },
+            segments,
+            kernel: Kernel::General,
+        };
+        let varying = |projection: &Projection<T, Cuda>| matches!(projection, Projection::Varying(_));
+        let fast = d_state <= 16
+            && d_state.is_multiple_of(4)
+            && group_channels.is_multiple_of(4)
+            && varying(&inputs.b)
+            && varying(&inputs.c)
+            && !hold
+            && !compensate
+            && scan.is_aligned::<T>(&[]);
+        if fast {
+            let rows = batch * scan.segments.params.per_row as usize;
+            scan.kernel = Kernel::Fast(plan.per_lane(rows, d_inner, device.processors));
+        }
+        Ok(scan)
+    }
+
+    /// Whether the inputs can be read, and `outputs`, given by address and strides, written by fours.
+    pub fn is_aligned<T>(&self, outputs: &[(u64, &[i64])]) -> bool {
+        let whole = |address: u64, strides: &[i64]| {
+            address.is_multiple_of(4 * size_of::<T>() as u64)
+                && strides.iter().all(|stride| stride % 4 == 0)
+                // Distances within a tile are 32 bits wide.
+                && strides.last().is_none_or(|step| *step < 1 << 24)
+        };
+        let inputs = &self.inputs;
+        let activations = [&inputs.u, &inputs.delta, &inputs.z].into_iter().filter(|tensor| tensor.data != 0);
+        let projections = [&inputs.b, &inputs.c];
+        activations.into_iter().all(|x| x.channel == 1 && whole(x.data, &[x.batch, x.step]))
+            && projections.into_iter().all(|x| x.state == 1 && whole(x.data, &[x.batch, x.group, x.step]))
+            && outputs.iter().all(|(address, strides)| whole(*address, strides))
+    }
+
+    /// Room for the state that each segment reaches from zero, and for its ΣΔ, if sequences are split.
+    pub fn workspace(&self, device: &Device) -> Result<Option<CudaSlice<f32>>> {
+        let len = self.segment_channels() * (self.inputs.d_state as usize + 1);
+        self.segments.split.then(|| device.workspace("the states that segments reach", len)).transpose()
+    }
+
+    fn segment_channels(&self) -> usize {
+        self.segments.params.count as usize * self.inputs.d_inner as usize
+    }
+
+    /// The inputs with a workspace.
+    pub fn split_inputs(&self, device: &Device, workspace: &CudaSlice<f32>) -> params::ScanInputs {
+        let reached = device.address(workspace);
+        let states = self.segment_channels() * self.inputs.d_state as usize;
+        params::ScanInputs { reached, sums: reached + (states * size_of::<f32>()) as u64, ..self.inputs }
+    }
+
+    /// Launches the kernel of this name that the problem takes, on blocks of `channels` channels and `threads` threads, in
+    /// `rows` of them.
+    ///
+    /// # Safety
+    /// As [`Device::launch`].
+    pub unsafe fn launch<T: Element, P: Pod + AsMut<params::ScanInputs>>(
+        &self,
+        device: &Device,
+        module: Module,
+        name: &str,
+        shape: LaunchShape,
+        mut params: P,
+    ) -> Result<()> {
+        params.as_mut().group_blocks = self.group_blocks(shape.channels) as i64;
+        let grid = [self.groups() * self.group_blocks(shape.channels), shape.rows];
+        let name = format!("{name}_{}_{}", shape.variant, dtype_name(T::DTYPE));
+        // SAFETY: as the caller promises.
+        unsafe { device.launch(module, &name, grid, shape.threads, shape.shared, &params) }
+    }
+
+    pub fn groups(&self) -> usize {
+        (self.inputs.d_inner / self.inputs.group_channels) as usize
+    }
+
+    /// The blocks of `channels` channels that cover a group.
+    pub fn group_blocks(&self, channels: usize) -> usize {
+        blocks(self.inputs.group_channels as usize, channels)
+    }
+}
+
+/// How a kernel is launched, as it is instantiated.
+pub(super) struct LaunchShape {
+    pub variant: &'static str,
+    pub channels: usize,
+    pub threads: usize,
+    pub rows: usize,
+    /// Bytes of dynamic shared memory, and the most that any launch of this kernel asks for.
+    pub shared: [usize; 2],
+}
+
+pub(super) fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "f32",
+        DType::F16 => "f16",
+        DType::Bf16 => "bf16",
+    }
+}
