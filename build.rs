@@ -142,8 +142,7 @@ fn find_nvcc() -> PathBuf {
         return nvcc.into();
     }
     let name = if cfg!(windows) { "nvcc.exe" } else { "nvcc" };
-    let toolkits =
-        TOOLKIT_VARIABLES.iter().filter_map(|name| env::var_os(name)).map(|root| PathBuf::from(root).join("bin"));
+    let toolkits = TOOLKIT_VARIABLES.iter().filter_map(env::var_os).map(|root| PathBuf::from(root).join("bin"));
     let path = env::var_os("PATH").unwrap_or_default();
     let found = toolkits
         .chain(env::split_paths(&path))

@@ -3,6 +3,9 @@
 //! Times are medians of CUDA events, after a warm-up, over sets of inputs that together are larger than the second-level
 //! cache. `cargo bench --features cuda --bench cuda -- [--filter TEXT] [--repeats N]`.
 
+#[path = "cuda/memory.rs"]
+mod memory;
+
 use std::sync::Arc;
 
 use clap::Parser;
@@ -199,4 +202,5 @@ fn main() {
     let shape = Shape { batch: 8, len: 2048, d_inner: 2048, d_state: 16 };
     scan::<f32>(&stream, &arguments, shape, Plan::default(), "auto");
     scan::<f16>(&stream, &arguments, shape, Plan::default(), "auto");
+    memory::run(&stream, &arguments);
 }

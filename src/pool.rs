@@ -1,5 +1,8 @@
 //! Pools of states that are updated in place: which slot a batch row uses, and how slots are written and restored.
 
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+
 use std::fmt;
 
 use rayon::prelude::*;
@@ -226,20 +229,8 @@ pub fn rollback<St: Element>(
     slots: Option<&[i32]>,
     accepted: &[usize],
 ) -> Result<()> {
-    let [batch, tokens, rows, columns] = token_states.shape;
-    token_states.check("token_states", "(batch, tokens, ..state_shape)", token_states.shape)?;
-    if accepted.len() != batch {
-        let expected = format_args!("one count for each of {batch} batch rows");
-        return Err(Error::argument("accepted", expected, format_args!("{}", accepted.len())));
-    }
-    let slots = check_pool(&state, [rows, columns], "(slots, ..state_shape)", batch, slots)?;
-    for (row, &accepted) in accepted.iter().enumerate() {
-        if slots.get(row).is_some() && !(1..=tokens).contains(&accepted) {
-            let why = if accepted == 0 { " (the state before the first token is not kept)" } else { "" };
-            let expected = format_args!("from 1 to {tokens} tokens of each row").to_string();
-            return Err(Error::argument("accepted", expected, format_args!("{accepted} for row {row}{why}")));
-        }
-    }
+    let slots = check_rollback(&state, &token_states, slots, accepted)?;
+    let [_, _, rows, columns] = token_states.shape;
     if columns == 0 {
         return Ok(());
     }
@@ -252,6 +243,30 @@ pub fn rollback<St: Element>(
         }
     });
     Ok(())
+}
+
+/// Checks the arguments of [`rollback`].
+pub(crate) fn check_rollback<'s, St: Element, M: Memory>(
+    state: &ViewMut<St, 3, M>,
+    token_states: &View<St, 4, M>,
+    slots: Option<&'s [i32]>,
+    accepted: &[usize],
+) -> Result<Slots<'s>> {
+    let [batch, tokens, rows, columns] = token_states.shape;
+    token_states.check("token_states", "(batch, tokens, ..state_shape)", token_states.shape)?;
+    if accepted.len() != batch {
+        let expected = format_args!("one count for each of {batch} batch rows");
+        return Err(Error::argument("accepted", expected, format_args!("{}", accepted.len())));
+    }
+    let slots = check_pool(state, [rows, columns], "(slots, ..state_shape)", batch, slots)?;
+    for (row, &accepted) in accepted.iter().enumerate() {
+        if slots.get(row).is_some() && !(1..=tokens).contains(&accepted) {
+            let why = if accepted == 0 { " (the state before the first token is not kept)" } else { "" };
+            let expected = format_args!("from 1 to {tokens} tokens of each row").to_string();
+            return Err(Error::argument("accepted", expected, format_args!("{accepted} for row {row}{why}")));
+        }
+    }
+    Ok(slots)
 }
 
 #[cfg(test)]

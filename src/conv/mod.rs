@@ -16,6 +16,8 @@
 //! the step of decoding, on a pool of states in place.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod reference;
 mod update;
 

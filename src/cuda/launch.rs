@@ -10,7 +10,7 @@ use cudarc::driver::{
 
 use super::params::{self, UPLOAD_VALUES};
 use super::{Cuda, Module};
-use crate::{Element, Error, Result, View};
+use crate::{DType, Element, Error, Result, View};
 
 /// The device of a stream.
 pub(crate) struct Device<'a> {
@@ -169,4 +169,30 @@ impl<'a> Arguments<'a> {
 /// The blocks that cover `items`, `per_block` each.
 pub(crate) fn blocks(items: usize, per_block: usize) -> usize {
     items.div_ceil(per_block)
+}
+
+/// The most blocks along each axis of a grid. Kernels loop where these are not enough.
+pub(crate) const GRID_COLUMNS: usize = i32::MAX as usize;
+pub(crate) const GRID_ROWS: usize = 65_535;
+
+/// The rows of a grid of `columns` columns in which `steps` steps of work, for each column, are looped over: as few as give
+/// the device `room` blocks, each with as many steps as any other.
+pub(crate) fn grid_rows(columns: usize, steps: usize, room: usize) -> usize {
+    let turns = steps.div_ceil(room.div_ceil(columns).clamp(1, GRID_ROWS)).max(1);
+    steps.div_ceil(turns).clamp(1, GRID_ROWS)
+}
+
+/// How the instances of a kernel for an element type are named.
+pub(crate) fn suffix(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "f32",
+        DType::F16 => "f16",
+        DType::Bf16 => "bf16",
+    }
+}
+
+/// Whether elements of type `T` at this address and all those at multiples of the strides behind it can be accessed
+/// `count` at a time. Null, which stands for what is absent, can.
+pub(crate) fn lies_whole<T>(address: u64, strides: &[i64], count: usize) -> bool {
+    address.is_multiple_of((count * size_of::<T>()) as u64) && strides.iter().all(|stride| stride % count as i64 == 0)
 }

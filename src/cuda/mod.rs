@@ -37,6 +37,7 @@
 mod launch;
 mod module;
 pub(crate) mod params;
+mod sum;
 
 use std::sync::Arc;
 
@@ -45,7 +46,7 @@ use cudarc::driver::{CudaContext, CudaSlice, sys};
 use crate::view::dense_strides;
 use crate::{Element, Error, Memory, Result, View, ViewMut};
 
-pub(crate) use launch::{Arguments, Device, blocks};
+pub(crate) use launch::{Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, lies_whole, suffix};
 pub(crate) use module::Module;
 
 /// The memory of an NVIDIA GPU: buffers are [`CudaSlice`]s.

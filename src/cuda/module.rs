@@ -30,6 +30,12 @@ modules! {
     SCAN_BACKWARD = "scan_backward",
     SCAN_FORWARD = "scan_forward",
     UPLOAD = "upload",
+    STATE_UPDATE = "state_update",
+    ROLLBACK = "rollback",
+    CONV_FORWARD = "conv_forward",
+    CONV_BACKWARD = "conv_backward",
+    CONV_UPDATE = "conv_update",
+    SUM = "sum",
 }
 
 /// What has been loaded into one context.

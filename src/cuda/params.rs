@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{Arguments, Cuda};
-use crate::{Element, Projection, Result, View};
+use crate::{Element, Projection, Result, View, ViewMut};
 
 macro_rules! params {
     ($($(#[$doc:meta])* $name:ident[$size:literal] { $($field:ident: $type:ty,)* })*) => {$(
@@ -93,6 +93,92 @@ params! {
 
     SumRows[32] { parts: u64, to: u64, rows: i64, count: i64, }
 
+    /// `(slots, rows, columns)`.
+    Pool[32] { data: u64, slot: i64, row: i64, column: i64, }
+
+    Slots[2064] { table: u64, kind: i64, few: [i32; 512], }
+
+    StateUpdate[2432] {
+        u: Activation,
+        dt: Activation,
+        z: Activation,
+        a: Matrix,
+        b: ProjectionParams,
+        c: ProjectionParams,
+        d: Vector,
+        dt_bias: Vector,
+        state: Pool,
+        out: u64,
+        token_states: u64,
+        batch: i64,
+        tokens: i64,
+        d_inner: i64,
+        d_state: i64,
+        group_channels: i64,
+        lane_shift: i64,
+        flags: u64,
+        slots: Slots,
+    }
+
+    Rollback[104] {
+        state: Pool,
+        token_states: u64,
+        batch: i64,
+        token: i64,
+        row: i64,
+        column: i64,
+        restored: u64,
+        count: i64,
+        rows: i64,
+        columns: i64,
+    }
+
+    /// `(sequences, width - 1, d_inner)`.
+    StateRows[32] { data: u64, sequence: i64, row: i64, channel: i64, }
+
+    Runs[48] { packed: u64, sequences: i64, len: i64, per_row: i64, steps: i64, count: i64, }
+
+    ConvInputs[184] {
+        x: Activation,
+        weight: Matrix,
+        bias: Vector,
+        initial_state: StateRows,
+        runs: Runs,
+        d_inner: i64,
+        width: i64,
+        lane_shift: i64,
+        flags: u64,
+    }
+
+    ConvForward[200] { inputs: ConvInputs, out: u64, final_state: u64, }
+
+    ConvBackward[272] {
+        inputs: ConvInputs,
+        d_out: Activation,
+        d_final_state: StateRows,
+        d_x: u64,
+        d_initial_state: u64,
+        parts: u64,
+    }
+
+    ConvUpdate[2232] {
+        x: Activation,
+        weight: Matrix,
+        bias: Vector,
+        state: Pool,
+        out: u64,
+        token_states: u64,
+        batch: i64,
+        tokens: i64,
+        d_inner: i64,
+        width: i64,
+        lane_shift: i64,
+        flags: u64,
+        slots: Slots,
+    }
+
+    Sum[56] { from: u64, to: u64, parts: i64, m: i64, stride: i64, slice: i64, row_shift: i64, }
+
     Upload[3984] { to: u64, count: u64, values: [u64; UPLOAD_VALUES], }
 }
 
@@ -164,5 +250,20 @@ impl<'a> Arguments<'a> {
                 Ok(ProjectionParams { data, batch: 0, step: 0, group: 0, channel, state, constant: 1 })
             }
         }
+    }
+
+    /// The pool of an update, to be read and written.
+    pub fn pool<St: Element>(&mut self, argument: &'static str, view: ViewMut<'a, St, 3, Cuda>) -> Result<Pool> {
+        let data = self.write(argument, view.data)?;
+        let [slot, row, column] = view.strides.map(|stride| stride as i64);
+        // A view of no elements may start anywhere.
+        Ok(Pool { data: data.wrapping_add((view.offset * size_of::<St>()) as u64), slot, row, column })
+    }
+
+    /// The states of a convolution.
+    pub fn state_rows(&mut self, argument: &'static str, view: &Option<View<'a, f32, 3, Cuda>>) -> Result<StateRows> {
+        let Some(view) = view else { return Ok(StateRows::zeroed()) };
+        let (data, [sequence, row, channel]) = self.view(argument, view)?;
+        Ok(StateRows { data, sequence, row, channel })
     }
 }

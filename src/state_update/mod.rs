@@ -20,6 +20,8 @@
 //! [`reference`](mod@reference) is the same written plainly in `f64`. [`Inputs::update`] allocates its result.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod reference;
 
 pub use crate::pool::{UpdateMut, UpdateOutput, rollback};

@@ -77,3 +77,9 @@ pub fn assert_close<T: Element>(got: &[T], want: &[f64], tolerance: f64, what: &
 pub fn bits<T: Element>(values: &[T]) -> Vec<u32> {
     values.iter().map(|x| x.to_f32().to_bits()).collect()
 }
+
+/// Whether two 16-bit states of a pool that different blocks of a kernel work on may share a word. A simulated device that
+/// keeps account of its memory by words takes that for a race.
+pub fn shares_words<St>(strides: [usize; 3]) -> bool {
+    size_of::<St>() == 2 && strides.iter().any(|&stride| stride != 1 && stride % 2 == 1)
+}

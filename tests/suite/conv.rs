@@ -1,14 +1,17 @@
 //! The convolution: the fast path against the reference, the reference against finite differences, and whole sequences
 //! against their parts.
 
+#[cfg(feature = "cuda")]
+mod gpu;
 mod update;
 
 use half::{bf16, f16};
 use selective_scan::conv::{
     Gradients, GradientsMut, Inputs, Options, Output, OutputGradients, OutputMut, UpdateInputs, cpu, reference,
 };
-use selective_scan::{Element, Isa, View, ViewMut};
+use selective_scan::{Element, View, ViewMut};
 
+use crate::case::Device;
 use crate::common::{Draw, Strided, assert_close, bits};
 
 /// A sum of at most 9 terms, each rounded to 2^-24, and SiLU within 2^-21.
@@ -83,32 +86,48 @@ impl<T: Element> Case<T> {
     }
 
     /// Both passes, into buffers that hold something else before.
-    fn run(&self, isa: Isa) -> (Output<T>, Gradients<T>) {
+    fn run(&self, device: Device) -> (Output<T>, Gradients<T>) {
         let inputs = self.inputs();
         let state = self.sequences() * (self.width - 1) * self.x.shape[2];
         let size = self.x.shape.iter().product();
         let mut output = Output { out: vec![T::from_f32(7.0); size], final_state: vec![7.0; state] };
         let outputs = OutputMut { out: &mut output.out[..], final_state: Some(&mut output.final_state[..]) };
-        cpu::forward_with(isa, &inputs, outputs).unwrap();
         let mut gradients = Gradients::zeroed(&inputs).unwrap();
         gradients.x.fill(T::from_f32(7.0));
         gradients.weight.fill(7.0);
         for values in [&mut gradients.bias, &mut gradients.initial_state].into_iter().flatten() {
             values.fill(7.0);
         }
-        cpu::backward_with(isa, &inputs, self.d_outputs(), gradients.as_mut()).unwrap();
+        match device {
+            Device::Cpu(isa) => {
+                cpu::forward_with(isa, &inputs, outputs).unwrap();
+                cpu::backward_with(isa, &inputs, self.d_outputs(), gradients.as_mut()).unwrap();
+            }
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => {
+                gpu::forward(&inputs, outputs);
+                gpu::backward(&inputs, self.d_outputs(), gradients.as_mut());
+            }
+        }
         (output, gradients)
     }
 }
 
-fn against_reference<T: Element>(cases: u64) {
+fn on_cpu(draw: &mut Draw) -> Device {
+    Device::Cpu(draw.isa())
+}
+
+fn against_reference<T: Element>(device: &dyn Fn(&mut Draw) -> Device, cases: u64) {
     for seed in 0..cases {
         let draw = &mut Draw::new(seed);
         let case = Case::<T>::draw(draw);
-        let isa = draw.isa();
-        let (output, gradients) = case.run(isa);
+        let device = device(draw);
+        let (output, gradients) = case.run(device);
         let what = |of: &str| {
-            format!("{of} of seed {seed}, {isa:?}, shape {:?}, width {}, {:?}", case.x.shape, case.width, case.options)
+            format!(
+                "{of} of seed {seed}, {device:?}, shape {:?}, width {}, {:?}",
+                case.x.shape, case.width, case.options
+            )
         };
         let want = reference::forward(&case.inputs()).unwrap();
         assert_close(&output.out, &want.out, FORWARD, &what("out"));
@@ -129,13 +148,13 @@ fn against_reference<T: Element>(cases: u64) {
 
 #[test]
 fn f32_is_as_the_reference() {
-    against_reference::<f32>(150);
+    against_reference::<f32>(&on_cpu, 150);
 }
 
 #[test]
 fn halves_are_as_the_reference() {
-    against_reference::<f16>(40);
-    against_reference::<bf16>(40);
+    against_reference::<f16>(&on_cpu, 40);
+    against_reference::<bf16>(&on_cpu, 40);
 }
 
 /// Central differences of `Σ out·d_out + Σ final·d_final` in steps of 2^-7, of which the third derivative, at most about
@@ -209,6 +228,33 @@ fn the_reference_gradients_are_finite_differences() {
     assert!(checked >= 10, "only {checked} cases were small enough");
 }
 
+/// The results of a forward pass.
+fn forward<T: Element>(device: Device, inputs: &Inputs<T>) -> Output<T> {
+    let [batch, _, d] = inputs.x.shape;
+    let sequences = inputs.cu_seqlens.map_or(batch, |offsets| offsets.len() - 1);
+    let state = sequences * (inputs.weight.shape[1] - 1) * d;
+    let mut output =
+        Output { out: vec![T::from_f32(7.0); inputs.x.shape.iter().product()], final_state: vec![7.0; state] };
+    let outputs = OutputMut { out: &mut output.out[..], final_state: Some(&mut output.final_state[..]) };
+    match device {
+        Device::Cpu(isa) => cpu::forward_with(isa, inputs, outputs).unwrap(),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => gpu::forward(inputs, outputs),
+    }
+    output
+}
+
+/// The results of a backward pass.
+fn backward<T: Element>(device: Device, inputs: &Inputs<T>, d_outputs: OutputGradients<T>) -> Gradients<T> {
+    let mut gradients = Gradients::zeroed(inputs).unwrap();
+    match device {
+        Device::Cpu(isa) => cpu::backward_with(isa, inputs, d_outputs, gradients.as_mut()).unwrap(),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => gpu::backward(inputs, d_outputs, gradients.as_mut()),
+    }
+    gradients
+}
+
 /// The part of an activation from `start` to `end`.
 fn steps<T: Element>(view: View<'_, T, 3>, start: usize, end: usize) -> View<'_, T, 3> {
     let [batch, _, d] = view.shape;
@@ -217,10 +263,14 @@ fn steps<T: Element>(view: View<'_, T, 3>, start: usize, end: usize) -> View<'_,
 
 #[test]
 fn a_packed_sequence_gives_the_bits_of_the_same_alone() {
-    for seed in 200..260 {
+    packed_alone(Device::best(), 200..260);
+}
+
+fn packed_alone(device: Device, seeds: std::ops::Range<u64>) {
+    for seed in seeds {
         let case = Case::<bf16>::draw(&mut Draw::new(seed));
         let Some(offsets) = &case.cu_seqlens else { continue };
-        let (output, gradients) = case.run(Isa::best());
+        let (output, gradients) = case.run(device);
         let d = case.x.shape[2];
         let size = (case.width - 1) * d;
         let row = |view: View<'_, f32, 3>, i| bits(&view.data[i * size..(i + 1) * size]);
@@ -240,8 +290,8 @@ fn a_packed_sequence_gives_the_bits_of_the_same_alone() {
                 d_out: steps(case.d_out.view(), start, end),
                 d_final_state: case.d_outputs().d_final_state.map(|state| sequence(state, i)),
             };
-            let one = alone.forward().unwrap();
-            let one_gradients = alone.backward(d_outputs).unwrap();
+            let one = forward(device, &alone);
+            let one_gradients = backward(device, &alone, d_outputs);
             assert_eq!(bits(&one.out), bits(&output.out[start * d..end * d]), "seed {seed}");
             assert_eq!(bits(&one.final_state), row(case.state_view(&output.final_state), i), "seed {seed}");
             assert_eq!(bits(&one_gradients.x), bits(&gradients.x[start * d..end * d]), "seed {seed}");
@@ -254,21 +304,26 @@ fn a_packed_sequence_gives_the_bits_of_the_same_alone() {
 
 #[test]
 fn chunks_give_the_bits_of_the_whole() {
-    for seed in 300..340 {
+    chunks(Device::best(), 300..340);
+}
+
+fn chunks(device: Device, seeds: std::ops::Range<u64>) {
+    for seed in seeds {
         let draw = &mut Draw::new(seed);
         let case = Case::<f32>::draw(draw);
         if case.cu_seqlens.is_some() {
             continue;
         }
         let [batch, len, d] = case.x.shape;
-        let whole = case.run(Isa::best()).0;
+        let whole = case.run(device).0;
         let cut = draw.one_of(&[0, 1, 2, len / 2, len - 1, len]).min(len);
         // The part that the scan meets first is the later one if it runs in reverse.
         let (first, second) = if case.options.reverse { ((cut, len), (0, cut)) } else { ((0, cut), (cut, len)) };
         let inputs = case.inputs();
-        let one = Inputs { x: steps(inputs.x, first.0, first.1), ..inputs }.forward().unwrap();
+        let one = forward(device, &Inputs { x: steps(inputs.x, first.0, first.1), ..inputs });
         let state = Some(case.state_view(&one.final_state));
-        let two = Inputs { x: steps(inputs.x, second.0, second.1), initial_state: state, ..inputs }.forward().unwrap();
+        let two = Inputs { x: steps(inputs.x, second.0, second.1), initial_state: state, ..inputs };
+        let two = forward(device, &two);
         for ((start, end), part) in [(first, &one), (second, &two)] {
             let rows = end - start;
             for b in 0..batch {
@@ -287,7 +342,7 @@ fn any_number_of_threads_gives_the_same_bits() {
     for seed in 400..420 {
         let case = Case::<f32>::draw(&mut Draw::new(seed));
         let run = || {
-            let (output, gradients) = case.run(Isa::best());
+            let (output, gradients) = case.run(Device::best());
             let parameters = [gradients.weight, gradients.bias.unwrap_or_default()].concat();
             [bits(&output.out), bits(&output.final_state), bits(&gradients.x), bits(&parameters)]
         };

@@ -11,7 +11,7 @@ use selective_scan::scan::cuda::{PerLane, Plan};
 use selective_scan::scan::{
     self, Gradients, GradientsMut, Inputs, OutputGradients, OutputMut, ProjectionGradient, ProjectionMut,
 };
-use selective_scan::{Element, Projection, View};
+use selective_scan::{Element, Projection, View, ViewMut, state_update};
 
 use crate::case::{Case, Device, Flags, Shape, seeded};
 use crate::properties;
@@ -66,7 +66,7 @@ impl Copies {
         View { data: self.slice(data), offset, shape, strides }
     }
 
-    fn projection<T: Element>(&self, projection: &Projection<T>) -> Projection<'_, T, Cuda> {
+    pub fn projection<T: Element>(&self, projection: &Projection<T>) -> Projection<'_, T, Cuda> {
         match projection {
             Projection::Varying(view) => Projection::Varying(self.view(view)),
             Projection::Constant(view) => Projection::Constant(self.view(view)),
@@ -85,6 +85,23 @@ impl Copies {
     pub fn poisoned<T: Element>(&self, len: usize) -> &mut CudaSlice<T> {
         self.slice(&vec![T::from_f32(f32::NAN); len])
     }
+}
+
+/// A rollback on the device.
+pub fn rollback<St: Element>(
+    state: ViewMut<St, 3>,
+    token_states: View<St, 4>,
+    slots: Option<&[i32]>,
+    accepted: &[usize],
+) {
+    let stream = stream().expect("only called where there is a device");
+    let copies = Copies::new(&stream);
+    let ViewMut { data, offset, shape, strides } = state;
+    let pool = copies.slice(data);
+    let state = ViewMut { data: &mut *pool, offset, shape, strides };
+    let token_states = copies.view(&token_states);
+    state_update::cuda::rollback(&stream, state, token_states, slots, accepted).expect("the case is valid");
+    copies.download(pool, data);
 }
 
 fn on_device<'c, T: Element>(copies: &'c Copies, inputs: &Inputs<'c, T>) -> Inputs<'c, T, Cuda> {

@@ -1,10 +1,14 @@
 //! The state update: the fast path against the reference, many tokens against single ones, and against the scan.
 
+#[cfg(feature = "cuda")]
+mod gpu;
+
 use half::{bf16, f16};
 use selective_scan::state_update::{Inputs, Options, UpdateMut, cpu, reference, rollback};
-use selective_scan::{Discretization, Element, Projection, View, ViewMut, scan};
+use selective_scan::{Discretization, Element, Isa, Projection, View, ViewMut, scan};
 
-use crate::common::{Draw, Strided, assert_close, bits};
+use crate::case::Device;
+use crate::common::{Draw, Strided, assert_close, bits, shares_words};
 
 /// Each token sums `d_state` products of values that carry a few roundings of 2^-24 and an exponential within 2^-22.
 const FORWARD: f64 = 1e-5;
@@ -26,6 +30,7 @@ struct Case<T, St> {
     slots: Option<Vec<i32>>,
     options: Options,
     pool: Vec<St>,
+    pool_offset: usize,
     pool_shape: [usize; 3],
     pool_strides: [usize; 3],
 }
@@ -41,11 +46,13 @@ impl<T: Element, St: Element> Case<T, St> {
         let slots = draw.flag().then(|| [vec![4, -1, 2], vec![0, 3, -7]][usize::from(draw.flag())][..batch].to_vec());
         let slot_count = if slots.is_some() { 5 } else { batch };
         let state = d_inner * d_state;
-        // Dense, paged, with the states of a channel apart, or transposed.
+        // Dense, paged, with the states of a channel apart, or transposed; from a place that is a multiple of 4 or is not,
+        // and so are distances.
+        let (offset, extra) = (draw.one_of(&[2, 4]), draw.one_of(&[3, 4]));
         let pool_strides = match draw.one_of(&[0, 0, 1, 2, 3]) {
             0 => [state, d_state, 1],
-            1 => [state + 7, d_state, 1],
-            2 => [d_inner * (d_state + 3), d_state + 3, 1],
+            1 => [state + extra, d_state, 1],
+            2 => [d_inner * (d_state + extra), d_state + extra, 1],
             _ => [state, 1, d_inner],
         };
         let projection = batch * shape[1] * groups.unwrap_or(1) * d_state;
@@ -67,7 +74,8 @@ impl<T: Element, St: Element> Case<T, St> {
                 dt_softplus: draw.flag(),
                 discretization: draw.one_of(&[Discretization::Euler, Discretization::ZeroOrderHold]),
             },
-            pool: draw.uniform(2 + slot_count * pool_strides[0].max(d_inner * pool_strides[1]), -1.0, 1.0),
+            pool: draw.uniform(offset + slot_count * pool_strides[0].max(d_inner * pool_strides[1]), -1.0, 1.0),
+            pool_offset: offset,
             pool_shape: [slot_count, d_inner, d_state],
             pool_strides,
         }
@@ -105,38 +113,86 @@ impl<T: Element, St: Element> Case<T, St> {
     }
 
     fn state<'p>(&self, pool: &'p mut [St]) -> ViewMut<'p, St, 3> {
-        ViewMut::new(pool, self.pool_shape).with_layout(2, self.pool_strides)
+        ViewMut::new(pool, self.pool_shape).with_layout(self.pool_offset, self.pool_strides)
     }
 
     fn state_at(&self, pool: &[St], slot: usize) -> Vec<St> {
         let [_, d_inner, d_state] = self.pool_shape;
         let [s, d, n] = self.pool_strides;
-        (0..d_inner * d_state).map(|i| pool[2 + slot * s + i / d_state * d + i % d_state * n]).collect()
+        (0..d_inner * d_state).map(|i| pool[self.pool_offset + slot * s + i / d_state * d + i % d_state * n]).collect()
     }
 
     fn slot(&self, row: usize) -> Option<usize> {
         self.slots.as_ref().map_or(Some(row), |slots| usize::try_from(slots[row]).ok())
     }
+
+    /// Whether a simulated device is not given the case.
+    fn is_beyond_simulation(&self) -> bool {
+        self.pool.len() * self.shape[1] > LARGE || shares_words::<St>(self.pool_strides)
+    }
+
+    /// Runs `tokens` tokens from the `first` on, into buffers that hold something else before.
+    fn run(
+        &self,
+        device: Device,
+        [first, tokens]: [usize; 2],
+        pool: &mut [St],
+        token_states: Option<&mut [St]>,
+    ) -> Vec<T> {
+        let inputs = self.inputs(first, tokens);
+        let mut out = vec![T::from_f32(7.0); self.shape[0] * tokens * self.shape[2]];
+        let outputs = UpdateMut { state: self.state(pool), out: &mut out[..], token_states };
+        match device {
+            Device::Cpu(isa) => cpu::update_with(isa, &inputs, outputs).unwrap(),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => gpu::update(&inputs, outputs),
+        }
+        out
+    }
+
+    /// [`Case::run`] of all tokens, with the states behind each.
+    fn run_all(&self, device: Device, pool: &mut [St]) -> (Vec<T>, Vec<St>) {
+        let tokens = [0, self.shape[1]];
+        let mut token_states = vec![St::from_f32(7.0); self.shape.iter().product::<usize>() * self.d_state];
+        (self.run(device, tokens, pool, Some(&mut token_states)), token_states)
+    }
+
+    fn rollback(&self, device: Device, pool: &mut [St], token_states: &[St], accepted: usize) {
+        let [batch, tokens, d_inner] = self.shape;
+        let token_states = View::new(token_states, [batch, tokens, d_inner, self.d_state]);
+        let (slots, accepted) = (self.slots.as_deref(), vec![accepted; batch]);
+        match device {
+            Device::Cpu(_) => rollback(self.state(pool), token_states, slots, &accepted).unwrap(),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => crate::gpu::rollback(self.state(pool), token_states, slots, &accepted),
+        }
+    }
 }
 
-fn against_reference<T: Element, St: Element>(tokens: &[usize]) {
-    for seed in 0..60 {
+fn against_reference<T: Element, St: Element>(
+    device: &dyn Fn(&mut Draw) -> Device,
+    seeds: std::ops::Range<u64>,
+    tokens: &[usize],
+) {
+    for seed in seeds {
         let draw = &mut Draw::new(seed);
         let case = Case::<T, St>::draw(draw, tokens);
         let [batch, tokens, d_inner] = case.shape;
+        let device = device(draw);
+        if !matches!(device, Device::Cpu(_)) && case.is_beyond_simulation() {
+            continue;
+        }
         let inputs = case.inputs(0, tokens);
-        let state = View::new(&case.pool[..], case.pool_shape).with_layout(2, case.pool_strides);
+        let state = View::new(&case.pool[..], case.pool_shape).with_layout(case.pool_offset, case.pool_strides);
         let want = reference::update(&inputs, state).unwrap();
 
         let mut pool = case.pool.clone();
-        let mut out = vec![T::from_f32(7.0); batch * tokens * d_inner];
-        let mut token_states = vec![St::from_f32(7.0); out.len() * case.d_state];
+        let mut token_states = vec![St::from_f32(7.0); batch * tokens * d_inner * case.d_state];
         let keep = draw.flag().then_some(&mut token_states[..]);
         let kept = keep.is_some();
-        let outputs = UpdateMut { state: case.state(&mut pool), out: &mut out[..], token_states: keep };
-        cpu::update_with(draw.isa(), &inputs, outputs).unwrap();
+        let out = case.run(device, [0, tokens], &mut pool, keep);
 
-        let what = format!("seed {seed}, shape {:?}, d_state {}", case.shape, case.d_state);
+        let what = format!("{device:?}, seed {seed}, shape {:?}, d_state {}", case.shape, case.d_state);
         assert_close(&out, &want.out, FORWARD, &what);
         if kept {
             assert_close(&token_states, &want.token_states, FORWARD, &what);
@@ -152,7 +208,7 @@ fn against_reference<T: Element, St: Element>(tokens: &[usize]) {
             assert_close(&case.state_at(&pool, slot), last, FORWARD, &what);
             let [s, d, n] = case.pool_strides;
             for i in 0..size {
-                let at = 2 + slot * s + i / case.d_state * d + i % case.d_state * n;
+                let at = case.pool_offset + slot * s + i / case.d_state * d + i % case.d_state * n;
                 untouched[at] = pool[at];
             }
         }
@@ -160,50 +216,56 @@ fn against_reference<T: Element, St: Element>(tokens: &[usize]) {
     }
 }
 
+/// The most states, counted once per token, that a simulated device is given.
+const LARGE: usize = 100_000;
+
+fn cpu(draw: &mut Draw) -> Device {
+    Device::Cpu(draw.isa())
+}
+
 #[test]
 fn f32_is_as_the_reference() {
-    against_reference::<f32, f32>(&[1, 2, 5, 9]);
+    against_reference::<f32, f32>(&cpu, 0..60, &[1, 2, 5, 9]);
 }
 
 #[test]
 fn half_activations_are_as_the_reference() {
-    against_reference::<f16, f32>(&[1, 3]);
-    against_reference::<bf16, f32>(&[1, 3]);
+    against_reference::<f16, f32>(&cpu, 0..60, &[1, 3]);
+    against_reference::<bf16, f32>(&cpu, 0..60, &[1, 3]);
 }
 
 // The reference does not round between tokens, so half states are compared behind a single one.
 #[test]
 fn half_states_are_as_the_reference() {
-    against_reference::<f32, f16>(&[1]);
-    against_reference::<f32, bf16>(&[1]);
-    against_reference::<bf16, bf16>(&[1]);
+    against_reference::<f32, f16>(&cpu, 0..60, &[1]);
+    against_reference::<f32, bf16>(&cpu, 0..60, &[1]);
+    against_reference::<bf16, bf16>(&cpu, 0..60, &[1]);
 }
 
 /// Many tokens at once and one after another, and every rollback against having stopped there.
-fn tokens_at_once<T: Element, St: Element>() {
-    for seed in 100..130 {
+fn tokens_at_once<T: Element, St: Element>(device: Device, seeds: std::ops::Range<u64>) {
+    for seed in seeds {
         let case = Case::<T, St>::draw(&mut Draw::new(seed), &[1, 2, 7, 11]);
         let [batch, tokens, d_inner] = case.shape;
+        if !matches!(device, Device::Cpu(_)) && case.is_beyond_simulation() {
+            continue;
+        }
         let mut pool = case.pool.clone();
-        let all = case.inputs(0, tokens).update_with_token_states(case.state(&mut pool)).unwrap();
+        let (all, token_states) = case.run_all(device, &mut pool);
         let mut alone = case.pool.clone();
-        assert_eq!(
-            bits(&case.inputs(0, tokens).update(case.state(&mut alone)).unwrap()),
-            bits(&all.out),
-            "seed {seed}: without token states"
-        );
+        let without = case.run(device, [0, tokens], &mut alone, None);
+        assert_eq!(bits(&without), bits(&all), "seed {seed}: without token states");
         assert_eq!(bits(&alone), bits(&pool), "seed {seed}: without token states");
 
         let mut single = case.pool.clone();
         for t in 0..tokens {
-            let out = case.inputs(t, 1).update(case.state(&mut single)).unwrap();
+            let out = case.run(device, [t, 1], &mut single, None);
             for row in 0..batch {
-                let want = &all.out[(row * tokens + t) * d_inner..][..d_inner];
+                let want = &all[(row * tokens + t) * d_inner..][..d_inner];
                 assert_eq!(bits(&out[row * d_inner..][..d_inner]), bits(want), "seed {seed}, token {t}");
             }
             let mut back = pool.clone();
-            let token_states = View::new(&all.token_states[..], [batch, tokens, d_inner, case.d_state]);
-            rollback(case.state(&mut back), token_states, case.slots.as_deref(), &vec![t + 1; batch]).unwrap();
+            case.rollback(device, &mut back, &token_states, t + 1);
             assert_eq!(bits(&back), bits(&single), "seed {seed}: {} tokens accepted", t + 1);
         }
         assert_eq!(bits(&single), bits(&pool), "seed {seed}: the states in the end");
@@ -212,9 +274,10 @@ fn tokens_at_once<T: Element, St: Element>() {
 
 #[test]
 fn many_tokens_give_the_bits_of_single_ones() {
-    tokens_at_once::<f32, f32>();
-    tokens_at_once::<bf16, f16>();
-    tokens_at_once::<f32, bf16>();
+    let device = Device::Cpu(Isa::best());
+    tokens_at_once::<f32, f32>(device, 100..130);
+    tokens_at_once::<bf16, f16>(device, 100..130);
+    tokens_at_once::<f32, bf16>(device, 100..130);
 }
 
 #[test]

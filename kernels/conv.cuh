@@ -1,0 +1,117 @@
+// What the passes of the causal convolution share: their arguments, and how the work is laid out.
+//
+// A thread walks a few neighbouring channels through a run of steps with the last inputs in registers, so that each input
+// is read once, but for the few before its run that every run reads again. Runs, and the warps that walk them, are many.
+#pragma once
+#include "filter.cuh"
+#include "pool.cuh"
+
+constexpr int THREADS = 128;
+constexpr uint64_t FLAG_SILU = 1, FLAG_REVERSE = 2;
+
+// (sequences, width - 1, d_inner) f32; null where absent.
+struct StateRows {
+    const float *data;
+    int64_t sequence, row, channel;
+};
+
+// Whether all steps of a tile are there, as a type.
+template <bool VALUE> struct Is {
+    static constexpr bool value = VALUE;
+};
+
+// A part of a sequence: `steps` steps from the `first`-th in the direction of the convolution on.
+struct Run {
+    int64_t sequence;
+    // The batch row, where the sequence starts in it, and the sequence's length.
+    int64_t row, start, len;
+    int64_t first;
+    int steps;
+
+    __device__ __forceinline__ bool ends_sequence() const { return first + steps == len; }
+
+    // The step of the batch row that is the sequence's `i`-th in the direction of the convolution.
+    __device__ __forceinline__ int64_t step(int64_t i, bool reverse) const {
+        return reverse ? start + len - 1 - i : start + i;
+    }
+};
+
+// How the steps are divided into `count` runs of at most `steps`: each batch row into `per_row`, or the sequences of
+// which `packed` lists the first run and the first step, and after them the end of both.
+struct Runs {
+    const int64_t *packed;
+    int64_t sequences, len, per_row, steps, count;
+
+    __device__ __forceinline__ Run get(int64_t index) const {
+        Run run;
+        if (packed) {
+            // The last sequence that starts at this run or before it. (One without steps may have none.)
+            int64_t low = 0, high = sequences;
+            while (high - low > 1) {
+                const int64_t middle = low + (high - low) / 2;
+                if (packed[2 * middle] <= index) low = middle;
+                else high = middle;
+            }
+            run.sequence = low;
+            run.row = 0;
+            run.start = packed[2 * low + 1];
+            run.len = packed[2 * low + 3] - run.start;
+            run.first = (index - packed[2 * low]) * steps;
+        } else {
+            run.sequence = run.row = index / per_row;
+            run.start = 0;
+            run.len = len;
+            run.first = (index - run.row * per_row) * steps;
+        }
+        run.steps = static_cast<int>(min(steps, run.len - run.first));
+        return run;
+    }
+};
+
+// What both passes read.
+struct ConvInputs {
+    Activation x;
+    // (d_inner, width)
+    Matrix weight;
+    Vector bias;
+    StateRows initial_state;
+    Runs runs;
+    int64_t d_inner, width;
+    // Threads of a block that lie along the channels, a power of two, as a shift; the others lie along the runs.
+    int64_t lane_shift;
+    uint64_t flags;
+};
+
+// The line of one sequence that the filter slides over, for some neighbouring channels: the initial state's rows, then
+// the inputs.
+template <typename T, int COUNT, bool WHOLE> struct Line {
+    const float *before;
+    const T *x;
+    int64_t row, step, channel, state_channel;
+    int rows, count;
+
+    __device__ __forceinline__ Line(const ConvInputs &p, const Run &run, int64_t d, int count)
+        : before(p.initial_state.data), row(p.initial_state.row), channel(p.x.channel),
+          state_channel(p.initial_state.channel), rows(static_cast<int>(p.width) - 1), count(count) {
+        const bool reverse = p.flags & FLAG_REVERSE;
+        if (before) before += run.sequence * p.initial_state.sequence + d * p.initial_state.channel;
+        step = reverse ? -p.x.step : p.x.step;
+        x = static_cast<const T *>(p.x.data) + run.row * p.x.batch + run.step(0, reverse) * p.x.step + d * channel;
+    }
+
+    // The row at `position`, which may be one of the state's.
+    __device__ __forceinline__ void read(float (&to)[COUNT], int64_t position) const {
+#pragma unroll
+        for (int c = 0; c < COUNT; c++) to[c] = 0.0f;
+        if (position >= rows) {
+            const Pack<T, COUNT> pack = load<T, COUNT, WHOLE>(x + (position - rows) * step, channel, count);
+#pragma unroll
+            for (int c = 0; c < COUNT; c++) to[c] = pack[c];
+        } else if (before) {
+#pragma unroll
+            for (int c = 0; c < COUNT; c++) {
+                if (c < count) to[c] = before[position * row + c * state_channel];
+            }
+        }
+    }
+};

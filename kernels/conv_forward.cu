@@ -1,0 +1,101 @@
+// The causal convolution, forward.
+#include "conv.cuh"
+
+struct ConvForward {
+    ConvInputs in;
+    void *out;
+    // Null where not asked for.
+    float *final_state;
+};
+static_assert(sizeof(ConvForward) == 200, "as in src/cuda/params.rs");
+
+constexpr int QUAD = 4;
+template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline__ void conv_forward(const ConvForward &params) {
+    const ConvInputs &p = params.in;
+    // Steps whose loads are in flight together.
+    constexpr int BEFORE = MOST - 1, TILE = sizeof(T) == 4 ? 4 : 8;
+    const bool reverse = p.flags & FLAG_REVERSE, activate = p.flags & FLAG_SILU;
+    const int lane = threadIdx.x & ((1 << p.lane_shift) - 1), own = threadIdx.x >> p.lane_shift;
+    const int64_t quads = (p.d_inner + QUAD - 1) / QUAD;
+    const int64_t out_step = reverse ? -p.d_inner : p.d_inner;
+
+    for (int64_t block = blockIdx.x; block << p.lane_shift < quads; block += gridDim.x) {
+        const int64_t d = ((block << p.lane_shift) + lane) * QUAD;
+        if (d >= p.d_inner) continue;
+        const int count = static_cast<int>(min(p.d_inner - d, int64_t(QUAD)));
+        const Filter<LEAST, MOST, QUAD> filter(p.weight, p.bias, p.width, d, count);
+
+        const int64_t stride = int64_t(gridDim.y) * (THREADS >> p.lane_shift);
+        for (int64_t index = int64_t(blockIdx.y) * (THREADS >> p.lane_shift) + own; index < p.runs.count;
+             index += stride) {
+            const Run run = p.runs.get(index);
+            const Line<T, QUAD, WHOLE> line(p, run, d, count);
+            float window[BEFORE + TILE][QUAD];
+#pragma unroll
+            for (int j = 0; j < BEFORE; j++) {
+                if (j >= filter.gap) line.read(window[j], run.first + j - filter.gap);
+            }
+            const T *x = line.x + run.first * line.step;
+            T *out = static_cast<T *>(params.out) +
+                     (run.row * p.runs.len + run.step(run.first, reverse)) * p.d_inner + d;
+            int left = run.steps;
+            const auto tile = [&](auto full) {
+                Pack<T, QUAD> next[TILE];
+#pragma unroll
+                for (int t = 0; t < TILE; t++) {
+                    next[t] = load<T, QUAD, WHOLE>(x, line.channel, full.value || t < left ? count : 0);
+                    x += line.step;
+                }
+#pragma unroll
+                for (int t = 0; t < TILE; t++) {
+                    float sum[QUAD];
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) {
+                        window[BEFORE + t][c] = next[t][c];
+                        sum[c] = filter.apply(window + t, c);
+                        const float active = silu(sum[c]);
+                        sum[c] = activate ? active : sum[c];
+                    }
+                    put<T, QUAD, WHOLE>(out, 1, pack<T, QUAD>(sum), full.value || t < left ? count : 0);
+                    out += out_step;
+                }
+#pragma unroll
+                for (int j = 0; j < BEFORE; j++) {
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) window[j][c] = window[TILE + j][c];
+                }
+            };
+            for (; left >= TILE; left -= TILE) tile(Is<true>());
+            if (left > 0) tile(Is<false>());
+            if (params.final_state && run.ends_sequence()) {
+                for (int j = 0; j < line.rows; j++) {
+                    float row[QUAD];
+                    line.read(row, run.len + j);
+                    float *to = params.final_state + (run.sequence * line.rows + j) * p.d_inner + d;
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) {
+                        if (c < count) to[c] = row[c];
+                    }
+                }
+            }
+        }
+    }
+}
+
+#define INSTANCE(NAME, T, LEAST, MOST, WHOLE, BLOCKS)                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
+        conv_forward_##NAME(const __grid_constant__ ConvForward params) {                                              \
+        conv_forward<T, LEAST, MOST, WHOLE>(params);                                                                   \
+    }
+
+// The usual widths exactly.
+#define INSTANCES(SUFFIX, T)                                                                                           \
+    INSTANCE(whole_2_##SUFFIX, T, 2, 2, true, 6)                                                                       \
+    INSTANCE(whole_3_##SUFFIX, T, 3, 3, true, 6)                                                                       \
+    INSTANCE(whole_4_##SUFFIX, T, 4, 4, true, 5)                                                                       \
+    INSTANCE(whole_8_##SUFFIX, T, 5, 8, true, 3)                                                                       \
+    INSTANCE(strided_8_##SUFFIX, T, 2, 8, false, 3)
+
+INSTANCES(f32, float)
+INSTANCES(f16, __half)
+INSTANCES(bf16, __nv_bfloat16)

@@ -1,0 +1,73 @@
+//! Launching the update in place.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use super::{THREADS, UpdateInputs, UpdateMut};
+use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, blocks, grid_rows, lies_whole, params, suffix};
+use crate::pool::cuda::SlotList;
+use crate::{Element, Result};
+
+/// Neighbouring channels that a thread holds.
+const QUAD: usize = 4;
+
+/// Runs the update on the stream's device, asynchronously.
+///
+/// # Errors
+/// An argument that does not fit, see [`UpdateInputs`] and [`UpdateMut`], or that lies on another device; nothing is
+/// written then. What the driver refuses.
+pub fn update<T: Element, St: Element>(
+    stream: &Arc<CudaStream>,
+    inputs: &UpdateInputs<T, Cuda>,
+    outputs: UpdateMut<T, St, Cuda>,
+) -> Result<()> {
+    let problem = inputs.check()?;
+    let slots = problem.check_outputs(&outputs)?;
+    let device = Device::new(stream)?;
+    let mut arguments = Arguments::new(stream);
+    let [batch, tokens, d_inner] = inputs.x.shape;
+    let quads = d_inner.div_ceil(QUAD);
+    let mut params = params::ConvUpdate {
+        x: arguments.activation("x", &inputs.x)?,
+        weight: arguments.matrix("weight", &inputs.weight)?,
+        bias: arguments.vector("bias", &inputs.bias)?,
+        state: arguments.pool("state", outputs.state)?,
+        out: arguments.write("out", outputs.out)?,
+        token_states: arguments.write_optional("token_states", outputs.token_states)?,
+        batch: batch as i64,
+        tokens: tokens as i64,
+        d_inner: d_inner as i64,
+        width: problem.width as i64,
+        lane_shift: quads.min(THREADS).next_power_of_two().ilog2().into(),
+        flags: 0,
+        slots: bytemuck::Zeroable::zeroed(),
+    };
+    if batch == 0 || tokens == 0 {
+        return Ok(());
+    }
+    let whole = is_whole::<T, St>(&params);
+    params.flags = u64::from(inputs.silu) | u64::from(whole) << 1;
+    let lanes = 1 << params.lane_shift;
+    let columns = blocks(quads, lanes).min(GRID_COLUMNS);
+    // Rows share what a thread reads of the filters, once there are enough of them to fill the device.
+    let grid = [columns, grid_rows(columns, blocks(batch, THREADS / lanes), 16 * device.processors)];
+
+    let list = SlotList::new(&device, slots)?;
+    params.slots = list.params;
+    let variant = if whole && problem.width == 4 { "fast" } else { "general" };
+    let name = format!("conv_update_{variant}_{}_{}", suffix(T::DTYPE), suffix(St::DTYPE));
+    // SAFETY: every address and extent has been checked by `UpdateInputs::check` and `check_outputs`; slots of different
+    // rows differ, and each state and output is written by one thread.
+    unsafe { device.launch(Module::CONV_UPDATE, &name, grid, THREADS, [0, 0], &params) }
+}
+
+/// Whether four neighbouring channels can be accessed at a time.
+fn is_whole<T, St>(p: &params::ConvUpdate) -> bool {
+    p.x.channel == 1
+        && lies_whole::<T>(p.x.data, &[p.x.batch, p.x.step], QUAD)
+        && lies_whole::<T>(p.out, &[p.d_inner], QUAD)
+        && p.state.column == 1
+        && lies_whole::<St>(p.state.data, &[p.state.slot, p.state.row], QUAD)
+        && lies_whole::<St>(p.token_states, &[], QUAD)
+}

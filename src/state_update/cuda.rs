@@ -1,0 +1,118 @@
+//! The state update on NVIDIA GPUs; see [`cuda`](crate::cuda) for how tensors are passed.
+//!
+//! Every state is read and written once, by one thread, and that is what the time goes to: a thread holds four
+//! neighbouring states of a channel as they are stored. What Mamba uses (Euler's rule, varying `B` and `C`, `d_state` a
+//! multiple of 4 and at most 128) takes the fast kernel where states lie side by side and start at multiples of 4
+//! elements, those of the pool as well as those of `A`, `B` and `C`, and where no activation spans 2^31 elements.
+//! Everything else gets the same bits from a general one.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use super::{Inputs, UpdateMut};
+use crate::arguments::Dims;
+use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, grid_rows, lies_whole, params, suffix};
+use crate::pool::cuda::SlotList;
+use crate::{Discretization, Element, Result};
+
+pub use crate::pool::cuda::rollback;
+
+/// Threads of a block, as in the kernel.
+const THREADS: usize = 128;
+
+/// Neighbouring states that a thread holds.
+const QUAD: usize = 4;
+
+/// Runs the update on the stream's device, asynchronously.
+///
+/// # Errors
+/// An argument that does not fit, see [`Inputs`] and [`UpdateMut`], or that lies on another device; nothing is written
+/// then. What the driver refuses.
+pub fn update<T: Element, St: Element>(
+    stream: &Arc<CudaStream>,
+    inputs: &Inputs<T, Cuda>,
+    outputs: UpdateMut<T, St, Cuda>,
+) -> Result<()> {
+    let problem = inputs.check()?;
+    let slots = problem.check_outputs(&outputs)?;
+    let device = Device::new(stream)?;
+    let mut arguments = Arguments::new(stream);
+    let Dims { batch, len, d_inner, d_state, .. } = problem.dims;
+    let mut params = params::StateUpdate {
+        u: arguments.activation("u", &inputs.u)?,
+        dt: arguments.activation("dt", &inputs.dt)?,
+        z: arguments.optional_activation("z", &inputs.z)?,
+        a: arguments.matrix("a", &inputs.a)?,
+        b: arguments.projection("b", &inputs.b)?,
+        c: arguments.projection("c", &inputs.c)?,
+        d: arguments.vector("d", &inputs.d)?,
+        dt_bias: arguments.vector("dt_bias", &inputs.dt_bias)?,
+        state: arguments.pool("state", outputs.state)?,
+        out: arguments.write("out", outputs.out)?,
+        token_states: arguments.write_optional("token_states", outputs.token_states)?,
+        batch: batch as i64,
+        tokens: len as i64,
+        d_inner: d_inner as i64,
+        d_state: d_state as i64,
+        group_channels: problem.dims.group_channels() as i64,
+        lane_shift: d_state.div_ceil(QUAD).next_power_of_two().min(32).ilog2().into(),
+        flags: 0,
+        slots: bytemuck::Zeroable::zeroed(),
+    };
+    if batch == 0 || len == 0 {
+        return Ok(());
+    }
+    let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
+    let whole = is_whole::<T, St>(&params);
+    let euler = !hold && params.b.constant == 0 && params.c.constant == 0;
+    let fast = whole && euler && d_state <= 32 * QUAD && is_small(&params);
+    params.flags = u64::from(inputs.options.dt_softplus) | u64::from(hold) << 1 | u64::from(whole) << 2;
+    let columns = d_inner.div_ceil(THREADS >> params.lane_shift).min(GRID_COLUMNS);
+    // Two rows at a time put more in flight and share what is read of A, once there are enough of them for that.
+    let rows = if fast && columns.saturating_mul(batch.div_ceil(2)) >= 6 * device.processors { 2 } else { 1 };
+    let grid = [columns, grid_rows(columns, batch.div_ceil(rows), 24 * device.processors)];
+
+    let list = SlotList::new(&device, slots)?;
+    params.slots = list.params;
+    let variant = match (fast, rows) {
+        (false, _) => "general",
+        (true, 1) => "fast_1",
+        (true, _) => "fast_2",
+    };
+    let name = format!("state_update_{variant}_{}_{}", suffix(T::DTYPE), suffix(St::DTYPE));
+    // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`; slots of different rows
+    // differ, and each state and output is written by one thread.
+    unsafe { device.launch(Module::STATE_UPDATE, &name, grid, THREADS, [0, 0], &params) }
+}
+
+/// Whether every index into what is not a state fits in 31 bits.
+fn is_small(p: &params::StateUpdate) -> bool {
+    let fits = |extents: &[(i64, i64)]| {
+        let last: i128 = extents.iter().map(|&(count, stride)| i128::from(count - 1) * i128::from(stride)).sum();
+        last < i128::from(i32::MAX)
+    };
+    let activation = |x: &params::Activation| fits(&[(p.batch, x.batch), (p.tokens, x.step), (p.d_inner, x.channel)]);
+    let groups = p.d_inner / p.group_channels;
+    let projection = |x: &params::ProjectionParams| {
+        fits(&[(p.batch, x.batch), (p.tokens, x.step), (groups, x.group), (p.d_state, x.state)])
+    };
+    let out = [(p.batch, p.tokens * p.d_inner), (p.tokens, p.d_inner), (p.d_inner, 1)];
+    [&p.u, &p.dt, &p.z].into_iter().all(activation) && projection(&p.b) && projection(&p.c) && fits(&out)
+}
+
+/// Whether all that has states as its last dimension can be accessed by fours.
+fn is_whole<T, St>(p: &params::StateUpdate) -> bool {
+    let projection = |x: &params::ProjectionParams| match x.constant {
+        0 => x.state == 1 && lies_whole::<T>(x.data, &[x.batch, x.step, x.group], QUAD),
+        _ => x.state == 1 && lies_whole::<f32>(x.data, &[x.channel], QUAD),
+    };
+    p.d_state % QUAD as i64 == 0
+        && p.a.state == 1
+        && lies_whole::<f32>(p.a.data, &[p.a.channel], QUAD)
+        && projection(&p.b)
+        && projection(&p.c)
+        && p.state.column == 1
+        && lies_whole::<St>(p.state.data, &[p.state.slot, p.state.row], QUAD)
+        && lies_whole::<St>(p.token_states, &[], QUAD)
+}
