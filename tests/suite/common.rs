@@ -80,6 +80,6 @@ pub fn bits<T: Element>(values: &[T]) -> Vec<u32> {
 
 /// Whether two 16-bit states of a pool that different blocks of a kernel work on may share a word. A simulated device that
 /// keeps account of its memory by words takes that for a race.
-pub fn shares_words<St>(strides: [usize; 3]) -> bool {
-    size_of::<St>() == 2 && strides.iter().any(|&stride| stride != 1 && stride % 2 == 1)
+pub fn shares_words<St>(offset: usize, strides: [usize; 3]) -> bool {
+    size_of::<St>() == 2 && (offset % 2 == 1 || strides.iter().any(|&stride| stride != 1 && stride % 2 == 1))
 }

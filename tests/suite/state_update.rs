@@ -128,7 +128,7 @@ impl<T: Element, St: Element> Case<T, St> {
 
     /// Whether a simulated device is not given the case.
     fn is_beyond_simulation(&self) -> bool {
-        self.pool.len() * self.shape[1] > LARGE || shares_words::<St>(self.pool_strides)
+        self.pool.len() * self.shape[1] > LARGE || shares_words::<St>(self.pool_offset, self.pool_strides)
     }
 
     /// Runs `tokens` tokens from the `first` on, into buffers that hold something else before.
