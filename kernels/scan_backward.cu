@@ -13,8 +13,8 @@ struct ScanBackward {
     float *d_initial_state;
     // Gradients of parameters, summed by each of gridDim.y rows of blocks: (rows, d_inner, d_state) and (rows, d_inner).
     float *d_a, *d_b, *d_c, *d_d, *d_bias;
-    // Gradients of B and C that vary, summed by each block over its channels: (blocks of a group, batch·length, groups, 2,
-    // d_state).
+    // Gradients of B and of C that vary, summed by each block over its channels: (2, blocks of a group, batch·length,
+    // groups, d_state).
     float *projections;
     // With more than 16 states, what the turns before have found of ∂y/∂Δ, ∂y/∂(Δu) and y: (3, batch·length, d_inner).
     float *carried;
@@ -204,10 +204,10 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                     shared.delta = place(p.delta);
                     shared.z = place(p.z);
                     shared.d_out = place(params.d_out);
-                    const int64_t at = (flat + i) * p.d_inner + block.first, line = 2 * p.d_state;
+                    const int64_t at = (flat + i) * p.d_inner + block.first;
                     shared.gradients = {reinterpret_cast<const void *>(at), sign * p.d_inner};
                     const int64_t lines = (blockIdx.x % p.group_blocks * params.steps + flat + i) * params.groups;
-                    shared.lines = {params.projections + (lines + block.group) * line, sign * params.groups * line};
+                    shared.lines = {params.projections + (lines + block.group) * p.d_state, sign * params.groups * p.d_state};
                 }
                 // The quad of a tile's step in an activation.
                 const auto load_quad = [&](const Place &place, const Activation &tensor, int i, int there) {
@@ -544,7 +544,8 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                         if (i < left && state < p.d_state && params.projections) {
                             const Place place = shared.lines;
                             float *line = static_cast<float *>(const_cast<void *>(place.at)) + i * place.step;
-                            line[which * p.d_state + state] = sum;
+                            const int64_t all = p.group_blocks * params.steps * params.groups * p.d_state;
+                            line[which * all + state] = sum;
                         }
                     }
                     if (tile > 0) stage_d_y(tile - 1);
@@ -649,45 +650,6 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat
     }
 }
 
-// Sums over the blocks of a group, rounded: ∂B and ∂C.
-struct SumProjections {
-    const float *parts;
-    // Null where constant.
-    void *d_b, *d_c;
-    int64_t blocks, lines, d_state;
-};
-static_assert(sizeof(SumProjections) == 48, "as in src/cuda/params.rs");
-
-template <typename T> __device__ __forceinline__ void sum_projections(const SumProjections &p) {
-    const int64_t count = p.lines * 2 * p.d_state;
-    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
-        const int64_t line = i / (2 * p.d_state), which = i / p.d_state % 2, n = i % p.d_state;
-        void *to = which ? p.d_c : p.d_b;
-        if (!to) continue;
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int64_t block = 0; block < p.blocks; block++) sum += p.parts[block * count + i];
-        static_cast<T *>(to)[line * p.d_state + n] = narrow<T>(sum);
-    }
-}
-
-// Sums over rows of blocks: `(rows, count)`.
-struct SumRows {
-    const float *parts;
-    float *to;
-    int64_t rows, count;
-};
-static_assert(sizeof(SumRows) == 32, "as in src/cuda/params.rs");
-
-extern "C" __global__ void sum_rows(const __grid_constant__ SumRows p) {
-    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < p.count; i += int64_t(gridDim.x) * blockDim.x) {
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int64_t row = 0; row < p.rows; row++) sum += p.parts[row * p.count + i];
-        p.to[i] = sum;
-    }
-}
-
 #define INSTANCE(NAME, T, GENERAL)                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS, GENERAL ? 1 : 2)                                                           \
         scan_backward_##NAME(const __grid_constant__ ScanBackward params) {                                            \
@@ -700,10 +662,7 @@ extern "C" __global__ void sum_rows(const __grid_constant__ SumRows p) {
 
 #define INSTANCES(SUFFIX, T)                                                                                           \
     INSTANCE(fast_##SUFFIX, T, false)                                                                                  \
-    INSTANCE(general_##SUFFIX, T, true)                                                                                \
-    extern "C" __global__ void sum_projections_##SUFFIX(const __grid_constant__ SumProjections p) {                    \
-        sum_projections<T>(p);                                                                                         \
-    }
+    INSTANCE(general_##SUFFIX, T, true)
 
 INSTANCES(f32, float)
 INSTANCES(f16, __half)

@@ -89,10 +89,6 @@ params! {
         steps: i64,
     }
 
-    SumProjections[48] { parts: u64, d_b: u64, d_c: u64, blocks: i64, lines: i64, d_state: i64, }
-
-    SumRows[32] { parts: u64, to: u64, rows: i64, count: i64, }
-
     /// `(slots, rows, columns)`.
     Pool[32] { data: u64, slot: i64, row: i64, column: i64, }
 

@@ -43,6 +43,8 @@ impl<T: Element, St: Element> Case<T, St> {
         // The full width of channels only with few states, so that the reference stays quick.
         let d_state =
             if d_inner > 200 { draw.one_of(&[1, 3, 16]) } else { draw.one_of(&[1, 4, 5, 8, 16, 19, 64, 256]) };
+        // An error is held to the norm of the result, which must not be a single sum whose terms can cancel.
+        let d_state = if d_inner == 1 { d_state.max(4) } else { d_state };
         let slots = draw.flag().then(|| [vec![4, -1, 2], vec![0, 3, -7]][usize::from(draw.flag())][..batch].to_vec());
         let slot_count = if slots.is_some() { 5 } else { batch };
         let state = d_inner * d_state;

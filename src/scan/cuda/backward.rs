@@ -5,10 +5,10 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use super::launch::{Kernel, LaunchShape, Scan, dtype_name};
+use super::launch::{Kernel, LaunchShape, Scan};
 use super::{GradientsMut, Inputs, OutputGradients, Plan};
 use crate::arguments::Dims;
-use crate::cuda::{Arguments, Cuda, Device, Module, blocks, params};
+use crate::cuda::{Arguments, Cuda, Device, Module, params};
 use crate::scan::ProjectionMut;
 use crate::{Element, Result};
 
@@ -108,21 +108,13 @@ pub fn backward_with<T: Element>(
         }
         unsafe { scan.launch::<T, _>(&device, Module::SCAN_BACKWARD, "scan_backward", shape([SHARED; 2]), params) }?;
     }
-    if let Some(parts) = &projections
-        && lines > 0
-    {
-        let params = params::SumProjections {
-            parts: device.address(parts),
-            d_b: b,
-            d_c: c,
-            blocks: group_blocks as i64,
-            lines: lines as i64,
-            d_state: d_state as i64,
-        };
-        let name = format!("sum_projections_{}", dtype_name(T::DTYPE));
-        let grid = [blocks(lines * 2 * d_state, 256).min(1 << 20), 1];
-        // SAFETY: the backward kernel has written `blocks` parts of `2·d_state` sums for each line.
-        unsafe { device.launch(Module::SCAN_BACKWARD, &name, grid, 256, [0, 0], &params) }?;
+    if let Some(parts) = &projections {
+        let m = lines * d_state;
+        for (i, to) in [b, c].into_iter().enumerate().filter(|(_, to)| *to != 0) {
+            let from = device.address(parts) + (i * group_blocks * m * size_of::<f32>()) as u64;
+            // SAFETY: the backward kernel has written `group_blocks` rows of `m` sums for each of B and C.
+            unsafe { device.sum::<T>(from, [group_blocks, m], m, to) }?;
+        }
     }
     sums.finish(segments > 0)
 }
@@ -158,11 +150,9 @@ impl Sums<'_> {
     /// Sums the rows. If none has been `written`, the sums are zero.
     fn finish(self, written: bool) -> Result<()> {
         for (part, count, to) in &self.parts {
-            let rows = if written { self.rows as i64 } else { 0 };
-            let params = params::SumRows { parts: self.device.address(part), to: *to, rows, count: *count as i64 };
-            let grid = [blocks(*count, 256).clamp(1, 1 << 20), 1];
-            // SAFETY: the backward kernel has written `rows` parts of `count` sums, and `to` has room for as many.
-            unsafe { self.device.launch(Module::SCAN_BACKWARD, "sum_rows", grid, 256, [0, 0], &params) }?;
+            let rows = if written { self.rows } else { 0 };
+            // SAFETY: the backward kernel has written `rows` rows of `count` sums, and `to` has room for as many.
+            unsafe { self.device.sum::<f32>(self.device.address(part), [rows, *count], *count, *to) }?;
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use cudarc::driver::CudaSlice;
 use super::Problem;
 use super::plan::{PerLane, Plan, Segments};
 use crate::arguments::Dims;
-use crate::cuda::{Arguments, Cuda, Device, Module, blocks, params};
+use crate::cuda::{Arguments, Cuda, Device, Module, blocks, params, suffix};
 use crate::sequences::Sequences;
 use crate::{DType, Discretization, Element, Projection, Result};
 
@@ -134,7 +134,7 @@ impl Scan {
     ) -> Result<()> {
         params.as_mut().group_blocks = self.group_blocks(shape.channels) as i64;
         let grid = [self.groups() * self.group_blocks(shape.channels), shape.rows];
-        let name = format!("{name}_{}_{}", shape.variant, dtype_name(T::DTYPE));
+        let name = format!("{name}_{}_{}", shape.variant, suffix(T::DTYPE));
         // SAFETY: as the caller promises.
         unsafe { device.launch(module, &name, grid, shape.threads, shape.shared, &params) }
     }
@@ -157,12 +157,4 @@ pub(super) struct LaunchShape {
     pub rows: usize,
     /// Bytes of dynamic shared memory, and the most that any launch of this kernel asks for.
     pub shared: [usize; 2],
-}
-
-pub(super) fn dtype_name(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F32 => "f32",
-        DType::F16 => "f16",
-        DType::Bf16 => "bf16",
-    }
 }
