@@ -25,8 +25,10 @@ const STATES: usize = 16;
 const ACTIVATION: [usize; 3] = [BATCH, LENGTH, CHANNELS];
 const COUNT: usize = BATCH * LENGTH * CHANNELS;
 
+type Run = fn(&Arc<CudaStream>) -> Result<(), Failure>;
+
 /// What can be run, by name. `cost_sheet.py` has a line with the least possible counts for each kernel that these launch.
-const OPERATORS: &[(&str, fn(&Arc<CudaStream>) -> Result<(), Failure>)] = &[
+const OPERATORS: &[(&str, Run)] = &[
     ("scan forward, one channel a lane", |stream| scan_forward(stream, unsplit(PerLane::One))),
     ("scan forward, two channels a lane", |stream| scan_forward(stream, unsplit(PerLane::Two))),
     ("scan forward, four channels a lane", |stream| scan_forward(stream, unsplit(PerLane::Four))),
