@@ -1,0 +1,148 @@
+//! Runs one operator on a GPU once, at the shape of the cost sheet, so that what its kernels execute can be counted:
+//! `kernels/budget/cost_sheet.py` does that for each name that `cost --list` prints.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream};
+use half::bf16;
+use rand::Rng;
+use selective_scan::cuda::{self, Cuda};
+use selective_scan::scan::cuda::{PerLane, Plan};
+use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut, ProjectionMut};
+use selective_scan::{Element, View};
+
+use crate::common::Random;
+
+#[path = "common/mod.rs"]
+mod common;
+
+type Failure = Box<dyn std::error::Error>;
+
+const BATCH: usize = 1;
+const LENGTH: usize = 512;
+const CHANNELS: usize = 2048;
+const STATES: usize = 16;
+const ACTIVATION: [usize; 3] = [BATCH, LENGTH, CHANNELS];
+const COUNT: usize = BATCH * LENGTH * CHANNELS;
+
+type Run = fn(&Arc<CudaStream>) -> Result<(), Failure>;
+
+/// What can be run, by name. `cost_sheet.py` has a line with the least possible counts for each kernel that these launch.
+const OPERATORS: &[(&str, Run)] = &[
+    ("scan forward, one channel a lane", |stream| scan_forward(stream, unsplit(PerLane::One))),
+    ("scan forward, two channels a lane", |stream| scan_forward(stream, unsplit(PerLane::Two))),
+    ("scan forward, four channels a lane", |stream| scan_forward(stream, unsplit(PerLane::Four))),
+    ("scan forward, as planned", |stream| scan_forward(stream, Plan::default())),
+    ("scan backward, unsplit", |stream| scan_backward(stream, unsplit(PerLane::One))),
+    ("scan backward, as planned", |stream| scan_backward(stream, Plan::default())),
+];
+
+fn unsplit(per_lane: PerLane) -> Plan {
+    Plan { segment_steps: Some(usize::MAX), per_lane: Some(per_lane) }
+}
+
+fn main() -> Result<(), Failure> {
+    let name = std::env::args().skip(1).collect::<Vec<_>>().join(" ");
+    if name == "--list" {
+        OPERATORS.iter().for_each(|(name, _)| println!("{name}"));
+        return Ok(());
+    }
+    let Some((_, run)) = OPERATORS.iter().find(|(known, _)| *known == name) else {
+        return Err(format!("expected --list or one of what it prints, got `{name}`").into());
+    };
+    let stream = cuda::context(0)?.default_stream();
+    run(&stream)?;
+    stream.synchronize()?;
+    Ok(())
+}
+
+/// Random values between `low` and `high` on the device.
+fn uniform<T: Element>(
+    stream: &Arc<CudaStream>,
+    random: &mut Random,
+    len: usize,
+    low: f32,
+    high: f32,
+) -> Result<CudaSlice<T>, Failure> {
+    Ok(stream.clone_htod(&random.fill::<T>(len, |source| source.random_range(low..high)))?)
+}
+
+/// Inputs of a scan as Mamba has them.
+struct Tensors {
+    u: CudaSlice<bf16>,
+    delta: CudaSlice<bf16>,
+    z: CudaSlice<bf16>,
+    b: CudaSlice<bf16>,
+    c: CudaSlice<bf16>,
+    a: CudaSlice<f32>,
+    d: CudaSlice<f32>,
+    bias: CudaSlice<f32>,
+}
+
+impl Tensors {
+    fn new(stream: &Arc<CudaStream>) -> Result<Self, Failure> {
+        let mut random = Random::new(1);
+        let projection = BATCH * LENGTH * STATES;
+        Ok(Self {
+            u: uniform(stream, &mut random, COUNT, -1.0, 1.0)?,
+            delta: uniform(stream, &mut random, COUNT, -5.0, -1.0)?,
+            z: uniform(stream, &mut random, COUNT, -2.0, 2.0)?,
+            b: uniform(stream, &mut random, projection, -1.0, 1.0)?,
+            c: uniform(stream, &mut random, projection, -1.0, 1.0)?,
+            a: uniform(stream, &mut random, CHANNELS * STATES, -16.0, -1.0)?,
+            d: uniform(stream, &mut random, CHANNELS, 0.5, 1.0)?,
+            bias: uniform(stream, &mut random, CHANNELS, -0.5, 0.5)?,
+        })
+    }
+
+    fn inputs(&self) -> Inputs<'_, bf16, Cuda> {
+        let projection = [BATCH, LENGTH, 1, STATES];
+        Inputs {
+            z: Some(View::on_device(&self.z, ACTIVATION)),
+            d: Some(View::on_device(&self.d, [CHANNELS])),
+            delta_bias: Some(View::on_device(&self.bias, [CHANNELS])),
+            options: Options { delta_softplus: true, ..Default::default() },
+            ..Inputs::new(
+                View::on_device(&self.u, ACTIVATION),
+                View::on_device(&self.delta, ACTIVATION),
+                View::on_device(&self.a, [CHANNELS, STATES]),
+                View::on_device(&self.b, projection),
+                View::on_device(&self.c, projection),
+            )
+        }
+    }
+}
+
+fn scan_forward(stream: &Arc<CudaStream>, plan: Plan) -> Result<(), Failure> {
+    let tensors = Tensors::new(stream)?;
+    let mut out = stream.alloc_zeros(COUNT)?;
+    let to = OutputMut { out: &mut out, final_state: None, checkpoints: None };
+    Ok(scan::cuda::forward_with(plan, stream, &tensors.inputs(), to)?)
+}
+
+fn scan_backward(stream: &Arc<CudaStream>, plan: Plan) -> Result<(), Failure> {
+    let tensors = Tensors::new(stream)?;
+    let inputs = tensors.inputs();
+    let mut out = stream.alloc_zeros::<bf16>(COUNT)?;
+    let mut checkpoints = stream.alloc_zeros::<f32>(inputs.checkpoint_len()?)?;
+    let to = OutputMut { out: &mut out, final_state: None, checkpoints: Some(&mut checkpoints) };
+    scan::cuda::forward_with(plan, stream, &inputs, to)?;
+    let (mut u, mut delta, mut z) =
+        (stream.alloc_zeros(COUNT)?, stream.alloc_zeros(COUNT)?, stream.alloc_zeros(COUNT)?);
+    let (mut b, mut c) = (stream.alloc_zeros(tensors.b.len())?, stream.alloc_zeros(tensors.c.len())?);
+    let mut a = stream.alloc_zeros(CHANNELS * STATES)?;
+    let (mut d, mut delta_bias) = (stream.alloc_zeros(CHANNELS)?, stream.alloc_zeros(CHANNELS)?);
+    let gradients = GradientsMut {
+        u: &mut u,
+        delta: &mut delta,
+        a: &mut a,
+        b: ProjectionMut::Varying(&mut b),
+        c: ProjectionMut::Varying(&mut c),
+        z: Some(&mut z),
+        d: Some(&mut d),
+        delta_bias: Some(&mut delta_bias),
+        initial_state: None,
+    };
+    let d_out = View::on_device(&out, ACTIVATION);
+    Ok(scan::cuda::backward_with(plan, stream, &inputs, &checkpoints, d_out.into(), gradients)?)
+}

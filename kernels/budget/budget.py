@@ -1,0 +1,264 @@
+#!/usr/bin/env python3
+"""Compiles the kernels for sm_90 and holds them to their budgets.
+
+    python3 kernels/budget/budget.py [--strict] [--json FILE]
+
+It needs nvcc, cuobjdump and nvdisasm, in $CUDA_HOME/bin or on the PATH, and no Python package. What it prints:
+
+- of each kernel: registers, bytes spilled (both ways), static and dynamic shared memory;
+- of the main loops of the scan, bf16: machine instructions for each (time step, channel, state), by class, which are those
+  of a warp for 32 of them. They are counted in the machine code, along the longest path around the loop (sass.py says how
+  loops are found). Left out are ways that only a warp takes in which a product of zero and infinity has come up (the
+  kernel then sums by shuffles: an inner loop of the backward's tile loop) and ways for a warp that has come apart; code
+  that half of the warps run in each turn counts half;
+- the number of kernels, and how long nvcc takes on two cores.
+
+Exit code 1 if a rule is broken: a fast kernel (all but the `general` ones) spills or uses local memory, or a kernel has an
+atomic on floating-point numbers. Instruction and time budgets are reported, and fail with --strict only.
+"""
+import argparse
+import collections
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import sass
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+ARCH = "90"
+
+# A budget in instructions for each (time step, channel, state), and one for the build in seconds.
+FORWARD, BACKWARD, SPLIT, BUILD = 7.5, 26.0, 1.9, 120.0
+
+# The steps of a tile and the channels of a lane in each fast forward kernel, as in INSTANCES of scan_forward.cu. A lane
+# carries 4 states of each, and so does one of the backward kernel, with tiles of 8 steps in parts of 64.
+TILES = {"one": (16, 1), "two": (16, 2), "four": (8, 4)}
+STATES, BACKWARD_TILE, PART = 4, 8, 64
+
+FLOAT_ATOMIC = r"(RED|REDG|ATOM|ATOMG|ATOMS)\.(.*\.)?(F16|F32|F64|BF16)(x\d)?(\.|_|$).*|REDAS.*F.*"
+
+
+def tool(name):
+    folders = [os.path.join(os.environ[key], "bin") for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
+    path = shutil.which(name, path=os.pathsep.join(folders + [os.environ.get("PATH", "")]))
+    return path or sys.exit(f"{name} was not found: set CUDA_HOME, or put it on the PATH")
+
+
+def flags():
+    """What build.rs gives nvcc, read there so that the two cannot come to differ."""
+    listed = re.search(r"let mut flags: Vec<_> = \[(.*?)\]", (ROOT / "build.rs").read_text())
+    if not listed:
+        sys.exit("build.rs no longer lists nvcc's flags where this script looks for them")
+    return re.findall(r'"([^"]+)"', listed[1])
+
+
+def output_of(*command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+class Kernel:
+    def __init__(self, name, source, registers, shared, local, spilled):
+        self.name, self.source, self.code = name, source, []
+        self.registers, self.shared, self.local, self.spilled = registers, shared, local, spilled
+
+    @property
+    def is_fast(self):
+        return "general" not in self.name
+
+    def instructions(self):
+        return [one for one in self.code if not isinstance(one, str)]
+
+    def dynamic_shared(self):
+        """Bytes of a kernel whose shared memory is one struct, of which the source asserts the size."""
+        size = re.search(r"sizeof\(Shared\) == (\d+)", self.source.read_text())
+        uses = self.name.startswith("scan_backward") and size
+        return int(size[1]) if uses else 0
+
+
+def compile_kernels(folder):
+    """All kernels, and nvcc's time for them with two at a time, for one architecture and PTX as build.rs makes them."""
+    sources = sorted((ROOT / "kernels").glob("*.cu"), key=lambda path: -path.stat().st_size)
+    nvcc, common = tool("nvcc"), flags()
+
+    def build(source):
+        fatbin = folder / f"{source.stem}.fatbin"
+        code = [f"-gencode=arch=compute_{ARCH},code={code}_{ARCH}" for code in ("sm", "compute")]
+        log = output_of(nvcc, *common, *code, "-Xptxas=-v", "-fatbin", "-o", fatbin, source)
+        return source, fatbin, log
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        built = list(pool.map(build, sources))
+    seconds = time.monotonic() - start
+
+    kernels = {}
+    for source, fatbin, log in built:
+        cubins = folder / source.stem
+        cubins.mkdir()
+        subprocess.run([tool("cuobjdump"), "-xelf", "all", fatbin], cwd=cubins, check=True, capture_output=True)
+        spills = {
+            name: int(stores) + int(loads)
+            for name, stores, loads in re.findall(
+                r"Function properties for (\w+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        }
+        for cubin in cubins.iterdir():
+            usage = output_of(tool("cuobjdump"), "--dump-resource-usage", cubin)
+            pattern = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+            for name, registers, stack, shared, local in re.findall(pattern, usage):
+                # The driver keeps 1 KiB of each block's shared memory for itself, which cuobjdump counts in.
+                kernels[name] = Kernel(name, source, int(registers), max(0, int(shared) - 1024), int(stack) + int(local),
+                                       spills.get(name, 0))
+            for name, code in sass.parse(output_of(tool("nvdisasm"), "-c", "-g", cubin)).items():
+                if name in kernels:
+                    kernels[name].code = code
+    for kernel in kernels.values():
+        if not kernel.instructions():
+            sys.exit(f"no machine code of {kernel.name} was found, so nothing can be said of it")
+    return kernels, seconds
+
+
+def halves(line):
+    """Whether a source line is a test that half of the warps pass in each turn."""
+    if line is None or not os.path.exists(line[0]):
+        return False
+    lines = pathlib.Path(line[0]).read_text().splitlines()
+    return line[1] <= len(lines) and re.search(r"% 2 [!=]= half", lines[line[1] - 1]) is not None
+
+
+def per_unit(counts, units):
+    return collections.Counter({name: count / units for name, count in counts.items()})
+
+
+def forward_loop(kernel, variant):
+    """The tile loop: the innermost that synchronises. The step loop within is gone around as often as it takes for one
+    exponential of each state."""
+    steps, own = TILES[variant]
+    units = steps * own * STATES
+    found = sass.loops(kernel.code)
+    tiles = [loop for loop in found if loop.count(r"BAR.*")]
+    tile = min(tiles, key=lambda loop: len(loop.instructions))
+
+    def trips(loop):
+        times = units / max(1, loop.count(r"MUFU\.EX2"))
+        if times != int(times):
+            raise ValueError(f"{kernel.name}: a loop within the tile's with {loop.count('MUFU.EX2')} exponentials")
+        return times
+
+    return per_unit(sass.cost(tile, found, trips), units)
+
+
+def backward_loops(kernel):
+    """The tile loop, which alone uses the tensor cores; the loop before it that finds the states of 7 tiles of 8; and what
+    surrounds both in the part of 64 steps."""
+    units = BACKWARD_TILE * STATES
+    found = sass.loops(kernel.code)
+    tile = min((loop for loop in found if loop.count(r".MMA.*")), key=lambda loop: len(loop.instructions))
+    part = min((loop for loop in found if tile in sass.inside(loop, found)), key=lambda loop: len(loop.body))
+
+    def is_states(loop):
+        return loop.count(r"MUFU\.EX2") == units and not loop.count("SHFL.*")
+
+    states = [loop for loop in sass.inside(part, found) if loop is not tile and is_states(loop)]
+    if len(states) != 1:
+        raise ValueError(f"{kernel.name}: {len(states)} loops look like that which finds states")
+    within = sass.cost(tile, found, lambda loop: None if loop.count("SHFL.*") else 1, halves)
+    around = sass.cost(part, found, lambda loop: 0 if loop in (tile, *states) else 1, halves)
+    return {
+        "tiles, back": per_unit(within, units),
+        "tiles, states": per_unit(sass.cost(states[0], found, lambda loop: 1), units * PART / (PART - BACKWARD_TILE)),
+        "staging": per_unit(around, PART * STATES),
+    }
+
+
+def table(head, rows):
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                        for i, (cell, width) in enumerate(zip(row, widths))))
+    print()
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--strict", action="store_true", help="missed budgets fail too")
+    arguments.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    arguments = arguments.parse_args()
+    sys.setrecursionlimit(100_000)
+
+    with tempfile.TemporaryDirectory() as folder:
+        kernels, seconds = compile_kernels(pathlib.Path(folder))
+    broken, missed, figures = [], [], {"kernels": {}, "loops": {}, "build_seconds": round(seconds, 1)}
+
+    rows = []
+    for kernel in sorted(kernels.values(), key=lambda kernel: (kernel.source, kernel.name)):
+        local = sum(sass.classify(one.opcode) == "local" for one in kernel.instructions())
+        atomics = sorted({one.opcode for one in kernel.instructions() if re.fullmatch(FLOAT_ATOMIC, one.opcode)})
+        if kernel.is_fast and (kernel.spilled or local):
+            broken.append(f"{kernel.name} spills {kernel.spilled} bytes, in {local} instructions on local memory")
+        if atomics:
+            broken.append(f"{kernel.name} has atomics on floating-point numbers: {', '.join(atomics)}")
+        rows.append([kernel.name, str(kernel.registers), str(kernel.spilled), str(local), str(kernel.shared),
+                     str(kernel.dynamic_shared() or "-"), str(len(kernel.instructions()))])
+        figures["kernels"][kernel.name] = {
+            "registers": kernel.registers, "spilled": kernel.spilled, "local": local, "shared": kernel.shared}
+    table(["kernel (sm_90)", "registers", "spilled", "local", "shared", "dynamic", "instructions"], rows)
+
+    loops = {}
+    for variant in TILES:
+        for pass_ in ("forward", "summary"):
+            if kernel := kernels.get(f"scan_{pass_}_{variant}_bf16"):
+                loops[f"{kernel.name}, tiles"] = forward_loop(kernel, variant)
+    backward = kernels.get("scan_backward_fast_bf16")
+    if backward:
+        for name, counts in backward_loops(backward).items():
+            loops[f"{backward.name}, {name}"] = counts
+    shown = [name for name in [*sass.CLASSES, "integer"] if any(counts[name] for counts in loops.values())]
+    table(["instructions per step, channel, state", "all", *shown],
+          [[name, f"{sum(counts.values()):.2f}", *(f"{counts[one]:.2f}" if counts[one] else "-" for one in shown)]
+           for name, counts in loops.items()])
+    figures["loops"] = {name: dict(counts, all=sum(counts.values())) for name, counts in loops.items()}
+
+    def total(name):
+        return sum(loops[name].values())
+
+    judged = []
+
+    def judge(what, value, budget, unit=""):
+        met = value <= budget
+        judged.append([what, f"{value:.2f}{unit}", f"{budget:g}{unit}", f"{value / budget:.2f}", "met" if met else "MISSED"])
+        if not met:
+            missed.append(what)
+
+    for variant in TILES:
+        forward, summary = f"scan_forward_{variant}_bf16, tiles", f"scan_summary_{variant}_bf16, tiles"
+        if forward in loops:
+            judge(f"scan forward, {variant}", total(forward), FORWARD)
+        if forward in loops and summary in loops:
+            judge(f"split / unsplit forward, {variant}", (total(forward) + total(summary)) / total(forward), SPLIT)
+    if backward:
+        judge("scan backward, both tile loops", total("scan_backward_fast_bf16, tiles, back")
+              + total("scan_backward_fast_bf16, tiles, states"), BACKWARD)
+    judge("nvcc, two at a time", seconds, BUILD, " s")
+    table(["budget", "is", "may be", "ratio", ""], judged)
+
+    print(f"{len(kernels)} kernels in {len({kernel.source for kernel in kernels.values()})} files")
+    print("no atomic on floating-point numbers" if not any("atomics" in one for one in broken) else "")
+    for one in broken:
+        print(f"BROKEN: {one}")
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(figures, indent=1))
+    sys.exit(bool(broken or (arguments.strict and missed)))
+
+
+if __name__ == "__main__":
+    main()

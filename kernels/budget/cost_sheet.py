@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Writes docs/cost-sheet.md: what each kernel executes and moves, beside the least that it could.
+
+    SIMULATED_DEVICE/run python3 kernels/budget/cost_sheet.py [COST]
+
+COST is the example `cost`, which is built if not given. It runs one operator each time, on a simulated device that writes
+its counts to the file in CUDA_SIM_STATS. All counts are of PTX, before ptxas has made machine code of it; kernels that do
+the same work differ by a few per cent there. `budget.py` counts machine code.
+"""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SHEET = ROOT / "docs" / "cost-sheet.md"
+
+BATCH, LENGTH, CHANNELS, STATES = 1, 512, 2048, 16
+ELEMENTS = BATCH * LENGTH * CHANNELS
+PROJECTIONS = 2 * 2 * BATCH * LENGTH * STATES  # bytes of B and C in bf16
+PARAMETERS = 4 * CHANNELS * (STATES + 2)  # of A, D and the bias
+SEGMENTS = LENGTH // 64  # as a plan splits this shape
+SPLIT = (SEGMENTS - 1) / SEGMENTS  # the part that is run over for summaries: all but a last or first segment
+REACHED = 4 * (SEGMENTS - 1) * CHANNELS * (STATES + 1)  # bytes of those
+
+# The least for each kernel, by the beginning of its name: the part of the elements that it runs over, instructions for
+# each (step, channel, state) and for each (step, channel), special functions likewise, and bytes in all, each read and
+# written once.
+#
+# Forward: Δ·A, its exponential, Δu·B, two multiply-adds; and two exponentials, a logarithm and a reciprocal of the step
+# for softplus and gate. Bytes: u, Δ, z and out.
+# Summary: without the sum over C, and without the gate, which leaves an exponential and a logarithm. Bytes: u and Δ, and
+# what each segment but the last reaches.
+# Backward: the forward's five, and a multiply-add each for the gradient of the state, Δu, Δ and A; a product each for
+# those of B, C, the decay and the decay's logarithm; half a product of the tensor cores, which adds 128 terms, for two
+# sums over channels of 32 each. For the step the forward's four, and the derivatives of softplus (a reciprocal). Bytes:
+# what forward reads, ∂out, three gradients, and the states kept each 64 steps.
+# Retreat: Δ·A, exponential, C·∂y with what came, decay. Bytes: Δ, z, ∂out, and what each segment but the first hands on.
+LEAST = {
+    "scan_forward": (1, (5, 4), (1, 4), 8 * ELEMENTS + PROJECTIONS + PARAMETERS),
+    "scan_summary": (SPLIT, (4, 2), (1, 2), SPLIT * (4 * ELEMENTS + PROJECTIONS / 2) + PARAMETERS + REACHED),
+    "scan_backward": (1, (13.5, 5), (1, 5), 14 * ELEMENTS + 4 * ELEMENTS * STATES / 64 + PROJECTIONS + PARAMETERS),
+    "scan_retreat": (SPLIT, (4, 4), (1, 4), SPLIT * (6 * ELEMENTS + PROJECTIONS / 2) + PARAMETERS + REACHED),
+}
+
+# The classes of the simulator, as they are shown.
+UNITS = {
+    "fp32": ("fp32", "half_x2"),
+    "special": ("mufu",),
+    "convert": ("conversion",),
+    "integer": ("int_alu",),
+    "shuffle": ("shuffle", "vote"),
+    "tensor": ("tensor_mma",),
+    "shared": ("shared_load", "shared_store", "shared_atomic"),
+    "global": ("global_load", "global_store", "async_copy", "atomic"),
+    "other": ("branch", "barrier", "fp64", "local", "other"),
+}
+
+
+def counts(cost, operator):
+    with tempfile.NamedTemporaryFile(suffix=".json") as stats:
+        environment = os.environ | {"CUDA_SIM_STATS": stats.name}
+        subprocess.run([cost, *operator.split()], env=environment, check=True)
+        text = pathlib.Path(stats.name).read_text()
+    if not text:
+        sys.exit("nothing was counted: run this on the simulated device")
+    return json.loads(text)["kernels"]
+
+
+def ratio(value, least):
+    return f"{value / least:.2f}" if least else "-"
+
+
+def rows(operator, kernel):
+    """A row of each of the three tables."""
+    name, by_class = kernel["name"], kernel["instructions"]
+    first = f"| {operator} | `{name}` | "
+    # Parameters are operands of machine instructions.
+    issued = kernel["warp_instructions"] - by_class["param_const"]
+    least = next((least for start, least in LEAST.items() if name.startswith(start)), None)
+    per_32 = ELEMENTS / 32
+    moved = kernel["unique_bytes_read"] + kernel["unique_bytes_written"]
+    sectors = 32 * (kernel["global_sectors"] + kernel["atomic_sectors"])
+    shared = sum(by_class[one] for one in UNITS["shared"])
+
+    units = [f"{sum(by_class[one] for one in parts) / 1000:,.0f}" for parts in UNITS.values()]
+    work = [f"{issued / 1000:,.0f}", f"{issued / per_32 / STATES:.2f}"]
+    memory = [f"{sectors / 1e6:.2f}", f"{sectors / ELEMENTS:.2f}", f"{moved / 1e6:.2f}",
+              f"{kernel['shared_wavefronts'] / 1000:,.0f}", ratio(kernel["shared_wavefronts"], shared),
+              f"{kernel['local_bytes']:,}"]
+    times = sorted(kernel["model_us"].items(), key=lambda one: -one[1])
+    bound = [f"{kernel['blocks']:,}", f"{kernel['lower_bound_us']:.2f}", kernel["bound_by"],
+             ", ".join(f"{pipe} {time:.2f}" for pipe, time in times[1:4])]
+    if least:
+        part, (per_state, per_step), (special, special_step), least_bytes = least
+        instructions = part * (per_state * STATES + per_step) * per_32
+        functions = part * (special * STATES + special_step) * per_32
+        work += [f"{instructions / 1000:,.0f}", ratio(issued, instructions), f"{functions / 1000:,.0f}",
+                 ratio(by_class["mufu"], functions)]
+        memory += [f"{least_bytes / 1e6:.2f}", ratio(moved, least_bytes), ratio(sectors, least_bytes)]
+    else:
+        work += ["-"] * 4
+        memory += ["-"] * 3
+    return [first + " | ".join(cells) + " |" for cells in (units + work, memory, bound)]
+
+
+def head(*columns):
+    return "| operator | kernel | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns)
+
+
+INTRODUCTION = f"""# Cost sheet
+
+What the kernels execute and move at B {BATCH}, L {LENGTH}, D {CHANNELS:,}, N {STATES}, bf16, with softplus, D, z and bias, as
+the simulated device counts it, and the least that would do. Written by `kernels/budget/cost_sheet.py`, which says how the
+least is counted; nothing here is timed.
+
+Instructions are those of warps, in thousands, of PTX, parameters left out. Bytes of sectors are what global accesses ask
+of the caches, 32 bytes at a time; DRAM bytes are each distinct byte once. A shared access of a warp takes 1 wavefront for
+each 128 bytes, so up to 4 where lanes move 16 bytes, and more only where lanes meet in a bank.
+"""
+
+MODEL = """The time of each unit alone on an H200, scaled to its busiest processor; latency is not modelled, so this is a lower bound
+and shows what would bind.
+"""
+
+
+def main():
+    cost = pathlib.Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT / "target/release/examples/cost"
+    if len(sys.argv) == 1:
+        build = ["cargo", "build", "--release", "--locked", "--features", "cuda", "--example", "cost"]
+        subprocess.run(build, cwd=ROOT, check=True)
+    operators = subprocess.run([cost, "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
+    tables = ([], [], [])
+    for operator in operators:
+        for kernel in counts(cost, operator):
+            # Backward runs forward first, which has rows of its own; `upload` copies a table.
+            is_first = "backward" in operator and kernel["name"].startswith(("scan_forward", "scan_summary"))
+            if is_first or kernel["name"] == "upload":
+                continue
+            for table, row in zip(tables, rows(operator, kernel)):
+                table.append(row)
+    instructions, memory, bound = ("\n".join(table) for table in tables)
+    text = "\n".join([
+        INTRODUCTION,
+        "## Instructions",
+        "",
+        head(*UNITS, "all", "for 32 (step, channel, state)", "least", "ratio", "least special", "ratio"),
+        instructions,
+        "",
+        "## Memory",
+        "",
+        head("sectors, MB", "bytes for (step, channel)", "DRAM, MB", "shared wavefronts", "for each access", "local bytes",
+             "least, MB", "DRAM ratio", "sector ratio"),
+        memory,
+        "",
+        "## What would bind",
+        "",
+        MODEL,
+        head("blocks", "bound, µs", "by", "next, µs"),
+        bound,
+        "",
+    ])
+    SHEET.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
