@@ -47,8 +47,8 @@ struct Block {
     int64_t group, first;
     int width;
 
-    __device__ __forceinline__ Block(const ScanInputs &p, int64_t index, int channels) {
-        group = index / p.group_blocks;
+    __device__ __forceinline__ Block(const ScanInputs &p, uint32_t index, int channels) {
+        group = index / static_cast<uint32_t>(p.group_blocks);
         const int64_t within = (index - group * p.group_blocks) * channels;
         first = group * p.group_channels + within;
         width = static_cast<int>(min(static_cast<int64_t>(channels), p.group_channels - within));
@@ -64,6 +64,13 @@ template <bool VALUE> struct Is {
 // Keeps the compiler from computing `x` anew in every turn of a loop.
 __device__ __forceinline__ void keep(int64_t &x) { asm("" : "+l"(x)); }
 __device__ __forceinline__ void keep(int &x) { asm("" : "+r"(x)); }
+
+// The thread's index, read where it is wanted: what is made of it is computed again instead of being kept in registers.
+__device__ __forceinline__ int thread_anew() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
 
 // The distance of neighbouring steps: 32 bits wide where the host has seen that whole tiles can be stepped over so, which
 // makes one instruction of an address.

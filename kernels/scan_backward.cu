@@ -42,7 +42,12 @@ struct Place {
 };
 
 struct Shared {
-    Place u, delta, z, d_out, gradients, lines;
+    // What all threads need again and again is here, for registers are few: the segment, the places of a part, and the slot
+    // of the state before it, negative at the start of a sequence.
+    SegmentIndex next;
+    Segment segment;
+    Place u, delta, z, d_out, b, c, gradients, lines;
+    int64_t slot;
     // Δ and Δu (u with zero-order hold) between two checkpoints.
     float2 steps[CHECKPOINT_STEPS][CHANNELS];
     float projections[CHECKPOINT_STEPS][2][TURN];
@@ -58,7 +63,7 @@ struct Shared {
     float4 d_skip[COLUMNS * TILE], d_bias[COLUMNS * TILE];
 };
 
-static_assert(sizeof(Shared) == 113248, "as in src/scan/cuda/backward.rs");
+static_assert(sizeof(Shared) == 113376, "as in src/scan/cuda/backward.rs");
 
 // Whether terms must be rounded, see sum_channels.
 template <typename T> constexpr bool ROUNDS = false;
@@ -129,8 +134,7 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
     // As a member of a quad: half of the threads take every other tile.
     const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS % TILE;
     const int half = threadIdx.x / (COLUMNS * TILE);
-    const int count = max(0, min(block.width - column, QUAD));
-    const int64_t d0 = block.first + column;
+    const auto count = [&] { return max(0, min(block.width - thread_anew() % COLUMNS * QUAD, QUAD)); };
     for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
         const bool exists = c < block.width;
         shared.biases[c] = exists ? p.delta_bias.at(block.first + c, 0.0f) : 0.0f;
@@ -148,8 +152,12 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
 
     for (int turn = 0; turn < turns; turn++) {
         const bool last_turn = turn == turns - 1;
-        const Lane lane(p, block.first + own, own < block.width, turn * TURN + sub * STATES);
+        const auto lane_anew = [&] {
+            const int thread = thread_anew(), channel = thread / 32 * 8 + thread % 8;
+            return Lane(p, block.first + channel, channel < block.width, turn * TURN + thread % 32 / 8 * STATES);
+        };
         float a[STATES], inverse_a[STATES], constant_b[STATES] = {}, constant_c[STATES] = {};
+        const Lane lane = lane_anew();
         lane.parameter(a, p.a);
 #pragma unroll
         for (int n = 0; n < STATES; n++) {
@@ -160,10 +168,17 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
         if (GENERAL && p.c.constant) lane.constant(constant_c, p.c);
         float d_a[STATES] = {}, d_constant_b[STATES] = {}, d_constant_c[STATES] = {};
 
+        if (threadIdx.x == 0) shared.next = SegmentIndex(p.segments.per_row);
         for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
-            const Segment segment = p.segments.get(index);
-            const int64_t flat = segment.row * p.segments.len;
+            __syncthreads();
+            if (threadIdx.x == 0) {
+                shared.segment = p.segments.get(shared.next);
+                shared.next.next(p.segments.per_row);
+            }
+            __syncthreads();
+            const Segment &segment = shared.segment;
 
+            const Lane lane = lane_anew();
             float g[STATES] = {};
             if (segment.ends_sequence() || p.reached) {
                 const States &final_state = params.d_final_state;
@@ -187,14 +202,13 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                 }
             }
 
-            const int64_t parts = (segment.steps + CHECKPOINT_STEPS - 1) / CHECKPOINT_STEPS;
-            for (int64_t part = parts - 1; part >= 0; part--) {
-                const int64_t i0 = segment.first + part * CHECKPOINT_STEPS;
-                const int left = static_cast<int>(min(segment.first + segment.steps - i0, int64_t(CHECKPOINT_STEPS)));
+            for (int part = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); part >= 0; part--) {
+                const int left = static_cast<int>(min(segment.steps - int64_t(part) * CHECKPOINT_STEPS,
+                                                      int64_t(CHECKPOINT_STEPS)));
                 const int tiles = (left + TILE - 1) / TILE;
-
-                // Every thread needs the same places again and again, and registers are few.
+                if (left <= 0) break; // an empty sequence
                 if (threadIdx.x == 0) {
+                    const int64_t i0 = segment.first + int64_t(part) * CHECKPOINT_STEPS;
                     const int64_t i = segment.step(i0, reverse), sign = reverse ? -1 : 1;
                     const auto place = [&](const Activation &tensor) {
                         const int64_t at = segment.row * tensor.batch + i * tensor.step + block.first * tensor.channel;
@@ -204,11 +218,22 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                     shared.delta = place(p.delta);
                     shared.z = place(p.z);
                     shared.d_out = place(params.d_out);
-                    const int64_t at = (flat + i) * p.d_inner + block.first;
+                    const auto place_of_projection = [&](const Projection &tensor) {
+                        const int64_t at = segment.row * tensor.batch + i * tensor.step + block.group * tensor.group +
+                                           turn * TURN * tensor.state;
+                        return Place{static_cast<const T *>(tensor.data) + at, sign * tensor.step};
+                    };
+                    shared.b = place_of_projection(p.b);
+                    shared.c = place_of_projection(p.c);
+                    const int64_t flat = segment.row * p.segments.len, at = (flat + i) * p.d_inner + block.first;
                     shared.gradients = {reinterpret_cast<const void *>(at), sign * p.d_inner};
-                    const int64_t lines = (blockIdx.x % p.group_blocks * params.steps + flat + i) * params.groups;
-                    shared.lines = {params.projections + (lines + block.group) * p.d_state, sign * params.groups * p.d_state};
+                    const int64_t part_of_group = blockIdx.x % static_cast<uint32_t>(p.group_blocks);
+                    const int64_t lines = (part_of_group * params.steps + flat + i) * params.groups;
+                    shared.lines = {params.projections + (lines + block.group) * p.d_state,
+                                    sign * params.groups * p.d_state};
+                    shared.slot = i0 ? (flat + segment.start) / CHECKPOINT_STEPS + i0 / CHECKPOINT_STEPS - 1 : -1;
                 }
+                __syncthreads();
                 // The quad of a tile's step in an activation.
                 const auto load_quad = [&](const Place &place, const Activation &tensor, int i, int there) {
                     const T *at = static_cast<const T *>(place.at);
@@ -222,18 +247,29 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
 
                 // Stage what the recurrence reads.
                 {
-                    constexpr int ROWS = THREADS / COLUMNS;
+                    constexpr int ROWS = THREADS / COLUMNS, FOURS = 2 * LANES;
                     const int first_row = threadIdx.x / COLUMNS;
-                    const Walk<T, WHOLE> u(p.u, segment, i0 + first_row, d0, reverse);
-                    const Walk<T, WHOLE> delta(p.delta, segment, i0 + first_row, d0, reverse);
-                    ProjectionWalk<T, CHECKPOINT_STEPS, THREADS, WHOLE> projections(p, segment, block.group, i0, turn * TURN);
-                    projections.template load<true>(left);
+                    // B and C, four states at a time.
+                    const int which = threadIdx.x / LANES % 2, four = threadIdx.x % LANES * STATES;
+                    const Projection &projection = which ? p.c : p.b;
+                    const Place place = which ? shared.c : shared.b;
+                    const int64_t states = p.d_state - turn * TURN - four;
+                    const int readable =
+                        projection.constant ? 0 : static_cast<int>(max(int64_t(0), min(states, int64_t(STATES))));
+                    Pack<T, STATES> fours[CHECKPOINT_STEPS * FOURS / THREADS];
+#pragma unroll
+                    for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
+                        const int t = threadIdx.x / FOURS + k * (THREADS / FOURS);
+                        const typename Distance<WHOLE>::type distance = place.step;
+                        const T *at = static_cast<const T *>(place.at) + t * distance + four * projection.state;
+                        fours[k] = ::load<T, STATES, WHOLE>(at, projection.state, t < left ? readable : 0);
+                    }
                     Pack<T, QUAD> x[CHECKPOINT_STEPS / ROWS], step[CHECKPOINT_STEPS / ROWS];
 #pragma unroll
                     for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
-                        const int there = first_row + k * ROWS < left ? count : 0;
-                        x[k] = u.load(k * ROWS, there);
-                        step[k] = delta.load(k * ROWS, there);
+                        const int t = first_row + k * ROWS, there = t < left ? count() : 0;
+                        x[k] = load_quad(shared.u, p.u, t, there);
+                        step[k] = load_quad(shared.delta, p.delta, t, there);
                     }
                     float bias[QUAD];
                     read_shared(bias, &shared.biases[column]);
@@ -250,13 +286,17 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                         }
                         write_shared(&shared.steps[first_row + k * ROWS][column].x, staged);
                     }
-                    projections.store(&shared.projections[0][0][0]);
+#pragma unroll
+                    for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
+                        const float values[STATES] = {fours[k][0], fours[k][1], fours[k][2], fours[k][3]};
+                        write_shared(&shared.projections[0][0][0] + STATES * (threadIdx.x + k * THREADS), values);
+                    }
                 }
 
                 // Half of the threads stage a tile while the other half finish the one behind it.
                 const auto stage_d_y = [&](int tile) {
                     if (tile % 2 != half) return;
-                    const int i = tile * TILE + row, there = i < left ? count : 0;
+                    const int i = tile * TILE + row, there = i < left ? count() : 0;
                     const Pack<T, QUAD> tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
                     const Pack<T, QUAD> tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
                     float d_y[QUAD];
@@ -266,7 +306,6 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                     }
                     write_shared(&shared.d_y[row][column], d_y);
                 };
-                __syncthreads();
                 stage_d_y(tiles - 1);
                 __syncthreads();
 
@@ -274,9 +313,8 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                 const auto read_states = [&](float(&h)[STATES], int tile) {
                     if (tile > 0) {
                         read_shared(h, &shared.states[tile - 1][threadIdx.x].x);
-                    } else if (i0 > 0) {
-                        const int64_t slot = (flat + segment.start) / CHECKPOINT_STEPS + i0 / CHECKPOINT_STEPS - 1;
-                        lane.read(h, params.checkpoints + lane.at(p, slot), 1);
+                    } else if (const Lane lane = lane_anew(); shared.slot >= 0) {
+                        lane.read(h, params.checkpoints + lane.at(p, shared.slot), 1);
                     } else {
                         lane.initial(h, p.initial_state, segment.sequence);
                     }
@@ -454,19 +492,18 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
 
                     // Finish: what each channel gets of the sums over its states.
                     if (tile % 2 == half) {
-                        const int i = tile * TILE + row, there = i < left ? count : 0;
+                        const int i = tile * TILE + row, there = i < left ? count() : 0;
                         const Pack<T, QUAD> x = load_quad(shared.u, p.u, i, there);
-                        const Pack<T, QUAD> step = load_quad(shared.delta, p.delta, i, there);
                         // Read again: kept since they were staged, they would take registers from the recurrence.
                         const Pack<T, QUAD> tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
                         const Pack<T, QUAD> tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
-                        float d_delta[QUAD], d_input[QUAD], y[QUAD], bias[QUAD], skip[QUAD];
-                        read_shared(bias, &shared.biases[column]);
+                        float d_delta[QUAD] = {}, d_input[QUAD] = {}, y[QUAD] = {}, skip[QUAD];
                         read_shared(skip, &shared.skips[column]);
                         const Place place = shared.gradients;
                         const typename Distance<WHOLE>::type distance = place.step;
                         const int64_t at = reinterpret_cast<int64_t>(place.at) + (i * distance + column);
-#pragma unroll
+                        // Not unrolled: what is loaded ahead of its use would take more registers than there are.
+#pragma unroll 1
                         for (int s = 0; s < LANES; s += 2) {
                             float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
                             read_shared(one, &shared.sums.steps[row][s][Sums::place(column, s)].x);
@@ -477,11 +514,9 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                             }
 #pragma unroll
                             for (int c = 0; c < QUAD; c++) {
-                                const float delta = one[2 * c] + two[2 * c], input = one[2 * c + 1] + two[2 * c + 1];
-                                const float both_y = one_y[c] + two_y[c];
-                                d_delta[c] = s ? d_delta[c] + delta : delta;
-                                d_input[c] = s ? d_input[c] + input : input;
-                                y[c] = s ? y[c] + both_y : both_y;
+                                d_delta[c] += one[2 * c] + two[2 * c];
+                                d_input[c] += one[2 * c + 1] + two[2 * c + 1];
+                                y[c] += one_y[c] + two_y[c];
                             }
                         }
                         if (GENERAL && turns > 1) {
@@ -501,35 +536,39 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                             }
                         }
                         if (last_turn) {
-                            float d_u[QUAD], d_step[QUAD], d_z[QUAD], d_skip[QUAD], d_bias[QUAD];
-                            read_shared(d_skip, &shared.d_skip[quad].x);
-                            read_shared(d_bias, &shared.d_bias[quad].x);
+                            float d_y[QUAD], d_u[QUAD], d_step[QUAD];
+                            if (gated) {
+                                float d_z[QUAD];
+#pragma unroll
+                                for (int c = 0; c < QUAD; c++) {
+                                    const float d_out = tile_d_out[c], z = tile_z[c], s = sigmoid(z);
+                                    d_z[c] = d_out * fmaf(skip[c], x[c], y[c]) * (s * fmaf(z, 1.0f - s, 1.0f));
+                                    d_y[c] = d_out * (z * s);
+                                }
+                                store<T, WHOLE>(static_cast<T *>(params.d_z) + at, d_z, there);
+                            } else {
+#pragma unroll
+                                for (int c = 0; c < QUAD; c++) d_y[c] = tile_d_out[c];
+                            }
 #pragma unroll
                             for (int c = 0; c < QUAD; c++) {
-                                const float raw = step[c] + bias[c];
                                 const float delta = shared.steps[tile * TILE + row][column + c].x;
-                                const float d_out = tile_d_out[c];
-                                float d_y = d_out;
-                                if (gated) {
-                                    const float z = tile_z[c], s = sigmoid(z);
-                                    d_z[c] = d_out * fmaf(skip[c], x[c], y[c]) * (s * fmaf(z, 1.0f - s, 1.0f));
-                                    d_y = d_out * (z * s);
-                                }
-                                d_u[c] = fmaf(skip[c], d_y, hold ? d_input[c] : d_input[c] * delta);
+                                d_u[c] = fmaf(skip[c], d_y[c], hold ? d_input[c] : d_input[c] * delta);
                                 float d = d_delta[c] * LN_2;
                                 if (!hold) d = fmaf(d_input[c], x[c], d);
-                                if (plus) d *= sigmoid(raw);
+                                // The slope of softplus, 1/(1 + e^-x), is 1 - e^-Δ.
+                                if (plus) d *= -exp2_minus_one(delta * -LOG2_E);
                                 d_step[c] = d;
-                                d_skip[c] = fmaf(d_y, x[c], d_skip[c]);
-                                d_bias[c] += d;
                             }
-                            if (there) {
-                                write_shared(&shared.d_skip[quad].x, d_skip);
-                                write_shared(&shared.d_bias[quad].x, d_bias);
-                            }
-                                                        store<T, WHOLE>(static_cast<T *>(params.d_u) + at, d_u, there);
+                            store<T, WHOLE>(static_cast<T *>(params.d_u) + at, d_u, there);
                             store<T, WHOLE>(static_cast<T *>(params.d_delta) + at, d_step, there);
-                            if (gated) store<T, WHOLE>(static_cast<T *>(params.d_z) + at, d_z, there);
+                            if (there) {
+                                float4 &d_skip = shared.d_skip[quad], &d_bias = shared.d_bias[quad];
+                                d_skip = {fmaf(d_y[0], x[0], d_skip.x), fmaf(d_y[1], x[1], d_skip.y),
+                                          fmaf(d_y[2], x[2], d_skip.z), fmaf(d_y[3], x[3], d_skip.w)};
+                                d_bias = {d_bias.x + d_step[0], d_bias.y + d_step[1], d_bias.z + d_step[2],
+                                          d_bias.w + d_step[3]};
+                            }
                         }
                     }
                     // The block's sums of ∂B and ∂C, one to a thread, the warps in order.
@@ -553,12 +592,14 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backwar
                 }
             }
             if (params.d_initial_state && segment.first == 0) {
+                const Lane lane = lane_anew();
                 lane.write(params.d_initial_state + lane.at(p, segment.sequence), g);
             }
         }
-        lane.write(params.d_a + lane.at(p, blockIdx.y), d_a);
-        if (GENERAL && params.d_b) lane.write(params.d_b + lane.at(p, blockIdx.y), d_constant_b);
-        if (GENERAL && params.d_c) lane.write(params.d_c + lane.at(p, blockIdx.y), d_constant_c);
+        const Lane last = lane_anew();
+        last.write(params.d_a + last.at(p, blockIdx.y), d_a);
+        if (GENERAL && params.d_b) last.write(params.d_b + last.at(p, blockIdx.y), d_constant_b);
+        if (GENERAL && params.d_c) last.write(params.d_c + last.at(p, blockIdx.y), d_constant_c);
     }
 
     // Sums over the threads of a quad, in order.
@@ -602,8 +643,8 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat
         for (int n = 0; n < STATES; n++) a[n] *= LOG2_E;
         if (GENERAL && p.c.constant) lane.constant(constant_c, p.c);
 
-        for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
-            const Segment segment = p.segments.get(index);
+        for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
+            const Segment segment = p.segments.get(at);
             // What a sequence starts with is not handed on.
             if (segment.first == 0) continue;
             float g[STATES] = {}, total = 0.0f;

@@ -65,8 +65,8 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     };
     if (!GENERAL) read_a(0);
 
-    for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
-        const Segment segment = p.segments.get(index);
+    for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
+        const Segment segment = p.segments.get(at);
         if (SUMMARY && segment.ends_sequence()) continue;
         const int64_t end = segment.first + segment.steps;
         // By the sequence's own length, so that it gets the same bits whatever it is packed with.
@@ -298,12 +298,12 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
         scan_forward<T, OWN, THREADS, STEPS, GENERAL, true>(params);                                                   \
     }
 
-#define INSTANCES(SUFFIX, T)                                                                                           \
-    INSTANCE(four_##SUFFIX, T, 4, 128, 8, false, 4)                                                                    \
-    INSTANCE(two_##SUFFIX, T, 2, 128, 16, false, 6)                                                                    \
+#define INSTANCES(SUFFIX, T, BLOCKS_OF_FOUR, BLOCKS_OF_TWO)                                                            \
+    INSTANCE(four_##SUFFIX, T, 4, 128, 8, false, BLOCKS_OF_FOUR)                                                       \
+    INSTANCE(two_##SUFFIX, T, 2, 128, 16, false, BLOCKS_OF_TWO)                                                        \
     INSTANCE(one_##SUFFIX, T, 1, 128, 16, false, 8)                                                                    \
     INSTANCE(general_##SUFFIX, T, 1, 256, 16, true, 2)
 
-INSTANCES(f32, float)
-INSTANCES(f16, __half)
-INSTANCES(bf16, __nv_bfloat16)
+INSTANCES(f32, float, 3, 5)
+INSTANCES(f16, __half, 4, 6)
+INSTANCES(bf16, __nv_bfloat16, 4, 6)

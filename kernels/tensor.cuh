@@ -60,14 +60,37 @@ struct PackedSegment {
     int64_t sequence, start, len, first, steps, rank, behind;
 };
 
+// Counts through the segments that a row of blocks takes, and where they lie if each batch row has `per_row`. Divides by
+// 32 bits only: 64 would be a call, around which everything is spilled.
+struct SegmentIndex {
+    int64_t index, row, rank;
+
+    __device__ __forceinline__ explicit SegmentIndex(int64_t per_row) : index(blockIdx.y), row(0), rank(0) {
+        move(blockIdx.y, per_row);
+    }
+    __device__ __forceinline__ void next(int64_t per_row) {
+        index += gridDim.y;
+        move(gridDim.y, per_row);
+    }
+
+  private:
+    __device__ __forceinline__ void move(uint32_t by, int64_t per_row) {
+        const uint32_t divisor = per_row > INT32_MAX ? INT32_MAX : static_cast<uint32_t>(per_row);
+        row += by / divisor;
+        rank += by % divisor;
+        if (rank >= per_row) rank -= per_row, row++;
+    }
+};
+
 // How the steps are divided into segments: those that `packed` lists or, where it is null, each batch row into
 // `per_row` parts.
 struct Segments {
     const PackedSegment *packed;
     int64_t count, len, per_row, steps;
 
-    __device__ __forceinline__ Segment get(int64_t index) const {
+    __device__ __forceinline__ Segment get(const SegmentIndex &at) const {
         Segment s;
+        const int64_t index = at.index;
         s.index = index;
         if (packed) {
             const PackedSegment part = packed[index];
@@ -79,10 +102,10 @@ struct Segments {
             s.steps = part.steps;
             s.rank = part.rank;
         } else {
-            s.sequence = s.row = index / per_row;
+            s.sequence = s.row = at.row;
             s.start = 0;
             s.len = len;
-            s.rank = index - s.row * per_row;
+            s.rank = at.rank;
             s.first = s.rank * steps;
             s.steps = min(steps, len - s.first);
         }

@@ -123,7 +123,7 @@ pub fn backward_with<T: Element>(
 const CHANNELS: usize = 64;
 const THREADS: usize = 256;
 const TURN: usize = 16;
-const SHARED: usize = 113_248;
+const SHARED: usize = 113_376;
 
 /// Blocks for each processor that the rows are enough for; more would only make more parts of sums.
 const BLOCKS_PER_PROCESSOR: usize = 8;
