@@ -6,12 +6,6 @@
 //! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
 //! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
 //!
-//! | feature | what it adds |
-//! |---|---|
-//! | `cuda` | the operators on NVIDIA GPUs: the module `cuda`, and a module `cuda` in that of each operator that has kernels. Building needs nvcc; running needs a driver, without which programs start and get an error |
-//!
-//! No feature is on by default.
-//!
 //! Each has a CPU path that is vectorised for AVX-512, AVX2, NEON or plain code, chosen at run time, and runs on the
 //! threads of the current rayon pool; and a `float64` reference that is the equations written down, which the rest is
 //! tested against. Activations are `f32`, `f16` or `bf16`; parameters and states are `f32`, and so is all arithmetic.
@@ -52,11 +46,19 @@
 //! # Ok::<(), selective_scan::Error>(())
 //! ```
 //!
+//! # Features
+//! | feature | what it adds |
+//! |---|---|
+//! | `cuda` | the operators on NVIDIA GPUs: the module `cuda`, and one of that name in the module of each operator |
+//!
+//! None is on by default. With `cuda`, building needs nvcc; running needs a driver, without which a program starts and gets
+//! an error when it asks for a GPU.
+//!
 //! # Promises
 //! - Neither pass stores anything for every step, channel and state. Forward keeps one state of each channel for every
 //!   64 steps if a backward pass is to follow, else nothing; backward recomputes.
-//! - The same inputs give the same bits, on any number of threads and in every run on a GPU. What a sequence gets does not depend on what it is
-//!   batched or packed with; only the gradients of parameters sum over the batch.
+//! - The same inputs give the same bits, on any number of threads, and in every run on the same GPU. What a sequence gets
+//!   does not depend on what it is batched or packed with; only the gradients of parameters sum over the batch.
 //! - Every argument is checked before any work starts. A bad one gives an [`Error`] that names it, and nothing is
 //!   written.
 
