@@ -24,7 +24,10 @@ fn main() {
     if env::var_os("DOCS_RS").is_some() {
         // Documentation needs the names of the kernels only.
         for source in &sources {
-            fs::write(out.join(fatbin_name(source)), []).expect("OUT_DIR is writable");
+            let fatbin = out.join(fatbin_name(source));
+            fs::write(&fatbin, []).expect("OUT_DIR is writable");
+            // What is there now is not what the command of an earlier build made.
+            let _ = fs::remove_file(fatbin.with_extension("command"));
         }
         return;
     }

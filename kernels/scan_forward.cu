@@ -156,7 +156,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 
             // Advance.
             for (int turn = 0; turn < turns; turn++) {
-                float inverse_a[STATES], constant_b[STATES], constant_c[STATES];
+                [[maybe_unused]] float inverse_a[STATES], constant_b[STATES], constant_c[STATES];
                 if constexpr (GENERAL) {
                     Projections tile(p, segment, block.group, i, turn * TURN);
                     tile.template load<ragged.value>(left);

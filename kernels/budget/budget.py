@@ -9,7 +9,7 @@ It needs nvcc, cuobjdump and nvdisasm, in $CUDA_HOME/bin or on the PATH, and no 
 - of the main loops of the scan, bf16: machine instructions for each (time step, channel, state), by class, which are those
   of a warp for 32 of them. They are counted in the machine code, along the longest path around the loop (sass.py says how
   loops are found). Left out are ways that only a warp takes in which a product of zero and infinity has come up (the
-  kernel then sums by shuffles: an inner loop of the backward's tile loop) and ways for a warp that has come apart; code
+  kernel then sums each step alone: an inner loop of the backward's tile loop) and ways for a warp that has come apart; code
   that half of the warps run in each turn counts half;
 - the number of kernels, and how long nvcc takes on two cores.
 
@@ -40,7 +40,7 @@ FORWARD, BACKWARD, SPLIT, BUILD = 7.5, 26.0, 1.9, 120.0
 # The steps of a tile and the channels of a lane in each fast forward kernel, as in INSTANCES of scan_forward.cu. A lane
 # carries 4 states of each, and so does one of the backward kernel, with tiles of 8 steps in parts of 64.
 TILES = {"one": (16, 1), "two": (16, 2), "four": (8, 4)}
-STATES, BACKWARD_TILE, PART = 4, 8, 64
+STATES, LANES, BACKWARD_TILE, PART = 4, 4, 8, 64
 
 FLOAT_ATOMIC = r"(RED|REDG|ATOM|ATOMG|ATOMS)\.(.*\.)?(F16|F32|F64|BF16)(x\d)?(\.|_|$).*|REDAS.*F.*"
 
@@ -162,7 +162,8 @@ def backward_loops(kernel):
     surrounds both in the part of 64 steps."""
     units = BACKWARD_TILE * STATES
     found = sass.loops(kernel.code)
-    tile = min((loop for loop in found if loop.count(r".MMA.*")), key=lambda loop: len(loop.instructions))
+    tiles = (loop for loop in found if loop.count(r".MMA.*") and loop.count(r"BAR.*"))
+    tile = min(tiles, key=lambda loop: len(loop.instructions))
     part = min((loop for loop in found if tile in sass.inside(loop, found)), key=lambda loop: len(loop.body))
 
     def is_states(loop):
@@ -171,7 +172,8 @@ def backward_loops(kernel):
     states = [loop for loop in sass.inside(part, found) if loop is not tile and is_states(loop)]
     if len(states) != 1:
         raise ValueError(f"{kernel.name}: {len(states)} loops look like that which finds states")
-    within = sass.cost(tile, found, lambda loop: None if loop.count("SHFL.*") else 1, halves)
+    # Of the loops within, that which sums each step alone is rarely gone around; the other adds the lanes' sums by pairs.
+    within = sass.cost(tile, found, lambda loop: None if loop.count(r".MMA.*") else LANES // 2, halves)
     around = sass.cost(part, found, lambda loop: 0 if loop in (tile, *states) else 1, halves)
     return {
         "tiles, back": per_unit(within, units),

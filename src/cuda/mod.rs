@@ -1,6 +1,6 @@
 //! The operators on NVIDIA GPUs, through [cudarc](https://docs.rs/cudarc).
 //!
-//! Tensors are [`View`](crate::View)s over [`CudaSlice`]s: the same argument types, and the same checks of them, as on the
+//! Tensors are [`View`]s over [`CudaSlice`]s: the same argument types, and the same checks of them, as on the
 //! CPU, with [`Cuda`] as their kind of memory. Every function takes the stream that it is to work on, enqueues its kernels
 //! there and returns; none waits for the device. What a call needs beside its arguments is allocated and freed in the
 //! order of the stream, and tables travel inside the launches, so that a call can be captured in a CUDA graph (with

@@ -62,6 +62,10 @@ impl Module {
             return Ok(function.clone());
         }
         if !modules.contains_key(self.name) {
+            if self.fatbin.is_empty() {
+                let action = format!("loading the kernels of {}", self.name);
+                return Err(Error::Cuda { action, message: "this build is for its documentation and has none".into() });
+            }
             let image = Ptx::from_binary(self.fatbin.to_vec());
             let module = context
                 .load_module(image)
