@@ -11,7 +11,7 @@ use crate::measure::{self, Check, Deviation, FORWARD_BOUND, GRADIENT_BOUND, Meas
 
 /// Exact results of some of the channels.
 pub struct Exact<'a, T> {
-    data: &'a ConvData<T>,
+    pub data: &'a ConvData<T>,
     picks: Vec<usize>,
     channels: Vec<(Output<f64, f64>, Gradients<f64, f64>)>,
 }
@@ -43,13 +43,13 @@ impl<'a, T: Element> Exact<'a, T> {
         Deviation::of_channels(got, [self.data.d_inner, width], &self.picks, self.channels.iter().map(exact))
     }
 
-    fn check_output(&self, output: &Output<T>) -> Check {
+    pub fn check_output(&self, output: &Output<T>) -> Check {
         let out = self.deviation(&output.out, 1, |(exact, _)| &exact.out);
         let state = self.deviation(&output.final_state, 1, |(exact, _)| &exact.final_state);
         Check::worst([out.check(FORWARD_BOUND), state.check(FORWARD_BOUND)])
     }
 
-    fn check_gradients(&self, gradients: &Gradients<T>) -> Check {
+    pub fn check_gradients(&self, gradients: &Gradients<T>) -> Check {
         let deviations = [
             self.deviation(&gradients.x, 1, |(_, exact)| &exact.x),
             self.deviation(&gradients.weight, self.data.width, |(_, exact)| &exact.weight),

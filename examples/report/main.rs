@@ -12,6 +12,8 @@ mod common;
 
 mod attention;
 mod conv;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod math;
 mod measure;
 mod output;
@@ -79,6 +81,16 @@ struct Arguments {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Device {
     Cpu,
+    /// The first GPU: the operators alone, timed by its own events, since the unfused scan and attention here are code
+    /// for the CPU
+    #[cfg(feature = "cuda")]
+    Cuda,
+}
+
+impl Device {
+    fn is_cpu(self) -> bool {
+        matches!(self, Self::Cpu)
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -108,7 +120,9 @@ impl Arguments {
         let longest = self.max_length as usize;
         let lengths = if self.quick { vec![512, 2048] } else { (9..32).map(|exponent| 1 << exponent).collect() };
         let mut threads: Vec<_> = self.threads.iter().map(|n| n.get()).collect();
-        if threads.is_empty() {
+        if !self.device.is_cpu() {
+            threads = vec![1];
+        } else if threads.is_empty() {
             threads = common::default_threads();
         }
         threads.sort_unstable();
@@ -119,11 +133,11 @@ impl Arguments {
             threads,
             seed: self.seed.unwrap_or_else(rand::random),
             quick: self.quick,
+            device: self.device,
         }
     }
 
     fn run(&self) -> Result<bool, Box<dyn Error>> {
-        let Device::Cpu = self.device;
         let plan = self.plan();
         let rows = match self.dtype {
             Type::F32 => plan.run::<f32>()?,

@@ -44,6 +44,7 @@ impl fmt::Display for Row {
 #[derive(Debug, Clone, Copy)]
 pub struct Case {
     op: &'static str,
+    device: &'static str,
     dtype: DType,
     threads: usize,
     shape: [usize; 4],
@@ -52,7 +53,13 @@ pub struct Case {
 impl Case {
     /// The operator at `shape`, B, L, D and N.
     pub fn on(pool: &ThreadPool, op: &'static str, dtype: DType, shape: [usize; 4]) -> Self {
-        Self { op, dtype, threads: pool.current_num_threads(), shape }
+        Self { op, device: "cpu", dtype, threads: pool.current_num_threads(), shape }
+    }
+
+    /// The same on a GPU, which one thread feeds.
+    #[cfg(feature = "cuda")]
+    pub fn on_gpu(op: &'static str, dtype: DType, shape: [usize; 4]) -> Self {
+        Self { op, device: "cuda", dtype, threads: 1, shape }
     }
 }
 
@@ -69,7 +76,7 @@ impl Rows {
         self.rows.push(Row {
             op: case.op,
             direction,
-            device: "cpu",
+            device: case.device,
             dtype: name(case.dtype),
             threads: case.threads,
             b,

@@ -7,9 +7,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rayon::ThreadPool;
 use selective_scan::{DType, Element};
 
+use crate::Device;
 use crate::attention::Attention;
 use crate::common::{ConvData, Random, ScanData, UpdateData, pools};
 use crate::conv;
+#[cfg(feature = "cuda")]
+use crate::gpu::Gpu;
 use crate::measure::{self, Measured};
 use crate::output::{Case, Rows};
 use crate::scan;
@@ -45,6 +48,7 @@ pub struct Plan {
     pub threads: Vec<usize>,
     pub seed: u64,
     pub quick: bool,
+    pub device: Device,
 }
 
 impl Plan {
@@ -52,14 +56,16 @@ impl Plan {
         let progress = ProgressBar::new((self.models.len() * (self.lengths.len() * STEPS_PER_LENGTH + 1)) as u64);
         progress.set_style(ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len} {msg}")?);
         let mut session = Session {
-            pools: pools(&self.threads)?,
+            pools: if self.device.is_cpu() { pools(&self.threads)? } else { Vec::new() },
+            #[cfg(feature = "cuda")]
+            gpu: if self.device.is_cpu() { None } else { Some(Gpu::open()?) },
             budget: Duration::from_millis(if self.quick { 300 } else { 1000 }),
             random: Random::new(self.seed),
             rows: Rows::default(),
             progress,
         };
         for model in self.models {
-            let mut attention = vec![None; self.threads.len()];
+            let mut attention = vec![None; session.pools.len()];
             for &len in &self.lengths {
                 session.scan::<T>(model, len)?;
                 session.conv::<T>(model, len)?;
@@ -76,7 +82,10 @@ impl Plan {
 const STEPS_PER_LENGTH: usize = 5;
 
 struct Session {
+    /// What to run on the CPU with: none if a GPU is reported on.
     pools: Vec<ThreadPool>,
+    #[cfg(feature = "cuda")]
+    gpu: Option<Gpu>,
     /// The time to spend on repeating one measurement.
     budget: Duration,
     random: Random,
@@ -111,6 +120,16 @@ impl Session {
         let data = ScanData::<T>::random(&mut self.random, shape);
         let exact = scan::Exact::new(&data)?;
 
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            let [forward, backward] = gpu.scan(self.budget, &exact)?;
+            let case = Case::on_gpu("selective_scan", T::DTYPE, shape);
+            self.rows.push(case, "forward", forward, None);
+            self.rows.push(case, "backward", backward, None);
+            self.progress.inc(2);
+            return Ok(());
+        }
+
         self.next("unfused scan", model, len);
         let unfused = self.unfused(model, &data, &exact)?;
 
@@ -135,6 +154,13 @@ impl Session {
         }
         let data = ConvData::<T>::random(&mut self.random, shape);
         let exact = conv::Exact::new(&data)?;
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            let [forward, backward] = gpu.conv(self.budget, &exact)?;
+            let case = Case::on_gpu("causal_conv", T::DTYPE, shape);
+            self.rows.push(case, "forward", forward, None);
+            self.rows.push(case, "backward", backward, None);
+        }
         for pool in &self.pools {
             let case = Case::on(pool, "causal_conv", T::DTYPE, shape);
             self.rows.push(case, "forward", pool.install(|| conv::forward(self.budget, &exact))?, None);
@@ -148,6 +174,11 @@ impl Session {
         for batch in DECODE_BATCHES {
             let &Model { d_inner, d_state, .. } = model;
             let data = UpdateData::<T>::random(&mut self.random, [batch, d_inner, d_state]);
+            #[cfg(feature = "cuda")]
+            if let Some(gpu) = &self.gpu {
+                let case = Case::on_gpu("state_update", T::DTYPE, [batch, 1, d_inner, d_state]);
+                self.rows.push(case, "update", gpu.update(self.budget, &data)?, None);
+            }
             for pool in &self.pools {
                 let case = Case::on(pool, "state_update", T::DTYPE, [batch, 1, d_inner, d_state]);
                 self.rows.push(case, "update", pool.install(|| update::update(self.budget, &data))?, None);
@@ -190,6 +221,9 @@ impl Session {
 
     fn attention(&mut self, model: &Model, len: usize, before: &mut [Option<(usize, f64)>]) {
         self.next("attention", model, len);
+        if self.pools.is_empty() {
+            return;
+        }
         let fits = |before: &Option<(usize, f64)>| match before {
             Some((length, seconds)) => seconds * (len as f64 / *length as f64).powi(2) < ATTENTION_SECONDS,
             // Nothing was measured yet: surely short enough at the least length, unknown at others.

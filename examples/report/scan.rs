@@ -11,7 +11,7 @@ use crate::measure::{self, Check, Deviation, FORWARD_BOUND, GRADIENT_BOUND, Meas
 
 /// Exact results of some of the channels.
 pub struct Exact<'a, T> {
-    data: &'a ScanData<T>,
+    pub data: &'a ScanData<T>,
     picks: Vec<usize>,
     channels: Vec<(Output<f64, f64>, Gradients<f64, f64>)>,
 }
@@ -49,12 +49,17 @@ impl<'a, T: Element> Exact<'a, T> {
         self.deviation(out, 1, |(output, _)| &output.out).check(FORWARD_BOUND)
     }
 
-    fn check_output(&self, output: &Output<T>) -> Check {
+    pub fn check_output(&self, output: &Output<T>) -> Check {
         let state = self.deviation(&output.final_state, self.data.d_state, |(exact, _)| &exact.final_state);
         Check::worst([self.check_out(&output.out), state.check(FORWARD_BOUND)])
     }
 
-    fn check_gradients(&self, gradients: &Gradients<T>) -> Result<Check> {
+    /// `of_part` gives the gradients of another problem on the device that gave `gradients`.
+    pub fn check_gradients<E>(
+        &self,
+        gradients: &Gradients<T>,
+        of_part: impl FnOnce(&ScanData<T>) -> Result<Gradients<T>, E>,
+    ) -> Result<Check, E> {
         let optional = |gradient: &Option<Vec<f32>>, exact: fn(&Gradients<f64, f64>) -> &Option<Vec<f64>>| {
             self.deviation(gradient.as_deref().unwrap_or_default(), 1, |(_, channel)| {
                 exact(channel).as_deref().unwrap_or_default()
@@ -74,9 +79,7 @@ impl<'a, T: Element> Exact<'a, T> {
 
         // The gradients of B and C are sums over channels: they are checked on the problem of the picked channels.
         let part = self.data.channels(&self.picks);
-        let inputs = part.inputs();
-        let (_, checkpoints) = inputs.forward_with_checkpoints()?;
-        let of_part = inputs.backward(&checkpoints, View::new(&part.d_out, inputs.u.shape))?;
+        let of_part = of_part(&part)?;
         for (got, exact) in [(&of_part.b, exact_sum(self, |g| &g.b)), (&of_part.c, exact_sum(self, |g| &g.c))] {
             deviations.push(match got {
                 ProjectionGradient::Varying(got) => Deviation::of(got, &exact),
@@ -129,5 +132,12 @@ pub fn backward<T: Element>(budget: Duration, exact: &Exact<T>) -> Result<Measur
         result = cpu::backward(&inputs, &checkpoints, d_outputs, gradients.as_mut());
     });
     result?;
-    Ok(Measured { seconds, check: exact.check_gradients(&gradients)? })
+    Ok(Measured { seconds, check: exact.check_gradients(&gradients, gradients_of)? })
+}
+
+/// All gradients of a problem, on the CPU.
+fn gradients_of<T: Element>(data: &ScanData<T>) -> Result<Gradients<T>> {
+    let inputs = data.inputs();
+    let (_, checkpoints) = inputs.forward_with_checkpoints()?;
+    inputs.backward(&checkpoints, View::new(&data.d_out, inputs.u.shape))
 }
