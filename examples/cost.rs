@@ -9,7 +9,7 @@ use rand::Rng;
 use selective_scan::cuda::{self, Cuda};
 use selective_scan::scan::cuda::{PerLane, Plan};
 use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut, ProjectionMut};
-use selective_scan::{Element, View};
+use selective_scan::{Element, View, ViewMut, conv, state_update};
 
 use crate::common::Random;
 
@@ -35,7 +35,15 @@ const OPERATORS: &[(&str, Run)] = &[
     ("scan forward, as planned", |stream| scan_forward(stream, Plan::default())),
     ("scan backward, unsplit", |stream| scan_backward(stream, unsplit(PerLane::One))),
     ("scan backward, as planned", |stream| scan_backward(stream, Plan::default())),
+    ("convolution forward", conv_forward),
+    ("convolution backward", conv_backward),
+    ("convolution update", conv_update),
+    ("state update", update_states),
 ];
+
+/// Taps of the convolution, and the rows that are decoded at once.
+const WIDTH: usize = 4;
+const ROWS: usize = 64;
 
 fn unsplit(per_lane: PerLane) -> Plan {
     Plan { segment_steps: Some(usize::MAX), per_lane: Some(per_lane) }
@@ -145,4 +153,85 @@ fn scan_backward(stream: &Arc<CudaStream>, plan: Plan) -> Result<(), Failure> {
     };
     let d_out = View::on_device(&out, ACTIVATION);
     Ok(scan::cuda::backward_with(plan, stream, &inputs, &checkpoints, d_out.into(), gradients)?)
+}
+
+/// Inputs of a convolution.
+struct Filters {
+    x: CudaSlice<bf16>,
+    weight: CudaSlice<f32>,
+    bias: CudaSlice<f32>,
+}
+
+impl Filters {
+    fn new(stream: &Arc<CudaStream>) -> Result<Self, Failure> {
+        let mut random = Random::new(2);
+        Ok(Self {
+            x: uniform(stream, &mut random, COUNT, -1.0, 1.0)?,
+            weight: uniform(stream, &mut random, CHANNELS * WIDTH, -1.0, 1.0)?,
+            bias: uniform(stream, &mut random, CHANNELS, -1.0, 1.0)?,
+        })
+    }
+
+    fn inputs(&self) -> conv::Inputs<'_, bf16, Cuda> {
+        conv::Inputs {
+            bias: Some(View::on_device(&self.bias, [CHANNELS])),
+            options: conv::Options { silu: true, ..Default::default() },
+            ..conv::Inputs::new(View::on_device(&self.x, ACTIVATION), View::on_device(&self.weight, [CHANNELS, WIDTH]))
+        }
+    }
+}
+
+fn conv_forward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let filters = Filters::new(stream)?;
+    let mut out = stream.alloc_zeros(COUNT)?;
+    let to = conv::OutputMut { out: &mut out, final_state: None };
+    Ok(conv::cuda::forward(stream, &filters.inputs(), to)?)
+}
+
+fn conv_backward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let filters = Filters::new(stream)?;
+    let mut x = stream.alloc_zeros(COUNT)?;
+    let (mut weight, mut bias) = (stream.alloc_zeros(CHANNELS * WIDTH)?, stream.alloc_zeros(CHANNELS)?);
+    let to = conv::GradientsMut { x: &mut x, weight: &mut weight, bias: Some(&mut bias), initial_state: None };
+    let d_out = View::on_device(&filters.x, ACTIVATION);
+    Ok(conv::cuda::backward(stream, &filters.inputs(), d_out.into(), to)?)
+}
+
+fn conv_update(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let filters = Filters::new(stream)?;
+    let inputs = conv::UpdateInputs {
+        bias: Some(View::on_device(&filters.bias, [CHANNELS])),
+        silu: true,
+        ..conv::UpdateInputs::new(
+            View::on_device(&filters.x, [ROWS, 1, CHANNELS]),
+            View::on_device(&filters.weight, [CHANNELS, WIDTH]),
+        )
+    };
+    let mut pool = uniform::<bf16>(stream, &mut Random::new(3), ROWS * (WIDTH - 1) * CHANNELS, -1.0, 1.0)?;
+    let mut out = stream.alloc_zeros(ROWS * CHANNELS)?;
+    let state = ViewMut::on_device(&mut pool, [ROWS, WIDTH - 1, CHANNELS]);
+    Ok(conv::cuda::update(stream, &inputs, conv::UpdateMut { state, out: &mut out, token_states: None })?)
+}
+
+fn update_states(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let tensors = Tensors::new(stream)?;
+    let (activation, projection) = ([ROWS, 1, CHANNELS], [ROWS, 1, 1, STATES]);
+    let inputs = state_update::Inputs {
+        z: Some(View::on_device(&tensors.z, activation)),
+        d: Some(View::on_device(&tensors.d, [CHANNELS])),
+        dt_bias: Some(View::on_device(&tensors.bias, [CHANNELS])),
+        options: state_update::Options { dt_softplus: true, ..Default::default() },
+        ..state_update::Inputs::new(
+            View::on_device(&tensors.u, activation),
+            View::on_device(&tensors.delta, activation),
+            View::on_device(&tensors.a, [CHANNELS, STATES]),
+            View::on_device(&tensors.b, projection),
+            View::on_device(&tensors.c, projection),
+        )
+    };
+    let mut pool = uniform::<f32>(stream, &mut Random::new(3), ROWS * CHANNELS * STATES, -1.0, 1.0)?;
+    let mut out = stream.alloc_zeros(ROWS * CHANNELS)?;
+    let state = ViewMut::on_device(&mut pool, [ROWS, CHANNELS, STATES]);
+    let to = state_update::UpdateMut { state, out: &mut out, token_states: None };
+    Ok(state_update::cuda::update(stream, &inputs, to)?)
 }

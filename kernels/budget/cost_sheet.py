@@ -38,7 +38,18 @@ REACHED = 4 * (SEGMENTS - 1) * CHANNELS * (STATES + 1)  # bytes of those
 # sums over channels of 32 each. For the step the forward's four, and the derivatives of softplus (a reciprocal). Bytes:
 # what forward reads, ∂out, three gradients, and the states kept each 64 steps.
 # Retreat: Δ·A, exponential, C·∂y with what came, decay. Bytes: Δ, z, ∂out, and what each segment but the first hands on.
+# Convolution: a multiply-add for each tap and the five instructions of SiLU (two of them special functions); backward the
+# same again for the input's gradient and a multiply-add for each weight's. Bytes: x and out; backward ∂out and ∂x instead.
+# Updates, of 64 rows and one token: the forward's instructions, and the states read and written.
+TAPS, ROWS = 4, 64
+ROW_PART = ROWS * CHANNELS / ELEMENTS
 LEAST = {
+    "conv_forward": (1, (0, TAPS + 5), (0, 2), 4 * ELEMENTS + 4 * CHANNELS * (TAPS + 1)),
+    "conv_backward": (1, (0, 3 * TAPS + 8), (0, 2), 6 * ELEMENTS + 8 * CHANNELS * (TAPS + 1)),
+    "conv_update": (ROW_PART, (0, TAPS + 5), (0, 2),
+                    ROWS * CHANNELS * (4 + 2 * 2 * (TAPS - 1)) + 4 * CHANNELS * (TAPS + 1)),
+    "state_update": (ROW_PART, (5, 4), (1, 4),
+                     ROWS * CHANNELS * (8 + 2 * 4 * STATES) + 2 * 2 * ROWS * STATES + PARAMETERS),
     "scan_forward": (1, (5, 4), (1, 4), 8 * ELEMENTS + PROJECTIONS + PARAMETERS),
     "scan_summary": (SPLIT, (4, 2), (1, 2), SPLIT * (4 * ELEMENTS + PROJECTIONS / 2) + PARAMETERS + REACHED),
     "scan_backward": (1, (13.5, 5), (1, 5), 14 * ELEMENTS + 4 * ELEMENTS * STATES / 64 + PROJECTIONS + PARAMETERS),
@@ -86,7 +97,8 @@ def rows(operator, kernel):
     shared = sum(by_class[one] for one in UNITS["shared"])
 
     units = [f"{sum(by_class[one] for one in parts) / 1000:,.0f}" for parts in UNITS.values()]
-    work = [f"{issued / 1000:,.0f}", f"{issued / per_32 / STATES:.2f}"]
+    work = [f"{issued / 1000:,.0f}",
+            f"{issued / per_32 / STATES:.2f}" if name.startswith("scan") else "-"]
     memory = [f"{sectors / 1e6:.2f}", f"{sectors / ELEMENTS:.2f}", f"{moved / 1e6:.2f}",
               f"{kernel['shared_wavefronts'] / 1000:,.0f}", ratio(kernel["shared_wavefronts"], shared),
               f"{kernel['local_bytes']:,}"]
@@ -113,8 +125,8 @@ def head(*columns):
 INTRODUCTION = f"""# Cost sheet
 
 What the kernels execute and move at B {BATCH}, L {LENGTH}, D {CHANNELS:,}, N {STATES}, bf16, with softplus, D, z and bias, as
-the simulated device counts it, and the least that would do. Written by `kernels/budget/cost_sheet.py`, which says how the
-least is counted; nothing here is timed.
+the simulated device counts it, and the least that would do; the convolution has {TAPS} taps, and updates take {ROWS} rows.
+Written by `kernels/budget/cost_sheet.py`, which says how the least is counted; nothing here is timed.
 
 Instructions are those of warps, in thousands, of PTX, parameters left out. Bytes of sectors are what global accesses ask
 of the caches, 32 bytes at a time; DRAM bytes are each distinct byte once. A shared access of a warp takes 1 wavefront for
