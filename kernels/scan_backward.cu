@@ -65,9 +65,9 @@ struct Shared {
 
 static_assert(sizeof(Shared) == 113376, "as in src/scan/cuda/backward.rs");
 
-// Whether terms must be rounded, see sum_channels.
-template <typename T> constexpr bool ROUNDS = false;
-template <> constexpr bool ROUNDS<__half> = true;
+// Whether terms are summed in two parts, see sum_channels.
+template <typename T> constexpr bool TWO_PARTS = true;
+template <> constexpr bool TWO_PARTS<__nv_bfloat16> = false;
 
 // D += A B on the tensor cores, with 8-bit exponents and 10-bit mantissas. A holds what is to be summed: the lanes that
 // differ in the lowest two bits hold columns of it, and a row of D gets their sum. B chooses D's column: `first` that of
@@ -80,10 +80,10 @@ __device__ __forceinline__ void add_selected(float (&d)[4], const float (&terms)
 }
 
 // add_selected, exact enough for the type that the result is rounded to: a truncated term is off by less than 2^-10, which
-// rounding to bf16 hides; rounded terms by 2^-11, for f16; f32 is taken in two parts.
+// rounding to bf16 hides; for f16 and f32 the rest of each term is summed as well.
 template <typename T>
 __device__ __forceinline__ void sum_channels(float (&d)[4], const float (&terms)[4], float first, float second) {
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (TWO_PARTS<T>) {
         float upper[4], lower[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -92,11 +92,6 @@ __device__ __forceinline__ void sum_channels(float (&d)[4], const float (&terms)
         }
         add_selected(d, upper, first, second);
         add_selected(d, lower, first, second);
-    } else if constexpr (ROUNDS<T>) {
-        float rounded[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) rounded[i] = __uint_as_float(__float_as_uint(terms[i]) + 0x1000u);
-        add_selected(d, rounded, first, second);
     } else {
         add_selected(d, terms, first, second);
     }
