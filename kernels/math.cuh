@@ -73,5 +73,4 @@ template <bool Accurate> struct Decay {
     __device__ __forceinline__ float advance(float h, float input) const {
         return Accurate ? h + fmaf(value, h, input) : fmaf(value, h, input);
     }
-    __device__ __forceinline__ float minus_one() const { return Accurate ? value : value - 1.0f; }
 };

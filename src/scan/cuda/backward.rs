@@ -8,7 +8,7 @@ use cudarc::driver::{CudaSlice, CudaStream};
 use super::launch::{Kernel, LaunchShape, Scan};
 use super::{GradientsMut, Inputs, OutputGradients, Plan};
 use crate::arguments::Dims;
-use crate::cuda::{Arguments, Cuda, Device, Module, params};
+use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, params};
 use crate::scan::ProjectionMut;
 use crate::{Element, Result};
 
@@ -72,7 +72,7 @@ pub fn backward_with<T: Element>(
     // Rows of blocks, each of which sums the gradients of parameters over the segments that it takes.
     let segments = scan.inputs.segments.count as usize;
     let columns = scan.groups() * scan.group_blocks(CHANNELS);
-    let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).clamp(1, 65_535);
+    let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).clamp(1, GRID_ROWS);
     let variant = if scan.kernel == Kernel::General { "general" } else { "fast" };
     let shape = |shared| LaunchShape { variant, channels: CHANNELS, threads: THREADS, rows, shared };
 

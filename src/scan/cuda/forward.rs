@@ -7,7 +7,7 @@ use cudarc::driver::CudaStream;
 use super::launch::{Kernel, LaunchShape, Scan};
 use super::{Inputs, OutputMut, PerLane, Plan};
 use crate::arguments::Dims;
-use crate::cuda::{Arguments, Cuda, Device, Module, params};
+use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, params};
 use crate::{Element, MAX_D_STATE, Result};
 
 /// Runs the scan on the stream's device.
@@ -67,7 +67,7 @@ fn shape(scan: &Scan) -> LaunchShape {
         Kernel::General => ("general", 64, 256),
     };
     let per_block = (STEPS_PER_BLOCK / scan.inputs.segments.len.max(1) as usize).max(1);
-    let rows = (scan.inputs.segments.count as usize).div_ceil(per_block).min(65_535);
+    let rows = (scan.inputs.segments.count as usize).div_ceil(per_block).min(GRID_ROWS);
     // The general kernel keeps the states of turns of 16, four to a thread.
     let turns = |d_state: usize| d_state.div_ceil(16) * threads * 16;
     let shared = match scan.kernel {

@@ -6,7 +6,7 @@ use cudarc::driver::CudaSlice;
 use super::Problem;
 use super::plan::{PerLane, Plan, Segments};
 use crate::arguments::Dims;
-use crate::cuda::{Arguments, Cuda, Device, Module, blocks, params, suffix};
+use crate::cuda::{Arguments, Cuda, Device, Module, blocks, lies_whole, params, suffix};
 use crate::sequences::Sequences;
 use crate::{DType, Discretization, Element, Projection, Result};
 
@@ -89,10 +89,8 @@ impl Scan {
     /// Whether the inputs can be read, and `outputs`, given by address and strides, written by fours.
     pub fn is_aligned<T>(&self, outputs: &[(u64, &[i64])]) -> bool {
         let whole = |address: u64, strides: &[i64]| {
-            address.is_multiple_of(4 * size_of::<T>() as u64)
-                && strides.iter().all(|stride| stride % 4 == 0)
-                // Distances within a tile are 32 bits wide.
-                && strides.last().is_none_or(|step| *step < 1 << 24)
+            // Distances within a tile are 32 bits wide.
+            lies_whole::<T>(address, strides, 4) && strides.last().is_none_or(|step| *step < 1 << 24)
         };
         let inputs = &self.inputs;
         let activations = [&inputs.u, &inputs.delta, &inputs.z].into_iter().filter(|tensor| tensor.data != 0);
