@@ -58,6 +58,13 @@ template <typename T> __device__ __forceinline__ float softplus(float x) {
     return fmaf(e, p, fmaxf(x, 0.0f));
 }
 
+// The slope of softplus where its value is `y`: 1/(1 + e^-x) = 1 - e^-y.
+template <typename T> __device__ __forceinline__ float softplus_slope(float y) {
+    if constexpr (sizeof(T) == 4) return -exp2_minus_one(y * -LOG2_E);
+    // Below 2^-6, where the difference would lose six bits, the series to y²/2: the next term is 2^-14.6 of it.
+    return y < 0x1p-6f ? fmaf(y * y, -0.5f, y) : 1.0f - exp2_fast(y * -LOG2_E);
+}
+
 // 1/(1 + e^-x)
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(x * -LOG2_E)); }
 
@@ -67,6 +74,12 @@ __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 template <bool Accurate> struct Decay {
     float value;
     __device__ __forceinline__ explicit Decay(float x) : value(Accurate ? exp2_minus_one(x) : exp2_fast(x)) {}
+    // The decay of which this was the value.
+    static __device__ __forceinline__ Decay kept(float value) {
+        Decay decay(0.0f);
+        decay.value = value;
+        return decay;
+    }
     // decay · h
     __device__ __forceinline__ float of(float h) const { return Accurate ? fmaf(value, h, h) : value * h; }
     // decay · h + input, h rounded once.

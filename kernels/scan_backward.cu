@@ -1,705 +1,522 @@
-// The selective scan, backward: the gradients of its inputs, and what segments of split sequences make of a zero gradient
-// of the state.
-#include "scan.cuh"
+// The selective scan, backward, in the form that Mamba uses: 16 states or fewer, B and C that vary, channels and states side
+// by side. scan_backward_general.cu takes the rest.
+//
+// Each warp carries 16 neighbouring channels by itself, through one part of 64 steps after another, the last first: from
+// the state that forward kept before the part it finds those before each tile of 8 steps, and then goes back tile by tile.
+// The block's warps meet only to stage B and C of a part and to sum up their gradients of them.
+#include "scan_backward.cuh"
 
-struct ScanBackward {
-    ScanInputs in;
-    Activation d_out;
-    States d_final_state;
-    // The states that forward kept, (slots, d_inner, d_state).
-    const float *checkpoints;
-    // Dense gradients of the activations, and of the initial state; null where the input is absent.
-    void *d_u, *d_delta, *d_z;
-    float *d_initial_state;
-    // Gradients of parameters, summed by each of gridDim.y rows of blocks: (rows, d_inner, d_state) and (rows, d_inner).
-    float *d_a, *d_b, *d_c, *d_d, *d_bias;
-    // Gradients of B and of C that vary, summed by each block over its channels: (2, blocks of a group, batch·length,
-    // groups, d_state).
-    float *projections;
-    // With more than 16 states, what the turns before have found of ∂y/∂Δ, ∂y/∂(Δu) and y: (3, batch·length, d_inner).
-    float *carried;
-    int64_t groups, steps;
-};
-static_assert(sizeof(ScanBackward) == 568, "as in src/cuda/params.rs");
-
-constexpr int THREADS = 256, CHANNELS = THREADS / LANES, COLUMNS = CHANNELS / QUAD, WARPS = THREADS / 32;
+constexpr int WARPS = 4, THREADS = 32 * WARPS;
+// A lane carries 4 states of two neighbouring channels.
+constexpr int OWN = 2, PAIRS = 32 / LANES, WIDTH = PAIRS * OWN, CHANNELS = WARPS * WIDTH;
 // Steps whose decays and states are in registers at a time.
 constexpr int TILE = 8, TILES = CHECKPOINT_STEPS / TILE;
+static_assert(TILE * WIDTH == 32 * QUAD, "a lane stages and finishes one quad of a tile");
 
-// The sums that the lanes of a channel leave for each step. Channels change places with each sub, so that lanes do not
-// meet in a bank.
-struct Sums {
-    float2 steps[TILE][LANES][CHANNELS];
-    float y[TILE][LANES][CHANNELS];
+// What a warp keeps of its channels.
+template <typename T> struct OfWarp {
+    // Δ and Δu of each pair of channels. A tile that is done with leaves the sums of ∂B and ∂C over the warp's channels in
+    // its place, (TILE, 2, TURN).
+    float4 steps[CHECKPOINT_STEPS][PAIRS];
+    // The states before each tile. The gradient behind the tile that is worked on is in the place after the tile's own.
+    float4 states[TILES + 1][OWN][32];
+    // What each lane adds to ∂/∂Δ and ∂/∂(Δu) of its pair in each step, and to y. (Neighbouring steps are shifted
+    // against each other, so that lanes that read them do not meet in a bank.)
+    float4 gradients[TILE][LANES * PAIRS + 1];
+    alignas(16) float y[TILE][LANES * WIDTH];
+    // ∂/∂y of a tile.
+    alignas(16) float d_y[TILE][WIDTH];
+    // The sigmoids of each lane's quad of z.
+    float4 gates[32];
+    // Each lane's quads of u, z and ∂out in the tile that comes next.
+    Pack<T, QUAD> next[3][32];
 
-    static __device__ __forceinline__ int place(int channel, int sub) { return channel ^ sub * 8; }
+    static __device__ __forceinline__ int place_of_y(int t, int at) { return at ^ t % 2 * WIDTH; }
 };
 
 // Where a part's first step lies in a tensor, for the first channel of the block, and the distance of its steps.
-struct Place {
-    const void *at;
+template <typename T> struct Place {
+    const T *at;
     int64_t step;
 };
 
-struct Shared {
-    // What all threads need again and again is here, for registers are few: the segment, the places of a part, and the slot
-    // of the state before it, negative at the start of a sequence.
+template <typename T> struct Shared {
     SegmentIndex next;
     Segment segment;
-    Place u, delta, z, d_out, b, c, gradients, lines;
-    int64_t slot;
-    // Δ and Δu (u with zero-order hold) between two checkpoints.
-    float2 steps[CHECKPOINT_STEPS][CHANNELS];
-    float projections[CHECKPOINT_STEPS][2][TURN];
-    // Each lane's states behind each tile but the last; when the next tile is done, the gradient of those instead.
-    float4 states[TILES][THREADS];
-    // ∂/∂y of a tile.
-    float d_y[TILE][CHANNELS];
-    Sums sums;
-    // Each warp's sums over channels of ∂B and ∂C.
-    float d_projections[WARPS][TILE][2][TURN];
-    float biases[CHANNELS], skips[CHANNELS];
-    // The sums for each quad of a tile, which two threads take turns to add to.
-    float4 d_skip[COLUMNS * TILE], d_bias[COLUMNS * TILE];
+    Place<T> u, z, d_out, delta;
+    // In the dense gradients, and in the sums of ∂B and ∂C: where the first step lies.
+    int64_t gradients, lines;
+    alignas(16) float projections[CHECKPOINT_STEPS][2][TURN];
+    alignas(16) float biases[CHANNELS], skips[CHANNELS];
+    OfWarp<T> warps[WARPS];
 };
+static_assert(sizeof(Shared<float>) == 113840 && sizeof(Shared<__half>) == 110768, "as in src/scan/cuda/backward.rs");
 
-static_assert(sizeof(Shared) == 113376, "as in src/scan/cuda/backward.rs");
-
-// Whether terms are summed in two parts, see sum_channels.
-template <typename T> constexpr bool TWO_PARTS = true;
-template <> constexpr bool TWO_PARTS<__nv_bfloat16> = false;
-
-// D += A B on the tensor cores, with 8-bit exponents and 10-bit mantissas. A holds what is to be summed: the lanes that
-// differ in the lowest two bits hold columns of it, and a row of D gets their sum. B chooses D's column: `first` that of
-// the first two of `terms`, `second` that of the other two; 1 in the lanes that hold the column, else 0.
-__device__ __forceinline__ void add_selected(float (&d)[4], const float (&terms)[4], float first, float second) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(terms[0])), "r"(__float_as_uint(terms[1])), "r"(__float_as_uint(terms[2])),
-          "r"(__float_as_uint(terms[3])), "r"(__float_as_uint(first)), "r"(__float_as_uint(second)));
+__device__ __forceinline__ void read_four(float (&to)[STATES], const float4 &from) {
+    to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
 }
+__device__ __forceinline__ float4 four(const float (&from)[STATES]) { return {from[0], from[1], from[2], from[3]}; }
 
-// add_selected, exact enough for the type that the result is rounded to: a truncated term is off by less than 2^-10, which
-// rounding to bf16 hides; for f16 and f32 the rest of each term is summed as well.
-template <typename T>
-__device__ __forceinline__ void sum_channels(float (&d)[4], const float (&terms)[4], float first, float second) {
-    if constexpr (TWO_PARTS<T>) {
-        float upper[4], lower[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            upper[i] = __uint_as_float(__float_as_uint(terms[i]) & 0xffffe000u);
-            lower[i] = terms[i] - upper[i];
-        }
-        add_selected(d, upper, first, second);
-        add_selected(d, lower, first, second);
-    } else {
-        add_selected(d, terms, first, second);
-    }
-}
-
-// (exp(ΔA) - 1)/A
-__device__ __forceinline__ float hold_weight(float minus_one, float inverse_a, float delta) {
-    return inverse_a == 0.0f ? delta : minus_one * inverse_a;
-}
-
-// Its derivative by A: Δ² φ'(ΔA) with φ(x) = (e^x - 1)/x.
-__device__ __forceinline__ float hold_weight_slope(float x, float inverse_a, float delta, float weight, float decay) {
-    // φ'(x) = Σ x^k/(k! (k + 2)); the closed form loses as many digits as x has zeros.
-    float p = fmaf(1.0f / 5760.0f, x, 1.0f / 840.0f);
-    p = fmaf(p, x, 1.0f / 144.0f);
-    p = fmaf(p, x, 1.0f / 30.0f);
-    p = fmaf(p, x, 0.125f);
-    p = fmaf(p, x, 1.0f / 3.0f);
-    p = fmaf(p, x, 0.5f);
-    const float far = (delta * decay - weight) * inverse_a;
-    return fabsf(x) < 0.5f ? delta * delta * p : far;
-}
-
-// `GENERAL` as in the forward kernel.
-template <typename T, bool GENERAL> __device__ __forceinline__ void scan_backward(const ScanBackward &params) {
-    constexpr bool WHOLE = !GENERAL, ACCURATE = sizeof(T) == 4;
+template <typename T> __device__ __forceinline__ void scan_backward(const ScanBackward &params) {
+    constexpr bool ACCURATE = sizeof(T) == 4;
+    using Decay = Decay<ACCURATE>;
     extern __shared__ float4 memory[];
-    Shared &shared = *reinterpret_cast<Shared *>(memory);
+    Shared<T> &shared = *reinterpret_cast<Shared<T> *>(memory);
+    const int warp = threadIdx.x / 32, lane_index = threadIdx.x % 32;
+    OfWarp<T> &mine = shared.warps[warp];
 
     const ScanInputs &p = params.in;
-    const bool reverse = p.flags & FLAG_REVERSE, hold = GENERAL && (p.flags & FLAG_HOLD);
-    const bool plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
+    const bool reverse = p.flags & FLAG_REVERSE, plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
     const Block block(p, blockIdx.x, CHANNELS);
-
-    // As a member of a quad: half of the threads take every other tile.
-    const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS % TILE;
-    const int half = threadIdx.x / (COLUMNS * TILE);
-    const auto count = [&] { return max(0, min(block.width - thread_anew() % COLUMNS * QUAD, QUAD)); };
     for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
         const bool exists = c < block.width;
         shared.biases[c] = exists ? p.delta_bias.at(block.first + c, 0.0f) : 0.0f;
         shared.skips[c] = exists ? p.d.at(block.first + c, 0.0f) : 0.0f;
     }
-    const int quad = threadIdx.x % (COLUMNS * TILE);
-    shared.d_skip[quad] = shared.d_bias[quad] = {};
-    __syncthreads();
 
-    // As a lane of a channel: lanes that differ in the lowest two bits meet in a sum of the tensor cores, those that differ
-    // in the third in neighbouring columns of it.
-    const int lane_index = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int sub = lane_index / 8, own = warp * 8 + lane_index % 8;
-    const int turns = GENERAL ? static_cast<int>((p.d_state + TURN - 1) / TURN) : 1;
+    // As a member of a quad: 8 steps of four quads at a time.
+    const int row = lane_index / (WIDTH / QUAD), column = lane_index % (WIDTH / QUAD) * QUAD;
+    const bool there = warp * WIDTH + column < block.width;
+    const int64_t d0 = block.first + warp * WIDTH + column;
+    float d_skip[QUAD] = {}, d_bias[QUAD] = {};
 
-    for (int turn = 0; turn < turns; turn++) {
-        const bool last_turn = turn == turns - 1;
-        const auto lane_anew = [&] {
-            const int thread = thread_anew(), channel = thread / 32 * 8 + thread % 8;
-            return Lane(p, block.first + channel, channel < block.width, turn * TURN + thread % 32 / 8 * STATES);
-        };
-        float a[STATES], inverse_a[STATES], constant_b[STATES] = {}, constant_c[STATES] = {};
-        const Lane lane = lane_anew();
-        lane.parameter(a, p.a);
+    // As a lane of two channels: lanes that differ in the lowest two bits meet in a sum of the tensor cores, those that
+    // differ in the third in neighbouring columns of it.
+    const int sub = lane_index / PAIRS, pair = lane_index % PAIRS;
+    const auto lane_of = [&](int c) {
+        const int thread = thread_anew(), channel = thread / 32 * WIDTH + thread % PAIRS * OWN + c;
+        return Lane(p, block.first + channel, channel < block.width, thread % 32 / PAIRS * STATES);
+    };
+    float a[OWN][STATES], d_a[OWN][STATES] = {};
 #pragma unroll
-        for (int n = 0; n < STATES; n++) {
-            inverse_a[n] = fabsf(a[n]) < 1e-30f ? 0.0f : 1.0f / a[n];
-            a[n] *= LOG2_E;
+    for (int c = 0; c < OWN; c++) {
+        lane_of(c).parameter(a[c], p.a);
+#pragma unroll
+        for (int n = 0; n < STATES; n++) a[c][n] *= LOG2_E;
+    }
+
+    if (threadIdx.x == 0) shared.next = SegmentIndex(p.segments.per_row);
+    for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            shared.segment = p.segments.get(shared.next);
+            shared.next.next(p.segments.per_row);
         }
-        if (GENERAL && p.b.constant) lane.constant(constant_b, p.b);
-        if (GENERAL && p.c.constant) lane.constant(constant_c, p.c);
-        float d_a[STATES] = {}, d_constant_b[STATES] = {}, d_constant_c[STATES] = {};
+        __syncthreads();
+        const Segment &segment = shared.segment;
 
-        if (threadIdx.x == 0) shared.next = SegmentIndex(p.segments.per_row);
-        for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
-            __syncthreads();
+        // The gradient of the state behind the segment.
+        float g[OWN][STATES] = {};
+#pragma unroll
+        for (int c = 0; c < OWN; c++) leave<ACCURATE>(params, segment, lane_of(c), a[c], g[c]);
+
+        for (int part = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); part >= 0; part--) {
+            const int left =
+                static_cast<int>(min(segment.steps - int64_t(part) * CHECKPOINT_STEPS, int64_t(CHECKPOINT_STEPS)));
+            const int tiles = (left + TILE - 1) / TILE;
+            if (left <= 0) break; // an empty sequence
+            const int64_t i0 = segment.first + int64_t(part) * CHECKPOINT_STEPS, i = segment.step(i0, reverse);
+            const int64_t flat = segment.row * p.segments.len;
+            const int sign = reverse ? -1 : 1;
             if (threadIdx.x == 0) {
-                shared.segment = p.segments.get(shared.next);
-                shared.next.next(p.segments.per_row);
+                const auto place = [&](const Activation &tensor) {
+                    const int64_t at = segment.row * tensor.batch + i * tensor.step + block.first;
+                    return Place<T>{static_cast<const T *>(tensor.data) + at, sign * tensor.step};
+                };
+                shared.u = place(p.u);
+                shared.z = place(p.z);
+                shared.d_out = place(params.d_out);
+                shared.delta = place(p.delta);
+                shared.gradients = (flat + i) * p.d_inner + block.first;
+                const int64_t blocks = blockIdx.x % static_cast<uint32_t>(p.group_blocks) * params.steps;
+                shared.lines = ((blocks + flat + i) * params.groups + block.group) * p.d_state;
             }
             __syncthreads();
-            const Segment &segment = shared.segment;
-
-            const Lane lane = lane_anew();
-            float g[STATES] = {};
-            if (segment.ends_sequence() || p.reached) {
-                const States &final_state = params.d_final_state;
-                if (final_state.data) {
-                    lane.read(g, final_state.data + segment.sequence * final_state.sequence +
-                                     lane.channel * final_state.channel + lane.state * final_state.state,
-                              final_state.state);
-                }
-            }
-            if (p.reached && lane.exists) {
-                // The segments behind this one, the last first.
-                const int64_t last = segment.index + (p.segments.packed ? p.segments.packed[segment.index].behind
-                                                                         : p.segments.per_row - 1 - segment.rank);
-#pragma unroll 4
-                for (int64_t after = last; after > segment.index; after--) {
-                    const float sum = p.sums[after * p.d_inner + lane.channel];
-                    float reached[STATES];
-                    lane.read(reached, p.reached + lane.at(p, after), 1);
+            // The lane's quad of a step in an activation.
+            const int within = warp * WIDTH + column;
+            const auto quad_at = [&](const Place<T> &place, int t) {
+                return place.at + (t * static_cast<int>(place.step) + within);
+            };
+            // Has what the lane stages and finishes of a tile copied while the one before is worked on.
+            const auto copy_next = [&](int tile) {
+                const int t = tile * TILE + row;
+                const bool wanted = there && t < left;
+                copy_ahead(mine.next[0][lane_index], quad_at(shared.u, t), wanted);
+                copy_ahead(mine.next[1][lane_index], quad_at(shared.z, t), wanted && gated);
+                copy_ahead(mine.next[2][lane_index], quad_at(shared.d_out, t), wanted);
+            };
+            copy_next(tiles - 1);
+            // What the tiles before will be copied from, and what the part before will stage.
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) g[n] = Decay<ACCURATE>(sum * a[n]).advance(g[n], reached[n]);
-                }
-            }
-
-            for (int part = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); part >= 0; part--) {
-                const int left = static_cast<int>(min(segment.steps - int64_t(part) * CHECKPOINT_STEPS,
-                                                      int64_t(CHECKPOINT_STEPS)));
-                const int tiles = (left + TILE - 1) / TILE;
-                if (left <= 0) break; // an empty sequence
-                if (threadIdx.x == 0) {
-                    const int64_t i0 = segment.first + int64_t(part) * CHECKPOINT_STEPS;
-                    const int64_t i = segment.step(i0, reverse), sign = reverse ? -1 : 1;
-                    const auto place = [&](const Activation &tensor) {
-                        const int64_t at = segment.row * tensor.batch + i * tensor.step + block.first * tensor.channel;
-                        return Place{static_cast<const T *>(tensor.data) + at, sign * tensor.step};
-                    };
-                    shared.u = place(p.u);
-                    shared.delta = place(p.delta);
-                    shared.z = place(p.z);
-                    shared.d_out = place(params.d_out);
-                    const auto place_of_projection = [&](const Projection &tensor) {
-                        const int64_t at = segment.row * tensor.batch + i * tensor.step + block.group * tensor.group +
-                                           turn * TURN * tensor.state;
-                        return Place{static_cast<const T *>(tensor.data) + at, sign * tensor.step};
-                    };
-                    shared.b = place_of_projection(p.b);
-                    shared.c = place_of_projection(p.c);
-                    const int64_t flat = segment.row * p.segments.len, at = (flat + i) * p.d_inner + block.first;
-                    shared.gradients = {reinterpret_cast<const void *>(at), sign * p.d_inner};
-                    const int64_t part_of_group = blockIdx.x % static_cast<uint32_t>(p.group_blocks);
-                    const int64_t lines = (part_of_group * params.steps + flat + i) * params.groups;
-                    shared.lines = {params.projections + (lines + block.group) * p.d_state,
-                                    sign * params.groups * p.d_state};
-                    shared.slot = i0 ? (flat + segment.start) / CHECKPOINT_STEPS + i0 / CHECKPOINT_STEPS - 1 : -1;
-                }
-                __syncthreads();
-                // The quad of a tile's step in an activation.
-                const auto load_quad = [&](const Place &place, const Activation &tensor, int i, int there) {
-                    const T *at = static_cast<const T *>(place.at);
-                    if constexpr (WHOLE) {
-                        at += i * static_cast<int>(place.step) + column;
-                    } else {
-                        at += i * place.step + column * tensor.channel;
-                    }
-                    return ::load<T, QUAD, WHOLE>(at, tensor.channel, there);
+            for (int k = 0; k < CHECKPOINT_STEPS / 32; k++) {
+                const int t = lane_index + k * 32, first = warp * WIDTH;
+                const auto ahead = [&](const Place<T> &place, int t) {
+                    prefetch(place.at + (t * static_cast<int>(place.step) + first));
                 };
+                if (t < left && first < block.width) {
+                    if (gated) ahead(shared.z, t);
+                    ahead(shared.d_out, t);
+                }
+                if (part > 0 && first < block.width) {
+                    ahead(shared.u, t - CHECKPOINT_STEPS);
+                    ahead(shared.delta, t - CHECKPOINT_STEPS);
+                }
+            }
 
-                // Stage what the recurrence reads.
-                {
-                    constexpr int ROWS = THREADS / COLUMNS, FOURS = 2 * LANES;
-                    const int first_row = threadIdx.x / COLUMNS;
-                    // B and C, four states at a time.
-                    const int which = threadIdx.x / LANES % 2, four = threadIdx.x % LANES * STATES;
-                    const Projection &projection = which ? p.c : p.b;
-                    const Place place = which ? shared.c : shared.b;
-                    const int64_t states = p.d_state - turn * TURN - four;
-                    const int readable =
-                        projection.constant ? 0 : static_cast<int>(max(int64_t(0), min(states, int64_t(STATES))));
-                    Pack<T, STATES> fours[CHECKPOINT_STEPS * FOURS / THREADS];
+            // The state before the part.
+            float h[TILE + 1][OWN][STATES];
 #pragma unroll
-                    for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
-                        const int t = threadIdx.x / FOURS + k * (THREADS / FOURS);
-                        const typename Distance<WHOLE>::type distance = place.step;
-                        const T *at = static_cast<const T *>(place.at) + t * distance + four * projection.state;
-                        fours[k] = ::load<T, STATES, WHOLE>(at, projection.state, t < left ? readable : 0);
-                    }
-                    Pack<T, QUAD> x[CHECKPOINT_STEPS / ROWS], step[CHECKPOINT_STEPS / ROWS];
+            for (int c = 0; c < OWN; c++) {
+                const Lane lane = lane_of(c);
+                if (i0 == 0) {
+                    lane.initial(h[0][c], p.initial_state, segment.sequence);
+                } else {
+                    const int64_t slot =
+                        (flat + segment.start) / CHECKPOINT_STEPS + i0 / CHECKPOINT_STEPS - 1;
+                    read_four(h[0][c], lane.count ? *reinterpret_cast<const float4 *>(params.checkpoints + lane.at(p, slot))
+                                                  : float4{});
+                }
+            }
+
+            // Stage what the recurrence reads.
+            {
+                constexpr int FOURS = 2 * LANES, COUNT = CHECKPOINT_STEPS * FOURS / THREADS;
+                const bool of_c = threadIdx.x / LANES % 2;
+                const int first = threadIdx.x % LANES * STATES;
+                const Projection &from = of_c ? p.c : p.b;
+                const T *at = static_cast<const T *>(from.data) + segment.row * from.batch + i * from.step +
+                              block.group * from.group + first;
+                Pack<T, STATES> fours[COUNT];
 #pragma unroll
-                    for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
-                        const int t = first_row + k * ROWS, there = t < left ? count() : 0;
-                        x[k] = load_quad(shared.u, p.u, t, there);
-                        step[k] = load_quad(shared.delta, p.delta, t, there);
-                    }
-                    float bias[QUAD];
-                    read_shared(bias, &shared.biases[column]);
+                for (int k = 0; k < COUNT; k++) {
+                    const int t = threadIdx.x / FOURS + k * (THREADS / FOURS);
+                    fours[k] = load<T, STATES, true>(at + t * (sign * static_cast<int>(from.step)), 1,
+                                                     t < left && first < p.d_state);
+                }
+                Pack<T, QUAD> x[TILES], step[TILES];
 #pragma unroll
-                    for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
-                        const bool there = first_row + k * ROWS < left;
-                        float staged[2 * QUAD];
+                for (int k = 0; k < TILES; k++) {
+                    const int t = row + k * TILE;
+                    x[k] = load<T, QUAD, true>(quad_at(shared.u, t), 1, there && t < left);
+                    step[k] = load<T, QUAD, true>(quad_at(shared.delta, t), 1, there && t < left);
+                }
 #pragma unroll
-                        for (int c = 0; c < QUAD; c++) {
-                            float delta = step[k][c] + bias[c];
-                            if (plus) delta = softplus<T>(delta);
-                            staged[2 * c] = there ? delta : 0.0f;
-                            staged[2 * c + 1] = hold ? x[k][c] : staged[2 * c] * x[k][c];
-                        }
-                        write_shared(&shared.steps[first_row + k * ROWS][column].x, staged);
-                    }
+                for (int k = 0; k < COUNT; k++) {
+                    const float values[STATES] = {fours[k][0], fours[k][1], fours[k][2], fours[k][3]};
+                    write_shared(&shared.projections[0][0][0] + STATES * (threadIdx.x + k * THREADS), values);
+                }
+                float bias[QUAD], deltas[TILES][QUAD];
+                read_shared(bias, &shared.biases[warp * WIDTH + column]);
 #pragma unroll
-                    for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
-                        const float values[STATES] = {fours[k][0], fours[k][1], fours[k][2], fours[k][3]};
-                        write_shared(&shared.projections[0][0][0] + STATES * (threadIdx.x + k * THREADS), values);
+                for (int k = 0; k < TILES; k++) {
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) deltas[k][c] = step[k][c] + bias[c];
+                }
+                if (plus) {
+#pragma unroll
+                    for (int k = 0; k < TILES; k++) {
+#pragma unroll
+                        for (int c = 0; c < QUAD; c++) deltas[k][c] = softplus<T>(deltas[k][c]);
                     }
                 }
-
-                // Half of the threads stage a tile while the other half finish the one behind it.
-                const auto stage_d_y = [&](int tile) {
-                    if (tile % 2 != half) return;
-                    const int i = tile * TILE + row, there = i < left ? count() : 0;
-                    const Pack<T, QUAD> tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
-                    const Pack<T, QUAD> tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
-                    float d_y[QUAD];
+#pragma unroll
+                for (int k = 0; k < TILES; k++) {
+                    float staged[2 * QUAD];
 #pragma unroll
                     for (int c = 0; c < QUAD; c++) {
-                        d_y[c] = gated ? tile_d_out[c] * silu(tile_z[c]) : tile_d_out[c];
+                        staged[2 * c] = row + k * TILE < left ? deltas[k][c] : 0.0f;
+                        staged[2 * c + 1] = staged[2 * c] * x[k][c];
                     }
-                    write_shared(&shared.d_y[row][column], d_y);
-                };
-                stage_d_y(tiles - 1);
-                __syncthreads();
+                    write_shared(&mine.steps[row + k * TILE][column / OWN].x, staged);
+                }
+            }
+            __syncthreads();
 
-                // The states before the part, or before a later tile of it.
-                const auto read_states = [&](float(&h)[STATES], int tile) {
-                    if (tile > 0) {
-                        read_shared(h, &shared.states[tile - 1][threadIdx.x].x);
-                    } else if (const Lane lane = lane_anew(); shared.slot >= 0) {
-                        lane.read(h, params.checkpoints + lane.at(p, shared.slot), 1);
-                    } else {
-                        lane.initial(h, p.initial_state, segment.sequence);
-                    }
-                };
-                const auto coefficients = [&](float(&b)[STATES], int which, int t) {
-                    read_shared(b, &shared.projections[t][which][sub * STATES]);
-                    if (GENERAL && (which ? p.c : p.b).constant) {
+            // Forward through the part, for the states before each tile.
+            const auto decay_at = [&](int t, float (&decays)[OWN][STATES]) {
+                float in[2 * OWN];
+                read_shared(in, &mine.steps[t][pair].x);
 #pragma unroll
-                        for (int n = 0; n < STATES; n++) b[n] = which ? constant_c[n] : constant_b[n];
-                    }
-                };
-                // exp(ΔA), less 1 where that is kept.
-                const auto decay_of = [&](float x) {
-                    if (GENERAL && hold) return exp2_minus_one(x);
-                    return Decay<ACCURATE>(x).value;
-                };
-                const auto decayed = [&](float decay, float h) {
-                    return ACCURATE || (GENERAL && hold) ? fmaf(decay, h, h) : decay * h;
-                };
-                const auto weighted = [&](int n, float2 in, float decay) {
-                    return hold ? hold_weight(decay, inverse_a[n], in.x) * in.y : in.y;
-                };
-                {
-                    float h[STATES];
-                    read_states(h, 0);
-                    for (int tile = 0; tile + 1 < tiles; tile++) {
+                for (int c = 0; c < OWN; c++) {
 #pragma unroll
-                        for (int t = 0; t < TILE; t++) {
-                            const float2 in = shared.steps[tile * TILE + t][own];
-                            float b[STATES];
-                            coefficients(b, 0, tile * TILE + t);
+                    for (int n = 0; n < STATES; n++) decays[c][n] = Decay(in[2 * c] * a[c][n]).value;
+                }
+            };
+            // One step of the recurrence.
+            const auto advance = [&](int t, const float (&decays)[OWN][STATES], float (&to)[OWN][STATES],
+                                     const float (&from)[OWN][STATES]) {
+                float in[2 * OWN], b[STATES];
+                read_shared(in, &mine.steps[t][pair].x);
+                read_shared(b, &shared.projections[t][0][sub * STATES]);
 #pragma unroll
-                            for (int n = 0; n < STATES; n++) {
-                                const float decay = decay_of(in.x * a[n]);
-                                h[n] = fmaf(weighted(n, in, decay), b[n], decayed(decay, h[n]));
-                            }
-                        }
-                        shared.states[tile][threadIdx.x] = {h[0], h[1], h[2], h[3]};
+                for (int c = 0; c < OWN; c++) {
+#pragma unroll
+                    for (int n = 0; n < STATES; n++) {
+                        to[c][n] = fmaf(in[2 * c + 1], b[n], Decay::kept(decays[c][n]).of(from[c][n]));
                     }
                 }
+            };
+            float decays[TILE][OWN][STATES];
+            for (int tile = 0;; tile++) {
+#pragma unroll
+                for (int c = 0; c < OWN; c++) mine.states[tile][c][lane_index] = four(h[0][c]);
+#pragma unroll
+                for (int t = 0; t < TILE; t++) decay_at(tile * TILE + t, decays[t]);
+                if (tile + 1 == tiles) break;
+#pragma unroll
+                for (int t = 0; t < TILE; t++) advance(tile * TILE + t, decays[t], h[0], h[0]);
+            }
 
-                for (int tile = tiles - 1; tile >= 0; tile--) {
-                    // Forward through the tile, keeping decays and states.
-                    float decays[TILE][STATES], h[TILE + 1][STATES];
-                    read_states(h[0], tile);
+            for (int tile = tiles - 1; tile >= 0; tile--) {
+                const int t0 = tile * TILE, mine_t = t0 + row;
+                const bool wanted = there && mine_t < left;
+                // Forward through the tile, keeping the states.
 #pragma unroll
-                    for (int t = 0; t < TILE; t++) {
-                        const float2 in = shared.steps[tile * TILE + t][own];
-                        float b[STATES];
-                        coefficients(b, 0, tile * TILE + t);
+                for (int c = 0; c < OWN; c++) {
+                    read_four(h[0][c], mine.states[tile][c][lane_index]);
+                    mine.states[tile + 1][c][lane_index] = four(g[c]);
+                }
 #pragma unroll
-                        for (int n = 0; n < STATES; n++) {
-                            decays[t][n] = decay_of(in.x * a[n]);
-                            h[t + 1][n] = fmaf(weighted(n, in, decays[t][n]), b[n], decayed(decays[t][n], h[t][n]));
-                        }
+                for (int t = 0; t < TILE; t++) advance(t0 + t, decays[t], h[t + 1], h[t]);
+                {
+                    copies_are_there();
+                    const Pack<T, QUAD> tile_z = mine.next[1][lane_index], tile_d_out = mine.next[2][lane_index];
+                    float d_y[QUAD], gates[QUAD];
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) {
+                        gates[c] = sigmoid(tile_z[c]);
+                        d_y[c] = gated ? tile_d_out[c] * (tile_z[c] * gates[c]) : tile_d_out[c];
                     }
+                    write_shared(&mine.d_y[row][column], d_y);
+                    write_shared(&mine.gates[lane_index].x, gates);
+                }
+                __syncwarp();
 
-                    // And back.
-                    write_shared(&shared.states[tile][threadIdx.x].x, g);
-                    float sums[2][2][4] = {}; // half of the tile, pair of states
+                // And back.
+                float sums[2][2][4] = {}; // half of the tile, pair of states
 #pragma unroll
-                    for (int t = TILE - 1; t >= 0; t--) {
-                        const float2 in = shared.steps[tile * TILE + t][own];
-                        const float d_y = shared.d_y[t][own];
-                        float b[STATES], c[STATES], terms[2][4], d_delta = 0.0f, d_input = 0.0f, y = 0.0f;
-                        coefficients(b, 0, tile * TILE + t);
-                        coefficients(c, 1, tile * TILE + t);
+                for (int t = TILE - 1; t >= 0; t--) {
+                    float in[2 * OWN], d_y[OWN], b[STATES], c_[STATES], terms[2][4];
+                    read_shared(in, &mine.steps[t0 + t][pair].x);
+                    read_shared(d_y, &mine.d_y[t][pair * OWN]);
+                    read_shared(b, &shared.projections[t0 + t][0][sub * STATES]);
+                    read_shared(c_, &shared.projections[t0 + t][1][sub * STATES]);
+                    float gradients[2 * OWN], y[OWN];
+#pragma unroll
+                    for (int c = 0; c < OWN; c++) {
 #pragma unroll
                         for (int n = 0; n < STATES; n++) {
-                            const float decay = decays[t][n], input = weighted(n, in, decay);
-                            y = n ? fmaf(c[n], h[t + 1][n], y) : c[n] * h[t + 1][n];
-                            g[n] = fmaf(c[n], d_y, g[n]);
-                            const float d_b = g[n] * input, d_c = d_y * h[t + 1][n];
-                            terms[n / 2][n % 2] = d_b;
-                            terms[n / 2][2 + n % 2] = d_c;
-                            if (GENERAL) {
-                                d_constant_b[n] += d_b;
-                                d_constant_c[n] += d_c;
-                            }
-                            if (GENERAL && hold) {
-                                const float weight = hold_weight(decay, inverse_a[n], in.x);
-                                const float d_weighted = g[n] * b[n], d_weight = d_weighted * in.y;
-                                d_input = fmaf(d_weighted, weight, d_input);
-                                const float slope =
-                                    hold_weight_slope(in.x * a[n] * LN_2, inverse_a[n], in.x, weight, decay + 1.0f);
-                                d_a[n] = fmaf(d_weight, slope, d_a[n]);
-                                // By Δ, which is counted in units of log2(e) here.
-                                d_delta = fmaf(d_weight, (decay + 1.0f) * LOG2_E, d_delta);
-                            } else {
-                                d_input = n ? fmaf(g[n], b[n], d_input) : g[n] * b[n];
-                            }
+                            const Decay decay = Decay::kept(decays[t][c][n]);
+                            const float state = h[t + 1][c][n];
+                            float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
+                            y[c] = n ? fmaf(c_[n], state, y[c]) : c_[n] * state;
+                            float gradient = fmaf(c_[n], d_y[c], g[c][n]);
+                            d_b = c ? fmaf(gradient, in[2 * c + 1], d_b) : gradient * in[2 * c + 1];
+                            d_c = c ? fmaf(d_y[c], state, d_c) : d_y[c] * state;
+                            float &d_input = gradients[2 * c + 1], &d_delta = gradients[2 * c];
+                            d_input = n ? fmaf(gradient, b[n], d_input) : gradient * b[n];
                             // Through the decay: ∂/∂(ΔA) is that of the state before, times that state.
-                            g[n] = decayed(decay, g[n]);
-                            const float d_log = g[n] * h[t][n];
-                            d_a[n] = fmaf(in.x, d_log, d_a[n]);
-                            d_delta = n || (GENERAL && hold) ? fmaf(a[n], d_log, d_delta) : a[n] * d_log;
-                        }
-                        const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
-                        const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
-                        sum_channels<T>(sums[t / 4][0], terms[0], first, second);
-                        sum_channels<T>(sums[t / 4][1], terms[1], first, second);
-                        shared.sums.steps[t][sub][Sums::place(own, sub)] = {d_delta, d_input};
-                        if (gated) shared.sums.y[t][sub][Sums::place(own, sub)] = y;
-                    }
-
-                    float finite = 0.0f;
-#pragma unroll
-                    for (int k = 0; k < 16; k++) finite = fmaf(sums[k / 8][k / 4 % 2][k % 4], 0.0f, finite);
-                    if (!__all_sync(~0u, finite == 0.0f)) {
-                        // A product of zero and infinity has spread over the columns. Sum each step alone, in the same
-                        // way so that the others keep their bits, from the states and gradients at both ends of the tile.
-                        float again[STATES];
-                        read_shared(again, &shared.states[tile][threadIdx.x].x);
-#pragma unroll 1
-                        for (int t = TILE - 1; t >= 0; t--) {
-                            float state[STATES], c[STATES], d_b[STATES], d_c[STATES];
-                            read_states(state, tile);
-                            float2 in;
-#pragma unroll 1
-                            for (int s = 0; s <= t; s++) {
-                                in = shared.steps[tile * TILE + s][own];
-                                float b[STATES];
-                                coefficients(b, 0, tile * TILE + s);
-#pragma unroll
-                                for (int n = 0; n < STATES; n++) {
-                                    const float decay = decay_of(in.x * a[n]);
-                                    state[n] = fmaf(weighted(n, in, decay), b[n], decayed(decay, state[n]));
-                                }
-                            }
-                            coefficients(c, 1, tile * TILE + t);
-                            const float d_y = shared.d_y[t][own];
-#pragma unroll
-                            for (int n = 0; n < STATES; n++) {
-                                const float decay = decay_of(in.x * a[n]);
-                                again[n] = fmaf(c[n], d_y, again[n]);
-                                d_b[n] = again[n] * weighted(n, in, decay);
-                                d_c[n] = d_y * state[n];
-                                again[n] = decayed(decay, again[n]);
-                            }
-                            const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
-                            const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
-#pragma unroll
-                            for (int pair = 0; pair < 2; pair++) {
-                                float of_b[4] = {}, of_c[4] = {};
-                                sum_channels<T>(of_b, {d_b[2 * pair], d_b[2 * pair + 1], 0.0f, 0.0f}, first, second);
-                                sum_channels<T>(of_c, {0.0f, 0.0f, d_c[2 * pair], d_c[2 * pair + 1]}, first, second);
-                                // Into the column that the step has: its lanes, and the even or the odd of their two.
-#pragma unroll
-                                for (int k = 0; k < 8; k++) {
-                                    const bool has = lane_index % 2 == t % 4 / 2 && k % 2 == t % 2 && k / 4 == t / 4;
-                                    const float one = lane_index % 4 < 2 ? of_b[k % 4] : of_c[k % 4];
-                                    if (has) sums[k / 4][pair][k % 4] = one;
-                                }
-                            }
+                            g[c][n] = decay.of(gradient);
+                            const float d_log = g[c][n] * h[t][c][n];
+                            d_a[c][n] = fmaf(in[2 * c], d_log, d_a[c][n]);
+                            d_delta = n ? fmaf(a[c][n], d_log, d_delta) : a[c][n] * d_log;
                         }
                     }
+                    const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
+                    const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
+                    sum_channels<T>(sums[t / 4][0], terms[0], first, second);
+                    sum_channels<T>(sums[t / 4][1], terms[1], first, second);
+                    // Those of the tile that comes next: between sums, the special-function unit has time for them.
+                    decay_at(max(t0 - TILE, 0) + t, decays[t]);
+                    write_shared(&mine.gradients[t][lane_index].x, gradients);
+                    if (gated) write_shared(&mine.y[t][mine.place_of_y(t, lane_index * OWN)], y);
+                }
+                __syncwarp();
 
-                    // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves'
-                    // lanes share the steps. Columns are the steps, first of ∂B and then of ∂C.
-                    const int upper = lane_index / 4 % 2;
-                    float totals[2][STATES];
+                // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves' lanes
+                // share the steps. Columns are the steps, first of ∂B and then of ∂C.
+                const int upper = lane_index / 4 % 2;
+                float totals[2][STATES], finite = 0.0f;
+                const auto total = [&] {
 #pragma unroll
                     for (int k = 0; k < 8; k++) {
                         const float(&d)[4] = sums[k / 4][k / 2 % 2];
                         const float even = d[k % 2 * 2], odd = d[k % 2 * 2 + 1];
                         totals[k / 4][k % 4] = (upper ? odd : even) + __shfl_xor_sync(~0u, upper ? even : odd, 4);
                     }
-                    {
-                        const int t = lane_index % 2 * 2 + upper, which = lane_index / 2 % 2;
-                        float(&to)[TILE][2][TURN] = shared.d_projections[warp];
-                        write_shared(&to[t][which][sub * STATES], totals[0]);
-                        write_shared(&to[4 + t][which][sub * STATES], totals[1]);
-                    }
-                    __syncthreads();
-
-                    // Finish: what each channel gets of the sums over its states.
-                    if (tile % 2 == half) {
-                        const int i = tile * TILE + row, there = i < left ? count() : 0;
-                        const Pack<T, QUAD> x = load_quad(shared.u, p.u, i, there);
-                        // Read again: kept since they were staged, they would take registers from the recurrence.
-                        const Pack<T, QUAD> tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
-                        const Pack<T, QUAD> tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
-                        float d_delta[QUAD] = {}, d_input[QUAD] = {}, y[QUAD] = {}, skip[QUAD];
-                        read_shared(skip, &shared.skips[column]);
-                        const Place place = shared.gradients;
-                        const typename Distance<WHOLE>::type distance = place.step;
-                        const int64_t at = reinterpret_cast<int64_t>(place.at) + (i * distance + column);
-                        // Not unrolled: what is loaded ahead of its use would take more registers than there are.
+                };
+                total();
+#pragma unroll
+                for (int k = 0; k < 8; k++) finite = fmaf(totals[k / 4][k % 4], 0.0f, finite);
+                if (!__all_sync(~0u, finite == 0.0f)) {
+                    // A product of zero and infinity has spread over the columns. Sum each step alone, in the same way so
+                    // that the others keep their bits, from the states and gradients at both ends of the tile.
+                    float again[OWN][STATES];
+#pragma unroll
+                    for (int c = 0; c < OWN; c++) read_four(again[c], mine.states[tile + 1][c][lane_index]);
 #pragma unroll 1
-                        for (int s = 0; s < LANES; s += 2) {
-                            float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
-                            read_shared(one, &shared.sums.steps[row][s][Sums::place(column, s)].x);
-                            read_shared(two, &shared.sums.steps[row][s + 1][Sums::place(column, s + 1)].x);
-                            if (gated) {
-                                read_shared(one_y, &shared.sums.y[row][s][Sums::place(column, s)]);
-                                read_shared(two_y, &shared.sums.y[row][s + 1][Sums::place(column, s + 1)]);
-                            }
+                    for (int t = TILE - 1; t >= 0; t--) {
+                        float state[OWN][STATES], decay[OWN][STATES], in[2 * OWN], d_y[OWN], c_[STATES], terms[2][4];
 #pragma unroll
-                            for (int c = 0; c < QUAD; c++) {
-                                d_delta[c] += one[2 * c] + two[2 * c];
-                                d_input[c] += one[2 * c + 1] + two[2 * c + 1];
-                                y[c] += one_y[c] + two_y[c];
+                        for (int c = 0; c < OWN; c++) read_four(state[c], mine.states[tile][c][lane_index]);
+#pragma unroll 1
+                        for (int s = 0; s <= t; s++) {
+                            decay_at(t0 + s, decay);
+                            advance(t0 + s, decay, state, state);
+                        }
+                        read_shared(in, &mine.steps[t0 + t][pair].x);
+                        read_shared(d_y, &mine.d_y[t][pair * OWN]);
+                        read_shared(c_, &shared.projections[t0 + t][1][sub * STATES]);
+#pragma unroll
+                        for (int c = 0; c < OWN; c++) {
+#pragma unroll
+                            for (int n = 0; n < STATES; n++) {
+                                const float gradient = fmaf(c_[n], d_y[c], again[c][n]);
+                                float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
+                                d_b = c ? fmaf(gradient, in[2 * c + 1], d_b) : gradient * in[2 * c + 1];
+                                d_c = c ? fmaf(d_y[c], state[c][n], d_c) : d_y[c] * state[c][n];
+                                again[c][n] = Decay::kept(decay[c][n]).of(gradient);
                             }
                         }
-                        if (GENERAL && turns > 1) {
-                            const int64_t plane = params.steps * p.d_inner;
+                        const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
+                        const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
 #pragma unroll
-                            for (int c = 0; c < QUAD; c++) {
-                                if (c >= there) break;
-                                float *carried = params.carried + at + c;
-                                if (turn > 0) {
-                                    d_delta[c] += carried[0];
-                                    d_input[c] += carried[plane];
-                                    y[c] += carried[2 * plane];
-                                }
-                                carried[0] = d_delta[c];
-                                carried[plane] = d_input[c];
-                                carried[2 * plane] = y[c];
-                            }
-                        }
-                        if (last_turn) {
-                            float d_y[QUAD], d_u[QUAD], d_step[QUAD];
-                            if (gated) {
-                                float d_z[QUAD];
+                        for (int k = 0; k < 2; k++) {
+                            float of_b[4] = {}, of_c[4] = {};
+                            sum_channels<T>(of_b, {terms[k][0], terms[k][1], 0.0f, 0.0f}, first, second);
+                            sum_channels<T>(of_c, {0.0f, 0.0f, terms[k][2], terms[k][3]}, first, second);
+                            // Into the column that the step has: its lanes, and the even or the odd of their two.
 #pragma unroll
-                                for (int c = 0; c < QUAD; c++) {
-                                    const float d_out = tile_d_out[c], z = tile_z[c], s = sigmoid(z);
-                                    d_z[c] = d_out * fmaf(skip[c], x[c], y[c]) * (s * fmaf(z, 1.0f - s, 1.0f));
-                                    d_y[c] = d_out * (z * s);
-                                }
-                                store<T, WHOLE>(static_cast<T *>(params.d_z) + at, d_z, there);
-                            } else {
-#pragma unroll
-                                for (int c = 0; c < QUAD; c++) d_y[c] = tile_d_out[c];
-                            }
-#pragma unroll
-                            for (int c = 0; c < QUAD; c++) {
-                                const float delta = shared.steps[tile * TILE + row][column + c].x;
-                                d_u[c] = fmaf(skip[c], d_y[c], hold ? d_input[c] : d_input[c] * delta);
-                                float d = d_delta[c] * LN_2;
-                                if (!hold) d = fmaf(d_input[c], x[c], d);
-                                // The slope of softplus, 1/(1 + e^-x), is 1 - e^-Δ.
-                                if (plus) d *= -exp2_minus_one(delta * -LOG2_E);
-                                d_step[c] = d;
-                            }
-                            store<T, WHOLE>(static_cast<T *>(params.d_u) + at, d_u, there);
-                            store<T, WHOLE>(static_cast<T *>(params.d_delta) + at, d_step, there);
-                            if (there) {
-                                float4 &d_skip = shared.d_skip[quad], &d_bias = shared.d_bias[quad];
-                                d_skip = {fmaf(d_y[0], x[0], d_skip.x), fmaf(d_y[1], x[1], d_skip.y),
-                                          fmaf(d_y[2], x[2], d_skip.z), fmaf(d_y[3], x[3], d_skip.w)};
-                                d_bias = {d_bias.x + d_step[0], d_bias.y + d_step[1], d_bias.z + d_step[2],
-                                          d_bias.w + d_step[3]};
+                            for (int j = 0; j < 8; j++) {
+                                const bool has = lane_index % 2 == t % 4 / 2 && j % 2 == t % 2 && j / 4 == t / 4;
+                                const float one = lane_index % 4 < 2 ? of_b[j % 4] : of_c[j % 4];
+                                if (has) sums[j / 4][k][j % 4] = one;
                             }
                         }
                     }
-                    // The block's sums of ∂B and ∂C, one to a thread, the warps in order.
-                    {
-                        static_assert(THREADS == TILE * 2 * TURN, "one sum for each thread");
-                        const int t = threadIdx.x / (2 * TURN), which = threadIdx.x / TURN % 2, n = threadIdx.x % TURN;
-                        const int64_t state = turn * TURN + n;
-                        float sum = 0.0f;
-#pragma unroll
-                        for (int w = 0; w < WARPS; w++) sum += shared.d_projections[w][t][which][n];
-                        const int i = tile * TILE + t;
-                        if (i < left && state < p.d_state && params.projections) {
-                            const Place place = shared.lines;
-                            float *line = static_cast<float *>(const_cast<void *>(place.at)) + i * place.step;
-                            const int64_t all = p.group_blocks * params.steps * params.groups * p.d_state;
-                            line[which * all + state] = sum;
-                        }
-                    }
-                    if (tile > 0) stage_d_y(tile - 1);
-                    __syncthreads();
+                    total();
                 }
-            }
-            if (params.d_initial_state && segment.first == 0) {
-                const Lane lane = lane_anew();
-                lane.write(params.d_initial_state + lane.at(p, segment.sequence), g);
-            }
-        }
-        const Lane last = lane_anew();
-        last.write(params.d_a + last.at(p, blockIdx.y), d_a);
-        if (GENERAL && params.d_b) last.write(params.d_b + last.at(p, blockIdx.y), d_constant_b);
-        if (GENERAL && params.d_c) last.write(params.d_c + last.at(p, blockIdx.y), d_constant_c);
-    }
 
-    // Sums over the threads of a quad, in order.
-    __syncthreads();
-    const auto sum_quads = [&](const float4(&parts)[COLUMNS * TILE], float *to) {
-        if (!to || threadIdx.x >= block.width) return;
-        float sum = 0.0f;
-        for (int i = 0; i < TILE; i++) {
-            sum += (&parts[i * COLUMNS + threadIdx.x / QUAD].x)[threadIdx.x % QUAD];
-        }
-        to[blockIdx.y * p.d_inner + block.first + threadIdx.x] = sum;
-    };
-    sum_quads(shared.d_skip, params.d_d);
-    sum_quads(shared.d_bias, params.d_bias);
-}
-
-// Runs a segment backwards from a zero gradient of the state, for that which it reaches and its ΣΔ.
-template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat(const ScanBackward &params) {
-    constexpr bool WHOLE = !GENERAL, ACCURATE = sizeof(T) == 4;
-    constexpr int STEPS = THREADS / COLUMNS;
-    __shared__ alignas(16) float2 steps[STEPS][CHANNELS];
-    __shared__ alignas(16) float projections[STEPS][2][TURN];
-
-    const ScanInputs &p = params.in;
-    const bool reverse = p.flags & FLAG_REVERSE, plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
-    const Block block(p, blockIdx.x, CHANNELS);
-    const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS;
-    const int count = max(0, min(block.width - column, QUAD));
-    const int64_t d0 = block.first + column;
-    const int sub = threadIdx.x % 32 / 8, own = threadIdx.x / 32 * 8 + threadIdx.x % 8;
-    const int turns = GENERAL ? static_cast<int>((p.d_state + TURN - 1) / TURN) : 1;
-    float bias[QUAD];
+                // Finish: what each channel gets of the sums over its states.
+                float d_delta[QUAD] = {}, d_input[QUAD] = {}, y[QUAD] = {}, in[2 * QUAD], skip[QUAD];
 #pragma unroll
-    for (int c = 0; c < QUAD; c++) bias[c] = c < count ? p.delta_bias.at(d0 + c, 0.0f) : 0.0f;
-
-    for (int turn = 0; turn < turns; turn++) {
-        const Lane lane(p, block.first + own, own < block.width, turn * TURN + sub * STATES);
-        float a[STATES], constant_c[STATES] = {};
-        lane.parameter(a, p.a);
+                for (int s = 0; s < LANES; s++) {
+                    float one[2 * QUAD], one_y[QUAD] = {};
+                    read_shared(one, &mine.gradients[row][s * PAIRS + column / OWN].x);
+                    if (gated) read_shared(one_y, &mine.y[row][mine.place_of_y(row, s * WIDTH + column)]);
 #pragma unroll
-        for (int n = 0; n < STATES; n++) a[n] *= LOG2_E;
-        if (GENERAL && p.c.constant) lane.constant(constant_c, p.c);
+                    for (int c = 0; c < QUAD; c++) {
+                        d_delta[c] = s ? d_delta[c] + one[2 * c] : one[2 * c];
+                        d_input[c] = s ? d_input[c] + one[2 * c + 1] : one[2 * c + 1];
+                        y[c] = s ? y[c] + one_y[c] : one_y[c];
+                    }
+                }
+                read_shared(in, &mine.steps[mine_t][column / OWN].x);
+                read_shared(skip, &shared.skips[warp * WIDTH + column]);
+                // Everyone has read what the sums over channels are going to replace.
+                __syncwarp();
+                {
+                    const int lane = thread_anew() % 32, t = lane % 2 * 2 + lane / 4 % 2, which = lane / 2 % 2;
+                    float *to = &mine.steps[t0][0].x + which * TURN + lane / PAIRS * STATES;
+                    write_shared(to + t * 2 * TURN, totals[0]);
+                    write_shared(to + (4 + t) * 2 * TURN, totals[1]);
+                }
 
-        for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
-            const Segment segment = p.segments.get(at);
-            // What a sequence starts with is not handed on.
-            if (segment.first == 0) continue;
-            float g[STATES] = {}, total = 0.0f;
-            const int64_t tiles = (segment.steps + STEPS - 1) / STEPS;
-            for (int64_t tile = tiles - 1; tile >= 0; tile--) {
-                const int64_t i = segment.first + tile * STEPS;
-                const int left = static_cast<int>(min(segment.first + segment.steps - i, int64_t(STEPS)));
-                const int there = row < left ? count : 0;
-                const Walk<T, WHOLE> delta(p.delta, segment, i + row, d0, reverse);
-                const Walk<T, WHOLE> z(p.z, segment, i + row, d0, reverse);
-                const Walk<T, WHOLE> d_out(params.d_out, segment, i + row, d0, reverse);
-                const Pack<T, QUAD> step = delta.load(0, there), gate = z.load(0, gated ? there : 0);
-                const Pack<T, QUAD> from = d_out.load(0, there);
-                ProjectionWalk<T, STEPS, THREADS, WHOLE> walk(p, segment, block.group, i, turn * TURN);
-                walk.template load<true>(left);
-                float staged[2 * QUAD];
+                const Pack<T, QUAD> tile_x = mine.next[0][lane_index], tile_z = mine.next[1][lane_index];
+                const Pack<T, QUAD> tile_d_out = mine.next[2][lane_index];
+                if (tile > 0) copy_next(tile - 1);
+
+                float d_y[QUAD], d_u[QUAD], d_step[QUAD];
+                const int64_t at = shared.gradients + (mine_t * (sign * static_cast<int>(p.d_inner)) + within);
+                read_shared(d_y, &mine.d_y[row][column]);
+                if (gated) {
+                    float d_z[QUAD], gates[QUAD];
+                    read_shared(gates, &mine.gates[lane_index].x);
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) {
+                        const float s = gates[c];
+                        d_z[c] = tile_d_out[c] * fmaf(skip[c], tile_x[c], y[c]) * (s * fmaf(tile_z[c], 1.0f - s, 1.0f));
+                    }
+                    store<T, true>(static_cast<T *>(params.d_z) + at, d_z, wanted);
+                }
 #pragma unroll
                 for (int c = 0; c < QUAD; c++) {
-                    float x = step[c] + bias[c];
-                    if (plus) x = softplus<T>(x);
-                    staged[2 * c] = row < left ? x : 0.0f;
-                    staged[2 * c + 1] = gated ? from[c] * silu(gate[c]) : from[c];
+                    const float delta = in[2 * c];
+                    d_u[c] = fmaf(skip[c], d_y[c], d_input[c] * delta);
+                    float d = fmaf(d_input[c], tile_x[c], d_delta[c] * LN_2);
+                    if (plus) d *= softplus_slope<T>(delta);
+                    d_step[c] = d;
                 }
-                __syncthreads();
-                write_shared(&steps[row][column].x, staged);
-                walk.store(&projections[0][0][0]);
-                __syncthreads();
-#pragma unroll 8
-                for (int t = STEPS - 1; t >= 0; t--) {
-                    const float2 in = steps[t][own];
-                    float c[STATES];
-                    read_shared(c, &projections[t][1][sub * STATES]);
-                    total += in.x;
+                store<T, true>(static_cast<T *>(params.d_u) + at, d_u, wanted);
+                store<T, true>(static_cast<T *>(params.d_delta) + at, d_step, wanted);
+                if (wanted) {
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) {
-                        if (GENERAL && p.c.constant) c[n] = constant_c[n];
-                        g[n] = Decay<ACCURATE>(in.x * a[n]).of(fmaf(c[n], in.y, g[n]));
+                    for (int c = 0; c < QUAD; c++) {
+                        d_skip[c] = fmaf(d_y[c], tile_x[c], d_skip[c]);
+                        d_bias[c] += d_step[c];
                     }
                 }
             }
-            lane.write(p.reached + lane.at(p, segment.index), g);
-            if (turn == 0 && sub == 0 && lane.exists) p.sums[segment.index * p.d_inner + lane.channel] = total;
+
+            // The block's sums of ∂B and ∂C, the warps in order.
+            __syncthreads();
+            if (params.projections) {
+                float *const to = params.projections + shared.lines;
+                const int64_t all = p.group_blocks * params.steps * params.groups * p.d_state;
+                const int64_t line = sign * params.groups * p.d_state;
+                constexpr int FOURS = 2 * LANES;
+                const int thread = thread_anew(), first = thread % LANES * STATES, which = thread / LANES % 2;
+#pragma unroll
+                for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
+                    const int t = thread / FOURS + k * (THREADS / FOURS);
+                    if (t >= left || first >= p.d_state) break;
+                    float sum[STATES];
+#pragma unroll
+                    for (int w = 0; w < WARPS; w++) {
+                        float one[STATES];
+                        read_shared(one, &shared.warps[w].steps[0][0].x + STATES * (thread + k * THREADS));
+#pragma unroll
+                        for (int n = 0; n < STATES; n++) sum[n] = w ? sum[n] + one[n] : one[n];
+                    }
+                    *reinterpret_cast<float4 *>(to + which * all + t * line + first) = four(sum);
+                }
+            }
+        }
+        if (params.d_initial_state && segment.first == 0) {
+#pragma unroll
+            for (int c = 0; c < OWN; c++) {
+                const Lane lane = lane_of(c);
+                lane.write(params.d_initial_state + lane.at(p, segment.sequence), g[c]);
+            }
         }
     }
-}
-
-#define INSTANCE(NAME, T, GENERAL)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(THREADS, GENERAL ? 1 : 2)                                                           \
-        scan_backward_##NAME(const __grid_constant__ ScanBackward params) {                                            \
-        scan_backward<T, GENERAL>(params);                                                                             \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        scan_retreat_##NAME(const __grid_constant__ ScanBackward params) {                                             \
-        scan_retreat<T, GENERAL>(params);                                                                              \
+#pragma unroll
+    for (int c = 0; c < OWN; c++) {
+        const Lane lane = lane_of(c);
+        lane.write(params.d_a + lane.at(p, blockIdx.y), d_a[c]);
     }
 
-#define INSTANCES(SUFFIX, T)                                                                                           \
-    INSTANCE(fast_##SUFFIX, T, false)                                                                                  \
-    INSTANCE(general_##SUFFIX, T, true)
+    // Sums over the lanes of a quad.
+    const auto sum_rows = [&](float (&parts)[QUAD], float *to) {
+#pragma unroll
+        for (int c = 0; c < QUAD; c++) {
+#pragma unroll
+            for (int distance = WIDTH / QUAD; distance < 32; distance *= 2) {
+                parts[c] += __shfl_xor_sync(~0u, parts[c], distance);
+            }
+        }
+        if (to && there && row == 0) *reinterpret_cast<float4 *>(to + blockIdx.y * p.d_inner + d0) = four(parts);
+    };
+    sum_rows(d_skip, params.d_d);
+    sum_rows(d_bias, params.d_bias);
+}
 
-INSTANCES(f32, float)
-INSTANCES(f16, __half)
-INSTANCES(bf16, __nv_bfloat16)
+#define INSTANCE(SUFFIX, T)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
+        scan_backward_fast_##SUFFIX(const __grid_constant__ ScanBackward params) {                                     \
+        scan_backward<T>(params);                                                                                      \
+    }
+
+INSTANCE(f32, float)
+INSTANCE(f16, __half)
+INSTANCE(bf16, __nv_bfloat16)

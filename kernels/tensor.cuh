@@ -112,3 +112,17 @@ struct Segments {
         return s;
     }
 };
+
+// Has the pack at `from` copied to shared memory, or zeros if it is not `wanted`, without waiting for it.
+template <typename T, int COUNT>
+__device__ __forceinline__ void copy_ahead(Pack<T, COUNT> &to, const T *from, bool wanted) {
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(&to));
+    constexpr int BYTES = sizeof(T) * COUNT;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(BYTES), "r"(wanted ? BYTES : 0)
+                 : "memory");
+}
+// Waits for what this thread has had copied.
+__device__ __forceinline__ void copies_are_there() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Has the line at `at` brought into the second-level cache.
+__device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }

@@ -28,6 +28,8 @@ macro_rules! modules {
 
 modules! {
     SCAN_BACKWARD = "scan_backward",
+    SCAN_BACKWARD_GENERAL = "scan_backward_general",
+    SCAN_RETREAT = "scan_retreat",
     SCAN_FORWARD = "scan_forward",
     UPLOAD = "upload",
     STATE_UPDATE = "state_update",

@@ -8,7 +8,7 @@ use cudarc::driver::{CudaSlice, CudaStream};
 use super::launch::{Kernel, LaunchShape, Scan};
 use super::{GradientsMut, Inputs, OutputGradients, Plan};
 use crate::arguments::Dims;
-use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, params};
+use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, lies_whole, params};
 use crate::scan::ProjectionMut;
 use crate::{Element, Result};
 
@@ -65,7 +65,8 @@ pub fn backward_with<T: Element>(
     };
     let (d_out, row) = (params.d_out, &[d_inner as i64][..]);
     let d_out_is_aligned = d_out.channel == 1 && scan.is_aligned::<T>(&[(d_out.data, &[d_out.batch, d_out.step])]);
-    if !d_out_is_aligned || !scan.is_aligned::<T>(&[(params.d_u, row), (params.d_delta, row), (params.d_z, row)]) {
+    let checkpoints_are_aligned = lies_whole::<f32>(params.checkpoints, &[], 4);
+    if !d_out_is_aligned || !checkpoints_are_aligned || !scan.is_aligned::<T>(&[(params.d_u, row), (params.d_delta, row), (params.d_z, row)]) {
         scan.kernel = Kernel::General;
     }
 
@@ -73,8 +74,11 @@ pub fn backward_with<T: Element>(
     let segments = scan.inputs.segments.count as usize;
     let columns = scan.groups() * scan.group_blocks(CHANNELS);
     let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).clamp(1, GRID_ROWS);
-    let variant = if scan.kernel == Kernel::General { "general" } else { "fast" };
-    let shape = |shared| LaunchShape { variant, channels: CHANNELS, threads: THREADS, rows, shared };
+    let (variant, module, threads, shared) = match scan.kernel {
+        Kernel::General => ("general", Module::SCAN_BACKWARD_GENERAL, 256, 113_376),
+        Kernel::Fast(_) => ("fast", Module::SCAN_BACKWARD, 128, 107_696 + 1536 * size_of::<T>()),
+    };
+    let shape = |threads, shared| LaunchShape { variant, channels: CHANNELS, threads, rows, shared: [shared; 2] };
 
     let mut sums = Sums { device: &device, rows, parts: Vec::new() };
     params.d_a = sums.add(d_inner * d_state, arguments.write("gradients.a", gradients.a)?)?;
@@ -104,9 +108,9 @@ pub fn backward_with<T: Element>(
         // SAFETY (both): every address and extent has been checked by `Inputs::check` and `check_backward`, and the
         // workspaces have an element for each that the kernels write.
         if workspace.is_some() {
-            unsafe { scan.launch::<T, _>(&device, Module::SCAN_BACKWARD, "scan_retreat", shape([0, 0]), params) }?;
+            unsafe { scan.launch::<T, _>(&device, Module::SCAN_RETREAT, "scan_retreat", shape(256, 0), params) }?;
         }
-        unsafe { scan.launch::<T, _>(&device, Module::SCAN_BACKWARD, "scan_backward", shape([SHARED; 2]), params) }?;
+        unsafe { scan.launch::<T, _>(&device, module, "scan_backward", shape(threads, shared), params) }?;
     }
     if let Some(parts) = &projections {
         let m = lines * d_state;
@@ -121,9 +125,7 @@ pub fn backward_with<T: Element>(
 
 // As the kernels are written.
 const CHANNELS: usize = 64;
-const THREADS: usize = 256;
 const TURN: usize = 16;
-const SHARED: usize = 113_376;
 
 /// Blocks for each processor that the rows are enough for; more would only make more parts of sums.
 const BLOCKS_PER_PROCESSOR: usize = 8;
