@@ -1,0 +1,115 @@
+"""Builds the CUDA extensions of mamba-ssm and causal-conv1d from their source distributions, for the GPU at hand alone.
+
+    python benches/peers/build.py --sources FOLDER --into FOLDER
+
+FOLDER of sources holds what `pip download --no-binary :all:` leaves: mamba_ssm-*.tar.gz and causal_conv1d-*.tar.gz. Their
+own setup.py compiles for nine kinds of GPU and takes many times as long; the files and flags here are those it gives nvcc
+for one. Objects that are done are not made again.
+"""
+
+import argparse
+import os
+import sys
+import tarfile
+import time
+import traceback
+from pathlib import Path
+
+FLAGS = [
+    "-O3", "-std=c++17", "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__",
+    "-U__CUDA_NO_BFLOAT16_OPERATORS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__", "-U__CUDA_NO_BFLOAT162_OPERATORS__",
+    "-U__CUDA_NO_BFLOAT162_CONVERSIONS__", "--expt-relaxed-constexpr", "--expt-extended-lambda", "--use_fast_math",
+    "-lineinfo",
+]  # fmt: skip
+
+# Module, distribution, folder, and sources but for those that match a word.
+EXTENSIONS = {
+    "selective_scan_cuda": ("mamba_ssm", "csrc/selective_scan", "_bwd_*_complex"),
+    "causal_conv1d_cuda": ("causal_conv1d", "csrc", None),
+}
+
+# The backward kernels for a complex A take longer to compile than all the rest, and nothing here runs them.
+ABSENT = """
+#include <torch/python.h>
+#include <c10/cuda/CUDAStream.h>
+#include "selective_scan.h"
+
+template <typename input_t, typename weight_t>
+void selective_scan_bwd_cuda(SSMParamsBwd &params, cudaStream_t stream);
+
+#define ABSENT(T)                                                                              \\
+    template <>                                                                                \\
+    void selective_scan_bwd_cuda<T, c10::complex<float>>(SSMParamsBwd &, cudaStream_t) {       \\
+        TORCH_CHECK(false, "not built: the backward pass for a complex A");                    \\
+    }
+ABSENT(float)
+ABSENT(at::Half)
+ABSENT(at::BFloat16)
+"""
+
+
+def unpack(sources, distribution, into):
+    """The folder of a distribution, taken out of its archive if need be."""
+    archives = sorted(Path(sources).glob(f"{distribution}-*.tar.gz"))
+    if not archives:
+        raise FileNotFoundError(f"no {distribution}-*.tar.gz in {sources}")
+    name = archives[-1].name.removesuffix(".tar.gz")
+    if not (Path(into) / name / "setup.py").exists():
+        with tarfile.open(archives[-1]) as archive:
+            archive.extractall(into, filter="data")
+    return Path(into) / name
+
+
+def build(module, sources, into):
+    """Compiles a module and gives its path."""
+    distribution, folder, without = EXTENSIONS[module]
+    folder = unpack(sources, distribution, into) / folder
+    objects = Path(into) / module
+    objects.mkdir(parents=True, exist_ok=True)
+    files = sorted([*folder.glob("*.cpp"), *folder.glob("*.cu")])
+    if without:
+        files = [file for file in files if not file.match(f"*{without}.cu")]
+        absent = objects / "absent.cpp"
+        if not absent.exists() or absent.read_text() != ABSENT:
+            absent.write_text(ABSENT)
+        files.append(absent)
+
+    import torch
+    from torch.utils import cpp_extension
+
+    major, minor = torch.cuda.get_device_capability()
+    os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
+    os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
+    cpp_extension.load(
+        name=module,
+        sources=[str(file) for file in files],
+        extra_cflags=["-O3", "-std=c++17"],
+        extra_cuda_cflags=FLAGS,
+        extra_include_paths=[str(folder)],
+        build_directory=str(objects),
+        verbose=bool(os.environ.get("VERBOSE")),
+    )
+    return objects / f"{module}.so"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sources", type=Path, required=True)
+    parser.add_argument("--into", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.into.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for module in EXTENSIONS:
+        start = time.monotonic()
+        try:
+            path = build(module, arguments.sources, arguments.into.resolve())
+            print(f"{path}: built in {time.monotonic() - start:.0f} s", flush=True)
+        except Exception:
+            failed = True
+            traceback.print_exc()
+            print(f"{module}: not built", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
