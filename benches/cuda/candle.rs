@@ -2,6 +2,7 @@
 //! `(B, L, D, N)` each, then step by step.
 
 use candle_core::{D, DType, Device, Result as CandleResult, Tensor, Var};
+use selective_scan::{View, scan};
 
 use crate::Result;
 use crate::case::Case;
@@ -53,6 +54,37 @@ impl Inputs {
     }
 }
 
+/// That it is the same operator, by the crate's own on the CPU.
+fn check(device: &Device) -> Result<()> {
+    let inputs = Inputs::draw(&Case::parse("candle forward f32 2 9 8 4")?, device)?;
+    let host = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+    let Inputs { u, delta, a, b, c, z, d, bias } = &inputs;
+    let [u, delta, a, b, c, z, d, bias] =
+        [host(u)?, host(delta)?, host(a)?, host(b)?, host(c)?, host(z)?, host(d)?, host(bias)?];
+    let (activation, projection) = ([2, 9, 8], [2, 9, 1, 4]);
+    let wanted = scan::Inputs {
+        z: Some(View::new(&z, activation)),
+        d: Some(View::new(&d, [8])),
+        delta_bias: Some(View::new(&bias, [8])),
+        options: scan::Options { delta_softplus: true, ..Default::default() },
+        ..scan::Inputs::new(
+            View::new(&u, activation),
+            View::new(&delta, activation),
+            View::new(&a, [8, 4]),
+            View::new(&b, projection),
+            View::new(&c, projection),
+        )
+    }
+    .forward()?;
+    let got = host(&inputs.scan()?)?;
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
+    let error = norm(&mut got.iter().zip(&wanted.out).map(|(got, wanted)| got - wanted));
+    if error < 1e-4 * norm(&mut wanted.out.iter().copied()) {
+        return Ok(());
+    }
+    Err("candle's scan is not the crate's".into())
+}
+
 /// Directions `forward`, and `both`: with the gradients of all inputs, by candle's own differentiation.
 pub fn prepare(case: &Case) -> Result<Prepared> {
     case.finish()?;
@@ -62,6 +94,7 @@ pub fn prepare(case: &Case) -> Result<Prepared> {
         other => return Err(format!("candle's scan has no direction `{other}`").into()),
     };
     let device = Device::new_cuda(0)?;
+    check(&device)?;
     let stream = device.as_cuda_device()?.cuda_stream();
     // What it stores far exceeds the cache, so that there is no need to rotate.
     let inputs = Inputs::draw(case, &device)?;

@@ -9,7 +9,8 @@ use crate::timing::Timed;
 use crate::{Bench, Result};
 
 /// Reads lines of a case and a number of repeats: `scan forward bf16 8 2048 2048 16 20`, variants before the number. Each
-/// is answered by a line of JSON: the median and least milliseconds of a call, its bound and what binds it; or an `error`.
+/// is answered by a line of JSON: the median and least milliseconds of a call, how many calls lie between
+/// two events, its bound and what binds it; or an `error`.
 /// The last case stays prepared, so that asking for it again measures and does nothing else; `release` frees its memory,
 /// `limits` tells the device's rates.
 pub fn run(bench: &Bench) -> Result<()> {
@@ -52,5 +53,5 @@ fn measure(bench: &Bench, line: &str, prepared: &mut Option<(Case, Timed)>) -> R
     let (_, timed) = prepared.as_mut().expect("it has just been prepared");
     let times = timed.measure(repeats)?;
     let (by, bound) = bench.limits.bounds(&timed.work()).binding();
-    Ok(json!({ "ms": times.median, "min": times.min, "bound": bound, "by": by }))
+    Ok(json!({ "ms": times.median, "min": times.min, "calls": times.calls, "bound": bound, "by": by }))
 }

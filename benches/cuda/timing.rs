@@ -54,9 +54,10 @@ pub struct Prepared {
     pub run: Box<dyn FnMut(usize) -> Result<()>>,
 }
 
-/// Milliseconds of a call.
+/// Milliseconds of a call, of which there were `calls` between two events.
 #[derive(Clone, Copy)]
 pub struct Times {
+    pub calls: usize,
     pub median: f64,
     pub min: f64,
 }
@@ -90,20 +91,21 @@ impl Timed {
     pub fn measure(&mut self, repeats: usize) -> Result<Times> {
         let Prepared { stream, sets, run, .. } = &mut self.prepared;
         let event = || stream.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        let calls = if self.graph.is_some() { *sets } else { 1 };
         let mut times = Vec::with_capacity(repeats.max(1));
         for _ in 0..repeats.max(1) {
             let (start, end) = (event()?, event()?);
             start.record(stream)?;
-            let calls = match &self.graph {
-                Some(graph) => graph.launch().map(|()| *sets)?,
-                None => run(self.next % *sets).map(|()| 1)?,
-            };
+            match &self.graph {
+                Some(graph) => graph.launch()?,
+                None => run(self.next % *sets)?,
+            }
             end.record(stream)?;
             self.next += 1;
             times.push(f64::from(start.elapsed_ms(&end)?) / calls as f64);
         }
         times.sort_by(f64::total_cmp);
-        Ok(Times { median: times[times.len() / 2], min: times[0] })
+        Ok(Times { calls, median: times[times.len() / 2], min: times[0] })
     }
 }
 

@@ -77,8 +77,8 @@ def build(module, sources, into):
     import torch
     from torch.utils import cpp_extension
 
-    major, minor = torch.cuda.get_device_capability()
-    os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, torch.cuda.get_device_capability()))
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
     cpp_extension.load(
         name=module,
