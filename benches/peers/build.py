@@ -16,11 +16,13 @@ import traceback
 from pathlib import Path
 
 FLAGS = [
-    "-O3", "-std=c++17", "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__",
+    "-O3", "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__",
     "-U__CUDA_NO_BFLOAT16_OPERATORS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__", "-U__CUDA_NO_BFLOAT162_OPERATORS__",
     "-U__CUDA_NO_BFLOAT162_CONVERSIONS__", "--expt-relaxed-constexpr", "--expt-extended-lambda", "--use_fast_math",
     "-lineinfo",
 ]  # fmt: skip
+
+# The C++ standard is PyTorch's choice, as its headers want it.
 
 # Module, distribution, folder, and sources but for those that match a word.
 EXTENSIONS = {
@@ -80,10 +82,12 @@ def build(module, sources, into):
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         os.environ["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, torch.cuda.get_device_capability()))
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
+    # What a build that was stopped has left would be waited for.
+    (objects / "lock").unlink(missing_ok=True)
     cpp_extension.load(
         name=module,
         sources=[str(file) for file in files],
-        extra_cflags=["-O3", "-std=c++17"],
+        extra_cflags=["-O3"],
         extra_cuda_cflags=FLAGS,
         extra_include_paths=[str(folder)],
         build_directory=str(objects),
