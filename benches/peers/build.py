@@ -4,7 +4,7 @@
 
 FOLDER of sources holds what `pip download --no-binary :all:` leaves: mamba_ssm-*.tar.gz and causal_conv1d-*.tar.gz. Their
 own setup.py compiles for nine kinds of GPU and takes many times as long; the files and flags here are those it gives nvcc
-for one. Objects that are done are not made again.
+for one, and each kernel is a job of its own. Objects that are done are not made again.
 """
 
 import argparse
@@ -62,19 +62,38 @@ def unpack(sources, distribution, into):
     return Path(into) / name
 
 
+def split(source, into):
+    """A source for each of those kernels that the end of `source` instantiates: so they compile side by side."""
+    lines = source.read_text().splitlines(keepends=True)
+    first = next((i for i, line in enumerate(lines) if line.startswith("template void ")), None)
+    if first is None:
+        return [source]
+    files = []
+    for line in lines[first:]:
+        if line.startswith("template void "):
+            files.append(write(into / f"{source.stem}_{len(files)}.cu", "".join(lines[:first]) + line))
+    return files
+
+
+def write(path, text):
+    """Leaves a file that is the same alone, so that what was made of it is too."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return path
+
+
 def build(module, sources, into):
     """Compiles a module and gives its path."""
     distribution, folder, without = EXTENSIONS[module]
     folder = unpack(sources, distribution, into) / folder
     objects = Path(into) / module
     objects.mkdir(parents=True, exist_ok=True)
-    files = sorted([*folder.glob("*.cpp"), *folder.glob("*.cu")])
+    kernels = sorted(folder.glob("*.cu"))
+    files = sorted(folder.glob("*.cpp"))
     if without:
-        files = [file for file in files if not file.match(f"*{without}.cu")]
-        absent = objects / "absent.cpp"
-        if not absent.exists() or absent.read_text() != ABSENT:
-            absent.write_text(ABSENT)
-        files.append(absent)
+        kernels = [file for file in kernels if not file.match(f"*{without}.cu")]
+        files.append(write(objects / "absent.cpp", ABSENT))
+    files += [file for kernel in kernels for file in split(kernel, objects)]
 
     import torch
     from torch.utils import cpp_extension
