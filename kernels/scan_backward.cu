@@ -141,9 +141,11 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
             const auto copy_next = [&](int tile) {
                 const int t = tile * TILE + row;
                 const bool wanted = there && t < left;
-                copy_ahead(mine.next[0][lane_index], quad_at(shared.u, t), wanted);
-                copy_ahead(mine.next[1][lane_index], quad_at(shared.z, t), wanted && gated);
-                copy_ahead(mine.next[2][lane_index], quad_at(shared.d_out, t), wanted);
+                const T *const u = quad_at(shared.u, t), *const z = quad_at(shared.z, t);
+                const T *const d_out = quad_at(shared.d_out, t);
+                copy_ahead(mine.next[0][lane_index], u, wanted);
+                copy_ahead(mine.next[1][lane_index], z, wanted && gated);
+                copy_ahead(mine.next[2][lane_index], d_out, wanted);
             };
             copy_next(tiles - 1);
             // What the tiles before will be copied from, and what the part before will stage.
@@ -333,6 +335,27 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 }
                 __syncwarp();
 
+                // What each channel gets of the sums over its states.
+                float d_delta[QUAD], d_input[QUAD], y[QUAD];
+#pragma unroll
+                for (int s = 0; s < LANES; s += 2) {
+                    float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
+                    read_shared(one, &mine.gradients[row][s * PAIRS + column / OWN].x);
+                    read_shared(two, &mine.gradients[row][(s + 1) * PAIRS + column / OWN].x);
+                    if (gated) {
+                        read_shared(one_y, &mine.y[row][mine.place_of_y(row, s * WIDTH + column)]);
+                        read_shared(two_y, &mine.y[row][mine.place_of_y(row, (s + 1) * WIDTH + column)]);
+                    }
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) {
+                        const float of_delta = one[2 * c] + two[2 * c], of_input = one[2 * c + 1] + two[2 * c + 1];
+                        const float of_y = one_y[c] + two_y[c];
+                        d_delta[c] = s ? d_delta[c] + of_delta : of_delta;
+                        d_input[c] = s ? d_input[c] + of_input : of_input;
+                        y[c] = s ? y[c] + of_y : of_y;
+                    }
+                }
+
                 // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves' lanes
                 // share the steps. Columns are the steps, first of ∂B and then of ∂C.
                 const int upper = lane_index / 4 % 2;
@@ -397,20 +420,8 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     total();
                 }
 
-                // Finish: what each channel gets of the sums over its states.
-                float d_delta[QUAD] = {}, d_input[QUAD] = {}, y[QUAD] = {}, in[2 * QUAD], skip[QUAD];
-#pragma unroll
-                for (int s = 0; s < LANES; s++) {
-                    float one[2 * QUAD], one_y[QUAD] = {};
-                    read_shared(one, &mine.gradients[row][s * PAIRS + column / OWN].x);
-                    if (gated) read_shared(one_y, &mine.y[row][mine.place_of_y(row, s * WIDTH + column)]);
-#pragma unroll
-                    for (int c = 0; c < QUAD; c++) {
-                        d_delta[c] = s ? d_delta[c] + one[2 * c] : one[2 * c];
-                        d_input[c] = s ? d_input[c] + one[2 * c + 1] : one[2 * c + 1];
-                        y[c] = s ? y[c] + one_y[c] : one_y[c];
-                    }
-                }
+                // Finish.
+                float in[2 * QUAD], skip[QUAD];
                 read_shared(in, &mine.steps[mine_t][column / OWN].x);
                 read_shared(skip, &shared.skips[warp * WIDTH + column]);
                 // Everyone has read what the sums over channels are going to replace.

@@ -492,8 +492,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                                 d_u[c] = fmaf(skip[c], d_y[c], hold ? d_input[c] : d_input[c] * delta);
                                 float d = d_delta[c] * LN_2;
                                 if (!hold) d = fmaf(d_input[c], x[c], d);
-                                // The slope of softplus, 1/(1 + e^-x), is 1 - e^-Δ.
-                                if (plus) d *= -exp2_minus_one(delta * -LOG2_E);
+                                if (plus) d *= softplus_slope<T>(delta);
                                 d_step[c] = d;
                             }
                             store<T, false>(static_cast<T *>(params.d_u) + at, d_u, there);

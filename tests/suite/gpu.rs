@@ -358,15 +358,17 @@ fn a_sequence_does_not_see_its_neighbours() {
     properties::neighbours(Device::Cuda(SPLIT), &[(75, 34)], |flags| flags);
 }
 
-/// The general kernels and the fast ones agree to the last bit.
+/// The general kernels and the fast ones agree to the last bit, but for sums over channels and over time, which they form in
+/// different orders; those are held to the reference only.
 #[test]
 fn layouts_do_not_matter() {
     if stream().is_none() {
         return;
     }
-    properties::layouts::<bf16>(Device::Cuda(WHOLE), 7);
-    properties::layouts::<bf16>(Device::Cuda(SPLIT), 8);
-    properties::layouts::<f32>(Device::Cuda(WHOLE), 8);
+    let sums = ["d_b", "d_c", "d_d", "d_delta_bias"];
+    properties::layouts::<bf16>(Device::Cuda(WHOLE), 7, &[]);
+    properties::layouts::<bf16>(Device::Cuda(SPLIT), 8, &sums);
+    properties::layouts::<f32>(Device::Cuda(WHOLE), 8, &sums);
 }
 
 #[test]

@@ -110,10 +110,11 @@ pub fn neighbours(device: Device, shapes: &[(usize, usize)], change: impl Fn(Fla
 /// However tensors are stored, the same bits come out.
 #[test]
 fn layouts_do_not_matter() {
-    layouts::<bf16>(Device::best(), 7);
+    layouts::<bf16>(Device::best(), 7, &[]);
 }
 
-pub fn layouts<T: Element>(device: Device, d_state: usize) {
+/// Leaves out the tensors of `but`.
+pub fn layouts<T: Element>(device: Device, d_state: usize, but: &[&str]) {
     let (mut rng, seed) = seeded();
     for row in 0..16 {
         let shape = Shape { batch: 2, len: 90, d_inner: 36, d_state };
@@ -125,7 +126,10 @@ pub fn layouts<T: Element>(device: Device, d_state: usize) {
             d_out: case.d_out.dense(),
             ..case.clone()
         };
-        assert!(case.run(device) == dense.run(device), "SEED={seed} {device:?} row {row}");
+        for (strided, dense) in case.run(device).0.iter().zip(dense.run(device).0) {
+            let same = *strided == dense || but.contains(&dense.name);
+            assert!(same, "SEED={seed} {device:?} row {row}: {}", dense.name);
+        }
     }
 }
 

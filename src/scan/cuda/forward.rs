@@ -41,7 +41,7 @@ pub fn forward_with<T: Element>(
     if problem.sequences.count() == 0 || len == 0 && final_state == 0 {
         return Ok(());
     }
-    if !scan.is_aligned::<T>(&[(out, &[d_inner as i64])]) {
+    if scan.compensates || !scan.is_aligned::<T>(&[(out, &[d_inner as i64])]) {
         scan.kernel = Kernel::General;
     }
     let params = |inputs| params::ScanForward { inputs, out, final_state, checkpoints };

@@ -22,6 +22,8 @@ pub(super) struct Scan {
     pub inputs: params::ScanInputs,
     pub segments: Segments,
     pub kernel: Kernel,
+    /// Whether any state is summed with compensation, which only the general forward kernel does.
+    pub compensates: bool,
 }
 
 /// As `LONG_SEQUENCE` in the kernels.
@@ -69,6 +71,7 @@ impl Scan {
             },
             segments,
             kernel: Kernel::General,
+            compensates: compensate,
         };
         let varying = |projection: &Projection<T, Cuda>| matches!(projection, Projection::Varying(_));
         let fast = d_state <= 16
@@ -77,7 +80,6 @@ impl Scan {
             && varying(&inputs.b)
             && varying(&inputs.c)
             && !hold
-            && !compensate
             && scan.is_aligned::<T>(&[]);
         if fast {
             let rows = batch * scan.segments.params.per_row as usize;
