@@ -469,10 +469,11 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 }
             }
 
-            // The block's sums of ∂B and ∂C, the warps in order.
+            // The block's sums of ∂B and ∂C, the warps in order. (Where they go is read first: the first thread may be at the
+            // next part before the others have left this one.)
+            float *const to = params.projections + shared.lines;
             __syncthreads();
             if (params.projections) {
-                float *const to = params.projections + shared.lines;
                 const int64_t all = p.group_blocks * params.steps * params.groups * p.d_state;
                 const int64_t line = sign * params.groups * p.d_state;
                 constexpr int FOURS = 2 * LANES;

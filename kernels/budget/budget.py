@@ -9,8 +9,7 @@ It needs nvcc, cuobjdump and nvdisasm, in $CUDA_HOME/bin or on the PATH, and no 
 - of the main loops of the scan, bf16: machine instructions for each (time step, channel, state), by class, which are those
   of a warp for 32 of them. They are counted in the machine code, along the longest path around the loop (sass.py says how
   loops are found). Left out are ways that only a warp takes in which a product of zero and infinity has come up (the
-  kernel then sums each step alone: an inner loop of the backward's tile loop) and ways for a warp that has come apart; code
-  that half of the warps run in each turn counts half;
+  kernel then sums each step alone: an inner loop of the backward's tile loop) and ways for a warp that has come apart;
 - the number of kernels, and how long nvcc takes on two cores.
 
 Exit code 1 if a rule is broken: a fast kernel (all but the `general` ones) spills or uses local memory, or a kernel has an
@@ -38,9 +37,9 @@ ARCH = "90"
 FORWARD, BACKWARD, SPLIT, BUILD = 7.5, 26.0, 1.9, 120.0
 
 # The steps of a tile and the channels of a lane in each fast forward kernel, as in INSTANCES of scan_forward.cu. A lane
-# carries 4 states of each, and so does one of the backward kernel, with tiles of 8 steps in parts of 64.
+# carries 4 states of each; one of the backward kernel of two channels, with tiles of 8 steps in parts of 64.
 TILES = {"one": (16, 1), "two": (16, 2), "four": (8, 4)}
-STATES, LANES, BACKWARD_TILE, PART = 4, 4, 8, 64
+STATES, BACKWARD_TILE, BACKWARD_OWN, PART = 4, 8, 2, 64
 
 FLOAT_ATOMIC = r"(RED|REDG|ATOM|ATOMG|ATOMS)\.(.*\.)?(F16|F32|F64|BF16)(x\d)?(\.|_|$).*|REDAS.*F.*"
 
@@ -79,10 +78,12 @@ class Kernel:
         return [one for one in self.code if not isinstance(one, str)]
 
     def dynamic_shared(self):
-        """Bytes of a kernel whose shared memory is one struct, of which the source asserts the size."""
-        size = re.search(r"sizeof\(Shared\) == (\d+)", self.source.read_text())
-        uses = self.name.startswith("scan_backward") and size
-        return int(size[1]) if uses else 0
+        """Bytes of a kernel whose shared memory is one struct, of which the source asserts the size, by type or for all."""
+        if not self.name.startswith("scan_backward"):
+            return 0
+        element = "float" if self.name.endswith("_f32") else "__half"
+        sizes = dict(re.findall(r"sizeof\(Shared(?:<(\w+)>)?\) == (\d+)", self.source.read_text()))
+        return int(sizes.get(element) or sizes.get("") or 0)
 
 
 def compile_kernels(folder):
@@ -127,14 +128,6 @@ def compile_kernels(folder):
     return kernels, seconds
 
 
-def halves(line):
-    """Whether a source line is a test that half of the warps pass in each turn."""
-    if line is None or not os.path.exists(line[0]):
-        return False
-    lines = pathlib.Path(line[0]).read_text().splitlines()
-    return line[1] <= len(lines) and re.search(r"% 2 [!=]= half", lines[line[1] - 1]) is not None
-
-
 def per_unit(counts, units):
     return collections.Counter({name: count / units for name, count in counts.items()})
 
@@ -158,11 +151,11 @@ def forward_loop(kernel, variant):
 
 
 def backward_loops(kernel):
-    """The tile loop, which alone uses the tensor cores; the loop before it that finds the states of 7 tiles of 8; and what
-    surrounds both in the part of 64 steps."""
-    units = BACKWARD_TILE * STATES
+    """The tile loop, which alone uses the tensor cores and shuffles; the loop before it that finds the states and decays of
+    all tiles, one exponential each; and what surrounds both in the part of 64 steps."""
+    units = BACKWARD_TILE * BACKWARD_OWN * STATES
     found = sass.loops(kernel.code)
-    tiles = (loop for loop in found if loop.count(r".MMA.*") and loop.count(r"BAR.*"))
+    tiles = [loop for loop in found if loop.count(r".MMA.*") and loop.count("SHFL.*")]
     tile = min(tiles, key=lambda loop: len(loop.instructions))
     part = min((loop for loop in found if tile in sass.inside(loop, found)), key=lambda loop: len(loop.body))
 
@@ -172,13 +165,13 @@ def backward_loops(kernel):
     states = [loop for loop in sass.inside(part, found) if loop is not tile and is_states(loop)]
     if len(states) != 1:
         raise ValueError(f"{kernel.name}: {len(states)} loops look like that which finds states")
-    # Of the loops within, that which sums each step alone is rarely gone around; the other adds the lanes' sums by pairs.
-    within = sass.cost(tile, found, lambda loop: None if loop.count(r".MMA.*") else LANES // 2, halves)
-    around = sass.cost(part, found, lambda loop: 0 if loop in (tile, *states) else 1, halves)
+    # The loop within sums each step alone, and is rarely gone around.
+    within = sass.cost(tile, found, lambda loop: None)
+    around = sass.cost(part, found, lambda loop: 0 if loop in (tile, *states) else 1)
     return {
         "tiles, back": per_unit(within, units),
         "tiles, states": per_unit(sass.cost(states[0], found, lambda loop: 1), units * PART / (PART - BACKWARD_TILE)),
-        "staging": per_unit(around, PART * STATES),
+        "staging": per_unit(around, PART * BACKWARD_OWN * STATES),
     }
 
 

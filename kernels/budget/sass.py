@@ -147,9 +147,9 @@ def inside(loop, found):
     return [one for one in within if not any(one.header in other.body for other in within if other is not one)]
 
 
-def cost(loop, found, trips, halves=lambda line: False):
+def cost(loop, found, trips):
     """The instructions of each class once around `loop`. `trips` gives how often a loop within is gone around each time,
-    or None where it is rare. A branch for whose source line `halves` holds is taken by half of the warps."""
+    or None where it is rare."""
     children = inside(loop, found)
     owner = {block: child for child in children for block in child.body}
     known = {}
@@ -163,21 +163,18 @@ def cost(loop, found, trips, halves=lambda line: False):
             return known[unit]
         if unit is block:
             own, ways = block.counts(), block.next
-            halved = len(ways) == 2 and halves(block.instructions[-1].line)
         else:
             times = trips(unit)
             if times is None:
                 known[unit] = None
                 return None
-            own = scaled(cost(unit, found, trips, halves), times)
-            ways, halved = [way for one in unit.body for way in one.next if way not in unit.body], False
+            own = scaled(cost(unit, found, trips), times)
+            ways = [way for one in unit.body for way in one.next if way not in unit.body]
         rest = [collections.Counter() if way is loop.header else from_here(way) for way in ways
                 if way is loop.header or way in loop.body]
         rest = [way for way in rest if way is not None]
         if not rest:
             known[unit] = None
-        elif halved and len(rest) == 2:
-            known[unit] = own + scaled(rest[0], 0.5) + scaled(rest[1], 0.5)
         else:
             known[unit] = own + max(rest, key=lambda counts: sum(counts.values()))
         return known[unit]
