@@ -64,6 +64,8 @@
 //!   written.
 
 mod arguments;
+#[cfg(feature = "candle")]
+pub mod candle;
 pub mod conv;
 #[cfg(feature = "cuda")]
 pub mod cuda;

@@ -2,6 +2,8 @@
 
 mod accuracy;
 mod arguments;
+#[cfg(feature = "candle")]
+mod candle;
 mod case;
 mod common;
 mod conv;
