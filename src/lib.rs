@@ -71,6 +71,8 @@ pub mod conv;
 pub mod cuda;
 mod element;
 mod error;
+#[cfg(feature = "candle")]
+pub mod nn;
 mod pool;
 mod reference;
 pub mod scan;
