@@ -21,7 +21,6 @@ impl<'a> Parameters<'a> {
         Self { vb: self.vb.pp(name), seed: self.seed }
     }
 
-
     /// A parameter of the model's type.
     pub fn get(&self, shape: &[usize], name: &str, initial: Initial) -> Result<Tensor> {
         self.get_dtype(shape, name, self.vb.dtype(), initial)

@@ -1,13 +1,14 @@
 //! The operators on candle's tensors.
 
 use candle_core::{Device, Tensor, Var};
-use selective_scan::candle::{CausalConv, Scan, StateUpdate, ConvUpdate};
+use selective_scan::candle::{CausalConv, ConvUpdate, Scan, StateUpdate};
 
 #[test]
 fn smoke() {
     let dev = Device::Cpu;
     let v = |shape: &[usize]| Var::randn(0f32, 1.0, shape, &dev).unwrap();
-    let (u, delta, a, b, c, z) = (v(&[2, 5, 4]), v(&[2, 5, 4]), v(&[4, 3]), v(&[2, 5, 3]), v(&[2, 5, 3]), v(&[2, 5, 4]));
+    let (u, delta, a, b, c, z) =
+        (v(&[2, 5, 4]), v(&[2, 5, 4]), v(&[4, 3]), v(&[2, 5, 3]), v(&[2, 5, 3]), v(&[2, 5, 4]));
     let a = a.abs().unwrap().neg().unwrap();
     let scan = Scan { z: Some(&z), ..Scan::new(&u, &delta, &a, &b, &c) };
     let (out, state) = scan.forward_with_state().unwrap();
@@ -26,5 +27,5 @@ fn smoke() {
     let pool = Tensor::zeros((2, 3, 4), candle_core::DType::F32, &dev).unwrap();
     ConvUpdate::new(&u, &w).update(&pool).unwrap();
     println!("{:?}", pool.to_vec3::<f32>());
-    println!("{}", ConvUpdate::new(&u, &w).update(&u.narrow(1,0,3).unwrap()).unwrap_err());
+    println!("{}", ConvUpdate::new(&u, &w).update(&u.narrow(1, 0, 3).unwrap()).unwrap_err());
 }
