@@ -139,7 +139,8 @@ def language_model(name, model_class, config, draw=0, **saving):
     model.save_pretrained(folder, **saving)
     (folder / "generation_config.json").unlink()
     with float64():
-        save_results(folder, results(model.double(), random, config.vocab_size))
+        tensors = results(model.double(), random, config.vocab_size)
+    save_results(folder, tensors)
 
 
 COMMON = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
@@ -201,8 +202,8 @@ def jamba():
         out = mixer(wide)
         assert out.dtype == torch.float64
         (out * d_out).sum().backward()
-        gradients = {f"grad/{prefix}{name}": parameter.grad for name, parameter in mixer.named_parameters()}
-        save_results(folder, {"x": x, "out": out, "d_out": d_out, "grad/x": wide.grad, **gradients})
+    gradients = {f"grad/{prefix}{name}": parameter.grad for name, parameter in mixer.named_parameters()}
+    save_results(folder, {"x": x, "out": out, "d_out": d_out, "grad/x": wide.grad, **gradients})
 
 
 def state_spaces():

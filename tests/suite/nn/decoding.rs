@@ -101,7 +101,15 @@ fn slots_hold_sequences_of_their_own() {
         let rows = Tensor::new(&[0u32, 2], &Device::Cpu).unwrap();
         let check = |logits: Tensor, t: usize| {
             let got = logits.index_select(&rows, 0).unwrap();
-            let wanted = whole.narrow(1, t, 1).unwrap().squeeze(1).unwrap().index_select(&rows, 0).unwrap();
+            let wanted = whole
+                .narrow(1, t, 1)
+                .unwrap()
+                .contiguous()
+                .unwrap()
+                .squeeze(1)
+                .unwrap()
+                .index_select(&rows, 0)
+                .unwrap();
             assert_close(&got, &wanted, SAME, name);
         };
         check(model.prefill(&ids.narrow(1, 0, 8).unwrap(), &cache, Some(&slots)).unwrap(), 7);
