@@ -11,14 +11,14 @@ use crate::cuda::Cuda;
 use crate::{Error, Result, View, ViewMut, conv, scan, state_update};
 
 /// A GPU of candle's.
-pub(super) struct Gpu<'d> {
-    device: &'d CudaDevice,
+pub(super) struct Gpu {
+    device: CudaDevice,
     stream: Arc<CudaStream>,
 }
 
-impl<'d> Gpu<'d> {
-    pub fn new(device: &'d CudaDevice) -> Self {
-        Self { device, stream: device.cuda_stream() }
+impl Gpu {
+    pub fn new(device: &CudaDevice) -> Self {
+        Self { device: device.clone(), stream: device.cuda_stream() }
     }
 }
 
@@ -28,7 +28,7 @@ pub(super) fn token(storage: &CudaStorage) -> candle_core::Result<CudaStorage> {
     Ok(CudaStorage::wrap_cuda_slice(device.alloc_zeros::<f32>(1)?, device.clone()))
 }
 
-impl Backend for Gpu<'_> {
+impl Backend for Gpu {
     type Memory = Cuda;
     type Owned<T: Value> = CudaSlice<T>;
     type Storage = CudaStorage;
