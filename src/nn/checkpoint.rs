@@ -92,8 +92,8 @@ impl Checkpoint {
         {
             let mut map = variables.data().lock().map_err(|_| Error::msg("the lock of the variables is poisoned"))?;
             for (name, tensor) in fixed.named_tensors() {
-                // A variable of its own: training must not change what was read.
-                map.insert(name, Var::from_tensor(&tensor.copy()?)?);
+                // A variable is a copy: training does not change what was read.
+                map.insert(name, Var::from_tensor(&tensor)?);
             }
         }
         let model = LanguageModel::new(&self.config, VarBuilder::from_varmap(&variables, dtype, fixed.device()))?;

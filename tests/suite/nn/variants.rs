@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss};
 use selective_scan::nn::{LanguageModel, LanguageModelConfig, Mamba, MambaConfig, Norms};
 
-use super::{SAME, all_blocks, assert_close, block, ids, model, random, refusal, tensor, values};
+use super::{SAME, all_blocks, assert_close, bits, block, ids, model, random, refusal, relative_error, tensor, values};
 
 /// A step along a random direction changes the loss by the gradient's share of it.
 ///
@@ -68,13 +68,13 @@ fn the_second_direction_is_the_first_reversed() {
         let turned = swapped.forward(&x.flip(&[1]).unwrap()).unwrap().flip(&[1]).unwrap();
         let out = block.forward(&x).unwrap();
         assert_close(&turned, &out, SAME, name);
-        // The first output depends on the last input, and the two directions are not one.
-        let shorter = block.forward(&x.narrow(1, 0, 12).unwrap().contiguous().unwrap()).unwrap();
-        assert!(
-            super::relative_error(&shorter.narrow(1, 0, 1).unwrap(), &out.narrow(1, 0, 1).unwrap()) > 1e-4,
-            "{name}"
-        );
-        assert!(super::relative_error(&swapped.forward(&x).unwrap(), &out) > 1e-3, "{name}");
+        // The first output depends on the last input, here of a few, since states forget; and the two directions are not one.
+        let first = |length| {
+            let x = x.narrow(1, 0, length).unwrap().contiguous().unwrap();
+            block.forward(&x).unwrap().narrow(1, 0, 1).unwrap()
+        };
+        assert!(relative_error(&first(2), &first(3)) > 1e-4, "{name}");
+        assert!(relative_error(&swapped.forward(&x).unwrap(), &out) > 1e-4, "{name}");
     }
 }
 
@@ -155,13 +155,13 @@ fn detached() {
         assert!(model.forward(&ids).unwrap().track_op());
         let detached = model.detach().unwrap().forward(&ids).unwrap();
         assert!(!detached.track_op(), "{name}");
-        assert_eq!(super::bits(&detached), super::bits(&model.forward(&ids).unwrap()), "{name}");
+        assert_eq!(bits(&detached), bits(&model.forward(&ids).unwrap()), "{name}");
         for variable in variables.all_vars() {
             variable.set(&(variable.as_tensor() * 1.1).unwrap()).unwrap();
         }
-        let after = [model.detach().unwrap(), model].map(|model| super::bits(&model.forward(&ids).unwrap()));
+        let after = [model.detach().unwrap(), model].map(|model| bits(&model.forward(&ids).unwrap()));
         assert_eq!(after[0], after[1], "{name}");
-        assert_ne!(after[0], super::bits(&detached), "{name}");
+        assert_ne!(after[0], bits(&detached), "{name}");
     }
 }
 
