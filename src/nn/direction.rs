@@ -3,7 +3,8 @@
 use candle_core::{Result, Tensor};
 
 use super::cache::States;
-use super::layers::{Initial, Linear, Parameters, rms_norm};
+use super::layers::{Initial, Linear, Parameters};
+use super::norm::rms_norm;
 use super::{LayerCache, MambaConfig, Norms};
 use crate::candle::{CausalConv, ConvUpdate, Scan, StateUpdate};
 use crate::{conv, scan, state_update};

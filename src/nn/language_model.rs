@@ -1,9 +1,10 @@
 //! The language model.
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::layers::{Initial, Linear, Parameters, rms_norm};
+use super::layers::{Initial, Linear, Parameters};
+use super::norm::rms_norm;
 use super::{Cache, LanguageModelConfig, LayerCache, Mamba, argument};
 
 /// A language model of Mamba blocks.
@@ -210,7 +211,6 @@ impl LanguageModel {
     }
 
     fn logits(&self, stream: &Tensor) -> Result<Tensor> {
-        debug_assert_eq!(stream.dim(D::Minus1)?, self.config.mamba.d_model);
         self.head.forward(&self.norm(stream, &self.norm_f)?)?.to_dtype(DType::F32)
     }
 

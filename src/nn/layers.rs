@@ -164,16 +164,3 @@ impl Linear {
         to.extend(self.bias.iter().map(|bias| (format!("{prefix}.bias"), bias.clone())));
     }
 }
-
-/// The RMS norm over the last dimension, times `weight` if there is one, computed in `f32` and given in `dtype`.
-///
-/// candle-nn's own `RmsNorm` has no gradient for dense input.
-pub(crate) fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f64, dtype: DType) -> Result<Tensor> {
-    let x = x.to_dtype(DType::F32)?;
-    let mean_square = (x.sqr()?.sum_keepdim(D::Minus1)? / x.dim(D::Minus1)? as f64)?;
-    let mut out = x.broadcast_div(&(mean_square + eps)?.sqrt()?)?;
-    if let Some(weight) = weight {
-        out = out.broadcast_mul(&weight.to_dtype(DType::F32)?)?;
-    }
-    out.to_dtype(dtype)
-}

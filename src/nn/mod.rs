@@ -64,6 +64,7 @@ mod direction;
 mod json;
 mod language_model;
 mod layers;
+mod norm;
 mod sampler;
 
 pub use block::Mamba;

@@ -167,7 +167,7 @@ fn what_does_not_fit_is_refused_and_writes_nothing() {
     let cache = model.new_cache(3, DType::F32).unwrap();
     model.prefill(&ids, &cache, Some(&[2, 0])).unwrap();
     let before = states(&cache);
-    let mut refused = |slots: Option<&[i32]>, words: &[&str]| {
+    let refused = |slots: Option<&[i32]>, words: &[&str]| {
         for message in [
             refusal(model.prefill(&ids, &cache, slots)),
             refusal(model.step(&token, &cache, slots)),
