@@ -1,12 +1,14 @@
 //! How the scan stands in candle's graph: what it tracks, several of them, backward again and from several threads.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Barrier};
 
-use candle_core::{Device, Tensor};
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Tensor};
 use selective_scan::candle::Scan;
 
 use super::{INPUTS, Problem, assert_same, plain, values, weighted};
 use crate::case::{Case, Flags, Shape, seeded};
+use crate::memory;
 
 const SHAPE: Shape = Shape { batch: 1, len: 3, d_inner: 2, d_state: 3 };
 
@@ -94,22 +96,41 @@ fn backward_again_gives_the_same() {
     repeated(&Device::Cpu);
 }
 
+/// Waits in the backward pass until as many threads as the barrier is for have come there.
+struct Meet(Arc<Barrier>);
+
+impl CustomOp1 for Meet {
+    fn name(&self) -> &'static str {
+        "meet"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, candle_core::Shape)> {
+        Ok((storage.clone(), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.0.wait();
+        Ok(Some(gradient.clone()))
+    }
+}
+
+/// Threads walk one graph, and meet where one of them has left the gradient of the final state and neither has taken it.
 #[test]
 fn threads_may_walk_one_graph() {
     let (mut rng, seed) = seeded();
     let case = Case::<f32>::new(&mut rng, Shape { len: 40, ..SHAPE }, everything());
     let problem = Problem::new(&case, &Device::Cpu, |_| true);
     let (out, final_state) = problem.scan().forward_with_state().expect("the case is valid");
-    let losses = [weighted(&out, &problem.d_out), problem.loss(&out, &final_state)];
     let gradients = |loss: &Tensor| problem.gradients(&loss.backward().expect("a loss"));
-    let alone: Vec<_> = losses.iter().map(gradients).collect();
+    let alone = [weighted(&out, &problem.d_out), problem.loss(&out, &final_state)].map(|loss| gradients(&loss));
+    let met = out.apply_op1(Meet(Arc::new(Barrier::new(2)))).expect("a copy");
+    let losses = [weighted(&met, &problem.d_out), problem.loss(&met, &final_state)];
     std::thread::scope(|scope| {
-        for i in [0, 1, 0, 1] {
+        for i in [0, 1] {
             let (gradients, losses, alone) = (&gradients, &losses, &alone);
             scope.spawn(move || {
-                for _ in 0..100 {
-                    assert_eq!(gradients(&losses[i]), alone[i], "loss {i}, seed {seed}");
-                }
+                let all: Vec<_> = (0..100).map(|_| gradients(&losses[i])).collect();
+                assert!(all.iter().all(|gradients| *gradients == alone[i]), "loss {i}, seed {seed}");
             });
         }
     });
@@ -152,4 +173,28 @@ fn tracking_changes_no_value() {
         assert_eq!(values(&out), values(&tracked_out), "row {row}, seed {seed}");
         assert_eq!(values(&state), values(&tracked_state), "row {row}, seed {seed}");
     }
+}
+
+/// Without gradients nothing is kept but the results; with them, one state of each channel for every 64 steps, and after a
+/// backward pass no more than before.
+#[test]
+fn what_is_kept() {
+    let shape = Shape { batch: 2, len: 640, d_inner: 32, d_state: 16 };
+    let case = Case::<f32>::new(&mut seeded().0, shape, everything());
+    let (results, checkpoints) = (4 * (2 * 640 * 32 + 2 * 32 * 16), 4 * 2 * 640 / 64 * 32 * 16);
+    let nodes = 8 << 10;
+    let check = || {
+        for (tracked, kept) in [(false, results), (true, results + checkpoints)] {
+            let problem = Problem::new(&case, &Device::Cpu, |name| tracked && name == "u");
+            let run = || problem.scan().forward_with_state().expect("the case is valid");
+            drop(run());
+            let (held, (out, final_state)) = memory::held_by(run);
+            assert!((kept..kept + nodes).contains(&held), "{held} bytes, of {kept}; tracked: {tracked}");
+            let loss = problem.loss(&out, &final_state);
+            let (held, ()) = memory::held_by(|| drop(loss.backward().expect("a loss")));
+            assert!(held < nodes, "{held} bytes left by a backward pass");
+        }
+    };
+    // On one thread, so that the same frees what allocates.
+    rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread").install(check);
 }
