@@ -6,7 +6,8 @@
 //! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
 //! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
 //!
-//! The module `candle` has the same on candle's tensors, with gradients in candle's graph.
+//! The module `candle` has the same on candle's tensors, with gradients in candle's graph, and the module `nn` the Mamba
+//! block and a language model.
 //!
 //! Each has a CPU path that is vectorised for AVX-512, AVX2, NEON or plain code, chosen at run time, and runs on the
 //! threads of the current rayon pool; and a `float64` reference that is the equations written down, which the rest is
@@ -51,7 +52,7 @@
 //! # Features
 //! | feature | what it adds |
 //! |---|---|
-//! | `candle` (on by default) | the operators on the tensors of [candle](https://docs.rs/candle-core), with gradients: the module `candle` |
+//! | `candle` (on by default) | the operators on the tensors of [candle](https://docs.rs/candle-core), with gradients, and the model: the modules `candle` and `nn` |
 //! | `cuda` | the operators on NVIDIA GPUs: the module `cuda`, and one of that name in the module of each operator; with `candle`, candle's own `cuda` too |
 //!
 //! With `cuda`, building needs nvcc; running needs a driver, without which a program starts and gets an error when it asks
@@ -75,6 +76,8 @@ pub mod conv;
 pub mod cuda;
 mod element;
 mod error;
+#[cfg(feature = "candle")]
+pub mod nn;
 mod pool;
 mod reference;
 pub mod scan;

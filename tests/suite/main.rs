@@ -12,6 +12,8 @@ mod finite_differences;
 mod gpu;
 mod interpreted;
 mod memory;
+#[cfg(feature = "candle")]
+mod nn;
 mod properties;
 mod state_update;
 mod vectors;
