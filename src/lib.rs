@@ -6,6 +6,9 @@
 //! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
 //! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
 //!
+//! The module `candle` has the same on candle's tensors, with gradients in candle's graph, and the module `nn` the Mamba
+//! block and a language model.
+//!
 //! Each has a CPU path that is vectorised for AVX-512, AVX2, NEON or plain code, chosen at run time, and runs on the
 //! threads of the current rayon pool; and a `float64` reference that is the equations written down, which the rest is
 //! tested against. Activations are `f32`, `f16` or `bf16`; parameters and states are `f32`, and so is all arithmetic.
@@ -49,10 +52,12 @@
 //! # Features
 //! | feature | what it adds |
 //! |---|---|
-//! | `cuda` | the operators on NVIDIA GPUs: the module `cuda`, and one of that name in the module of each operator |
+//! | `candle` (on by default) | the operators on the tensors of [candle](https://docs.rs/candle-core), with gradients, and the model: the modules `candle` and `nn` |
+//! | `cuda` | the operators on NVIDIA GPUs: the module `cuda`, and one of that name in the module of each operator; with `candle`, candle's own `cuda` too |
 //!
-//! None is on by default. With `cuda`, building needs nvcc; running needs a driver, without which a program starts and gets
-//! an error when it asks for a GPU.
+//! With `cuda`, building needs nvcc; running needs a driver, without which a program starts and gets an error when it asks
+//! for a GPU. With `candle` as well it does not start: candle links the CUDA libraries (the driver, cuBLAS, cuRAND), so that
+//! they must be there. `default-features = false, features = ["cuda"]` leaves candle out.
 //!
 //! # Promises
 //! - Neither pass stores anything for every step, channel and state. Forward keeps one state of each channel for every
@@ -64,11 +69,15 @@
 //!   written.
 
 mod arguments;
+#[cfg(feature = "candle")]
+pub mod candle;
 pub mod conv;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod element;
 mod error;
+#[cfg(feature = "candle")]
+pub mod nn;
 mod pool;
 mod reference;
 pub mod scan;

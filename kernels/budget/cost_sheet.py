@@ -141,7 +141,8 @@ and shows what would bind.
 def main():
     cost = pathlib.Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT / "target/release/examples/cost"
     if len(sys.argv) == 1:
-        build = ["cargo", "build", "--release", "--locked", "--features", "cuda", "--example", "cost"]
+        build = ["cargo", "build", "--release", "--locked", "--no-default-features", "--features", "cuda",
+                 "--example", "cost"]
         subprocess.run(build, cwd=ROOT, check=True)
     operators = subprocess.run([cost, "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
     tables = ([], [], [])

@@ -2,6 +2,8 @@
 
 mod accuracy;
 mod arguments;
+#[cfg(feature = "candle")]
+mod candle;
 mod case;
 mod common;
 mod conv;
@@ -10,6 +12,8 @@ mod finite_differences;
 mod gpu;
 mod interpreted;
 mod memory;
+#[cfg(feature = "candle")]
+mod nn;
 mod properties;
 mod state_update;
 mod vectors;

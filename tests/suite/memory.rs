@@ -11,6 +11,8 @@ use crate::case::{Case, Flags, Shape, seeded};
 thread_local! {
     /// Whether what this thread allocates is counted. Other tests run beside this one.
     static COUNTED: Cell<bool> = const { Cell::new(false) };
+    /// What this thread has allocated and not freed, counted always.
+    static HELD_HERE: Cell<usize> = const { Cell::new(0) };
 }
 
 static HELD: AtomicUsize = AtomicUsize::new(0);
@@ -21,6 +23,7 @@ struct Counting;
 // SAFETY: every call is handed to the system's allocator as it came.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        HELD_HERE.set(HELD_HERE.get().wrapping_add(layout.size()));
         if COUNTED.get() {
             PEAK.fetch_max(HELD.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
         }
@@ -29,6 +32,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        HELD_HERE.set(HELD_HERE.get().wrapping_sub(layout.size()));
         if COUNTED.get() {
             HELD.fetch_sub(layout.size(), Relaxed);
         }
@@ -39,6 +43,14 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
+
+/// The bytes that what `f` returns holds, all of which this thread must have allocated.
+#[cfg(feature = "candle")]
+pub fn held_by<R>(f: impl FnOnce() -> R) -> (usize, R) {
+    let before = HELD_HERE.get();
+    let result = f();
+    (HELD_HERE.get().wrapping_sub(before), result)
+}
 
 #[test]
 fn peak_of_a_long_sequence() {

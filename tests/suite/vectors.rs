@@ -1,6 +1,8 @@
 //! The references and the fast paths against PyTorch, which computed the vectors of `tests/vectors/generate.py` in
 //! `f64`, the gradients by autograd.
 
+#[cfg(feature = "candle")]
+pub mod candle;
 mod conv;
 mod scan;
 mod state_update;

@@ -1,0 +1,256 @@
+//! Where tensors lie: what the operators need of candle's devices, and the choice of one at run time.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, Storage, WithDType};
+
+use crate::arguments::zeroed;
+use crate::{Element, Error, Host, Memory, Result, ViewMut, conv, scan, state_update};
+
+/// An element type that both this crate and candle know.
+#[cfg(not(feature = "cuda"))]
+pub(super) trait Value: Element + WithDType {}
+#[cfg(not(feature = "cuda"))]
+impl<T: Element + WithDType> Value for T {}
+
+/// An element type that both this crate and candle know.
+#[cfg(feature = "cuda")]
+pub(super) trait Value: Element + WithDType + candle_core::cuda::CudaDType {}
+#[cfg(feature = "cuda")]
+impl<T: Element + WithDType + candle_core::cuda::CudaDType> Value for T {}
+
+/// A buffer in a device's memory.
+pub(super) type Buffer<B, T> = <<B as Backend>::Memory as Memory>::Buffer<T>;
+
+/// A device that the operators run on.
+pub(super) trait Backend {
+    type Memory: Memory;
+    /// A buffer that owns its memory.
+    type Owned<T: Value>;
+    /// candle's storage there.
+    type Storage: 'static;
+
+    /// The storage, if it lies on this kind of device.
+    fn open(storage: &Storage) -> Option<&Self::Storage>;
+
+    fn dtype(storage: &Self::Storage) -> DType;
+
+    /// The elements of a storage; an error if they are of another type.
+    fn elements<T: Value>(storage: &Self::Storage) -> candle_core::Result<&Buffer<Self, T>>;
+
+    /// The elements of a storage, to be written.
+    fn elements_mut<T: Value>(storage: &mut Self::Storage) -> candle_core::Result<&mut Buffer<Self, T>>;
+
+    /// A buffer of `shape` that is going to be overwritten whole. An error names `argument`, whose shape asks for it.
+    fn allocate<T: Value>(&self, argument: &'static str, shape: &[usize]) -> Result<Self::Owned<T>>;
+
+    fn borrow<T: Value>(buffer: &mut Self::Owned<T>) -> &mut Buffer<Self, T>;
+
+    fn store<T: Value>(&self, buffer: Self::Owned<T>) -> Storage;
+
+    fn scan_forward<T: Value>(
+        &self,
+        inputs: &scan::Inputs<T, Self::Memory>,
+        outputs: scan::OutputMut<T, Self::Memory>,
+    ) -> Result<()>;
+
+    fn scan_backward<T: Value>(
+        &self,
+        inputs: &scan::Inputs<T, Self::Memory>,
+        checkpoints: &Buffer<Self, f32>,
+        d_outputs: scan::OutputGradients<T, Self::Memory>,
+        gradients: scan::GradientsMut<T, Self::Memory>,
+    ) -> Result<()>;
+
+    fn conv_forward<T: Value>(
+        &self,
+        inputs: &conv::Inputs<T, Self::Memory>,
+        outputs: conv::OutputMut<T, Self::Memory>,
+    ) -> Result<()>;
+
+    fn conv_backward<T: Value>(
+        &self,
+        inputs: &conv::Inputs<T, Self::Memory>,
+        d_outputs: conv::OutputGradients<T, Self::Memory>,
+        gradients: conv::GradientsMut<T, Self::Memory>,
+    ) -> Result<()>;
+
+    fn conv_update<T: Value, St: Value>(
+        &self,
+        inputs: &conv::UpdateInputs<T, Self::Memory>,
+        outputs: conv::UpdateMut<T, St, Self::Memory>,
+    ) -> Result<()>;
+
+    fn state_update<T: Value, St: Value>(
+        &self,
+        inputs: &state_update::Inputs<T, Self::Memory>,
+        outputs: state_update::UpdateMut<T, St, Self::Memory>,
+    ) -> Result<()>;
+
+    fn rollback<St: Value>(
+        &self,
+        state: ViewMut<St, 3, Self::Memory>,
+        token_states: crate::View<St, 4, Self::Memory>,
+        slots: Option<&[i32]>,
+        accepted: &[usize],
+    ) -> Result<()>;
+}
+
+/// The processor.
+pub(super) struct Cpu;
+
+impl Backend for Cpu {
+    type Memory = Host;
+    type Owned<T: Value> = Vec<T>;
+    type Storage = CpuStorage;
+
+    fn open(storage: &Storage) -> Option<&CpuStorage> {
+        match storage {
+            Storage::Cpu(storage) => Some(storage),
+            _ => None,
+        }
+    }
+
+    fn dtype(storage: &CpuStorage) -> DType {
+        BackendStorage::dtype(storage)
+    }
+
+    fn elements<T: Value>(storage: &CpuStorage) -> candle_core::Result<&[T]> {
+        storage.as_slice()
+    }
+
+    fn elements_mut<T: Value>(storage: &mut CpuStorage) -> candle_core::Result<&mut [T]> {
+        // candle has no generic way to write to a storage, but the type is known at run time.
+        fn cast<T: Value, U: Value>(data: &mut [U]) -> Option<&mut [T]> {
+            (<T as WithDType>::DTYPE == <U as WithDType>::DTYPE).then(|| bytemuck::cast_slice_mut(data))
+        }
+        let got = Self::dtype(storage);
+        match storage {
+            CpuStorage::F32(data) => cast(data),
+            CpuStorage::F16(data) => cast(data),
+            CpuStorage::BF16(data) => cast(data),
+            _ => None,
+        }
+        .ok_or(candle_core::Error::UnexpectedDType {
+            msg: "unexpected dtype",
+            expected: <T as WithDType>::DTYPE,
+            got,
+        })
+    }
+
+    fn allocate<T: Value>(&self, argument: &'static str, shape: &[usize]) -> Result<Vec<T>> {
+        zeroed(argument, shape)
+    }
+
+    fn borrow<T: Value>(buffer: &mut Vec<T>) -> &mut [T] {
+        buffer
+    }
+
+    fn store<T: Value>(&self, buffer: Vec<T>) -> Storage {
+        Storage::Cpu(T::to_cpu_storage_owned(buffer))
+    }
+
+    fn scan_forward<T: Value>(&self, inputs: &scan::Inputs<T>, outputs: scan::OutputMut<T>) -> Result<()> {
+        scan::cpu::forward(inputs, outputs)
+    }
+
+    fn scan_backward<T: Value>(
+        &self,
+        inputs: &scan::Inputs<T>,
+        checkpoints: &[f32],
+        d_outputs: scan::OutputGradients<T>,
+        gradients: scan::GradientsMut<T>,
+    ) -> Result<()> {
+        scan::cpu::backward(inputs, checkpoints, d_outputs, gradients)
+    }
+
+    fn conv_forward<T: Value>(&self, inputs: &conv::Inputs<T>, outputs: conv::OutputMut<T>) -> Result<()> {
+        conv::cpu::forward(inputs, outputs)
+    }
+
+    fn conv_backward<T: Value>(
+        &self,
+        inputs: &conv::Inputs<T>,
+        d_outputs: conv::OutputGradients<T>,
+        gradients: conv::GradientsMut<T>,
+    ) -> Result<()> {
+        conv::cpu::backward(inputs, d_outputs, gradients)
+    }
+
+    fn conv_update<T: Value, St: Value>(
+        &self,
+        inputs: &conv::UpdateInputs<T>,
+        outputs: conv::UpdateMut<T, St>,
+    ) -> Result<()> {
+        conv::cpu::update(inputs, outputs)
+    }
+
+    fn state_update<T: Value, St: Value>(
+        &self,
+        inputs: &state_update::Inputs<T>,
+        outputs: state_update::UpdateMut<T, St>,
+    ) -> Result<()> {
+        state_update::cpu::update(inputs, outputs)
+    }
+
+    fn rollback<St: Value>(
+        &self,
+        state: ViewMut<St, 3>,
+        token_states: crate::View<St, 4>,
+        slots: Option<&[i32]>,
+        accepted: &[usize],
+    ) -> Result<()> {
+        state_update::rollback(state, token_states, slots, accepted)
+    }
+}
+
+/// A type that is none of the operators'.
+pub(super) fn unsupported(argument: &'static str, dtype: DType) -> Error {
+    Error::argument(argument, "dtype F32, F16 or BF16", format_args!("{dtype:?}"))
+}
+
+/// Calls a generic method for the element type that a tensor has.
+macro_rules! for_dtype {
+    ($argument:literal, $dtype:expr, |$T:ident| $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            candle_core::DType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            candle_core::DType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            dtype => Err($crate::candle::device::unsupported($argument, dtype).into()),
+        }
+    };
+}
+
+/// Calls a generic method on the device that a tensor lies on.
+macro_rules! on_device {
+    ($argument:literal, $tensor:expr, |$backend:ident| $body:expr) => {
+        match $tensor.device() {
+            candle_core::Device::Cpu => {
+                let $backend = &$crate::candle::device::Cpu;
+                $body
+            }
+            #[cfg(feature = "cuda")]
+            candle_core::Device::Cuda(device) => {
+                let $backend = &$crate::candle::cuda::Gpu::new(device);
+                $body
+            }
+            device => Err($crate::candle::device::elsewhere($argument, format_args!("{:?}", device.location())).into()),
+        }
+    };
+}
+
+pub(super) use {for_dtype, on_device};
+
+/// A device that the operators do not run on.
+pub(super) fn elsewhere(argument: &'static str, location: impl std::fmt::Display) -> Error {
+    let expected = if cfg!(feature = "cuda") { "the processor or an NVIDIA GPU" } else { "the processor" };
+    Error::argument(argument, expected, location)
+}

@@ -1,0 +1,142 @@
+//! The states that decoding carries from one call to the next.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::{MambaConfig, argument, wrap};
+use crate::pool::Slots;
+
+/// The states of one block for a number of sequences, each in a slot of its own.
+///
+/// The tensors are written in place; a clone is another handle to the same states.
+#[derive(Debug, Clone)]
+pub struct LayerCache {
+    /// The last inputs of the convolution, oldest first, `(slots, d_conv - 1, d_inner)`.
+    pub conv: Tensor,
+    /// The state of the scan, `(slots, d_inner, d_state)`.
+    pub ssm: Tensor,
+}
+
+impl LayerCache {
+    /// Zero states, from which a sequence begins. `dtype` is that of the states: `f32`, or `f16` or `bf16`, which take half
+    /// the memory and round the state at every step.
+    pub fn new(config: &MambaConfig, slots: usize, dtype: DType, device: &Device) -> Result<Self> {
+        config.check()?;
+        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+            return Err(argument("dtype", "f32, f16 or bf16", dtype.as_str()));
+        }
+        Ok(Self {
+            conv: Tensor::zeros((slots, config.d_conv - 1, config.d_inner), dtype, device)?,
+            ssm: Tensor::zeros((slots, config.d_inner, config.d_state), dtype, device)?,
+        })
+    }
+
+    /// The number of sequences that it holds.
+    pub fn slots(&self) -> usize {
+        self.ssm.dims()[0]
+    }
+
+    /// Zeroes the states of these slots, or of all, so that new sequences can begin there.
+    pub fn reset(&self, slots: Option<&[usize]>) -> Result<()> {
+        self.check_reset(slots)?;
+        for pool in [&self.conv, &self.ssm] {
+            match slots {
+                None => pool.zero_set()?,
+                Some(slots) => {
+                    let zero = pool.narrow(0, 0, slots.len().min(1))?.zeros_like()?;
+                    for &slot in slots {
+                        pool.slice_set(&zero, 0, slot)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_reset(&self, slots: Option<&[usize]>) -> Result<()> {
+        match slots.into_iter().flatten().find(|&&slot| slot >= self.slots()) {
+            Some(slot) => Err(argument("slots", format_args!("slots below {}", self.slots()), slot)),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that these are states of a block with this configuration, and that each of `sequences` has a slot.
+    pub(crate) fn check<'s>(
+        &self,
+        config: &MambaConfig,
+        sequences: usize,
+        slots: Option<&'s [i32]>,
+    ) -> Result<Slots<'s>> {
+        let pool = self.slots();
+        let expected = [[pool, config.d_conv - 1, config.d_inner], [pool, config.d_inner, config.d_state]];
+        if self.conv.dims() != expected[0] || self.ssm.dims() != expected[1] {
+            let expected = format_args!("states of shapes {:?} and {:?}", expected[0], expected[1]);
+            return Err(argument("cache", expected, format_args!("{:?} and {:?}", self.conv.dims(), self.ssm.dims())));
+        }
+        Slots::check(slots, sequences, pool).map_err(wrap)
+    }
+
+    /// The states from which `sequences` go on, in `f32`; zero for padding.
+    pub(crate) fn load(&self, slots: &Slots, sequences: usize) -> Result<States> {
+        let load = |pool: &Tensor| {
+            let (_, rows, columns) = pool.dims3()?;
+            let states = Tensor::zeros((sequences, rows, columns), pool.dtype(), pool.device())?;
+            for row in 0..sequences {
+                if let Some(slot) = slots.get(row) {
+                    states.slice_set(&pool.narrow(0, slot, 1)?, 0, row)?;
+                }
+            }
+            states.to_dtype(DType::F32)
+        };
+        Ok(States { conv: load(&self.conv)?, ssm: load(&self.ssm)? })
+    }
+
+    /// Keeps the states behind `sequences`, but for those of padding.
+    pub(crate) fn store(&self, states: &States, slots: &Slots, sequences: usize) -> Result<()> {
+        for (pool, states) in [(&self.conv, &states.conv), (&self.ssm, &states.ssm)] {
+            let states = states.to_dtype(pool.dtype())?;
+            for row in 0..sequences {
+                if let Some(slot) = slots.get(row) {
+                    pool.slice_set(&states.narrow(0, row, 1)?, 0, slot)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The states in front of or behind sequences, one row each, in `f32`.
+pub(crate) struct States {
+    pub conv: Tensor,
+    pub ssm: Tensor,
+}
+
+/// The states of a language model: those of each block.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    pub(crate) layers: Vec<LayerCache>,
+}
+
+impl Cache {
+    /// The states of each block, first to last.
+    pub fn layers(&self) -> &[LayerCache] {
+        &self.layers
+    }
+
+    /// The number of sequences that it holds.
+    pub fn slots(&self) -> usize {
+        self.layers[0].slots()
+    }
+
+    /// Zeroes the states of these slots, or of all, so that new sequences can begin there.
+    pub fn reset(&self, slots: Option<&[usize]>) -> Result<()> {
+        // All slots are checked before any is written.
+        self.layers.iter().try_for_each(|layer| layer.check_reset(slots))?;
+        self.layers.iter().try_for_each(|layer| layer.reset(slots))
+    }
+
+    /// A copy of all states, which later calls do not change.
+    pub fn snapshot(&self) -> Result<Self> {
+        let copy = |layer: &LayerCache| Ok(LayerCache { conv: layer.conv.copy()?, ssm: layer.ssm.copy()? });
+        Ok(Self { layers: self.layers.iter().map(copy).collect::<Result<_>>()? })
+    }
+}

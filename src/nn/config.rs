@@ -1,0 +1,166 @@
+//! What a block and a language model are made of: sizes and variants.
+
+use candle_core::Result;
+
+use super::argument;
+
+/// A Mamba block. [`MambaConfig::new`] gives the paper's; change what differs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MambaConfig {
+    /// The width of the block's input and output.
+    pub d_model: usize,
+    /// The channels inside, 2 `d_model` in the paper.
+    pub d_inner: usize,
+    /// The states of each channel, 16 in the paper; 1 to 256.
+    pub d_state: usize,
+    /// The width of the convolution, 4 in the paper; 2 to 8.
+    pub d_conv: usize,
+    /// The rank of the projection that gives the step sizes, `d_model / 16` rounded up in the paper.
+    pub dt_rank: usize,
+    /// Whether the convolution has a bias.
+    pub conv_bias: bool,
+    /// Whether `in_proj` and `out_proj` have a bias.
+    pub proj_bias: bool,
+    /// Norms of what the step size, B and C are made from.
+    pub norms: Norms,
+    /// A second convolution and scan that run from the last step to the first; their outputs are added before `out_proj`.
+    /// See [`Mamba`](super::Mamba) for what the second direction has of its own. There is no decoding step then.
+    pub bidirectional: bool,
+    /// Whether the step size, B and C are projected from the input, which makes the scan selective. If not, they are
+    /// parameters, the same at every step: a diagonal, real S4 (S4D) in the same block, for comparison.
+    pub selective: bool,
+    /// At initialization, step sizes are spread log-uniformly from here, 0.001 in the paper…
+    pub dt_min: f64,
+    /// …to here, 0.1 in the paper.
+    pub dt_max: f64,
+    /// The least step size at initialization.
+    pub dt_init_floor: f64,
+    /// At initialization, the weights of `dt_proj` are uniform within `dt_scale / √dt_rank`.
+    pub dt_scale: f64,
+    /// What initial weights are drawn from, together with each parameter's name.
+    pub seed: u64,
+}
+
+/// The RMS norms of the low-rank step size, B and C, before they are used.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Norms {
+    /// None, as in Mamba.
+    None,
+    /// With learned weights, as in Jamba.
+    Weighted {
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// Without weights, as in Falcon Mamba.
+    Unweighted {
+        /// Added to the mean square.
+        eps: f64,
+    },
+}
+
+impl MambaConfig {
+    /// The paper's block of width `d_model`.
+    pub fn new(d_model: usize) -> Self {
+        Self {
+            d_model,
+            d_inner: 2 * d_model,
+            d_state: 16,
+            d_conv: 4,
+            dt_rank: d_model.div_ceil(16),
+            conv_bias: true,
+            proj_bias: false,
+            norms: Norms::None,
+            bidirectional: false,
+            selective: true,
+            dt_min: 0.001,
+            dt_max: 0.1,
+            dt_init_floor: 1e-4,
+            dt_scale: 1.0,
+            seed: 0,
+        }
+    }
+
+    /// Checks all that can be wrong in a configuration, so that no layer is built from half of one.
+    pub(crate) fn check(&self) -> Result<()> {
+        let sizes = [("d_model", self.d_model), ("d_inner", self.d_inner), ("dt_rank", self.dt_rank)];
+        for (name, size) in sizes {
+            if size == 0 {
+                return Err(argument(name, "at least 1", size));
+            }
+        }
+        if !(1..=crate::MAX_D_STATE).contains(&self.d_state) {
+            return Err(argument("d_state", format_args!("1 to {}", crate::MAX_D_STATE), self.d_state));
+        }
+        let widths = crate::conv::WIDTHS;
+        if !widths.contains(&self.d_conv) {
+            return Err(argument("d_conv", format_args!("{} to {}", widths.start(), widths.end()), self.d_conv));
+        }
+        // Not `dt_min <= 0`, which NaN would pass.
+        if !(self.dt_min > 0.0 && self.dt_max >= self.dt_min && self.dt_max.is_finite()) {
+            let got = format_args!("{} and {}", self.dt_min, self.dt_max);
+            return Err(argument("dt_min, dt_max", "0 < dt_min <= dt_max", got));
+        }
+        if !(self.dt_init_floor > 0.0 && self.dt_init_floor.is_finite()) {
+            return Err(argument("dt_init_floor", "a step size above 0", self.dt_init_floor));
+        }
+        if !(self.dt_scale > 0.0 && self.dt_scale.is_finite()) {
+            return Err(argument("dt_scale", "a factor above 0", self.dt_scale));
+        }
+        if let Norms::Weighted { eps } | Norms::Unweighted { eps } = self.norms {
+            check_eps("norms", eps)?;
+            if !self.selective {
+                return Err(argument("norms", "none where `selective` is false: nothing is projected", "some"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A language model of Mamba blocks: embeddings, `n_layer` times a norm and a block around which the residual stream
+/// runs, a last norm, and the head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LanguageModelConfig {
+    /// The number of tokens, as many as the embedding matrix has rows.
+    pub vocab_size: usize,
+    /// The number of blocks.
+    pub n_layer: usize,
+    /// The blocks.
+    pub mamba: MambaConfig,
+    /// Added to the mean square in the RMS norms between the blocks, 1e-5 in the paper.
+    pub norm_eps: f64,
+    /// Keep the residual stream in `f32` where the model is of a half type.
+    pub residual_in_f32: bool,
+    /// Use the embedding matrix as the head.
+    pub tie_embeddings: bool,
+    /// At initialization, shrink `out_proj` by `√n_layer`, so that the residual stream does not grow with depth.
+    pub rescale_prenorm_residual: bool,
+}
+
+impl LanguageModelConfig {
+    /// A model of `n_layer` blocks as the paper has them.
+    pub fn new(vocab_size: usize, n_layer: usize, d_model: usize) -> Self {
+        Self {
+            vocab_size,
+            n_layer,
+            mamba: MambaConfig::new(d_model),
+            norm_eps: 1e-5,
+            residual_in_f32: true,
+            tie_embeddings: true,
+            rescale_prenorm_residual: true,
+        }
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        for (name, size) in [("vocab_size", self.vocab_size), ("n_layer", self.n_layer)] {
+            if size == 0 {
+                return Err(argument(name, "at least 1", size));
+            }
+        }
+        check_eps("norm_eps", self.norm_eps)?;
+        self.mamba.check()
+    }
+}
+
+fn check_eps(name: &'static str, eps: f64) -> Result<()> {
+    if eps >= 0.0 && eps.is_finite() { Ok(()) } else { Err(argument(name, "an epsilon of 0 or more", eps)) }
+}

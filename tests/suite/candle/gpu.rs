@@ -1,0 +1,88 @@
+//! The same tests on a GPU, or on a simulated one. Without one they say that they are skipped.
+
+use std::sync::OnceLock;
+
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
+use selective_scan::candle::Scan;
+
+use super::{conv, graph, scan, update, views};
+use crate::case::Shape;
+
+fn device() -> Option<Device> {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    // cudarc panics where there is no driver, so ask for that first; it says so if there is none.
+    DEVICE.get_or_init(|| crate::gpu::stream().map(|_| Device::new_cuda(0).expect("a GPU that candle can use"))).clone()
+}
+
+/// A test for each line: what it is called, and what it does with the device.
+macro_rules! on_the_device {
+    ($($(#[$attribute:meta])* $name:ident: |$device:ident| $body:expr;)*) => {
+        $($(#[$attribute])* #[test]
+        fn $name() {
+            if let Some($device) = &device() {
+                $body;
+            }
+        })*
+    };
+}
+
+const SMALL: Shape = Shape { batch: 2, len: 9, d_inner: 6, d_state: 5 };
+/// What the fast kernels take, with more than one checkpoint.
+const FAST: Shape = Shape { batch: 2, len: 130, d_inner: 8, d_state: 8 };
+
+on_the_device! {
+    scan_agrees_with_the_reference: |device| {
+        scan::agrees_with_the_reference::<f32>(device, SMALL, 16);
+        scan::agrees_with_the_reference::<f32>(device, FAST, 4);
+        scan::agrees_with_the_reference::<f16>(device, FAST, 2);
+        scan::agrees_with_the_reference::<bf16>(device, FAST, 2);
+    };
+    gradients_agree_with_plain_operators: |device| {
+        scan::agrees_with_plain_operators(device, Shape { len: 4, ..SMALL }, 4);
+    };
+    some_inputs_are_tracked: |device| graph::partly_tracked(device, [0, 1, 0b1_0000_0000, 0b10_1010_101, 0b1_1111_0000].into_iter());
+    scans_share_inputs_and_feed_each_other: |device| graph::two_in_one_graph(device);
+    backward_again_gives_the_same: |device| graph::repeated(device);
+    views_have_the_bits_of_copies: |device| {
+        views::parts_of_projections::<f32>(device);
+        views::parts_of_projections::<bf16>(device);
+        views::broadcast(device);
+        views::convolution(device);
+    };
+    convolution_agrees_with_the_reference: |device| {
+        conv::agrees_with_the_reference::<f32>(device, 32);
+        conv::agrees_with_the_reference::<f16>(device, 4);
+        conv::agrees_with_the_reference::<bf16>(device, 4);
+    };
+    updates_have_the_results_of_those_on_slices: |device| {
+        update::like_slices::<f32, f32>(device);
+        update::like_slices::<bf16, bf16>(device);
+        update::like_slices::<f16, f32>(device);
+    };
+    updates_continue_a_scan: |device| update::continues_a_scan(device);
+    a_pool_that_is_an_input_is_refused: |device| update::aliasing(device);
+    agrees_with_pytorch: |device| {
+        crate::vectors::candle::scan(device);
+        crate::vectors::candle::conv(device);
+    };
+    tensors_on_two_devices_are_refused: |device| {
+        let [gpu, cpu] = [device, &Device::Cpu].map(|device| {
+            [&[2, 3, 4][..], &[4, 5], &[2, 3, 5]].map(|shape| Tensor::zeros(shape, candle_core::DType::F32, device).unwrap())
+        });
+        let scan = Scan::new(&gpu[0], &gpu[0], &gpu[1], &gpu[2], &gpu[2]);
+        scan.forward().expect("these fit");
+        for (scan, message) in [
+            (Scan { delta: &cpu[0], ..scan }, "`delta`: expected a tensor on Cuda { gpu_id: 0 }, as `u`, got one on Cpu"),
+            (Scan { u: &cpu[0], ..scan }, "`delta`: expected a tensor on Cpu, as `u`, got one on Cuda { gpu_id: 0 }"),
+            (Scan { c: &cpu[2], ..scan }, "`c`: expected a tensor on Cuda { gpu_id: 0 }, as `u`, got one on Cpu"),
+        ] {
+            let error = scan.forward().expect_err("two devices").to_string();
+            assert!(error.contains(message), "{error}");
+        }
+        let pool = Tensor::zeros((2, 4, 5), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let update = selective_scan::candle::StateUpdate::new(&gpu[0], &gpu[0], &gpu[1], &gpu[2], &gpu[2]);
+        let error = update.update(&pool).expect_err("two devices").to_string();
+        assert!(error.contains("`state`: expected a tensor on Cuda { gpu_id: 0 }, as `u`, got one on Cpu"), "{error}");
+    };
+}

@@ -1,0 +1,216 @@
+//! Prefill and steps on a cache give what one pass over the whole gives, and touch the slots they should.
+
+use candle_core::{DType, Device, Tensor};
+use rand::Rng;
+use rand::seq::SliceRandom;
+use selective_scan::nn::{Cache, LayerCache, MambaConfig};
+
+use super::{SAME, all_blocks, assert_close, bits, block, causal_blocks, cuts, ids, model, random, refusal, tensor};
+
+#[test]
+fn chunked_prefill_is_one_pass() {
+    let mut random = random();
+    for (name, config) in causal_blocks() {
+        let (block, _) = block(&config, &mut random);
+        let length = random.random_range(65..140);
+        let x = tensor(&mut random, &[2, length, 12], 1.0);
+        let cache = LayerCache::new(&config, 2, DType::F32, &Device::Cpu).unwrap();
+        let chunks: Vec<_> = cuts(&mut random, length)
+            .windows(2)
+            .map(|ends| {
+                block.prefill(&x.narrow(1, ends[0], ends[1] - ends[0]).unwrap().contiguous().unwrap(), &cache, None)
+            })
+            .collect::<Result<_, _>>()
+            .unwrap();
+        assert_close(&Tensor::cat(&chunks, 1).unwrap(), &block.forward(&x).unwrap(), SAME, name);
+    }
+}
+
+#[test]
+fn steps_are_one_pass() {
+    let mut random = random();
+    for (name, config) in causal_blocks() {
+        let (block, _) = block(&config, &mut random);
+        let length = 24;
+        let x = tensor(&mut random, &[2, length, 12], 1.0);
+        let cache = LayerCache::new(&config, 2, DType::F32, &Device::Cpu).unwrap();
+        let first = random.random_range(1..5);
+        let mut outs =
+            vec![block.prefill(&x.narrow(1, 0, first).unwrap().contiguous().unwrap(), &cache, None).unwrap()];
+        let mut at = first;
+        while at < length {
+            let tokens = random.random_range(1..=3.min(length - at));
+            let x = x.narrow(1, at, tokens).unwrap().contiguous().unwrap();
+            outs.push(block.step(&x, &cache, None).unwrap());
+            at += tokens;
+        }
+        assert_close(&Tensor::cat(&outs, 1).unwrap(), &block.forward(&x).unwrap(), SAME, name);
+    }
+}
+
+#[test]
+fn a_model_decodes_what_it_reads_at_once() {
+    let mut random = random();
+    for (name, config) in causal_blocks() {
+        let (model, _) = model(&config, &mut random);
+        let ids = ids(&mut random, 3, 20);
+        let whole = model.forward(&ids).unwrap();
+        let at = |t: usize| whole.narrow(1, t, 1).unwrap().squeeze(1).unwrap();
+        // By what training records and by what it does not.
+        for model in [&model, &model.detach().unwrap()] {
+            let cache = model.new_cache(3, DType::F32).unwrap();
+            for ends in [0, 7, 12].windows(2) {
+                let chunk = ids.narrow(1, ends[0], ends[1] - ends[0]).unwrap();
+                let logits = model.prefill(&chunk, &cache, None).unwrap();
+                assert_close(&logits, &at(ends[1] - 1), SAME, name);
+            }
+            for t in 12..20 {
+                let logits = model.step(&ids.narrow(1, t, 1).unwrap().squeeze(1).unwrap(), &cache, None).unwrap();
+                assert_close(&logits, &at(t), SAME, name);
+            }
+        }
+    }
+}
+
+/// The bits of every slot of every state.
+fn states(cache: &Cache) -> Vec<Vec<Vec<u32>>> {
+    let pools = cache.layers().iter().flat_map(|layer| [&layer.conv, &layer.ssm]);
+    pools.map(|pool| (0..cache.slots()).map(|slot| bits(&pool.get(slot).unwrap())).collect()).collect()
+}
+
+#[test]
+fn slots_hold_sequences_of_their_own() {
+    let mut random = random();
+    for (name, config) in causal_blocks() {
+        let (model, _) = model(&config, &mut random);
+        let ids = ids(&mut random, 3, 12);
+        let whole = model.forward(&ids).unwrap();
+        let cache = model.new_cache(6, DType::F32).unwrap();
+        // States that a call must not touch are not zero, so that zeroing them would show.
+        for layer in cache.layers() {
+            for pool in [&layer.conv, &layer.ssm] {
+                pool.slice_set(&tensor(&mut random, pool.dims(), 1.0), 0, 0).unwrap();
+            }
+        }
+        let mut order = [0, 1, 2, 3, 4, 5];
+        order.shuffle(&mut random);
+        // Row 1 is padding; the other two have slots anywhere.
+        let slots = [order[0] as i32, -1, order[1] as i32];
+        cache.reset(Some(&order[..2])).unwrap();
+        let before = states(&cache);
+        let rows = Tensor::new(&[0u32, 2], &Device::Cpu).unwrap();
+        let check = |logits: Tensor, t: usize| {
+            let got = logits.index_select(&rows, 0).unwrap();
+            let wanted = whole
+                .narrow(1, t, 1)
+                .unwrap()
+                .contiguous()
+                .unwrap()
+                .squeeze(1)
+                .unwrap()
+                .index_select(&rows, 0)
+                .unwrap();
+            assert_close(&got, &wanted, SAME, name);
+        };
+        check(model.prefill(&ids.narrow(1, 0, 8).unwrap(), &cache, Some(&slots)).unwrap(), 7);
+        for t in 8..12 {
+            let token = ids.narrow(1, t, 1).unwrap().squeeze(1).unwrap();
+            check(model.step(&token, &cache, Some(&slots)).unwrap(), t);
+        }
+        for (before, after) in before.iter().zip(states(&cache)) {
+            for &slot in &order[2..] {
+                assert_eq!(before[slot], after[slot], "{name}: slot {slot} belongs to no row");
+            }
+            for &slot in &order[..2] {
+                assert_ne!(before[slot], after[slot], "{name}: slot {slot} is where a row's state goes");
+            }
+        }
+        // A call with nothing but padding writes nothing at all.
+        let before = states(&cache);
+        model.prefill(&ids, &cache, Some(&[-1, -1, -7])).unwrap();
+        model.step(&ids.narrow(1, 0, 1).unwrap().squeeze(1).unwrap(), &cache, Some(&[-1, -1, -1])).unwrap();
+        assert_eq!(before, states(&cache));
+    }
+}
+
+#[test]
+fn a_reset_slot_begins_anew_and_a_snapshot_stays() {
+    let mut random = random();
+    let (model, _) = model(&causal_blocks()[0].1, &mut random);
+    let ids = ids(&mut random, 2, 9);
+    let cache = model.new_cache(2, DType::F32).unwrap();
+    let first = model.prefill(&ids, &cache, None).unwrap();
+    let snapshot = cache.snapshot().unwrap();
+    let second = model.prefill(&ids, &cache, None).unwrap();
+    assert_ne!(states(&snapshot), states(&cache));
+    cache.reset(Some(&[1])).unwrap();
+    let third = model.prefill(&ids, &cache, None).unwrap();
+    let row = |logits: &Tensor, row: usize| bits(&logits.get(row).unwrap());
+    assert_eq!(row(&third, 1), row(&first, 1), "reset");
+    assert_ne!(row(&second, 1), row(&first, 1), "not reset");
+    assert_ne!(row(&third, 0), row(&first, 0), "the other slot was not reset");
+    assert_eq!(
+        bits(&model.prefill(&ids, &snapshot, None).unwrap()),
+        bits(&second),
+        "from where the snapshot was taken"
+    );
+    cache.reset(None).unwrap();
+    assert_eq!(bits(&model.prefill(&ids, &cache, None).unwrap()), bits(&first), "all reset");
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_writes_nothing() {
+    let mut random = random();
+    let blocks = all_blocks();
+    let (model, _) = super::model(&blocks[0].1, &mut random);
+    let (ids, token) = (ids(&mut random, 2, 5), Tensor::new(&[1u32, 2], &Device::Cpu).unwrap());
+    let cache = model.new_cache(3, DType::F32).unwrap();
+    model.prefill(&ids, &cache, Some(&[2, 0])).unwrap();
+    let before = states(&cache);
+    let refused = |slots: Option<&[i32]>, words: &[&str]| {
+        for message in [
+            refusal(model.prefill(&ids, &cache, slots)),
+            refusal(model.step(&token, &cache, slots)),
+            refusal(model.prefill_packed(&ids.reshape((1, 10)).unwrap(), &[0, 4, 10], &cache, slots)),
+        ] {
+            assert!(words.iter().all(|word| message.contains(word)), "{message}");
+            assert_eq!(before, states(&cache));
+        }
+    };
+    refused(None, &["one slot for each of 2"]);
+    refused(Some(&[0, 3]), &["slots", "below 3"]);
+    refused(Some(&[1, 1]), &["slots", "1 twice"]);
+    refused(Some(&[1]), &["slots", "each of 2"]);
+    let message = refusal(model.prefill(&ids.narrow(1, 0, 0).unwrap(), &cache, Some(&[0, 1])));
+    assert!(message.contains("ids"), "{message}");
+    let message =
+        refusal(model.prefill_packed(&ids.reshape((1, 10)).unwrap(), &[0, 4, 4, 10], &cache, Some(&[0, 1, 2])));
+    assert!(message.contains("cu_seqlens"), "{message}");
+    let message = refusal(model.prefill_packed(&ids.reshape((1, 10)).unwrap(), &[0, 4, 9], &cache, Some(&[0, 1])));
+    assert!(message.contains("cu_seqlens"), "{message}");
+    let wild = Tensor::new(&[1u32, 11], &Device::Cpu).unwrap();
+    refusal(model.step(&wild, &cache, Some(&[0, 1])));
+    assert!(refusal(cache.reset(Some(&[0, 3]))).contains("below 3"));
+    assert_eq!(before, states(&cache));
+
+    let other = super::model(&MambaConfig { d_state: 4, ..blocks[0].1.clone() }, &mut random).0;
+    let message = refusal(model.step(&token, &other.new_cache(2, DType::F32).unwrap(), None));
+    assert!(message.contains("cache") && message.contains("[2, 20, 5]"), "{message}");
+    assert!(refusal(model.new_cache(2, DType::F64)).contains("f32, f16 or bf16"));
+}
+
+#[test]
+fn a_bidirectional_block_does_not_decode() {
+    let mut random = random();
+    for (name, config) in all_blocks().into_iter().filter(|(_, config)| config.bidirectional) {
+        let (block, _) = block(&config, &mut random);
+        let cache = LayerCache::new(&config, 1, DType::F32, &Device::Cpu).unwrap();
+        let x = tensor(&mut random, &[1, 1, 12], 1.0);
+        for message in [refusal(block.prefill(&x, &cache, None)), refusal(block.step(&x, &cache, None))] {
+            assert!(message.contains("bidirectional"), "{name}: {message}");
+        }
+        let (model, _) = model(&config, &mut random);
+        let cache = model.new_cache(1, DType::F32).unwrap();
+        assert!(refusal(model.prefill(&ids(&mut random, 1, 3), &cache, None)).contains("bidirectional"));
+    }
+}
