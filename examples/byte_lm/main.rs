@@ -105,15 +105,15 @@ struct RunOptions {
     steps: NonZeroUsize,
 
     /// Sequences in a step
-    #[arg(long, value_name = "N", default_value = "8")]
+    #[arg(long, value_name = "N", default_value = "4")]
     batch: NonZeroUsize,
 
     /// Bytes in a sequence
-    #[arg(long, value_name = "N", default_value = "256")]
+    #[arg(long, value_name = "N", default_value = "512")]
     length: NonZeroUsize,
 
     /// Highest learning rate, from which it falls along a cosine to a tenth
-    #[arg(long, value_name = "RATE", default_value_t = 4e-3, value_parser = positive)]
+    #[arg(long, value_name = "RATE", default_value_t = 3e-3, value_parser = positive)]
     learning_rate: f64,
 
     /// Steps in which the learning rate rises
@@ -129,7 +129,7 @@ struct RunOptions {
     clip: f64,
 
     /// Steps from one look at the held-out text to the next
-    #[arg(long, value_name = "STEPS", default_value = "250")]
+    #[arg(long, value_name = "STEPS", default_value = "200")]
     evaluate_every: NonZeroUsize,
 
     /// Seed of the initial weights, of what is held out, and of the order of training
