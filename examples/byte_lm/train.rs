@@ -1,0 +1,221 @@
+//! A training run.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::loss::cross_entropy;
+use candle_nn::{VarBuilder, VarMap};
+use comfy_table::Table;
+use indicatif::{ProgressBar, ProgressStyle};
+use selective_scan::nn::{Checkpoint, LanguageModel, LanguageModelConfig, Sampler, Sampling};
+
+use crate::checkpoint::{self, Curves, Run};
+use crate::data::{Corpus, Position, Windows};
+use crate::evaluate::bits_per_byte;
+use crate::generate::{Speed, generate};
+use crate::ngram::Ngram;
+use crate::optimizer::{AdamW, learning_rate};
+use crate::{Result, RunOptions, TrainArguments, plot};
+
+/// The baseline predicts a byte from the three before it.
+pub const BASELINE_ORDER: usize = 3;
+/// Steps whose losses make one point of the training curve.
+const POINT: usize = 20;
+/// Bytes of a held-out piece that are read, and behind it written, to show and time what was learnt.
+const SAMPLE: (usize, usize) = (1024, 400);
+
+pub fn run(arguments: &TrainArguments) -> Result<()> {
+    let device = arguments.device.open()?;
+    let mut training = Training::open(arguments, &device)?;
+    let corpus = Corpus::read(&training.run.options.text, training.run.options.held_out, training.run.options.seed)?;
+    training.check(&corpus)?;
+    println!(
+        "{} bytes to learn from, {} held out in {} pieces; {} parameters in {} layers of width {}",
+        corpus.train.len(),
+        corpus.held_out_bytes(),
+        corpus.held_out.len(),
+        parameters(&training.model),
+        training.model.config().n_layer,
+        training.model.config().mamba.d_model,
+    );
+    let ngrams: Vec<(usize, f64)> = (1..=Ngram::HIGHEST_ORDER)
+        .map(|order| (order, Ngram::new(&corpus.train, order).bits_per_byte(&corpus.held_out)))
+        .collect();
+    let baseline = ngrams[BASELINE_ORDER - 1].1;
+    println!("an n-gram model of order {BASELINE_ORDER} needs {baseline:.3} bits per held-out byte");
+
+    training.train(arguments, &corpus, &device, baseline)?;
+    if training.run.step < training.run.options.steps.get() {
+        println!("stopped behind step {}; --resume goes on", training.run.step);
+        return Ok(());
+    }
+    let speed = sample(&training.model, &corpus)?;
+    println!("{}", report(&training, &ngrams, speed));
+    println!("losses are drawn in {}", arguments.out.join("loss.svg").display());
+    Ok(())
+}
+
+/// A run with its tensors.
+pub struct Training {
+    pub run: Run,
+    pub model: LanguageModel,
+    optimizer: AdamW,
+}
+
+impl Training {
+    /// Begins a run, or takes up the newest checkpoint's.
+    pub fn open(arguments: &TrainArguments, device: &Device) -> Result<Self> {
+        let (folder, found) = (arguments.out.display(), checkpoint::newest(&arguments.out)?);
+        match found {
+            Some(found) if arguments.resume => Self::resume(&found, device),
+            None if arguments.resume => Err(format!("{folder}: there is no run to resume").into()),
+            Some(found) if !arguments.fresh => {
+                let name = found.display();
+                Err(format!("there is a run, {name}: --resume goes on with it, --fresh begins another in its place")
+                    .into())
+            }
+            _ => {
+                checkpoint::clear(&arguments.out)?;
+                Self::begin(&arguments.options, device)
+            }
+        }
+    }
+
+    fn begin(options: &RunOptions, device: &Device) -> Result<Self> {
+        let mut config = LanguageModelConfig::new(256, options.layers.get(), options.d_model.get());
+        config.mamba.d_state = options.d_state.get();
+        config.mamba.seed = options.seed;
+        let variables = VarMap::new();
+        let model = LanguageModel::new(&config, VarBuilder::from_varmap(&variables, DType::F32, device))?;
+        let run = Run {
+            options: options.clone(),
+            fingerprint: 0,
+            step: 0,
+            position: Position::default(),
+            seconds: 0.0,
+            curves: Curves::default(),
+        };
+        Ok(Self { optimizer: AdamW::new(&variables, options.weight_decay, options.clip)?, run, model })
+    }
+
+    fn resume(checkpoint: &PathBuf, device: &Device) -> Result<Self> {
+        let run = checkpoint::read_run(checkpoint)?;
+        let (model, variables) = Checkpoint::read(checkpoint, device)?.trainable(DType::F32)?;
+        let mut optimizer = AdamW::new(&variables, run.options.weight_decay, run.options.clip)?;
+        checkpoint::restore(checkpoint, &mut optimizer, run.step, device)?;
+        Ok(Self { run, model, optimizer })
+    }
+
+    /// Checks that the text is the one that the run began with.
+    pub fn check(&mut self, corpus: &Corpus) -> Result<()> {
+        if self.run.step > 0 && self.run.fingerprint != corpus.fingerprint {
+            return Err("the text is not the one that the run began with".into());
+        }
+        self.run.fingerprint = corpus.fingerprint;
+        Ok(())
+    }
+
+    /// Trains to the end, or until where the arguments say.
+    pub fn train(&mut self, arguments: &TrainArguments, corpus: &Corpus, device: &Device, baseline: f64) -> Result<()> {
+        let options = self.run.options.clone();
+        let last = arguments.until.unwrap_or(usize::MAX).min(options.steps.get());
+        let mut windows = Windows::new(&corpus.train, options.length.get(), options.seed, self.run.position)?;
+        fs::create_dir_all(&arguments.out).map_err(|error| format!("{}: {error}", arguments.out.display()))?;
+        let bar = ProgressBar::new(options.steps.get() as u64).with_position(self.run.step as u64);
+        let style = "{wide_bar} {pos}/{len}, {elapsed_precise}, {eta} left, {msg}";
+        bar.set_style(ProgressStyle::with_template(style)?);
+        let mut shown = String::new();
+        while self.run.step < last {
+            let start = Instant::now();
+            let loss = self.step(&mut windows, device)?;
+            self.run.seconds += start.elapsed().as_secs_f64();
+            let (step, curves) = (self.run.step, &mut self.run.curves);
+            curves.pending.0 += loss;
+            curves.pending.1 += 1;
+            if curves.pending.1 == POINT || step == options.steps.get() {
+                let (sum, count) = std::mem::take(&mut curves.pending);
+                curves.train.push((step, sum / count as f64));
+            }
+            if step % options.evaluate_every == 0 || step == options.steps.get() {
+                let bits = bits_per_byte(&self.model, &corpus.held_out)?;
+                curves.held_out.push((step, bits));
+                shown = format!(", held out {bits:.3}");
+                // A bar is not drawn where nobody watches.
+                if bar.is_hidden() {
+                    println!("step {step}: {bits:.3} bits per held-out byte, {:.0} tokens/s", self.tokens_per_second());
+                }
+            }
+            if step % arguments.checkpoint_every == 0 || step == last {
+                checkpoint::save(&arguments.out, &self.run, &self.model, &self.optimizer)?;
+                let path = arguments.out.join("loss.svg");
+                plot::draw(&path, &self.run, baseline).map_err(|error| format!("{}: {error}", path.display()))?;
+            }
+            let rate = self.tokens_per_second();
+            bar.set_message(format!("{loss:.3} bits per byte{shown}, {rate:.0} tokens/s"));
+            bar.inc(1);
+        }
+        bar.abandon();
+        Ok(())
+    }
+
+    /// Takes a step, and gives its loss in bits per byte.
+    fn step(&mut self, windows: &mut Windows, device: &Device) -> Result<f64> {
+        let options = &self.run.options;
+        let (batch, length) = (options.batch.get(), options.length.get());
+        let (ids, targets) = windows.next(batch);
+        let ids = Tensor::from_vec(ids, (batch, length), device)?;
+        let targets = Tensor::from_vec(targets, batch * length, device)?;
+        let loss = cross_entropy(&self.model.forward(&ids)?.flatten(0, 1)?, &targets)?;
+        let rate = learning_rate(options.learning_rate, self.run.step, options.warmup, options.steps.get());
+        self.optimizer.step(&loss.backward()?, rate)?;
+        self.run.step += 1;
+        self.run.position = windows.position();
+        Ok(f64::from(loss.to_scalar::<f32>()?) / std::f64::consts::LN_2)
+    }
+
+    fn tokens_per_second(&self) -> f64 {
+        let options = &self.run.options;
+        (self.run.step * options.batch.get() * options.length.get()) as f64 / self.run.seconds
+    }
+}
+
+fn parameters(model: &LanguageModel) -> usize {
+    model.named_tensors().iter().map(|(_, tensor)| tensor.elem_count()).sum()
+}
+
+/// Shows what the model writes behind the beginning of a held-out piece, and how fast.
+fn sample(model: &LanguageModel, corpus: &Corpus) -> Result<Speed> {
+    let piece = corpus.held_out.iter().max_by_key(|piece| piece.len()).ok_or("nothing is held out")?;
+    let prompt = &piece[1..piece.len().min(SAMPLE.0)];
+    let sampler = Sampler::new(Sampling { temperature: 0.7, ..Sampling::default() })?;
+    let shown = String::from_utf8_lossy(&prompt[prompt.len().saturating_sub(200)..]).into_owned();
+    println!("\n--- the end of a prompt of {} bytes, held out\n{shown}\n--- and how the model goes on", prompt.len());
+    let mut to = io::stdout().lock();
+    let speed = generate(model, sampler, prompt, SAMPLE.1, &mut to)?;
+    writeln!(to, "\n---\n")?;
+    Ok(speed)
+}
+
+fn report(training: &Training, ngrams: &[(usize, f64)], speed: Speed) -> Table {
+    let bits = training.run.curves.held_out.last().map_or(f64::NAN, |&(_, bits)| bits);
+    let mut table = Table::new();
+    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
+    table.set_header(["", ""]);
+    let mut row = |name: String, value: String| {
+        table.add_row([name, value]);
+    };
+    row("Mamba, bits per held-out byte".into(), format!("{bits:.3}"));
+    for &(order, bits) in ngrams {
+        row(format!("n-gram of order {order}, the same"), format!("{bits:.3}"));
+    }
+    row("parameters".into(), parameters(&training.model).to_string());
+    row("steps".into(), training.run.step.to_string());
+    row("seconds of training".into(), format!("{:.0}", training.run.seconds));
+    row("tokens per second, training".into(), format!("{:.0}", training.tokens_per_second()));
+    row("tokens per second, prefill".into(), format!("{:.0}", speed.prefill));
+    row("tokens per second, decoding".into(), format!("{:.0}", speed.decode));
+    table
+}
