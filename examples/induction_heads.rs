@@ -54,6 +54,8 @@ struct Arguments {
 const DEFAULT: Settings = Settings {
     steps: 4000,
     length: 256,
+    start: 16,
+    stage: 500,
     batch: 16,
     vocab: 16,
     layers: 2,
@@ -66,7 +68,8 @@ const DEFAULT: Settings = Settings {
     seed: 0,
 };
 
-const PAPER: Settings = Settings { steps: 204_800, batch: 8, warmup: 0, evaluate: 8192, target: 2.0, ..DEFAULT };
+const PAPER: Settings =
+    Settings { steps: 204_800, start: 256, batch: 8, warmup: 0, evaluate: 8192, target: 2.0, ..DEFAULT };
 
 /// The token that is followed by what is to be recalled.
 const SPECIAL: u32 = 0;
@@ -110,22 +113,17 @@ impl Sequence {
 }
 
 struct InductionHeads {
-    length: usize,
     vocab: usize,
 }
 
 impl Task for InductionHeads {
-    fn vocab(&self) -> usize {
-        self.vocab
-    }
-
     fn answers(&self) -> usize {
         1
     }
 
-    fn draw(&self, random: &mut StdRng, ids: &mut Vec<u32>, targets: &mut Vec<u32>) {
-        let mut sequence = Sequence::new(random, self.length, self.vocab);
-        sequence.draw(self.length, ids);
+    fn draw(&self, length: usize, random: &mut StdRng, ids: &mut Vec<u32>, targets: &mut Vec<u32>) {
+        let mut sequence = Sequence::new(random, length, self.vocab);
+        sequence.draw(length, ids);
         targets.push(sequence.answer);
     }
 }
@@ -189,7 +187,7 @@ impl Arguments {
         );
         let (mut trainings, mut columns) = (Vec::new(), Vec::new());
         for kind in self.options.models() {
-            let trained = train(kind, &InductionHeads { length, vocab }, &settings, &device)?;
+            let trained = train(kind, &InductionHeads { vocab }, &settings, &device)?;
             let begin = std::time::Instant::now();
             columns.push(self.test(&trained, &settings)?);
             trainings.push([

@@ -44,7 +44,9 @@ struct Arguments {
 
 const DEFAULT: Settings = Settings {
     steps: 4000,
-    length: 128,
+    length: 256,
+    start: 16,
+    stage: 300,
     batch: 32,
     vocab: 16,
     layers: 2,
@@ -58,7 +60,7 @@ const DEFAULT: Settings = Settings {
 };
 
 const PAPER: Settings =
-    Settings { steps: 400_000, length: 4096, batch: 64, lr: 1e-4, warmup: 0, evaluate: 2000, ..DEFAULT };
+    Settings { steps: 400_000, length: 4096, start: 4096, batch: 64, lr: 1e-4, warmup: 0, evaluate: 2000, ..DEFAULT };
 
 /// What stands between the tokens.
 const NOISE: u32 = 0;
@@ -69,31 +71,26 @@ const FIRST: u32 = 2;
 
 /// `length` steps with `tokens` among them that are not noise, and `tokens` steps that ask for these.
 struct SelectiveCopying {
-    length: usize,
     tokens: usize,
     vocab: usize,
 }
 
 impl Task for SelectiveCopying {
-    fn vocab(&self) -> usize {
-        self.vocab
-    }
-
     fn answers(&self) -> usize {
         self.tokens
     }
 
-    fn draw(&self, random: &mut StdRng, ids: &mut Vec<u32>, targets: &mut Vec<u32>) {
+    fn draw(&self, length: usize, random: &mut StdRng, ids: &mut Vec<u32>, targets: &mut Vec<u32>) {
         let begin = ids.len();
-        ids.resize(begin + self.length, NOISE);
-        let mut places = index::sample(random, self.length, self.tokens).into_vec();
+        ids.resize(begin + length, NOISE);
+        let mut places = index::sample(random, length, self.tokens).into_vec();
         places.sort_unstable();
         for place in places {
             let token = random.random_range(FIRST..self.vocab as u32);
             ids[begin + place] = token;
             targets.push(token);
         }
-        ids.resize(begin + self.length + self.tokens, ASK);
+        ids.resize(begin + length + self.tokens, ASK);
     }
 }
 
@@ -108,7 +105,7 @@ impl Arguments {
         if vocab < 4 {
             return Err(format!("--vocab: expected at least noise, the question and 2 tokens, 4, got {vocab}").into());
         }
-        let task = SelectiveCopying { length, tokens, vocab };
+        let task = SelectiveCopying { tokens, vocab };
         let device = self.options.device()?;
         println!(
             "{tokens} tokens of {} among {length} steps; {layers} layers of width {d_model}; seed {}; by chance {:.1} %",

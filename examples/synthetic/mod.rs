@@ -2,6 +2,7 @@
 //!
 //! Sequences are drawn anew for every step of training, so there is no training set to learn by heart. A model is asked
 //! at the last steps of a sequence alone; the other steps have no loss.
+#![allow(dead_code, reason = "each program uses a part")]
 
 mod options;
 mod training;
@@ -12,25 +13,25 @@ use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
 
 pub use options::{Options, Settings};
-pub use training::{Trained, train};
+#[allow(unused_imports, reason = "one program names the type")]
+pub use training::Trained;
+pub use training::train;
 
 /// A task whose sequences are drawn at random.
 pub trait Task {
-    /// How many tokens there are.
-    fn vocab(&self) -> usize;
-
     /// At how many of the last steps the model is asked.
     fn answers(&self) -> usize;
 
-    /// Appends a sequence to `ids` and what is to be answered to `targets`.
-    fn draw(&self, random: &mut StdRng, ids: &mut Vec<u32>, targets: &mut Vec<u32>);
+    /// Appends a sequence of a length to `ids`, and what is to be answered to `targets`.
+    fn draw(&self, length: usize, random: &mut StdRng, ids: &mut Vec<u32>, targets: &mut Vec<u32>);
 
-    /// So many sequences.
-    fn batch(&self, random: &mut StdRng, sequences: usize, device: &Device) -> Result<Batch> {
+    /// So many sequences of a length.
+    fn batch(&self, [sequences, length]: [usize; 2], random: &mut StdRng, device: &Device) -> Result<Batch> {
         let (mut ids, mut targets) = (Vec::new(), Vec::new());
         for _ in 0..sequences {
-            self.draw(random, &mut ids, &mut targets);
+            self.draw(length, random, &mut ids, &mut targets);
         }
+        // With the steps that ask, where these come on top.
         let length = ids.len() / sequences;
         Ok(Batch {
             ids: Tensor::from_vec(ids, (sequences, length), device)?,

@@ -21,6 +21,15 @@ pub struct Options {
     #[arg(long, value_name = "L")]
     length: Option<NonZeroUsize>,
 
+    /// Length of the sequences in the first steps. It doubles, up to --length, where the mean loss of 25 steps is below
+    /// 0.3, and after --stage steps at the latest
+    #[arg(long, value_name = "L")]
+    start: Option<NonZeroUsize>,
+
+    /// Steps at one of the lengths before --length, at most
+    #[arg(long, value_name = "N")]
+    stage: Option<NonZeroUsize>,
+
     /// Sequences in a step of training
     #[arg(long, value_name = "N")]
     batch: Option<NonZeroUsize>,
@@ -100,6 +109,8 @@ impl Kind {
 pub struct Settings {
     pub steps: usize,
     pub length: usize,
+    pub start: usize,
+    pub stage: usize,
     pub batch: usize,
     pub vocab: usize,
     pub layers: usize,
@@ -125,6 +136,8 @@ impl Options {
         Settings {
             steps: size(self.steps, base.steps),
             length: size(self.length, base.length),
+            start: size(self.start, base.start),
+            stage: size(self.stage, base.stage),
             batch: size(self.batch, base.batch),
             vocab: size(self.vocab, base.vocab),
             layers: size(self.layers, base.layers),

@@ -29,7 +29,7 @@ pub fn train(kind: Kind, task: &impl Task, settings: &Settings, device: &Device)
     let variables = VarMap::new();
     let vb = VarBuilder::from_varmap(&variables, DType::F32, device);
     let model = LanguageModel::new(&settings.config(kind), vb)?;
-    let held_out = batches(task, &mut validation, VALIDATION, settings.batch, device)?;
+    let held_out = batches(task, &mut validation, VALIDATION, settings, device)?;
     // Adam, as the paper says: no weights decay.
     let parameters = ParamsAdamW { weight_decay: 0.0, ..Default::default() };
     let mut optimizer = AdamW::new(variables.all_vars(), parameters)?;
@@ -37,17 +37,22 @@ pub fn train(kind: Kind, task: &impl Task, settings: &Settings, device: &Device)
     let bar = ProgressBar::new(settings.steps as u64).with_prefix(kind.name());
     bar.set_style(ProgressStyle::with_template("{prefix} [{bar:30}] {pos}/{len} {msg} ({eta} left)").expect("valid"));
     let (begin, mut taken, mut mean) = (Instant::now(), settings.steps, Mean::default());
+    let mut curriculum = Curriculum::new(settings);
     for step in 1..=settings.steps {
         optimizer.set_learning_rate(settings.rate(step));
-        let Batch { ids, targets } = task.batch(&mut training, settings.batch, device)?;
+        let Batch { ids, targets } = task.batch([settings.batch, curriculum.length], &mut training, device)?;
         let loss = loss::cross_entropy(&answers(&model, &ids, task)?.flatten_to(1)?, &targets.flatten_all()?)?;
         optimizer.backward_step(&loss)?;
-        mean.add(loss.to_scalar::<f32>()?);
+        let loss = loss.to_scalar::<f32>()?;
+        mean.add(loss);
+        let length = curriculum.length;
+        curriculum.step(loss, settings);
         bar.inc(1);
         if step % settings.evaluate == 0 || step == settings.steps {
             let Score { right, asked, .. } = score(&model, &held_out, task)?;
             let accuracy = right as f64 / asked as f64;
-            let message = format!("loss {:.4}, held-out accuracy {:.1} %", mean.take(), 100.0 * accuracy);
+            let message =
+                format!("length {length}, loss {:.4}, held-out accuracy {:.1} %", mean.take(), 100.0 * accuracy);
             // A line for those who read a log; a terminal has the bar.
             if bar.is_hidden() {
                 eprintln!("{} step {step}: {message}", kind.name());
@@ -79,7 +84,7 @@ impl Trained {
     /// The score on as many fresh sequences.
     pub fn test(&self, task: &impl Task, sequences: usize, settings: &Settings) -> Result<Score> {
         let mut random = Streams::new(settings.seed).test;
-        score(&self.model, &batches(task, &mut random, sequences, settings.batch, self.model.device())?, task)
+        score(&self.model, &batches(task, &mut random, sequences, settings, self.model.device())?, task)
     }
 }
 
@@ -87,10 +92,12 @@ fn batches(
     task: &impl Task,
     random: &mut StdRng,
     sequences: usize,
-    batch: usize,
+    settings: &Settings,
     device: &Device,
 ) -> Result<Vec<Batch>> {
-    (0..sequences).step_by(batch).map(|from| task.batch(random, batch.min(sequences - from), device)).collect()
+    let &Settings { batch, length, .. } = settings;
+    let batch = |from: usize| task.batch([(sequences - from).min(batch), length], random, device);
+    (0..sequences).step_by(settings.batch).map(batch).collect()
 }
 
 /// The logits where the model is asked: `(sequences, answers, vocab)`.
@@ -113,6 +120,28 @@ fn score(model: &LanguageModel, batches: &[Batch], task: &impl Task) -> Result<S
         }
     }
     Ok(score)
+}
+
+/// Sequences that grow longer: what is hard to find at full length is found in short sequences first.
+struct Curriculum {
+    length: usize,
+    steps: usize,
+    recent: Mean,
+}
+
+impl Curriculum {
+    fn new(settings: &Settings) -> Self {
+        Self { length: settings.start.min(settings.length), steps: 0, recent: Mean::default() }
+    }
+
+    fn step(&mut self, loss: f32, settings: &Settings) {
+        self.steps += 1;
+        self.recent.add(loss);
+        let learned = self.steps.is_multiple_of(25) && self.recent.take() < 0.3;
+        if learned || self.steps >= settings.stage {
+            *self = Self { length: (2 * self.length).min(settings.length), steps: 0, recent: Mean::default() };
+        }
+    }
 }
 
 /// The mean since it was last taken.
