@@ -16,6 +16,9 @@
 //! ```text
 //! cargo run --release --example induction_heads
 //! ```
+//!
+//! By default sequences are short at first and grow to 256 (`--start`, `--stage`), and the learning rate is ten times
+//! the paper's: 2500 steps then do what 204,800 did there.
 
 #[path = "synthetic/mod.rs"]
 mod synthetic;
@@ -52,24 +55,24 @@ struct Arguments {
 }
 
 const DEFAULT: Settings = Settings {
-    steps: 4000,
+    steps: 2500,
     length: 256,
     start: 16,
     stage: 500,
-    batch: 16,
+    batch: 8,
     vocab: 16,
     layers: 2,
     d_model: 64,
     d_state: 16,
-    lr: 1e-3,
+    lr: 1e-2,
     warmup: 100,
-    evaluate: 200,
-    target: 0.999,
+    evaluate: 250,
+    // It answers right at the length of training long before it does at others.
+    target: 2.0,
     seed: 0,
 };
 
-const PAPER: Settings =
-    Settings { steps: 204_800, start: 256, batch: 8, warmup: 0, evaluate: 8192, target: 2.0, ..DEFAULT };
+const PAPER: Settings = Settings { steps: 204_800, start: 256, lr: 1e-3, warmup: 0, evaluate: 8192, ..DEFAULT };
 
 /// The token that is followed by what is to be recalled.
 const SPECIAL: u32 = 0;
