@@ -66,6 +66,7 @@ const DEFAULT: Settings = Settings {
     d_state: 16,
     lr: 1e-2,
     warmup: 100,
+    decay: 0,
     evaluate: 250,
     // It answers right at the length of training long before it does at others.
     target: 2.0,

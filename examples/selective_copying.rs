@@ -57,13 +57,23 @@ const DEFAULT: Settings = Settings {
     d_state: 16,
     lr: 3e-3,
     warmup: 100,
+    decay: 1000,
     evaluate: 100,
     target: 0.999,
     seed: 0,
 };
 
-const PAPER: Settings =
-    Settings { steps: 400_000, length: 4096, start: 4096, batch: 64, lr: 1e-4, warmup: 0, evaluate: 2000, ..DEFAULT };
+const PAPER: Settings = Settings {
+    steps: 400_000,
+    length: 4096,
+    start: 4096,
+    batch: 64,
+    lr: 1e-4,
+    warmup: 0,
+    decay: 0,
+    evaluate: 2000,
+    ..DEFAULT
+};
 
 /// What stands between the tokens.
 const NOISE: u32 = 0;

@@ -50,13 +50,17 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     d_state: Option<NonZeroUsize>,
 
-    /// Learning rate of Adam, constant after the warm-up
+    /// Learning rate of Adam between --warmup and --decay
     #[arg(long, value_name = "RATE")]
     lr: Option<f64>,
 
     /// Steps over which the learning rate rises
     #[arg(long, value_name = "N")]
     warmup: Option<usize>,
+
+    /// Last steps over which the learning rate falls to zero
+    #[arg(long, value_name = "N")]
+    decay: Option<usize>,
 
     /// Steps between looks at held-out sequences
     #[arg(long, value_name = "N")]
@@ -118,6 +122,7 @@ pub struct Settings {
     pub d_state: usize,
     pub lr: f64,
     pub warmup: usize,
+    pub decay: usize,
     pub evaluate: usize,
     pub target: f64,
     pub seed: u64,
@@ -145,6 +150,7 @@ impl Options {
             d_state: size(self.d_state, base.d_state),
             lr: self.lr.unwrap_or(base.lr),
             warmup: self.warmup.unwrap_or(base.warmup),
+            decay: self.decay.unwrap_or(base.decay),
             evaluate: size(self.evaluate, base.evaluate),
             target: self.target.unwrap_or(base.target),
             seed: self.seed,
@@ -175,6 +181,8 @@ impl Settings {
 
     /// The learning rate of a step, counted from 1.
     pub fn rate(&self, step: usize) -> f64 {
-        self.lr * (step as f64 / self.warmup.max(1) as f64).min(1.0)
+        let rise = step as f64 / self.warmup.max(1) as f64;
+        let fall = (self.steps + 1 - step) as f64 / self.decay.max(1) as f64;
+        self.lr * rise.min(fall).min(1.0)
     }
 }
