@@ -120,8 +120,8 @@ fn compute<B: Backend, T: Value>(
     let mut final_state = with_state.then(|| backend.allocate::<f32>("initial_state", &state)).transpose()?;
     let outputs = OutputMut { out: B::borrow(&mut out), final_state: final_state.as_mut().map(B::borrow) };
     backend.conv_forward(inputs, outputs)?;
-    let out = Computed::new(backend.into_storage(out), inputs.x.shape);
-    Ok((out, final_state.map(|data| Computed::new(backend.into_storage(data), state))))
+    let out = Computed::new(backend.storage_of(out), inputs.x.shape);
+    Ok((out, final_state.map(|data| Computed::new(backend.storage_of(data), state))))
 }
 
 /// What a backward pass needs: the inputs.

@@ -70,7 +70,7 @@ impl Backend for Gpu {
         buffer
     }
 
-    fn into_storage<T: Value>(&self, buffer: CudaSlice<T>) -> Storage {
+    fn storage_of<T: Value>(&self, buffer: CudaSlice<T>) -> Storage {
         Storage::Cuda(CudaStorage::wrap_cuda_slice(buffer, self.device.clone()))
     }
 

@@ -45,7 +45,7 @@ pub(super) trait Backend {
 
     fn borrow<T: Value>(buffer: &mut Self::Owned<T>) -> &mut Buffer<Self, T>;
 
-    fn into_storage<T: Value>(&self, buffer: Self::Owned<T>) -> Storage;
+    fn storage_of<T: Value>(&self, buffer: Self::Owned<T>) -> Storage;
 
     fn scan_forward<T: Value>(
         &self,
@@ -145,7 +145,7 @@ impl Backend for Cpu {
         buffer
     }
 
-    fn into_storage<T: Value>(&self, buffer: Vec<T>) -> Storage {
+    fn storage_of<T: Value>(&self, buffer: Vec<T>) -> Storage {
         Storage::Cpu(T::to_cpu_storage_owned(buffer))
     }
 

@@ -57,7 +57,7 @@ impl<'t, B: Backend, T: Value> Gradient<'t, B, T> {
 
     /// The gradient, of the input's shape.
     pub fn tensor(self, backend: &B) -> Tensor {
-        untracked(backend.into_storage(self.data), self.input.shape())
+        untracked(backend.storage_of(self.data), self.input.shape())
     }
 }
 

@@ -178,9 +178,9 @@ fn compute<B: Backend, T: Value>(
     };
     backend.scan_forward(inputs, outputs)?;
     Ok(Results {
-        out: Computed::new(backend.into_storage(out), inputs.u.shape),
-        final_state: final_state.map(|data| Computed::new(backend.into_storage(data), state)),
-        checkpoints: checkpoints.map(|data| graph::untracked(backend.into_storage(data), slots[0])),
+        out: Computed::new(backend.storage_of(out), inputs.u.shape),
+        final_state: final_state.map(|data| Computed::new(backend.storage_of(data), state)),
+        checkpoints: checkpoints.map(|data| graph::untracked(backend.storage_of(data), slots[0])),
     })
 }
 

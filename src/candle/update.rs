@@ -332,8 +332,8 @@ fn updated<B: Backend, T: Value, St: Value>(
     let mut token_states = with_token_states.then(|| backend.allocate::<St>(argument, shapes[1])).transpose()?;
     let out_mut = B::borrow(&mut out);
     update(state_update::UpdateMut { state, out: out_mut, token_states: token_states.as_mut().map(B::borrow) })?;
-    let token_states = token_states.map(|data| graph::untracked(backend.into_storage(data), shapes[1]));
-    Ok((graph::untracked(backend.into_storage(out), shapes[0]), token_states))
+    let token_states = token_states.map(|data| graph::untracked(backend.storage_of(data), shapes[1]));
+    Ok((graph::untracked(backend.storage_of(out), shapes[0]), token_states))
 }
 
 impl InPlace for Rollback<'_> {
