@@ -1,0 +1,86 @@
+//! What the two synthetic tasks of the paper share: Gu and Dao, *Mamba* (2023), arXiv 2312.00752, section 4.1.
+//!
+//! Sequences are drawn anew for every step of training, so there is no training set to learn by heart. A model is asked
+//! at the last steps of a sequence alone; the other steps have no loss.
+#![allow(dead_code, reason = "each program uses a part")]
+
+mod options;
+mod training;
+
+use candle_core::{Device, Result, Tensor};
+use comfy_table::{Cell, CellAlignment, Table, presets};
+use rand::rngs::StdRng;
+use rand::{RngCore, SeedableRng};
+
+pub use options::{Options, Settings};
+#[allow(unused_imports, reason = "one program names the type")]
+pub use training::Trained;
+pub use training::train;
+
+/// A task whose sequences are drawn at random.
+pub trait Task {
+    /// At how many of the last steps the model is asked.
+    fn answers(&self) -> usize;
+
+    /// Appends a sequence of a length to `ids`, and what is to be answered to `targets`.
+    fn draw(&self, length: usize, random: &mut StdRng, ids: &mut Vec<u32>, targets: &mut Vec<u32>);
+
+    /// So many sequences of a length.
+    fn batch(&self, [sequences, length]: [usize; 2], random: &mut StdRng, device: &Device) -> Result<Batch> {
+        let (mut ids, mut targets) = (Vec::new(), Vec::new());
+        for _ in 0..sequences {
+            self.draw(length, random, &mut ids, &mut targets);
+        }
+        // With the steps that ask, where these come on top.
+        let length = ids.len() / sequences;
+        Ok(Batch {
+            ids: Tensor::from_vec(ids, (sequences, length), device)?,
+            targets: Tensor::from_vec(targets, (sequences, self.answers()), device)?,
+        })
+    }
+}
+
+/// Sequences and their answers.
+pub struct Batch {
+    /// `(sequences, length)`.
+    pub ids: Tensor,
+    /// `(sequences, answers)`.
+    pub targets: Tensor,
+}
+
+/// Sources of random sequences that do not overlap, the same for every model that is trained with a seed.
+pub struct Streams {
+    pub training: StdRng,
+    pub validation: StdRng,
+    pub test: StdRng,
+}
+
+impl Streams {
+    pub fn new(seed: u64) -> Self {
+        let mut source = StdRng::seed_from_u64(seed);
+        let mut stream = || StdRng::seed_from_u64(source.next_u64());
+        Self { training: stream(), validation: stream(), test: stream() }
+    }
+}
+
+/// A table as the README has it, with numbers from the second column on.
+pub fn table<C: Into<Cell>>(
+    header: impl IntoIterator<Item = &'static str>,
+    rows: impl IntoIterator<Item = impl IntoIterator<Item = C>>,
+) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN).set_header(header.into_iter().map(Cell::new).collect::<Vec<_>>());
+    for row in rows {
+        table.add_row(row.into_iter().map(Into::into).collect::<Vec<_>>());
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// A share in percent. 100 is written only for all of them.
+pub fn percent(right: usize, of: usize) -> String {
+    let tenths = right * 1000 / of;
+    format!("{}.{} %", tenths / 10, tenths % 10)
+}

@@ -1,0 +1,188 @@
+//! Sizes of a model and its training, and the flags that set them.
+
+use std::num::NonZeroUsize;
+
+use candle_core::{Device, Result};
+use clap::{Args, ValueEnum};
+use selective_scan::nn::LanguageModelConfig;
+
+/// The flags of both tasks. What is not given has the task's own default, or the paper's with `--paper`.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// The paper's full size; other flags still change what they name. Meant for a GPU
+    #[arg(long)]
+    paper: bool,
+
+    /// Steps of training at most; it ends early where held-out accuracy has reached --target
+    #[arg(long, value_name = "N")]
+    steps: Option<NonZeroUsize>,
+
+    /// Length of the sequences in training
+    #[arg(long, value_name = "L")]
+    length: Option<NonZeroUsize>,
+
+    /// Length of the sequences in the first steps. It doubles, up to --length, where the mean loss of 25 steps is below
+    /// 0.3, and after --stage steps at the latest
+    #[arg(long, value_name = "L")]
+    start: Option<NonZeroUsize>,
+
+    /// Steps at one of the lengths before --length, at most
+    #[arg(long, value_name = "N")]
+    stage: Option<NonZeroUsize>,
+
+    /// Sequences in a step of training
+    #[arg(long, value_name = "N")]
+    batch: Option<NonZeroUsize>,
+
+    /// Number of tokens, special ones included
+    #[arg(long, value_name = "N")]
+    vocab: Option<NonZeroUsize>,
+
+    /// Blocks of the model
+    #[arg(long, value_name = "N")]
+    layers: Option<NonZeroUsize>,
+
+    /// Width of the model
+    #[arg(long, value_name = "N")]
+    d_model: Option<NonZeroUsize>,
+
+    /// States of each channel
+    #[arg(long, value_name = "N")]
+    d_state: Option<NonZeroUsize>,
+
+    /// Learning rate of Adam between --warmup and --decay
+    #[arg(long, value_name = "RATE")]
+    lr: Option<f64>,
+
+    /// Steps over which the learning rate rises
+    #[arg(long, value_name = "N")]
+    warmup: Option<usize>,
+
+    /// Last steps over which the learning rate falls to zero
+    #[arg(long, value_name = "N")]
+    decay: Option<usize>,
+
+    /// Steps between looks at held-out sequences
+    #[arg(long, value_name = "N")]
+    evaluate: Option<NonZeroUsize>,
+
+    /// Held-out accuracy at which training ends early; above 1 for never
+    #[arg(long, value_name = "SHARE")]
+    target: Option<f64>,
+
+    /// Which model to train; may be repeated [default: both]
+    #[arg(long, value_enum)]
+    model: Vec<Kind>,
+
+    /// Where to run; cuda needs the feature `cuda`
+    #[arg(long, value_enum, default_value_t = On::Cpu)]
+    device: On,
+
+    /// Seed of the weights and of the sequences
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum On {
+    Cpu,
+    /// The first GPU
+    Cuda,
+}
+
+/// The two models that are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// The step size, B and C depend on the input (S6)
+    Selective,
+    /// The same block with a step size, B and C that do not (S4D)
+    Invariant,
+}
+
+impl Kind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Selective => "selective (S6)",
+            Self::Invariant => "time-invariant (S4D)",
+        }
+    }
+}
+
+/// Sizes of a model and its training.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Settings {
+    pub steps: usize,
+    pub length: usize,
+    pub start: usize,
+    pub stage: usize,
+    pub batch: usize,
+    pub vocab: usize,
+    pub layers: usize,
+    pub d_model: usize,
+    pub d_state: usize,
+    pub lr: f64,
+    pub warmup: usize,
+    pub decay: usize,
+    pub evaluate: usize,
+    pub target: f64,
+    pub seed: u64,
+}
+
+impl Options {
+    /// Whether the paper's size is asked for.
+    pub fn paper(&self) -> bool {
+        self.paper
+    }
+
+    /// The flags, and for what they leave open one of these.
+    pub fn settings(&self, default: Settings, paper: Settings) -> Settings {
+        let base = if self.paper { paper } else { default };
+        let size = |flag: Option<NonZeroUsize>, size| flag.map_or(size, NonZeroUsize::get);
+        Settings {
+            steps: size(self.steps, base.steps),
+            length: size(self.length, base.length),
+            start: size(self.start, base.start),
+            stage: size(self.stage, base.stage),
+            batch: size(self.batch, base.batch),
+            vocab: size(self.vocab, base.vocab),
+            layers: size(self.layers, base.layers),
+            d_model: size(self.d_model, base.d_model),
+            d_state: size(self.d_state, base.d_state),
+            lr: self.lr.unwrap_or(base.lr),
+            warmup: self.warmup.unwrap_or(base.warmup),
+            decay: self.decay.unwrap_or(base.decay),
+            evaluate: size(self.evaluate, base.evaluate),
+            target: self.target.unwrap_or(base.target),
+            seed: self.seed,
+        }
+    }
+
+    pub fn device(&self) -> Result<Device> {
+        match self.device {
+            On::Cpu => Ok(Device::Cpu),
+            On::Cuda => Device::new_cuda(0),
+        }
+    }
+
+    /// The models to train.
+    pub fn models(&self) -> Vec<Kind> {
+        if self.model.is_empty() { vec![Kind::Invariant, Kind::Selective] } else { self.model.clone() }
+    }
+}
+
+impl Settings {
+    pub fn config(&self, kind: Kind) -> LanguageModelConfig {
+        let mut config = LanguageModelConfig::new(self.vocab, self.layers, self.d_model);
+        config.mamba.d_state = self.d_state;
+        config.mamba.seed = self.seed;
+        config.mamba.selective = kind == Kind::Selective;
+        config
+    }
+
+    /// The learning rate of a step, counted from 1.
+    pub fn rate(&self, step: usize) -> f64 {
+        let rise = step as f64 / self.warmup.max(1) as f64;
+        let fall = (self.steps + 1 - step) as f64 / self.decay.max(1) as f64;
+        self.lr * rise.min(fall).min(1.0)
+    }
+}
