@@ -66,7 +66,10 @@ pub fn backward_with<T: Element>(
     let (d_out, row) = (params.d_out, &[d_inner as i64][..]);
     let d_out_is_aligned = d_out.channel == 1 && scan.is_aligned::<T>(&[(d_out.data, &[d_out.batch, d_out.step])]);
     let checkpoints_are_aligned = lies_whole::<f32>(params.checkpoints, &[], 4);
-    if !d_out_is_aligned || !checkpoints_are_aligned || !scan.is_aligned::<T>(&[(params.d_u, row), (params.d_delta, row), (params.d_z, row)]) {
+    if !d_out_is_aligned
+        || !checkpoints_are_aligned
+        || !scan.is_aligned::<T>(&[(params.d_u, row), (params.d_delta, row), (params.d_z, row)])
+    {
         scan.kernel = Kernel::General;
     }
 
