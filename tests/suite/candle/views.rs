@@ -52,7 +52,18 @@ pub fn parts_of_projections<T: Element + WithDType>(device: &Device) {
     let gradient = |tensor: &Tensor| values(ours.get(tensor).expect("tracked"));
     let cat = |tensors: [Tensor; 2]| values(&Tensor::cat(&tensors, 2).expect("tensors that fit"));
     assert_eq!(gradient(&u_and_z), cat([expected("u"), expected("z")]), "seed {seed}");
-    assert_eq!(gradient(&c_and_b), cat([flat("c"), flat("b")]), "seed {seed}");
+    let (sums, wanted): (Vec<f64>, Vec<f64>) = (gradient(&c_and_b), cat([flat("c"), flat("b")]));
+    if device.is_cpu() {
+        assert_eq!(sums, wanted, "seed {seed}");
+    } else {
+        // Kernels for views and for what is contiguous may sum over channels in different orders. The terms carry an error of
+        // 2^-10 where the result is a bf16 and 2^-20 otherwise, and a bf16 is rounded by another 2^-9; four of each is far
+        // from what a wrong stride would do.
+        let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let error: Vec<f64> = sums.iter().zip(&wanted).map(|(x, y)| x - y).collect();
+        let precision = if <T as Element>::DTYPE == selective_scan::DType::F32 { -18 } else { -7 };
+        assert!(norm(&error) <= 2f64.powi(precision) * norm(&wanted), "seed {seed}: {sums:?} {wanted:?}");
+    }
     assert_eq!(gradient(&delta), values(&expected("delta").transpose(1, 2).expect("three")), "seed {seed}");
     assert_eq!(gradient(&a), values(&expected("a").t().expect("two")), "seed {seed}");
 }
