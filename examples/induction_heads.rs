@@ -178,8 +178,9 @@ impl Arguments {
     fn run(&self) -> Result<(), Box<dyn Error>> {
         let settings = self.options.settings(DEFAULT, PAPER);
         let Settings { length, vocab, layers, d_model, seed, .. } = settings;
-        if length < 3 {
-            return Err(format!("--length: expected at least 3, got {length}").into());
+        let shortest = length.min(settings.start);
+        if shortest < 3 {
+            return Err(format!("--length, --start: expected at least 3, got {shortest}").into());
         }
         if vocab < 3 {
             return Err(format!("--vocab: expected at least the special token and 2 others, 3, got {vocab}").into());

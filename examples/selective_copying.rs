@@ -112,8 +112,9 @@ impl Arguments {
         let settings = self.options.settings(DEFAULT, PAPER);
         let Settings { length, vocab, layers, d_model, .. } = settings;
         let tokens = self.tokens.map_or(if self.options.paper() { 16 } else { 8 }, NonZeroUsize::get);
-        if tokens > length {
-            return Err(format!("--tokens: expected at most the length, {length}, got {tokens}").into());
+        let shortest = length.min(settings.start);
+        if tokens > shortest {
+            return Err(format!("--tokens: expected at most --length and --start, {shortest}, got {tokens}").into());
         }
         if vocab < 4 {
             return Err(format!("--vocab: expected at least noise, the question and 2 tokens, 4, got {vocab}").into());
