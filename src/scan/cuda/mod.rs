@@ -10,7 +10,9 @@
 //!
 //! The fast kernels take what Mamba uses: at most 16 states and a multiple of 4, channels in multiples of 4 (per group),
 //! varying `B` and `C`, Euler's rule; activations whose channels, and projections whose states, lie side by side and start
-//! at multiples of 4 elements. Everything else takes a general kernel, about half as fast.
+//! at multiples of 4 elements. Everything else takes a general kernel, which is slower. Both give the same bits, but for the
+//! gradients that sum over channels or steps (those of `B`, `C`, `D` and the bias), which they sum in different orders. In
+//! f32, the states of sequences of more than 16,384 steps are summed with compensation, forward by the general kernel.
 
 mod backward;
 mod forward;
