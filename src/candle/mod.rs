@@ -51,7 +51,8 @@
 //!
 //! # Errors
 //! Whatever goes wrong comes as a [`candle_core::Error`]. A bad argument is an [`Error`](crate::Error) inside it, whose
-//! message names the argument, what was expected and what came; nothing has been written then.
+//! message names the argument, what was expected and what came; nothing has been written then. (With `RUST_BACKTRACE` set,
+//! candle prints a backtrace after the message.)
 
 mod conv;
 #[cfg(feature = "cuda")]
