@@ -75,15 +75,15 @@ template <bool Accurate> struct Decay {
     float value;
     __device__ __forceinline__ explicit Decay(float x) : value(Accurate ? exp2_minus_one(x) : exp2_fast(x)) {}
     // The decay of which this was the value.
-    static __device__ __forceinline__ Decay kept(float value) {
-        Decay decay(0.0f);
-        decay.value = value;
-        return decay;
-    }
+    static __device__ __forceinline__ Decay kept(float value) { return Decay(value, Kept()); }
     // decay · h
     __device__ __forceinline__ float of(float h) const { return Accurate ? fmaf(value, h, h) : value * h; }
     // decay · h + input, h rounded once.
     __device__ __forceinline__ float advance(float h, float input) const {
         return Accurate ? h + fmaf(value, h, input) : fmaf(value, h, input);
     }
+
+  private:
+    struct Kept {};
+    __device__ __forceinline__ Decay(float value, Kept) : value(value) {}
 };

@@ -122,27 +122,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 
             const Lane lane = lane_anew();
             float g[STATES] = {};
-            if (segment.ends_sequence() || p.reached) {
-                const States &final_state = params.d_final_state;
-                if (final_state.data) {
-                    lane.read(g, final_state.data + segment.sequence * final_state.sequence +
-                                     lane.channel * final_state.channel + lane.state * final_state.state,
-                              final_state.state);
-                }
-            }
-            if (p.reached && lane.exists) {
-                // The segments behind this one, the last first.
-                const int64_t last = segment.index + (p.segments.packed ? p.segments.packed[segment.index].behind
-                                                                         : p.segments.per_row - 1 - segment.rank);
-#pragma unroll 4
-                for (int64_t after = last; after > segment.index; after--) {
-                    const float sum = p.sums[after * p.d_inner + lane.channel];
-                    float reached[STATES];
-                    lane.read(reached, p.reached + lane.at(p, after), 1);
-#pragma unroll
-                    for (int n = 0; n < STATES; n++) g[n] = Decay<ACCURATE>(sum * a[n]).advance(g[n], reached[n]);
-                }
-            }
+            leave<ACCURATE>(params, segment, lane, a, g);
 
             for (int part = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); part >= 0; part--) {
                 const int left = static_cast<int>(min(segment.steps - int64_t(part) * CHECKPOINT_STEPS,

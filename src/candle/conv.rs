@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::device::{Backend, Value, for_dtype, on_device};
 use super::graph::{self, Backward, Computed, Gradient};
-use super::tensors::{Argument, Locked, Reader, check_devices, keyed};
+use super::tensors::{Argument, Opened, Reader, both, given};
 use crate::conv::{GradientsMut, Inputs, Options, OutputGradients, OutputMut};
 use crate::sequences::Sequences;
 
@@ -54,26 +54,19 @@ impl<'a> CausalConv<'a> {
     /// # Errors
     /// As [`CausalConv::forward`].
     pub fn forward_with_state(&self) -> Result<(Tensor, Tensor)> {
-        match self.run(true)? {
-            (out, Some(final_state)) => Ok((out, final_state)),
-            (_, None) => unreachable!("the final state was asked for"),
-        }
+        self.run(true).map(both)
     }
 
     fn arguments(&self) -> Vec<Argument<'a>> {
-        let optional = [("bias", self.bias), ("initial_state", self.initial_state)];
-        let optional = optional.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)));
-        [("x", self.x), ("weight", self.weight)].into_iter().chain(optional).collect()
+        given([("x", self.x), ("weight", self.weight)], [("bias", self.bias), ("initial_state", self.initial_state)])
     }
 
     fn run(&self, with_state: bool) -> Result<(Tensor, Option<Tensor>)> {
         let arguments = self.arguments();
-        check_devices(&arguments)?;
         let tensors: Vec<_> = arguments.iter().map(|(_, tensor)| *tensor).collect();
         let (out, final_state) = {
-            let keyed = keyed(&arguments);
-            let locked = Locked::new(&keyed, |_| true);
-            let reader = Reader::new(&keyed, &locked);
+            let opened = Opened::new(&arguments)?;
+            let reader = opened.reader();
             on_device!("x", self.x, |backend| for_dtype!("x", self.x.dtype(), |T| {
                 let inputs = inputs(backend, &reader, self.cu_seqlens, self.options)?;
                 compute::<_, T>(backend, &inputs, with_state)
@@ -144,10 +137,8 @@ impl Backward for Kept {
         let mut arguments = inputs.arguments();
         arguments.push(("d_out", d_out));
         arguments.extend(d_final_state.map(|tensor| ("d_final_state", tensor)));
-        check_devices(&arguments)?;
-        let keyed = keyed(&arguments);
-        let locked = Locked::new(&keyed, |_| true);
-        let reader = Reader::new(&keyed, &locked);
+        let opened = Opened::new(&arguments)?;
+        let reader = opened.reader();
         on_device!("x", self.x, |backend| for_dtype!("x", self.x.dtype(), |T| {
             self.gradients::<_, T>(backend, &reader)
         }))

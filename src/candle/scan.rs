@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::device::{Backend, Value, for_dtype, on_device};
 use super::graph::{self, Backward, Computed, Gradient};
-use super::tensors::{Argument, Locked, Reader, check_devices, keyed};
+use super::tensors::{Argument, Opened, Reader, both, given};
 use crate::scan::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, ProjectionMut};
 use crate::sequences::Sequences;
 
@@ -78,28 +78,22 @@ impl<'a> Scan<'a> {
     /// # Errors
     /// As [`Scan::forward`].
     pub fn forward_with_state(&self) -> Result<(Tensor, Tensor)> {
-        match self.run(true)? {
-            (out, Some(final_state)) => Ok((out, final_state)),
-            (_, None) => unreachable!("the final state was asked for"),
-        }
+        self.run(true).map(both)
     }
 
     fn arguments(&self) -> Vec<Argument<'a>> {
         let Self { u, delta, a, b, c, z, d, delta_bias, initial_state, .. } = *self;
-        let always = [("u", u), ("delta", delta), ("a", a), ("b", b), ("c", c)];
         let optional = [("z", z), ("d", d), ("delta_bias", delta_bias), ("initial_state", initial_state)];
-        always.into_iter().chain(optional.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)))).collect()
+        given([("u", u), ("delta", delta), ("a", a), ("b", b), ("c", c)], optional)
     }
 
     fn run(&self, with_state: bool) -> Result<(Tensor, Option<Tensor>)> {
         let arguments = self.arguments();
-        check_devices(&arguments)?;
         let tensors: Vec<_> = arguments.iter().map(|(_, tensor)| *tensor).collect();
         let tracked = graph::is_tracked(&tensors);
         let results = {
-            let keyed = keyed(&arguments);
-            let locked = Locked::new(&keyed, |_| true);
-            let reader = Reader::new(&keyed, &locked);
+            let opened = Opened::new(&arguments)?;
+            let reader = opened.reader();
             on_device!("u", self.u, |backend| for_dtype!("u", self.u.dtype(), |T| {
                 let inputs = inputs(backend, &reader, self.cu_seqlens, self.options)?;
                 compute::<_, T>(backend, &inputs, with_state, tracked)
@@ -205,10 +199,8 @@ impl Backward for Kept {
         let mut arguments = self.scan().arguments();
         arguments.extend([("checkpoints", &self.checkpoints), ("d_out", d_out)]);
         arguments.extend(d_final_state.map(|tensor| ("d_final_state", tensor)));
-        check_devices(&arguments)?;
-        let keyed = keyed(&arguments);
-        let locked = Locked::new(&keyed, |_| true);
-        let reader = Reader::new(&keyed, &locked);
+        let opened = Opened::new(&arguments)?;
+        let reader = opened.reader();
         on_device!("u", self.u, |backend| for_dtype!("u", self.u.dtype(), |T| {
             self.gradients::<_, T>(backend, &reader)
         }))

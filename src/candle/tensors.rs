@@ -8,6 +8,22 @@ use crate::{Error, Projection, Result, View};
 /// A named argument.
 pub(super) type Argument<'a> = (&'static str, &'a Tensor);
 
+/// The arguments that every call has, and those of `optional` that are there.
+pub(super) fn given<'a, const N: usize, const M: usize>(
+    always: [Argument<'a>; N],
+    optional: [(&'static str, Option<&'a Tensor>); M],
+) -> Vec<Argument<'a>> {
+    always.into_iter().chain(optional.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)))).collect()
+}
+
+/// What was computed together with something that was asked for.
+pub(super) fn both<T>((first, second): (T, Option<T>)) -> (T, T) {
+    match second {
+        Some(second) => (first, second),
+        None => unreachable!("it was asked for"),
+    }
+}
+
 /// Checks that all arguments lie where the first does.
 pub(super) fn check_devices(arguments: &[Argument]) -> Result<()> {
     let Some((first, tensor)) = arguments.first() else { return Ok(()) };
@@ -66,6 +82,25 @@ pub(super) struct Keyed<'a> {
 /// Looks up the storages of `arguments`. No lock may be held.
 pub(super) fn keyed<'a>(arguments: &[Argument<'a>]) -> Vec<Keyed<'a>> {
     arguments.iter().map(|&(name, tensor)| Keyed { name, tensor, storage: storage_of(tensor) }).collect()
+}
+
+/// Arguments on one device, all of whose storages are locked.
+pub(super) struct Opened<'a> {
+    arguments: Vec<Keyed<'a>>,
+    locked: Locked<'a>,
+}
+
+impl<'a> Opened<'a> {
+    pub fn new(arguments: &[Argument<'a>]) -> Result<Self> {
+        check_devices(arguments)?;
+        let arguments = keyed(arguments);
+        let locked = Locked::new(&arguments, |_| true);
+        Ok(Self { arguments, locked })
+    }
+
+    pub fn reader(&self) -> Reader<'_> {
+        Reader::new(&self.arguments, &self.locked)
+    }
 }
 
 /// Arguments whose storages are locked, to be read as views.

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result, Tensor};
 
 use super::device::{Backend, Cpu, Value, for_dtype};
 use super::graph;
-use super::tensors::{Argument, Keyed, Locked, Reader, check_devices, keyed, storage_of};
+use super::tensors::{Argument, Keyed, Locked, Reader, both, check_devices, given, keyed, storage_of};
 use crate::{Error, ViewMut, conv, state_update};
 
 /// An update of a pool of states by one token or a few, in place; see [`state_update`](crate::state_update) for what it
@@ -64,7 +64,7 @@ impl<'a> StateUpdate<'a> {
     /// # Errors
     /// As [`update`](Self::update).
     pub fn update_with_token_states(&self, state: &Tensor) -> Result<(Tensor, Tensor)> {
-        with_token_states(in_place(self, state, true)?)
+        in_place(self, state, true).map(both)
     }
 }
 
@@ -110,7 +110,7 @@ impl<'a> ConvUpdate<'a> {
     /// # Errors
     /// As [`update`](Self::update).
     pub fn update_with_token_states(&self, state: &Tensor) -> Result<(Tensor, Tensor)> {
-        with_token_states(in_place(self, state, true)?)
+        in_place(self, state, true).map(both)
     }
 }
 
@@ -136,13 +136,6 @@ struct Rollback<'a> {
 
 /// What an operator in place gives: the output, and the state behind each token.
 type Updated = (Tensor, Option<Tensor>);
-
-fn with_token_states(updated: Updated) -> Result<(Tensor, Tensor)> {
-    match updated {
-        (out, Some(token_states)) => Ok((out, token_states)),
-        (_, None) => unreachable!("the states behind each token were asked for"),
-    }
-}
 
 /// An operator that writes to a pool of states.
 trait InPlace {
@@ -248,9 +241,7 @@ impl InPlace for StateUpdate<'_> {
 
     fn arguments(&self) -> Vec<Argument<'_>> {
         let Self { u, dt, a, b, c, z, d, dt_bias, .. } = *self;
-        let optional = [("z", z), ("d", d), ("dt_bias", dt_bias)];
-        let optional = optional.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)));
-        [("u", u), ("dt", dt), ("a", a), ("b", b), ("c", c)].into_iter().chain(optional).collect()
+        given([("u", u), ("dt", dt), ("a", a), ("b", b), ("c", c)], [("z", z), ("d", d), ("dt_bias", dt_bias)])
     }
 
     fn run<B: Backend, St: Value>(
@@ -289,8 +280,7 @@ impl InPlace for ConvUpdate<'_> {
     const STATE: &'static str = "(slots, width - 1, d_inner)";
 
     fn arguments(&self) -> Vec<Argument<'_>> {
-        let bias = self.bias.map(|bias| ("bias", bias));
-        [("x", self.x), ("weight", self.weight)].into_iter().chain(bias).collect()
+        given([("x", self.x), ("weight", self.weight)], [("bias", self.bias)])
     }
 
     fn run<B: Backend, St: Value>(
