@@ -9,6 +9,59 @@ struct ScanForward {
 };
 static_assert(sizeof(ScanForward) == 416, "as in src/cuda/params.rs");
 
+// Δ and what the recurrence takes in of a tile, as the lanes read them: a lane reads its `OWN` channels for `TOGETHER`
+// steps at once, and neighbouring lanes what is side by side.
+template <int STEPS, int OWN, int QUADS> struct StepsInShared {
+    static constexpr int TOGETHER = OWN == 1 ? 2 : 1, PARTS = QUAD / OWN;
+
+    // With four channels to a lane, those of Δ and those of the input; else pairs of both, parts of a quad apart.
+    alignas(16) float data[STEPS / TOGETHER][2 * OWN * TOGETHER * PARTS / 4][QUADS][4];
+
+    __device__ __forceinline__ void write(int t, int quad, const float (&step)[QUAD], const float (&in)[QUAD]) {
+        if constexpr (OWN == 4) {
+            write_shared(data[t][0][quad], step);
+            write_shared(data[t][1][quad], in);
+        } else {
+#pragma unroll
+            for (int k = 0; k < PARTS; k++) {
+                float pairs[2 * OWN];
+#pragma unroll
+                for (int c = 0; c < OWN; c++) pairs[2 * c] = step[k * OWN + c], pairs[2 * c + 1] = in[k * OWN + c];
+                write_shared(&data[t / TOGETHER][k][quad][t % TOGETHER * 2], pairs);
+            }
+        }
+    }
+    // `place` is that of the lane's channels: the quad, and behind all quads' first parts the second.
+    __device__ __forceinline__ void read(int t, int place, float (&step)[TOGETHER][OWN], float (&in)[TOGETHER][OWN]) const {
+        if constexpr (OWN == 4) {
+            read_shared(step[0], data[t][0][place]);
+            read_shared(in[0], data[t][1][place]);
+        } else {
+            float pairs[4];
+            read_shared(pairs, data[t / TOGETHER][0][place]);
+#pragma unroll
+            for (int i = 0; i < 2; i++) step[i / OWN][i % OWN] = pairs[2 * i], in[i / OWN][i % OWN] = pairs[2 * i + 1];
+        }
+    }
+};
+
+#define AHEAD_OF(OWN) (OWN == 1)
+// What the lanes of a channel add to y in each step of a tile. The channels of a quad are turned by their lane's, so that
+// those which write the same part of neighbouring quads do not meet in a bank.
+template <int STEPS, int OWN, int QUADS> struct OutputsInShared {
+    alignas(16) float data[STEPS][LANES][QUADS][QUAD];
+
+    __device__ __forceinline__ float *of(int t, int sub, int quad, int part) {
+        return &data[t][sub][quad][(part + sub) * OWN % QUAD];
+    }
+    __device__ __forceinline__ void read(int t, int sub, int quad, float (&to)[QUAD]) const {
+        float turned[QUAD];
+        read_shared(turned, data[t][sub][quad]);
+#pragma unroll
+        for (int c = 0; c < QUAD; c++) to[c] = turned[(c + sub * OWN) % QUAD];
+    }
+};
+
 // `GENERAL` takes everything: any stride and width, constant B and C, zero-order hold, more than 16 states (by turns, kept
 // in dynamic shared memory meanwhile), compensated sums. Without it the kernel is what Mamba uses, in channels and states
 // that are side by side and aligned by fours. A `SUMMARY` runs a segment from zero for the state that it reaches, and
@@ -17,13 +70,13 @@ template <typename T, int OWN, int THREADS, int STEPS, bool GENERAL, bool SUMMAR
 __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     constexpr int CHANNELS = THREADS / LANES * OWN;
     constexpr int COLUMNS = CHANNELS / QUAD, ROWS = THREADS / COLUMNS, QUADS = STEPS / ROWS;
-    constexpr bool WHOLE = !GENERAL, ACCURATE = sizeof(T) == 4;
+    constexpr bool WHOLE = !GENERAL, ACCURATE = sizeof(T) == 4, AHEAD = !GENERAL && AHEAD_OF(OWN);
     static_assert(QUADS * ROWS == STEPS && CHECKPOINT_STEPS % STEPS == 0, "whole tiles");
     static_assert(!GENERAL || OWN == 1, "the general kernel keeps one channel's states in a lane");
 
-    __shared__ alignas(16) float deltas[STEPS][CHANNELS];
-    __shared__ alignas(16) float inputs[STEPS][CHANNELS];
-    __shared__ alignas(16) float outputs[SUMMARY ? 1 : STEPS][LANES][CHANNELS];
+    using Steps = StepsInShared<STEPS, OWN, COLUMNS>;
+    __shared__ Steps staged;
+    __shared__ OutputsInShared<SUMMARY ? 1 : STEPS, OWN, COLUMNS> outputs;
     __shared__ alignas(16) float projections[STEPS][2][TURN];
     __shared__ alignas(16) float biases[CHANNELS], skips[CHANNELS];
     extern __shared__ float4 carried[];
@@ -45,9 +98,12 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     }
     __syncthreads();
 
-    // As a lane of channels: neighbouring lanes have neighbouring channels, so that shared memory is met without
-    // conflicts.
-    const int sub = threadIdx.x % 32 / 8, own = (threadIdx.x / 32 * 8 + threadIdx.x % 8) * OWN;
+    // As a lane of channels: the `part`th of a quad. Neighbouring lanes have the same part of neighbouring quads, so that
+    // what they read and write in shared memory is side by side. The bits of a lane are dealt out so that whatever is read
+    // by fours, a lane has a neighbour, one or two away, that reads the same: such loads take half the time.
+    const int lane_index = threadIdx.x % 32, sub = lane_index / 2 % 2 + lane_index / 16 * 2;
+    const int place = threadIdx.x / 32 * 8 + lane_index % 2 + lane_index / 4 % 4 * 2;
+    const int part = place / COLUMNS, quad = place % COLUMNS, own = quad * QUAD + part * OWN;
     const int turns = GENERAL ? static_cast<int>((p.d_state + TURN - 1) / TURN) : 1;
     const auto lane_of = [&](int c, int turn) {
         return Lane(p, block.first + own + c, own + c < block.width, turn * TURN + sub * STATES);
@@ -137,8 +193,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                     if (ragged && row + k * ROWS >= left) steps[k][c] = 0.0f;
                     in[c] = hold ? tile_u[k][c] : steps[k][c] * tile_u[k][c];
                 }
-                write_shared(&deltas[row + k * ROWS][column], steps[k]);
-                write_shared(&inputs[row + k * ROWS][column], in);
+                staged.write(row + k * ROWS, column / QUAD, steps[k], in);
             }
             if (!GENERAL) next.store(&projections[0][0][0]);
             if (!SUMMARY) {
@@ -176,43 +231,72 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                     if (p.c.constant) lane.constant(constant_c, p.c);
                 }
                 float lost[STATES] = {};
-#pragma unroll(GENERAL ? 1 : OWN == 2 ? STEPS / 2 : STEPS)
-                for (int t = 0; t < STEPS; t++) {
-                    float step[OWN], in[OWN], b[STATES], c[STATES], y[OWN];
-                    read_shared(step, &deltas[t][own]);
-                    read_shared(in, &inputs[t][own]);
-                    read_shared(b, &projections[t][0][sub * STATES]);
-                    if (!SUMMARY) read_shared(c, &projections[t][1][sub * STATES]);
-                    if constexpr (GENERAL) {
+                // What starts the chain of a step is read a step ahead.
+                float ahead_step[Steps::TOGETHER][OWN], ahead_in[Steps::TOGETHER][OWN], ahead_b[Steps::TOGETHER][STATES];
+                const auto read_ahead = [&](int t) {
+                    staged.read(t, place, ahead_step, ahead_in);
 #pragma unroll
-                        for (int n = 0; n < STATES; n++) {
-                            if (p.b.constant) b[n] = constant_b[n];
-                            if (!SUMMARY && p.c.constant) c[n] = constant_c[n];
+                    for (int i = 0; i < Steps::TOGETHER; i++) read_shared(ahead_b[i], &projections[t + i][0][sub * STATES]);
+                };
+                if (AHEAD) read_ahead(0);
+#pragma unroll(GENERAL ? 1 : STEPS / (SUMMARY ? 4 : OWN == 2 || ACCURATE ? 2 : 1) / Steps::TOGETHER)
+                for (int together = 0; together < STEPS; together += Steps::TOGETHER) {
+                    float step[Steps::TOGETHER][OWN], in[Steps::TOGETHER][OWN], bs[Steps::TOGETHER][STATES];
+                    if constexpr (AHEAD) {
+#pragma unroll
+                        for (int i = 0; i < Steps::TOGETHER; i++) {
+#pragma unroll
+                            for (int k = 0; k < OWN; k++) step[i][k] = ahead_step[i][k], in[i][k] = ahead_in[i][k];
+#pragma unroll
+                            for (int n = 0; n < STATES; n++) bs[i][n] = ahead_b[i][n];
                         }
+                        if (together + Steps::TOGETHER < STEPS) read_ahead(together + Steps::TOGETHER);
+                        __syncwarp();
+                    } else {
+                        staged.read(together, place, step, in);
                     }
 #pragma unroll
-                    for (int k = 0; k < OWN; k++) {
-                        if (SUMMARY && turn == 0) total[k] += step[k];
-                        if (!SUMMARY && turn > 0) y[k] = outputs[t][sub][own + k];
+                    for (int i = 0; i < Steps::TOGETHER; i++) {
+                        const int t = together + i;
+                        float b[STATES], c[STATES], y[OWN];
+                        if constexpr (AHEAD) {
 #pragma unroll
-                        for (int n = 0; n < STATES; n++) {
-                            const float x = step[k] * a[k][n];
-                            if (GENERAL && (hold || compensate)) {
-                                const float minus_one = exp2_minus_one(x);
-                                float weighted = in[k];
-                                if (hold) weighted *= inverse_a[n] == 0.0f ? step[k] : minus_one * inverse_a[n];
-                                // What rounding takes from the state is given back in the next step.
-                                const float change = fmaf(minus_one, h[k][n], weighted * b[n]) + lost[n];
-                                const float sum = h[k][n] + change;
-                                if (compensate) lost[n] = change - (sum - h[k][n]);
-                                h[k][n] = sum;
-                            } else {
-                                h[k][n] = Decay<ACCURATE>(x).advance(h[k][n], in[k] * b[n]);
+                            for (int n = 0; n < STATES; n++) b[n] = bs[i][n];
+                        } else {
+                            read_shared(b, &projections[t][0][sub * STATES]);
+                        }
+                        if (!SUMMARY) read_shared(c, &projections[t][1][sub * STATES]);
+                        if constexpr (GENERAL) {
+#pragma unroll
+                            for (int n = 0; n < STATES; n++) {
+                                if (p.b.constant) b[n] = constant_b[n];
+                                if (!SUMMARY && p.c.constant) c[n] = constant_c[n];
                             }
-                            if (!SUMMARY) y[k] = n || turn ? fmaf(c[n], h[k][n], y[k]) : c[n] * h[k][n];
                         }
+                        if (!SUMMARY && turn > 0) read_shared(y, outputs.of(t, sub, quad, part));
+#pragma unroll
+                        for (int k = 0; k < OWN; k++) {
+                            if (SUMMARY && turn == 0) total[k] += step[i][k];
+#pragma unroll
+                            for (int n = 0; n < STATES; n++) {
+                                const float x = step[i][k] * a[k][n];
+                                if (GENERAL && (hold || compensate)) {
+                                    const float minus_one = exp2_minus_one(x);
+                                    float weighted = in[i][k];
+                                    if (hold) weighted *= inverse_a[n] == 0.0f ? step[i][k] : minus_one * inverse_a[n];
+                                    // What rounding takes from the state is given back in the next step.
+                                    const float change = fmaf(minus_one, h[k][n], weighted * b[n]) + lost[n];
+                                    const float sum = h[k][n] + change;
+                                    if (compensate) lost[n] = change - (sum - h[k][n]);
+                                    h[k][n] = sum;
+                                } else {
+                                    h[k][n] = Decay<ACCURATE>(x).advance(h[k][n], in[i][k] * b[n]);
+                                }
+                                if (!SUMMARY) y[k] = n || turn ? fmaf(c[n], h[k][n], y[k]) : c[n] * h[k][n];
+                            }
+                        }
+                        if (!SUMMARY) write_shared(outputs.of(t, sub, quad, part), y);
                     }
-                    if (!SUMMARY) write_shared(&outputs[t][sub][own], y);
                 }
                 if (GENERAL) write_shared(parked + turn * THREADS * STATES, h[0]);
             }
@@ -225,12 +309,12 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 #pragma unroll
                 for (int k = 0; k < QUADS; k++) {
                     const int t = row + k * ROWS;
-                    float part[LANES][QUAD], y[QUAD];
+                    float parts[LANES][QUAD], y[QUAD];
 #pragma unroll
-                    for (int s = 0; s < LANES; s++) read_shared(part[s], &outputs[t][s][column]);
+                    for (int s = 0; s < LANES; s++) outputs.read(t, s, column / QUAD, parts[s]);
 #pragma unroll
                     for (int c = 0; c < QUAD; c++) {
-                        y[c] = (part[0][c] + part[1][c]) + (part[2][c] + part[3][c]);
+                        y[c] = (parts[0][c] + parts[1][c]) + (parts[2][c] + parts[3][c]);
                         y[c] = fmaf(skip[c], tile_u[k][c], y[c]);
                     }
                     if (gated) {

@@ -47,11 +47,15 @@ impl<T: Element> Data<T> {
     }
 }
 
-/// Variants: `packed` sequences of mixed lengths, no sequence split (`whole`), `one`, `two` or `four` channels a lane.
+/// Variants: `packed` sequences of mixed lengths, no sequence split (`whole`) or all into `segments-` of so many steps,
+/// `one`, `two` or `four` channels a lane.
 pub fn prepare<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Prepared> {
     let mut rest = case.clone();
     let cu_seqlens = rest.take("packed").then(|| mixed_lengths(case.len));
-    let segment_steps = rest.take("whole").then_some(usize::MAX);
+    let segment_steps = match rest.take("whole") {
+        true => Some(usize::MAX),
+        false => rest.take_number("segments-")?,
+    };
     let mut plan = Plan { segment_steps, ..Plan::default() };
     for (word, per_lane) in [("one", PerLane::One), ("two", PerLane::Two), ("four", PerLane::Four)] {
         if rest.take(word) {
