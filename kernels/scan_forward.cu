@@ -45,6 +45,7 @@ template <int STEPS, int OWN, int QUADS> struct StepsInShared {
     }
 };
 
+#define C_TOO true
 #define AHEAD_OF(OWN) (OWN == 1)
 // What the lanes of a channel add to y in each step of a tile. The channels of a quad are turned by their lane's, so that
 // those which write the same part of neighbouring quads do not meet in a bank.
@@ -232,23 +233,26 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                 }
                 float lost[STATES] = {};
                 // What starts the chain of a step is read a step ahead.
-                float ahead_step[Steps::TOGETHER][OWN], ahead_in[Steps::TOGETHER][OWN], ahead_b[Steps::TOGETHER][STATES];
+                float ahead_step[Steps::TOGETHER][OWN], ahead_in[Steps::TOGETHER][OWN], ahead_b[Steps::TOGETHER][STATES], ahead_c[Steps::TOGETHER][STATES];
                 const auto read_ahead = [&](int t) {
                     staged.read(t, place, ahead_step, ahead_in);
 #pragma unroll
-                    for (int i = 0; i < Steps::TOGETHER; i++) read_shared(ahead_b[i], &projections[t + i][0][sub * STATES]);
+                    for (int i = 0; i < Steps::TOGETHER; i++) {
+                        read_shared(ahead_b[i], &projections[t + i][0][sub * STATES]);
+                        if (!SUMMARY && C_TOO) read_shared(ahead_c[i], &projections[t + i][1][sub * STATES]);
+                    }
                 };
                 if (AHEAD) read_ahead(0);
 #pragma unroll(GENERAL ? 1 : STEPS / (SUMMARY ? 4 : OWN == 2 || ACCURATE ? 2 : 1) / Steps::TOGETHER)
                 for (int together = 0; together < STEPS; together += Steps::TOGETHER) {
-                    float step[Steps::TOGETHER][OWN], in[Steps::TOGETHER][OWN], bs[Steps::TOGETHER][STATES];
+                    float step[Steps::TOGETHER][OWN], in[Steps::TOGETHER][OWN], bs[Steps::TOGETHER][STATES], cs[Steps::TOGETHER][STATES];
                     if constexpr (AHEAD) {
 #pragma unroll
                         for (int i = 0; i < Steps::TOGETHER; i++) {
 #pragma unroll
                             for (int k = 0; k < OWN; k++) step[i][k] = ahead_step[i][k], in[i][k] = ahead_in[i][k];
 #pragma unroll
-                            for (int n = 0; n < STATES; n++) bs[i][n] = ahead_b[i][n];
+                            for (int n = 0; n < STATES; n++) bs[i][n] = ahead_b[i][n], cs[i][n] = ahead_c[i][n];
                         }
                         if (together + Steps::TOGETHER < STEPS) read_ahead(together + Steps::TOGETHER);
                         __syncwarp();
@@ -265,7 +269,10 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                         } else {
                             read_shared(b, &projections[t][0][sub * STATES]);
                         }
-                        if (!SUMMARY) read_shared(c, &projections[t][1][sub * STATES]);
+                        if (!SUMMARY && AHEAD && C_TOO) {
+#pragma unroll
+                            for (int n = 0; n < STATES; n++) c[n] = cs[i][n];
+                        } else if (!SUMMARY) read_shared(c, &projections[t][1][sub * STATES]);
                         if constexpr (GENERAL) {
 #pragma unroll
                             for (int n = 0; n < STATES; n++) {
@@ -385,7 +392,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 #define INSTANCES(SUFFIX, T, BLOCKS_OF_FOUR, BLOCKS_OF_TWO)                                                            \
     INSTANCE(four_##SUFFIX, T, 4, 128, 8, false, BLOCKS_OF_FOUR)                                                       \
     INSTANCE(two_##SUFFIX, T, 2, 128, 16, false, BLOCKS_OF_TWO)                                                        \
-    INSTANCE(one_##SUFFIX, T, 1, 128, 16, false, 8)                                                                    \
+    INSTANCE(one_##SUFFIX, T, 1, 128, 32, false, 5)                                                                    \
     INSTANCE(general_##SUFFIX, T, 1, 256, 16, true, 2)
 
 INSTANCES(f32, float, 3, 5)
