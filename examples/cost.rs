@@ -30,7 +30,6 @@ type Run = fn(&Arc<CudaStream>) -> Result<(), Failure>;
 /// What can be run, by name. `cost_sheet.py` has a line with the least possible counts for each kernel that these launch.
 const OPERATORS: &[(&str, Run)] = &[
     ("scan forward, one channel a lane", |stream| scan_forward(stream, unsplit(PerLane::One))),
-    ("scan forward, two channels a lane", |stream| scan_forward(stream, unsplit(PerLane::Two))),
     ("scan forward, four channels a lane", |stream| scan_forward(stream, unsplit(PerLane::Four))),
     ("scan forward, as planned", |stream| scan_forward(stream, Plan::default())),
     ("scan backward, unsplit", |stream| scan_backward(stream, unsplit(PerLane::One))),

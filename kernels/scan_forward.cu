@@ -9,46 +9,40 @@ struct ScanForward {
 };
 static_assert(sizeof(ScanForward) == 416, "as in src/cuda/params.rs");
 
-// Δ and what the recurrence takes in of a tile, as the lanes read them: a lane reads its `OWN` channels for `TOGETHER`
-// steps at once, and neighbouring lanes what is side by side.
+// Δ and what the recurrence takes in of a tile, as the lanes read them: by fours, `TOGETHER` steps of their `OWN` channels
+// at once, neighbouring lanes what is side by side.
 template <int STEPS, int OWN, int QUADS> struct StepsInShared {
-    static constexpr int TOGETHER = OWN == 1 ? 2 : 1, PARTS = QUAD / OWN;
+    static_assert(OWN == 1 || OWN == QUAD, "a channel or a quad to a lane");
+    static constexpr int TOGETHER = OWN == 1 ? 2 : 1;
 
-    // With four channels to a lane, those of Δ and those of the input; else pairs of both, parts of a quad apart.
-    alignas(16) float data[STEPS / TOGETHER][2 * OWN * TOGETHER * PARTS / 4][QUADS][4];
+    // With a quad to a lane, those of Δ and then those of the input. Else the first channels of the quads, the second ones
+    // and so on, of each both values of a step and of the next.
+    alignas(16) float data[STEPS / TOGETHER][2 * TOGETHER][QUADS][4];
 
     __device__ __forceinline__ void write(int t, int quad, const float (&step)[QUAD], const float (&in)[QUAD]) {
-        if constexpr (OWN == 4) {
+        if constexpr (OWN == 1) {
+#pragma unroll
+            for (int c = 0; c < QUAD; c++) write_shared(&data[t / 2][c][quad][t % 2 * 2], {step[c], in[c]});
+        } else {
             write_shared(data[t][0][quad], step);
             write_shared(data[t][1][quad], in);
-        } else {
-#pragma unroll
-            for (int k = 0; k < PARTS; k++) {
-                float pairs[2 * OWN];
-#pragma unroll
-                for (int c = 0; c < OWN; c++) pairs[2 * c] = step[k * OWN + c], pairs[2 * c + 1] = in[k * OWN + c];
-                write_shared(&data[t / TOGETHER][k][quad][t % TOGETHER * 2], pairs);
-            }
         }
     }
-    // `place` is that of the lane's channels: the quad, and behind all quads' first parts the second.
+    // `place` is that of the lane's channels: with one of each quad to a lane, the quads' first channels come first.
     __device__ __forceinline__ void read(int t, int place, float (&step)[TOGETHER][OWN], float (&in)[TOGETHER][OWN]) const {
-        if constexpr (OWN == 4) {
+        if constexpr (OWN == 1) {
+            float pairs[4];
+            read_shared(pairs, data[t / 2][0][place]);
+            step[0][0] = pairs[0], in[0][0] = pairs[1], step[1][0] = pairs[2], in[1][0] = pairs[3];
+        } else {
             read_shared(step[0], data[t][0][place]);
             read_shared(in[0], data[t][1][place]);
-        } else {
-            float pairs[4];
-            read_shared(pairs, data[t / TOGETHER][0][place]);
-#pragma unroll
-            for (int i = 0; i < 2; i++) step[i / OWN][i % OWN] = pairs[2 * i], in[i / OWN][i % OWN] = pairs[2 * i + 1];
         }
     }
 };
 
-#define C_TOO true
-#define AHEAD_OF(OWN) (OWN == 1)
-// What the lanes of a channel add to y in each step of a tile. The channels of a quad are turned by their lane's, so that
-// those which write the same part of neighbouring quads do not meet in a bank.
+// What the lanes of a channel add to y in each step of a tile. The channels of a quad are turned by the lane, so that those
+// which write the same channel of neighbouring quads do not meet in a bank.
 template <int STEPS, int OWN, int QUADS> struct OutputsInShared {
     alignas(16) float data[STEPS][LANES][QUADS][QUAD];
 
@@ -71,7 +65,7 @@ template <typename T, int OWN, int THREADS, int STEPS, bool GENERAL, bool SUMMAR
 __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     constexpr int CHANNELS = THREADS / LANES * OWN;
     constexpr int COLUMNS = CHANNELS / QUAD, ROWS = THREADS / COLUMNS, QUADS = STEPS / ROWS;
-    constexpr bool WHOLE = !GENERAL, ACCURATE = sizeof(T) == 4, AHEAD = !GENERAL && AHEAD_OF(OWN);
+    constexpr bool WHOLE = !GENERAL, ACCURATE = sizeof(T) == 4, AHEAD = !GENERAL && OWN == 1;
     static_assert(QUADS * ROWS == STEPS && CHECKPOINT_STEPS % STEPS == 0, "whole tiles");
     static_assert(!GENERAL || OWN == 1, "the general kernel keeps one channel's states in a lane");
 
@@ -232,74 +226,61 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                     if (p.c.constant) lane.constant(constant_c, p.c);
                 }
                 float lost[STATES] = {};
-                // What starts the chain of a step is read a step ahead.
-                float ahead_step[Steps::TOGETHER][OWN], ahead_in[Steps::TOGETHER][OWN], ahead_b[Steps::TOGETHER][STATES], ahead_c[Steps::TOGETHER][STATES];
-                const auto read_ahead = [&](int t) {
-                    staged.read(t, place, ahead_step, ahead_in);
+                // What is read from shared memory for one step, or two.
+                struct Operands {
+                    float step[Steps::TOGETHER][OWN], in[Steps::TOGETHER][OWN];
+                    float b[Steps::TOGETHER][STATES], c[Steps::TOGETHER][STATES];
+                } now, next_operands;
+                const auto read = [&](int t, Operands &to) {
+                    staged.read(t, place, to.step, to.in);
 #pragma unroll
                     for (int i = 0; i < Steps::TOGETHER; i++) {
-                        read_shared(ahead_b[i], &projections[t + i][0][sub * STATES]);
-                        if (!SUMMARY && C_TOO) read_shared(ahead_c[i], &projections[t + i][1][sub * STATES]);
-                    }
-                };
-                if (AHEAD) read_ahead(0);
-#pragma unroll(GENERAL ? 1 : STEPS / (SUMMARY ? 4 : OWN == 2 || ACCURATE ? 2 : 1) / Steps::TOGETHER)
-                for (int together = 0; together < STEPS; together += Steps::TOGETHER) {
-                    float step[Steps::TOGETHER][OWN], in[Steps::TOGETHER][OWN], bs[Steps::TOGETHER][STATES], cs[Steps::TOGETHER][STATES];
-                    if constexpr (AHEAD) {
-#pragma unroll
-                        for (int i = 0; i < Steps::TOGETHER; i++) {
-#pragma unroll
-                            for (int k = 0; k < OWN; k++) step[i][k] = ahead_step[i][k], in[i][k] = ahead_in[i][k];
-#pragma unroll
-                            for (int n = 0; n < STATES; n++) bs[i][n] = ahead_b[i][n], cs[i][n] = ahead_c[i][n];
-                        }
-                        if (together + Steps::TOGETHER < STEPS) read_ahead(together + Steps::TOGETHER);
-                        __syncwarp();
-                    } else {
-                        staged.read(together, place, step, in);
-                    }
-#pragma unroll
-                    for (int i = 0; i < Steps::TOGETHER; i++) {
-                        const int t = together + i;
-                        float b[STATES], c[STATES], y[OWN];
-                        if constexpr (AHEAD) {
-#pragma unroll
-                            for (int n = 0; n < STATES; n++) b[n] = bs[i][n];
-                        } else {
-                            read_shared(b, &projections[t][0][sub * STATES]);
-                        }
-                        if (!SUMMARY && AHEAD && C_TOO) {
-#pragma unroll
-                            for (int n = 0; n < STATES; n++) c[n] = cs[i][n];
-                        } else if (!SUMMARY) read_shared(c, &projections[t][1][sub * STATES]);
+                        read_shared(to.b[i], &projections[t + i][0][sub * STATES]);
+                        if (!SUMMARY) read_shared(to.c[i], &projections[t + i][1][sub * STATES]);
                         if constexpr (GENERAL) {
 #pragma unroll
                             for (int n = 0; n < STATES; n++) {
-                                if (p.b.constant) b[n] = constant_b[n];
-                                if (!SUMMARY && p.c.constant) c[n] = constant_c[n];
+                                if (p.b.constant) to.b[i][n] = constant_b[n];
+                                if (!SUMMARY && p.c.constant) to.c[i][n] = constant_c[n];
                             }
                         }
+                    }
+                };
+                if (AHEAD) read(0, next_operands);
+#pragma unroll(GENERAL ? 1 : STEPS / (SUMMARY ? 4 : ACCURATE ? 2 : 1) / Steps::TOGETHER)
+                for (int first = 0; first < STEPS; first += Steps::TOGETHER) {
+                    if (AHEAD) {
+                        now = next_operands;
+                        if (first + Steps::TOGETHER < STEPS) read(first + Steps::TOGETHER, next_operands);
+                        // Else the compiler would put the loads off until they are waited for.
+                        __syncwarp();
+                    } else {
+                        read(first, now);
+                    }
+#pragma unroll
+                    for (int i = 0; i < Steps::TOGETHER; i++) {
+                        const int t = first + i;
+                        float y[OWN];
                         if (!SUMMARY && turn > 0) read_shared(y, outputs.of(t, sub, quad, part));
 #pragma unroll
                         for (int k = 0; k < OWN; k++) {
-                            if (SUMMARY && turn == 0) total[k] += step[i][k];
+                            if (SUMMARY && turn == 0) total[k] += now.step[i][k];
 #pragma unroll
                             for (int n = 0; n < STATES; n++) {
-                                const float x = step[i][k] * a[k][n];
+                                const float x = now.step[i][k] * a[k][n];
                                 if (GENERAL && (hold || compensate)) {
                                     const float minus_one = exp2_minus_one(x);
-                                    float weighted = in[i][k];
-                                    if (hold) weighted *= inverse_a[n] == 0.0f ? step[i][k] : minus_one * inverse_a[n];
+                                    float weighted = now.in[i][k];
+                                    if (hold) weighted *= inverse_a[n] == 0.0f ? now.step[i][k] : minus_one * inverse_a[n];
                                     // What rounding takes from the state is given back in the next step.
-                                    const float change = fmaf(minus_one, h[k][n], weighted * b[n]) + lost[n];
+                                    const float change = fmaf(minus_one, h[k][n], weighted * now.b[i][n]) + lost[n];
                                     const float sum = h[k][n] + change;
                                     if (compensate) lost[n] = change - (sum - h[k][n]);
                                     h[k][n] = sum;
                                 } else {
-                                    h[k][n] = Decay<ACCURATE>(x).advance(h[k][n], in[i][k] * b[n]);
+                                    h[k][n] = Decay<ACCURATE>(x).advance(h[k][n], now.in[i][k] * now.b[i][n]);
                                 }
-                                if (!SUMMARY) y[k] = n || turn ? fmaf(c[n], h[k][n], y[k]) : c[n] * h[k][n];
+                                if (!SUMMARY) y[k] = n || turn ? fmaf(now.c[i][n], h[k][n], y[k]) : now.c[i][n] * h[k][n];
                             }
                         }
                         if (!SUMMARY) write_shared(outputs.of(t, sub, quad, part), y);
@@ -389,12 +370,11 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
         scan_forward<T, OWN, THREADS, STEPS, GENERAL, true>(params);                                                   \
     }
 
-#define INSTANCES(SUFFIX, T, BLOCKS_OF_FOUR, BLOCKS_OF_TWO)                                                            \
+#define INSTANCES(SUFFIX, T, BLOCKS_OF_FOUR, BLOCKS_OF_ONE)                                                            \
     INSTANCE(four_##SUFFIX, T, 4, 128, 8, false, BLOCKS_OF_FOUR)                                                       \
-    INSTANCE(two_##SUFFIX, T, 2, 128, 16, false, BLOCKS_OF_TWO)                                                        \
-    INSTANCE(one_##SUFFIX, T, 1, 128, 32, false, 5)                                                                    \
+    INSTANCE(one_##SUFFIX, T, 1, 128, 32, false, BLOCKS_OF_ONE)                                                        \
     INSTANCE(general_##SUFFIX, T, 1, 256, 16, true, 2)
 
-INSTANCES(f32, float, 3, 5)
-INSTANCES(f16, __half, 4, 6)
-INSTANCES(bf16, __nv_bfloat16, 4, 6)
+INSTANCES(f32, float, 3, 4)
+INSTANCES(f16, __half, 4, 5)
+INSTANCES(bf16, __nv_bfloat16, 4, 5)

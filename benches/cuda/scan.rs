@@ -48,7 +48,7 @@ impl<T: Element> Data<T> {
 }
 
 /// Variants: `packed` sequences of mixed lengths, no sequence split (`whole`) or all into `segments-` of so many steps,
-/// `one`, `two` or `four` channels a lane.
+/// `one` or `four` channels a lane.
 pub fn prepare<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Prepared> {
     let mut rest = case.clone();
     let cu_seqlens = rest.take("packed").then(|| mixed_lengths(case.len));
@@ -57,7 +57,7 @@ pub fn prepare<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Prep
         false => rest.take_number("segments-")?,
     };
     let mut plan = Plan { segment_steps, ..Plan::default() };
-    for (word, per_lane) in [("one", PerLane::One), ("two", PerLane::Two), ("four", PerLane::Four)] {
+    for (word, per_lane) in [("one", PerLane::One), ("four", PerLane::Four)] {
         if rest.take(word) {
             plan.per_lane = Some(per_lane);
         }

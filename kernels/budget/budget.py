@@ -38,7 +38,7 @@ FORWARD, BACKWARD, SPLIT, BUILD = 7.5, 26.0, 1.9, 120.0
 
 # The steps of a tile and the channels of a lane in each fast forward kernel, as in INSTANCES of scan_forward.cu. A lane
 # carries 4 states of each; one of the backward kernel of two channels, with tiles of 8 steps in parts of 64.
-TILES = {"one": (32, 1), "two": (16, 2), "four": (8, 4)}
+TILES = {"one": (32, 1), "four": (8, 4)}
 STATES, BACKWARD_TILE, BACKWARD_OWN, PART = 4, 8, 2, 64
 
 FLOAT_ATOMIC = r"(RED|REDG|ATOM|ATOMG|ATOMS)\.(.*\.)?(F16|F32|F64|BF16)(x\d)?(\.|_|$).*|REDAS.*F.*"

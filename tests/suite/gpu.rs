@@ -388,7 +388,7 @@ fn bits_do_not_depend_on_the_kernel() {
     let shape = Shape { batch: 2, len: 150, d_inner: 136, d_state: 16 };
     let case = Case::<bf16>::new(&mut rng, shape, Flags { initial_state: true, ..Flags::mamba() });
     for segment_steps in [usize::MAX, 64] {
-        let results = [PerLane::One, PerLane::Two, PerLane::Four, PerLane::One].map(|per_lane| {
+        let results = [PerLane::One, PerLane::Four, PerLane::One].map(|per_lane| {
             case.run(Device::Cuda(Plan { segment_steps: Some(segment_steps), per_lane: Some(per_lane) }))
         });
         assert!(results.iter().all(|other| *other == results[0]), "SEED={seed}");

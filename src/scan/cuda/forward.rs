@@ -62,7 +62,6 @@ const STEPS_PER_BLOCK: usize = 128;
 fn shape(scan: &Scan) -> LaunchShape {
     let (variant, channels, threads) = match scan.kernel {
         Kernel::Fast(PerLane::One) => ("one", 32, 128),
-        Kernel::Fast(PerLane::Two) => ("two", 64, 128),
         Kernel::Fast(PerLane::Four) => ("four", 128, 128),
         Kernel::General => ("general", 64, 256),
     };

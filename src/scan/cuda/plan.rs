@@ -25,11 +25,9 @@ pub struct Plan {
 /// The channels of which a lane carries 4 states each; 4 lanes hold the 16 states of a channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PerLane {
-    /// The most warps.
+    /// For sequences of dozens of steps and more: tiles of 32 steps.
     One,
-    /// In between.
-    Two,
-    /// The fewest instructions.
+    /// For shorter ones: tiles of 8 steps, and the fewest instructions.
     Four,
 }
 
@@ -59,7 +57,7 @@ impl Plan {
             let warps = rows.saturating_mul(d_inner.div_ceil(8));
             match warps / processors {
                 0..40 => PerLane::One,
-                _ => PerLane::Two,
+                _ => PerLane::Four,
             }
         })
     }
