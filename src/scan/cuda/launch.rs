@@ -30,14 +30,16 @@ pub(super) struct Scan {
 const LONG_SEQUENCE: usize = 16_384;
 
 impl Scan {
+    /// For a pass of which a processor carries so many `groups` of 8 channels at a time.
     pub fn new<'a, T: Element>(
         device: &Device,
         problem: &Problem<'a, T, Cuda>,
         plan: &Plan,
+        groups: usize,
         arguments: &mut Arguments<'a>,
     ) -> Result<Self> {
         let (inputs, Dims { d_inner, d_state, batch, .. }) = (&problem.inputs, problem.dims);
-        let segments = Segments::new(device, problem, plan)?;
+        let segments = Segments::new(device, problem, plan, groups)?;
         let group_channels = problem.dims.group_channels();
         let longest = match problem.sequences {
             Sequences::Dense { len, .. } => len,
@@ -82,8 +84,9 @@ impl Scan {
             && !hold
             && scan.is_aligned::<T>(&[]);
         if fast {
-            let rows = batch * scan.segments.params.per_row as usize;
-            scan.kernel = Kernel::Fast(plan.per_lane(rows, d_inner, device.processors));
+            let count = scan.segments.params.count as usize;
+            let steps = batch * problem.dims.len / count.max(1);
+            scan.kernel = Kernel::Fast(plan.per_lane(steps, count, d_inner, device.processors));
         }
         Ok(scan)
     }
