@@ -62,7 +62,8 @@ template <typename T> __device__ __forceinline__ float softplus(float x) {
 template <typename T> __device__ __forceinline__ float softplus_slope(float y) {
     if constexpr (sizeof(T) == 4) return -exp2_minus_one(y * -LOG2_E);
     // Below 2^-6, where the difference would lose six bits, the series to y²/2: the next term is 2^-14.6 of it.
-    return y < 0x1p-6f ? fmaf(y * y, -0.5f, y) : 1.0f - exp2_fast(y * -LOG2_E);
+    const float near = fmaf(y * y, -0.5f, y), far = 1.0f - exp2_fast(y * -LOG2_E);
+    return y < 0x1p-6f ? near : far;
 }
 
 // 1/(1 + e^-x)
