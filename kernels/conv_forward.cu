@@ -38,20 +38,27 @@ template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline_
             const T *x = line.x + run.first * line.step;
             T *out = static_cast<T *>(params.out) +
                      (run.row * p.runs.len + run.step(run.first, reverse)) * p.d_inner + d;
-            int left = run.steps;
-            const auto tile = [&](auto full) {
-                Pack<T, QUAD> next[TILE];
+            // The loads of a tile are in flight while the one before is computed.
+            Pack<T, QUAD> next[TILE];
+            const auto load_next = [&](auto full, int left) {
 #pragma unroll
                 for (int t = 0; t < TILE; t++) {
                     next[t] = load<T, QUAD, WHOLE>(x, line.channel, full.value || t < left ? count : 0);
                     x += line.step;
                 }
+            };
+            const auto tile = [&](auto full, int left, int behind) {
+                Pack<T, QUAD> now[TILE];
+#pragma unroll
+                for (int t = 0; t < TILE; t++) now[t] = next[t];
+                if (behind >= TILE) load_next(Is<true>(), TILE);
+                else if (behind > 0) load_next(Is<false>(), behind);
 #pragma unroll
                 for (int t = 0; t < TILE; t++) {
                     float sum[QUAD];
 #pragma unroll
                     for (int c = 0; c < QUAD; c++) {
-                        window[BEFORE + t][c] = next[t][c];
+                        window[BEFORE + t][c] = now[t][c];
                         sum[c] = filter.apply(window + t, c);
                         const float active = silu(sum[c]);
                         sum[c] = activate ? active : sum[c];
@@ -65,8 +72,10 @@ template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline_
                     for (int c = 0; c < QUAD; c++) window[j][c] = window[TILE + j][c];
                 }
             };
-            for (; left >= TILE; left -= TILE) tile(Is<true>());
-            if (left > 0) tile(Is<false>());
+            int left = run.steps;
+            load_next(Is<false>(), left);
+            for (; left >= TILE; left -= TILE) tile(Is<true>(), TILE, left - TILE);
+            if (left > 0) tile(Is<false>(), left, 0);
             if (params.final_state && run.ends_sequence()) {
                 for (int j = 0; j < line.rows; j++) {
                     float row[QUAD];
@@ -90,9 +99,9 @@ template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline_
 
 // The usual widths exactly.
 #define INSTANCES(SUFFIX, T)                                                                                           \
-    INSTANCE(whole_2_##SUFFIX, T, 2, 2, true, 6)                                                                       \
-    INSTANCE(whole_3_##SUFFIX, T, 3, 3, true, 6)                                                                       \
-    INSTANCE(whole_4_##SUFFIX, T, 4, 4, true, 5)                                                                       \
+    INSTANCE(whole_2_##SUFFIX, T, 2, 2, true, 4)                                                                       \
+    INSTANCE(whole_3_##SUFFIX, T, 3, 3, true, 4)                                                                       \
+    INSTANCE(whole_4_##SUFFIX, T, 4, 4, true, 4)                                                                       \
     INSTANCE(whole_8_##SUFFIX, T, 5, 8, true, 3)                                                                       \
     INSTANCE(strided_8_##SUFFIX, T, 2, 8, false, 3)
 

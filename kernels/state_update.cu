@@ -1,8 +1,9 @@
 // The state update: the scan's step on a pool of states, in place.
 //
-// It is bound by reading and writing the states once, so threads follow the order in which states lie: each holds four
-// neighbouring states of one channel, as they are stored, and `lanes` neighbouring threads hold a channel. A thread takes
-// its channel through batch rows that share the row of A, the loads of two of them in flight together.
+// It is bound by reading and writing the states once, so threads follow the order in which states lie: `lanes` neighbouring
+// threads hold a channel's, each four neighbouring ones, as they are stored, and in the fast kernel four more (so that
+// what is computed for the channel is computed by half as many). A thread takes its channel through batch rows that share
+// the row of A.
 //
 // The fast kernel does what Mamba uses: varying B and C, Euler's rule, up to 128 states; states side by side and aligned;
 // activations of fewer than 2^31 elements, so that indices are 32 bits wide (those of 64 would be half of all
@@ -144,89 +145,89 @@ template <typename T, typename St> __device__ __forceinline__ void general(const
     }
 }
 
-// `ROWS` batch rows at a time.
-template <typename T, typename St, int ROWS> __device__ __forceinline__ void fast(const StateUpdate &p) {
+// The quads of a thread, half of a channel's apart.
+constexpr int QUADS = 2;
+
+template <typename T, typename St> __device__ __forceinline__ void fast(const StateUpdate &p) {
     const int lanes = 1 << p.lane_shift, sub = threadIdx.x & (lanes - 1);
     const bool plus = p.flags & FLAG_SOFTPLUS;
     const uint32_t d_inner = p.d_inner, d_state = p.d_state, batch = p.batch, tokens = p.tokens;
     // Threads that have no states work on some that are there, and do not write.
     const uint32_t own = blockIdx.x * (THREADS >> p.lane_shift) + (threadIdx.x >> p.lane_shift);
-    const bool holds = own < d_inner && sub * QUAD < d_state, writes = own < d_inner && sub == 0;
-    const uint32_t channel = min(own, d_inner - 1), n = sub * QUAD < d_state ? sub * QUAD : 0;
+    const bool writes = own < d_inner && sub == 0;
+    const uint32_t channel = min(own, d_inner - 1);
+    bool has[QUADS], holds[QUADS];
+    uint32_t n[QUADS];
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        n[q] = (q * lanes + sub) * QUAD;
+        has[q] = n[q] < d_state;
+        holds[q] = has[q] && own < d_inner;
+        if (!has[q]) n[q] = 0;
+    }
 
     const float bias = p.dt_bias.at(channel, 0.0f), skip = p.d.at(channel, 0.0f);
-    const Quad<T> quad(p, channel, n, true);
+    const Quad<T> quads[QUADS] = {{p, channel, n[0], true}, {p, channel, n[1], true}};
     const uint32_t group = channel / static_cast<uint32_t>(p.group_channels);
     const T *u_data = static_cast<const T *>(p.u.data), *dt_data = static_cast<const T *>(p.dt.data);
     const T *z_data = static_cast<const T *>(p.z.data);
     const T *b_data = static_cast<const T *>(p.b.data), *c_data = static_cast<const T *>(p.c.data);
     const uint32_t u_at = channel * uint32_t(p.u.channel), dt_at = channel * uint32_t(p.dt.channel);
     const uint32_t z_at = channel * uint32_t(p.z.channel);
-    const uint32_t b_at = group * uint32_t(p.b.group) + n, c_at = group * uint32_t(p.c.group) + n;
-    St *pool = static_cast<St *>(p.state.data) + (channel * p.state.row + n);
+    const uint32_t b_at = group * uint32_t(p.b.group), c_at = group * uint32_t(p.c.group);
+    St *pool = static_cast<St *>(p.state.data) + channel * p.state.row;
 
-    for (uint32_t first = blockIdx.y * ROWS; first < batch; first += gridDim.y * ROWS) {
-        uint32_t row[ROWS];
-        bool exists[ROWS], live[ROWS];
-        St *state[ROWS];
-        Pack<St, QUAD> h[ROWS];
+    for (uint32_t row = blockIdx.y; row < batch; row += gridDim.y) {
+        const int64_t slot = p.slots.of(row);
+        const bool live = slot >= 0;
+        St *const state = pool + slot * p.state.slot;
+        Pack<St, QUAD> h[QUADS];
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            exists[r] = first + r < batch;
-            row[r] = exists[r] ? first + r : first;
-            const int64_t slot = p.slots.of(row[r]);
-            live[r] = exists[r] && slot >= 0;
-            state[r] = pool + slot * p.state.slot;
-            h[r] = load<St, QUAD, true>(state[r], 1, live[r] && holds ? QUAD : 0);
-        }
+        for (int q = 0; q < QUADS; q++) h[q] = load<St, QUAD, true>(state + n[q], 1, live && holds[q] ? QUAD : 0);
         for (uint32_t t = 0; t < tokens; t++) {
-            T u[ROWS], dt[ROWS], z[ROWS];
-            Pack<T, QUAD> b[ROWS], c[ROWS];
+            const T u = u_data[row * uint32_t(p.u.batch) + t * uint32_t(p.u.step) + u_at];
+            const T dt = dt_data[row * uint32_t(p.dt.batch) + t * uint32_t(p.dt.step) + dt_at];
+            const T z = z_data ? z_data[row * uint32_t(p.z.batch) + t * uint32_t(p.z.step) + z_at] : T();
+            const T *const b_row = b_data + (row * uint32_t(p.b.batch) + t * uint32_t(p.b.step) + b_at);
+            const T *const c_row = c_data + (row * uint32_t(p.c.batch) + t * uint32_t(p.c.step) + c_at);
+            Pack<T, QUAD> b[QUADS], c[QUADS];
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                u[r] = u_data[row[r] * uint32_t(p.u.batch) + t * uint32_t(p.u.step) + u_at];
-                dt[r] = dt_data[row[r] * uint32_t(p.dt.batch) + t * uint32_t(p.dt.step) + dt_at];
-                z[r] = z_data ? z_data[row[r] * uint32_t(p.z.batch) + t * uint32_t(p.z.step) + z_at] : T();
-                const uint32_t b_row = row[r] * uint32_t(p.b.batch) + t * uint32_t(p.b.step) + b_at;
-                const uint32_t c_row = row[r] * uint32_t(p.c.batch) + t * uint32_t(p.c.step) + c_at;
-                b[r] = load<T, QUAD, true>(b_data + b_row, 1, QUAD);
-                c[r] = load<T, QUAD, true>(c_data + c_row, 1, QUAD);
+            for (int q = 0; q < QUADS; q++) {
+                b[q] = load<T, QUAD, true>(b_row + n[q], 1, QUAD);
+                c[q] = load<T, QUAD, true>(c_row + n[q], 1, QUAD);
             }
             // Nothing above is to wait for its use: all of it shall be in flight.
             __syncwarp();
-            float y[ROWS];
+            float delta = widen(dt) + bias, y = 0.0f;
+            const float plused = softplus<T>(delta);
+            delta = plus ? plused : delta;
+            const float in = delta * widen(u);
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                float delta = widen(dt[r]) + bias, next[QUAD];
-                const float plused = softplus<T>(delta);
-                delta = plus ? plused : delta;
-                const float in = delta * widen(u[r]);
-                y[r] = 0.0f;
+            for (int q = 0; q < QUADS; q++) {
+                float next[QUAD], of_quad = 0.0f;
 #pragma unroll
                 for (int i = 0; i < QUAD; i++) {
-                    next[i] = Decay<true>(delta * quad.a[i]).advance(h[r][i], in * b[r][i]);
-                    y[r] = fmaf(c[r][i], next[i], y[r]);
+                    next[i] = Decay<true>(delta * quads[q].a[i]).advance(h[q][i], in * b[q][i]);
+                    of_quad = fmaf(c[q][i], next[i], of_quad);
                 }
-                if (sub * QUAD >= d_state) y[r] = 0.0f;
-                h[r] = pack<St, QUAD>(next);
+                // As the general kernel sums lanes: those that are furthest apart first.
+                y += has[q] ? of_quad : 0.0f;
+                h[q] = pack<St, QUAD>(next);
             }
+            y = fmaf(skip, widen(u), sum_lanes(y, lanes));
+            const float gated = y * silu(widen(z));
+            y = z_data ? gated : y;
+            const uint32_t at = (row * tokens + t) * d_inner + channel;
+            if (writes) static_cast<T *>(p.out)[at] = narrow<T>(live ? y : 0.0f);
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) y[r] = sum_lanes(y[r], lanes);
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                float out = fmaf(skip, widen(u[r]), y[r]);
-                const float gated = out * silu(widen(z[r]));
-                out = z_data ? gated : out;
-                const uint32_t at = (row[r] * tokens + t) * d_inner + channel;
-                if (writes && exists[r]) static_cast<T *>(p.out)[at] = narrow<T>(live[r] ? out : 0.0f);
-                if (p.token_states && holds && exists[r]) {
-                    St *to = static_cast<St *>(p.token_states) + (int64_t(at) * d_state + n);
-                    put<St, QUAD, true>(to, 1, live[r] ? h[r] : Pack<St, QUAD>{}, QUAD);
-                }
+            for (int q = 0; q < QUADS; q++) {
+                if (!p.token_states || !holds[q]) continue;
+                St *to = static_cast<St *>(p.token_states) + (int64_t(at) * d_state + n[q]);
+                put<St, QUAD, true>(to, 1, live ? h[q] : Pack<St, QUAD>{}, QUAD);
             }
         }
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) put<St, QUAD, true>(state[r], 1, h[r], live[r] && holds ? QUAD : 0);
+        for (int q = 0; q < QUADS; q++) put<St, QUAD, true>(state + n[q], 1, h[q], live && holds[q] ? QUAD : 0);
     }
 }
 
@@ -237,8 +238,7 @@ template <typename T, typename St, int ROWS> __device__ __forceinline__ void fas
     }
 
 #define INSTANCES(NAME, T, St)                                                                                         \
-    INSTANCE(fast_1_##NAME, (fast<T, St, 1>), 8)                                                                       \
-    INSTANCE(fast_2_##NAME, (fast<T, St, 2>), 7)                                                                       \
+    INSTANCE(fast_##NAME, (fast<T, St>), 6)                                                                            \
     INSTANCE(general_##NAME, (general<T, St>), 6)
 
 #define STATES(NAME, T)                                                                                                \

@@ -67,19 +67,17 @@ pub fn update<T: Element, St: Element>(
     let whole = is_whole::<T, St>(&params);
     let euler = !hold && params.b.constant == 0 && params.c.constant == 0;
     let fast = whole && euler && d_state <= 32 * QUAD && is_small(&params);
+    // Each thread of the fast kernel holds two quads.
+    if fast {
+        params.lane_shift = (params.lane_shift - 1).max(0);
+    }
     params.flags = u64::from(inputs.options.dt_softplus) | u64::from(hold) << 1 | u64::from(whole) << 2;
     let columns = d_inner.div_ceil(THREADS >> params.lane_shift).min(GRID_COLUMNS);
-    // Two rows at a time put more in flight and share what is read of A, once there are enough of them for that.
-    let rows = if fast && columns.saturating_mul(batch.div_ceil(2)) >= 6 * device.processors { 2 } else { 1 };
-    let grid = [columns, grid_rows(columns, batch.div_ceil(rows), 24 * device.processors)];
+    let grid = [columns, grid_rows(columns, batch, 48 * device.processors)];
 
     let list = SlotList::new(&device, slots)?;
     params.slots = list.params;
-    let variant = match (fast, rows) {
-        (false, _) => "general",
-        (true, 1) => "fast_1",
-        (true, _) => "fast_2",
-    };
+    let variant = if fast { "fast" } else { "general" };
     let name = format!("state_update_{variant}_{}_{}", suffix(T::DTYPE), suffix(St::DTYPE));
     // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`; slots of different rows
     // differ, and each state and output is written by one thread.
