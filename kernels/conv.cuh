@@ -82,6 +82,67 @@ struct ConvInputs {
     uint64_t flags;
 };
 
+// Brings each thread the steps of its channels in `LINES` tensors, tile by tile, with `AHEAD` tiles on their way to shared
+// memory while one is worked on: what is in flight takes no registers. Tensors that cannot be copied whole are read when
+// they are wanted.
+template <typename T, int COUNT, bool WHOLE, int LINES, int TILE, int AHEAD> struct Incoming {
+    using Tiles = Pack<T, COUNT>[WHOLE ? AHEAD + 1 : 1][LINES][TILE][WHOLE ? THREADS : 1];
+
+    Tiles &tiles;
+    const T *at[LINES];
+    int64_t step[LINES], channel[LINES];
+    // Channels, steps, those that have been asked for, and the places of the next tile to copy and to take.
+    int count, steps, asked = 0, to = 0, from = 0;
+
+    // `at`, `step` and `channel` are to be set, then `start` called.
+    __device__ __forceinline__ Incoming(Tiles &tiles, int count, int steps) : tiles(tiles), count(count), steps(steps) {}
+
+    __device__ __forceinline__ void start() {
+#pragma unroll
+        for (int k = 0; WHOLE && k < AHEAD; k++) copy();
+    }
+    __device__ __forceinline__ void take(Pack<T, COUNT> (&tile)[LINES][TILE]) {
+        if constexpr (WHOLE) {
+            copy();
+            wait_for_group<AHEAD>();
+#pragma unroll
+            for (int l = 0; l < LINES; l++) {
+#pragma unroll
+                for (int t = 0; t < TILE; t++) tile[l][t] = tiles[from][l][t][threadIdx.x];
+            }
+            from = from == AHEAD ? 0 : from + 1;
+        } else {
+#pragma unroll
+            for (int l = 0; l < LINES; l++) {
+#pragma unroll
+                for (int t = 0; t < TILE; t++) {
+                    tile[l][t] = load<T, COUNT, false>(at[l] + t * step[l], channel[l], asked + t < steps ? count : 0);
+                }
+                at[l] += TILE * step[l];
+            }
+            asked += TILE;
+        }
+    }
+
+  private:
+    __device__ __forceinline__ void copy() {
+        // (Nothing is on its way when the last tile has been taken.)
+        if (asked < steps) {
+#pragma unroll
+            for (int t = 0; t < TILE; t++) {
+#pragma unroll
+                for (int l = 0; l < LINES; l++) {
+                    copy_ahead(tiles[to][l][t][threadIdx.x], at[l], asked + t < steps);
+                    at[l] += step[l];
+                }
+            }
+        }
+        end_group_of_copies();
+        asked += TILE;
+        to = to == AHEAD ? 0 : to + 1;
+    }
+};
+
 // The line of one sequence that the filter slides over, for some neighbouring channels: the initial state's rows, then
 // the inputs.
 template <typename T, int COUNT, bool WHOLE> struct Line {
@@ -97,6 +158,28 @@ template <typename T, int COUNT, bool WHOLE> struct Line {
         if (before) before += run.sequence * p.initial_state.sequence + d * p.initial_state.channel;
         step = reverse ? -p.x.step : p.x.step;
         x = static_cast<const T *>(p.x.data) + run.row * p.x.batch + run.step(0, reverse) * p.x.step + d * channel;
+    }
+
+    // The rows from `position` on, but for the first `gap`, which may be the state's. All loads are under way before any is
+    // waited for.
+    template <int COUNT_OF_ROWS>
+    __device__ __forceinline__ void read_window(float (&to)[COUNT_OF_ROWS][COUNT], int64_t position, int gap) const {
+        Pack<T, COUNT> packs[COUNT_OF_ROWS];
+#pragma unroll
+        for (int j = 0; j < COUNT_OF_ROWS; j++) {
+            const int64_t at = position + j - rows;
+            packs[j] = load<T, COUNT, WHOLE>(x + at * step, channel, j >= gap && at >= 0 ? count : 0);
+        }
+#pragma unroll
+        for (int j = 0; j < COUNT_OF_ROWS; j++) {
+#pragma unroll
+            for (int c = 0; c < COUNT; c++) to[j][c] = packs[j][c];
+        }
+        if (!before || position >= rows) return;
+#pragma unroll
+        for (int j = 0; j < COUNT_OF_ROWS; j++) {
+            if (j >= gap && position + j < rows) read(to[j], position + j);
+        }
     }
 
     // The row at `position`, which may be one of the state's.

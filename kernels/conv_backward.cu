@@ -23,13 +23,14 @@ static_assert(sizeof(ConvBackward) == 272, "as in src/cuda/params.rs");
 template <typename T, int LEAST, int MOST, int COUNT, bool WHOLE>
 __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
     const ConvInputs &p = params.in;
-    constexpr int BEFORE = MOST - 1, TILE = 4;
+    constexpr int BEFORE = MOST - 1, TILE = 4, AHEAD = sizeof(T) == 4 ? 1 : 2;
     const bool reverse = p.flags & FLAG_REVERSE, activate = p.flags & FLAG_SILU;
     const int lanes = 1 << p.lane_shift, lane = threadIdx.x & (lanes - 1), own = threadIdx.x >> p.lane_shift;
     const int64_t out_step = reverse ? -p.d_inner : p.d_inner;
     const int width = static_cast<int>(p.width);
     // (MOST + 1, COUNT, THREADS)
     __shared__ float sums[(MOST + 1) * COUNT * THREADS];
+    __shared__ typename Incoming<T, COUNT, WHOLE, 2, TILE, AHEAD>::Tiles tiles;
 
     for (int64_t first_d = int64_t(blockIdx.x) * lanes * COUNT; first_d < p.d_inner;
          first_d += int64_t(gridDim.x) * lanes * COUNT) {
@@ -43,15 +44,7 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
              index += stride) {
             const Run run = p.runs.get(index);
             const Line<T, COUNT, WHOLE> line(p, run, d, count);
-            float window[BEFORE + TILE][COUNT], g[BEFORE + TILE][COUNT] = {};
-#pragma unroll
-            for (int j = 0; j < BEFORE; j++) {
-                if (j >= filter.gap) line.read(window[j], run.first + j - filter.gap);
-            }
-            const int64_t step = run.step(run.first, reverse), d_step = reverse ? -params.d_out.step : params.d_out.step;
-            const T *x = line.x + run.first * line.step;
-            const T *d_out = static_cast<const T *>(params.d_out.data) + run.row * params.d_out.batch +
-                             step * params.d_out.step + d * params.d_out.channel;
+            const int64_t step = run.step(run.first, reverse);
             // The input whose gradient is complete.
             T *d_x = static_cast<T *>(params.d_x) + (run.row * p.runs.len + step) * p.d_inner + d - BEFORE * out_step;
             // Steps that there are; of them, those behind the run that its inputs reach.
@@ -59,24 +52,35 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
             // Positions of the line from here on are of the final state.
             const int end = static_cast<int>(min(run.len - run.first, int64_t(run.steps + width)));
 
+            Incoming<T, COUNT, WHOLE, 2, TILE, AHEAD> incoming(tiles, count, there);
+            incoming.at[0] = line.x + run.first * line.step;
+            incoming.at[1] = static_cast<const T *>(params.d_out.data) + run.row * params.d_out.batch +
+                             step * params.d_out.step + d * params.d_out.channel;
+            incoming.step[0] = line.step;
+            incoming.step[1] = reverse ? -params.d_out.step : params.d_out.step;
+            incoming.channel[0] = line.channel;
+            incoming.channel[1] = params.d_out.channel;
+            incoming.start();
+            float window[BEFORE + TILE][COUNT], g[BEFORE + TILE][COUNT] = {}, before[BEFORE][COUNT];
+            line.read_window(before, run.first - filter.gap, filter.gap);
+#pragma unroll
+            for (int j = 0; j < BEFORE; j++) {
+#pragma unroll
+                for (int c = 0; c < COUNT; c++) window[j][c] = before[j][c];
+            }
+
             int i = 0;
             // `inner` where all steps are the run's own and no gradient is one of a state's.
             const auto tile = [&](auto inner) {
-                Pack<T, COUNT> next[TILE], d_next[TILE];
-#pragma unroll
-                for (int t = 0; t < TILE; t++) {
-                    next[t] = load<T, COUNT, WHOLE>(x, line.channel, inner.value || i + t < there ? count : 0);
-                    d_next[t] = load<T, COUNT, WHOLE>(d_out, params.d_out.channel, inner.value || i + t < there ? count : 0);
-                    x += line.step;
-                    d_out += d_step;
-                }
+                Pack<T, COUNT> next[2][TILE];
+                incoming.take(next);
 #pragma unroll
                 for (int t = 0; t < TILE; t++) {
                     const bool is_own = inner.value || i + t < run.steps;
 #pragma unroll
                     for (int c = 0; c < COUNT; c++) {
-                        window[BEFORE + t][c] = next[t][c];
-                        float d_sum = d_next[t][c];
+                        window[BEFORE + t][c] = next[0][t][c];
+                        float d_sum = next[1][t][c];
                         const float sum = filter.apply(window + t, c), s = sigmoid(sum);
                         d_sum = activate ? d_sum * (s * fmaf(sum, 1.0f - s, 1.0f)) : d_sum;
                         // Behind the end there is no sum, and what stands there need not be a number.

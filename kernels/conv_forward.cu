@@ -12,8 +12,8 @@ static_assert(sizeof(ConvForward) == 200, "as in src/cuda/params.rs");
 constexpr int QUAD = 4;
 template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline__ void conv_forward(const ConvForward &params) {
     const ConvInputs &p = params.in;
-    // Steps whose loads are in flight together.
-    constexpr int BEFORE = MOST - 1, TILE = sizeof(T) == 4 ? 4 : 8;
+    constexpr int BEFORE = MOST - 1, TILE = sizeof(T) == 4 ? 4 : 8, AHEAD = 2;
+    __shared__ typename Incoming<T, QUAD, WHOLE, 1, TILE, AHEAD>::Tiles tiles;
     const bool reverse = p.flags & FLAG_REVERSE, activate = p.flags & FLAG_SILU;
     const int lane = threadIdx.x & ((1 << p.lane_shift) - 1), own = threadIdx.x >> p.lane_shift;
     const int64_t quads = (p.d_inner + QUAD - 1) / QUAD;
@@ -30,35 +30,30 @@ template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline_
              index += stride) {
             const Run run = p.runs.get(index);
             const Line<T, QUAD, WHOLE> line(p, run, d, count);
-            float window[BEFORE + TILE][QUAD];
-#pragma unroll
-            for (int j = 0; j < BEFORE; j++) {
-                if (j >= filter.gap) line.read(window[j], run.first + j - filter.gap);
-            }
-            const T *x = line.x + run.first * line.step;
+            Incoming<T, QUAD, WHOLE, 1, TILE, AHEAD> incoming(tiles, count, run.steps);
+            incoming.at[0] = line.x + run.first * line.step;
+            incoming.step[0] = line.step;
+            incoming.channel[0] = line.channel;
+            incoming.start();
             T *out = static_cast<T *>(params.out) +
                      (run.row * p.runs.len + run.step(run.first, reverse)) * p.d_inner + d;
-            // The loads of a tile are in flight while the one before is computed.
-            Pack<T, QUAD> next[TILE];
-            const auto load_next = [&](auto full, int left) {
+            float before[BEFORE][QUAD];
+            line.read_window(before, run.first - filter.gap, filter.gap);
+            const auto tile = [&](auto full, int left) {
+                Pack<T, QUAD> next[1][TILE];
+                incoming.take(next);
+                float window[BEFORE + TILE][QUAD];
 #pragma unroll
-                for (int t = 0; t < TILE; t++) {
-                    next[t] = load<T, QUAD, WHOLE>(x, line.channel, full.value || t < left ? count : 0);
-                    x += line.step;
+                for (int j = 0; j < BEFORE; j++) {
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) window[j][c] = before[j][c];
                 }
-            };
-            const auto tile = [&](auto full, int left, int behind) {
-                Pack<T, QUAD> now[TILE];
-#pragma unroll
-                for (int t = 0; t < TILE; t++) now[t] = next[t];
-                if (behind >= TILE) load_next(Is<true>(), TILE);
-                else if (behind > 0) load_next(Is<false>(), behind);
 #pragma unroll
                 for (int t = 0; t < TILE; t++) {
                     float sum[QUAD];
 #pragma unroll
                     for (int c = 0; c < QUAD; c++) {
-                        window[BEFORE + t][c] = now[t][c];
+                        window[BEFORE + t][c] = next[0][t][c];
                         sum[c] = filter.apply(window + t, c);
                         const float active = silu(sum[c]);
                         sum[c] = activate ? active : sum[c];
@@ -69,13 +64,12 @@ template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline_
 #pragma unroll
                 for (int j = 0; j < BEFORE; j++) {
 #pragma unroll
-                    for (int c = 0; c < QUAD; c++) window[j][c] = window[TILE + j][c];
+                    for (int c = 0; c < QUAD; c++) before[j][c] = window[TILE + j][c];
                 }
             };
             int left = run.steps;
-            load_next(Is<false>(), left);
-            for (; left >= TILE; left -= TILE) tile(Is<true>(), TILE, left - TILE);
-            if (left > 0) tile(Is<false>(), left, 0);
+            for (; left >= TILE; left -= TILE) tile(Is<true>(), TILE);
+            if (left > 0) tile(Is<false>(), left);
             if (params.final_state && run.ends_sequence()) {
                 for (int j = 0; j < line.rows; j++) {
                     float row[QUAD];

@@ -124,5 +124,11 @@ __device__ __forceinline__ void copy_ahead(Pack<T, COUNT> &to, const T *from, bo
 // Waits for what this thread has had copied.
 __device__ __forceinline__ void copies_are_there() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// What this thread has had copied since the last call is a group; waits until all groups but the last `AFTER` are there.
+__device__ __forceinline__ void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int AFTER> __device__ __forceinline__ void wait_for_group() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(AFTER) : "memory");
+}
+
 // Has the line at `at` brought into the second-level cache.
 __device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
