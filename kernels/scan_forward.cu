@@ -105,6 +105,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     };
     float *const parked = reinterpret_cast<float *>(carried + threadIdx.x);
 
+    const bool from_zero = SUMMARY || (!p.initial_state.data && !p.reached);
     float a[OWN][STATES];
     const auto read_a = [&](int turn) {
 #pragma unroll
@@ -126,14 +127,15 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
         float h[OWN][STATES], total[OWN] = {};
         for (int turn = 0; turn < turns; turn++) {
             if (GENERAL) read_a(turn);
+            if (from_zero) {
 #pragma unroll
-            for (int c = 0; c < OWN; c++) {
-                if constexpr (SUMMARY) {
+                for (int c = 0; c < OWN; c++) {
 #pragma unroll
                     for (int n = 0; n < STATES; n++) h[c][n] = 0.0f;
-                } else {
-                    enter<ACCURATE>(p, segment, lane_of(c, turn), a[c], h[c]);
                 }
+            } else {
+#pragma unroll
+                for (int c = 0; c < OWN; c++) enter<ACCURATE>(p, segment, lane_of(c, turn), a[c], h[c]);
             }
             if (GENERAL) write_shared(parked + turn * THREADS * STATES, h[0]);
         }

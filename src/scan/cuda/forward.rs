@@ -58,7 +58,7 @@ pub fn forward_with<T: Element>(
 
 /// Steps that a block works on at least, if there are enough sequences: it takes several short ones one after the other,
 /// to share the cost of reading the parameters.
-const STEPS_PER_BLOCK: usize = 128;
+const STEPS_PER_BLOCK: usize = 64;
 
 fn shape(scan: &Scan) -> LaunchShape {
     let (variant, channels, threads) = match scan.kernel {
