@@ -91,11 +91,13 @@ template <typename T, int COUNT, bool WHOLE, int LINES, int TILE, int AHEAD> str
     Tiles &tiles;
     const T *at[LINES];
     int64_t step[LINES], channel[LINES];
-    // Channels, steps, those that have been asked for, and the places of the next tile to copy and to take.
-    int count, steps, asked = 0, to = 0, from = 0;
+    // Channels, the steps that there are and those that will be taken, zero beyond; those that have been asked for, and
+    // the places of the next tile to copy and to take.
+    int count, steps, taken, asked = 0, to = 0, from = 0;
 
     // `at`, `step` and `channel` are to be set, then `start` called.
-    __device__ __forceinline__ Incoming(Tiles &tiles, int count, int steps) : tiles(tiles), count(count), steps(steps) {}
+    __device__ __forceinline__ Incoming(Tiles &tiles, int count, int steps, int taken)
+        : tiles(tiles), count(count), steps(steps), taken(taken) {}
 
     __device__ __forceinline__ void start() {
 #pragma unroll
@@ -127,7 +129,7 @@ template <typename T, int COUNT, bool WHOLE, int LINES, int TILE, int AHEAD> str
   private:
     __device__ __forceinline__ void copy() {
         // (Nothing is on its way when the last tile has been taken.)
-        if (asked < steps) {
+        if (asked < taken) {
 #pragma unroll
             for (int t = 0; t < TILE; t++) {
 #pragma unroll

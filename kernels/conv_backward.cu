@@ -52,7 +52,7 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
             // Positions of the line from here on are of the final state.
             const int end = static_cast<int>(min(run.len - run.first, int64_t(run.steps + width)));
 
-            Incoming<T, COUNT, WHOLE, 2, TILE, AHEAD> incoming(tiles, count, there);
+            Incoming<T, COUNT, WHOLE, 2, TILE, AHEAD> incoming(tiles, count, there, run.steps + BEFORE);
             incoming.at[0] = line.x + run.first * line.step;
             incoming.at[1] = static_cast<const T *>(params.d_out.data) + run.row * params.d_out.batch +
                              step * params.d_out.step + d * params.d_out.channel;

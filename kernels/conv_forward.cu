@@ -30,7 +30,7 @@ template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline_
              index += stride) {
             const Run run = p.runs.get(index);
             const Line<T, QUAD, WHOLE> line(p, run, d, count);
-            Incoming<T, QUAD, WHOLE, 1, TILE, AHEAD> incoming(tiles, count, run.steps);
+            Incoming<T, QUAD, WHOLE, 1, TILE, AHEAD> incoming(tiles, count, run.steps, run.steps);
             incoming.at[0] = line.x + run.first * line.step;
             incoming.step[0] = line.step;
             incoming.channel[0] = line.channel;
