@@ -4,12 +4,24 @@
 struct Sum {
     const float *from;
     void *to;
-    // `stride` lies between the parts. Each row of blocks sums `slice` parts and leaves m sums.
+    // `stride` lies between the parts. Each slice of `slice` parts leaves m sums.
     int64_t parts, m, stride, slice;
     // Threads of a block that share a column's parts, a power of two up to THREADS, as a shift.
     int64_t row_shift;
+    // The blocks of a launch before this sum's, and those of each of its slices.
+    int64_t first_block, columns;
+    int64_t flags;
 };
-static_assert(sizeof(Sum) == 56, "as in src/cuda/params.rs");
+// FLAG_WHOLE: everything can be read and written by fours. FLAG_FULL: the sums are f32, not of the kernel's type.
+constexpr uint64_t FLAG_WHOLE = 1, FLAG_FULL = 2;
+
+// Several in one launch: what a pass leaves to be summed are small things.
+constexpr int MOST_SUMS = 5;
+struct Sums {
+    Sum sums[MOST_SUMS];
+    int64_t count;
+};
+static_assert(sizeof(Sums) == 408, "as in src/cuda/params.rs");
 
 constexpr int THREADS = 256;
 constexpr int QUAD = 4;
@@ -17,15 +29,16 @@ constexpr int QUAD = 4;
 constexpr int AHEAD = 4;
 
 template <typename T, bool WHOLE> __device__ __forceinline__ void sum(const Sum &p) {
+    const int64_t block = blockIdx.x - p.first_block, slice = block / p.columns;
     const int rows = 1 << p.row_shift, columns = THREADS >> p.row_shift;
     const int row = threadIdx.x / columns, column = threadIdx.x % columns;
     __shared__ float partial[QUAD][THREADS];
-    const int64_t end = min(p.parts, (int64_t(blockIdx.y) + 1) * p.slice);
-    for (int64_t first = int64_t(blockIdx.x) * columns * QUAD; first < p.m; first += int64_t(gridDim.x) * columns * QUAD) {
+    const int64_t end = min(p.parts, (slice + 1) * p.slice);
+    for (int64_t first = (block - slice * p.columns) * columns * QUAD; first < p.m; first += p.columns * columns * QUAD) {
         const int64_t i = first + column * QUAD;
         const int count = static_cast<int>(max(int64_t(0), min(p.m - i, int64_t(QUAD))));
         float total[QUAD] = {};
-        for (int64_t part = int64_t(blockIdx.y) * p.slice + row; part < end; part += AHEAD * rows) {
+        for (int64_t part = slice * p.slice + row; part < end; part += AHEAD * rows) {
             Pack<float, QUAD> next[AHEAD];
 #pragma unroll
             for (int k = 0; k < AHEAD; k++) {
@@ -52,20 +65,28 @@ template <typename T, bool WHOLE> __device__ __forceinline__ void sum(const Sum 
             __syncthreads();
         }
         if (row == 0) {
-            T *to = static_cast<T *>(p.to) + int64_t(blockIdx.y) * p.m + i;
+            T *to = static_cast<T *>(p.to) + slice * p.m + i;
             put<T, QUAD, WHOLE>(to, 1, pack<T, QUAD>(total), count);
         }
     }
 }
 
-#define INSTANCES(SUFFIX, T)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS) sum_whole_##SUFFIX(const __grid_constant__ Sum params) {     \
-        sum<T, true>(params);                                                                                          \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS) sum_strided_##SUFFIX(const __grid_constant__ Sum params) {   \
-        sum<T, false>(params);                                                                                         \
+template <typename T> __device__ __forceinline__ void sums(const Sums &p) {
+    int k = 0;
+    while (k + 1 < p.count && blockIdx.x >= p.sums[k + 1].first_block) k++;
+    const Sum &of = p.sums[k];
+    if (of.flags & FLAG_FULL) {
+        of.flags & FLAG_WHOLE ? sum<float, true>(of) : sum<float, false>(of);
+    } else {
+        of.flags & FLAG_WHOLE ? sum<T, true>(of) : sum<T, false>(of);
+    }
+}
+
+#define INSTANCE(SUFFIX, T)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS) sums_##SUFFIX(const __grid_constant__ Sums params) {         \
+        sums<T>(params);                                                                                               \
     }
 
-INSTANCES(f32, float)
-INSTANCES(f16, __half)
-INSTANCES(bf16, __nv_bfloat16)
+INSTANCE(f32, float)
+INSTANCE(f16, __half)
+INSTANCE(bf16, __nv_bfloat16)

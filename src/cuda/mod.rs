@@ -48,6 +48,7 @@ use crate::{Element, Error, Memory, Result, View, ViewMut};
 
 pub(crate) use launch::{Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, lies_whole, suffix};
 pub(crate) use module::Module;
+pub(crate) use sum::Sum;
 
 /// The memory of an NVIDIA GPU: buffers are [`CudaSlice`]s.
 #[derive(Debug, Clone, Copy)]

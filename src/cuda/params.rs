@@ -20,6 +20,7 @@ macro_rules! params {
 }
 
 pub(crate) const UPLOAD_VALUES: usize = 496;
+pub(crate) const MOST_SUMS: usize = 5;
 
 params! {
     /// `(batch, length, d_inner)`.
@@ -173,7 +174,20 @@ params! {
         slots: Slots,
     }
 
-    Sum[56] { from: u64, to: u64, parts: i64, m: i64, stride: i64, slice: i64, row_shift: i64, }
+    Sum[80] {
+        from: u64,
+        to: u64,
+        parts: i64,
+        m: i64,
+        stride: i64,
+        slice: i64,
+        row_shift: i64,
+        first_block: i64,
+        columns: i64,
+        flags: u64,
+    }
+
+    Sums[408] { sums: [Sum; MOST_SUMS], count: i64, }
 
     Upload[3984] { to: u64, count: u64, values: [u64; UPLOAD_VALUES], }
 }

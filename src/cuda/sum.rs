@@ -1,5 +1,7 @@
 //! Sums of what the blocks of a kernel leave.
 
+use bytemuck::Zeroable;
+
 use super::{Device, GRID_COLUMNS, Module, blocks, lies_whole, params, suffix};
 use crate::{Element, Result};
 
@@ -30,55 +32,75 @@ impl Plan {
     }
 }
 
+/// A sum of `parts` rows of `m` f32, `stride` apart from the address `from` on, to the `m` elements at `to`. No parts give
+/// zeros.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sum {
+    pub from: u64,
+    pub parts: usize,
+    pub m: usize,
+    pub stride: usize,
+    pub to: u64,
+    /// Whether the sums are f32, or else rounded to the type of the launch.
+    pub is_full: bool,
+}
+
 impl Device<'_> {
-    /// Sums `parts` rows of `m` f32, `stride` apart from `from` on, in a fixed order, and rounds the `m` sums to `to`.
-    /// No parts give zeros.
+    /// Forms all these sums, up to five, in fixed orders.
     ///
     /// # Safety
-    /// `from` and `to` must be addresses of memory that is valid for that, and `to` of elements that nothing else uses.
-    pub unsafe fn sum<T: Element>(&self, from: u64, [parts, m]: [usize; 2], stride: usize, to: u64) -> Result<()> {
-        if m == 0 {
-            return Ok(());
+    /// Each `from` and `to` must be addresses of memory that is valid for that, and `to` of elements that nothing else uses.
+    pub unsafe fn sum<T: Element>(&self, sums: &[Sum]) -> Result<()> {
+        let mut sums: Vec<_> = sums.iter().copied().filter(|sum| sum.m > 0).collect();
+        let (mut workspaces, mut sliced) = (Vec::new(), Vec::new());
+        for sum in &mut sums {
+            let slices = Plan::new(sum.parts, sum.m).slices;
+            if slices == 1 {
+                continue;
+            }
+            let workspace = self.workspace::<f32>("sums of slices", slices * sum.m)?;
+            let to = self.address(&workspace);
+            sliced.push((Sum { to, is_full: true, ..*sum }, slices));
+            *sum = Sum { from: to, parts: slices, stride: sum.m, ..*sum };
+            workspaces.push(workspace);
         }
-        let Plan { rows, slices } = Plan::new(parts, m);
-        if slices == 1 {
-            // SAFETY: as the caller promises.
-            return unsafe { self.sum_slices::<T>(from, [parts, m], stride, to, rows, 1) };
+        let whole: Vec<_> = sums.into_iter().map(|sum| (sum, 1)).collect();
+        for sums in [sliced, whole] {
+            if !sums.is_empty() {
+                // SAFETY: as the caller promises; the workspaces hold m sums for each slice.
+                unsafe { self.sum_slices::<T>(&sums) }?;
+            }
         }
-        let workspace = self.workspace::<f32>("sums of slices", slices * m)?;
-        let between = self.address(&workspace);
-        // SAFETY: as the caller promises; the workspace holds m sums for each slice.
-        unsafe {
-            self.sum_slices::<f32>(from, [parts, m], stride, between, rows, slices)?;
-            self.sum_slices::<T>(between, [slices, m], m, to, Plan::new(slices, m).rows, 1)
-        }
+        Ok(())
     }
 
-    unsafe fn sum_slices<T: Element>(
-        &self,
-        from: u64,
-        [parts, m]: [usize; 2],
-        stride: usize,
-        to: u64,
-        rows: usize,
-        slices: usize,
-    ) -> Result<()> {
-        let params = params::Sum {
-            from,
-            to,
-            parts: parts as i64,
-            m: m as i64,
-            stride: stride as i64,
-            slice: parts.div_ceil(slices) as i64,
-            row_shift: rows.ilog2().into(),
-        };
-        let whole = m.is_multiple_of(QUAD)
-            && lies_whole::<f32>(from, &[params.stride], QUAD)
-            && lies_whole::<T>(to, &[params.m], QUAD);
-        let name = format!("sum_{}_{}", if whole { "whole" } else { "strided" }, suffix(T::DTYPE));
-        let columns = blocks(m.div_ceil(QUAD), THREADS / rows).min(GRID_COLUMNS);
+    unsafe fn sum_slices<T: Element>(&self, sums: &[(Sum, usize)]) -> Result<()> {
+        let mut params = params::Sums { count: sums.len() as i64, ..params::Sums::zeroed() };
+        let mut grid = 0;
+        for (to, (sum, slices)) in params.sums.iter_mut().zip(sums) {
+            let rows = Plan::new(sum.parts, sum.m).rows;
+            let columns = blocks(sum.m.div_ceil(QUAD), THREADS / rows).min(GRID_COLUMNS / params::MOST_SUMS / slices);
+            let size = if sum.is_full { size_of::<f32>() } else { size_of::<T>() };
+            let is_whole = sum.m.is_multiple_of(QUAD)
+                && lies_whole::<f32>(sum.from, &[sum.stride as i64], QUAD)
+                && sum.to.is_multiple_of((QUAD * size) as u64);
+            *to = params::Sum {
+                from: sum.from,
+                to: sum.to,
+                parts: sum.parts as i64,
+                m: sum.m as i64,
+                stride: sum.stride as i64,
+                slice: sum.parts.div_ceil(*slices) as i64,
+                row_shift: rows.ilog2().into(),
+                first_block: grid as i64,
+                columns: columns as i64,
+                flags: u64::from(is_whole) | u64::from(sum.is_full) << 1,
+            };
+            grid += columns * slices;
+        }
+        let name = format!("sums_{}", suffix(T::DTYPE));
         // SAFETY: as the caller promises.
-        unsafe { self.launch(Module::SUM, &name, [columns, slices], THREADS, [0, 0], &params) }
+        unsafe { self.launch(Module::SUM, &name, [grid, 1], THREADS, [0, 0], &params) }
     }
 }
 

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream};
 
 use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem, UpdateInputs, UpdateMut};
-use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, blocks, grid_rows, lies_whole, params, suffix};
+use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, Sum, blocks, grid_rows, lies_whole, params, suffix};
 use crate::sequences::Sequences;
 use crate::{Element, Result};
 
@@ -116,16 +116,14 @@ pub fn backward<T: Element>(
         // gradients is written by one thread, and the workspace has room for what each row of blocks leaves.
         unsafe { device.launch(Module::CONV_BACKWARD, &name, grid, THREADS, [0, 0], &params) }?;
     }
+    let sum = |first: usize, m, to| {
+        let from = from + (first * size_of::<f32>()) as u64;
+        Sum { from, parts, m, stride: parameters, to, is_full: true }
+    };
+    let sums = [sum(0, weights, d_weight), sum(weights, d_inner, d_bias)];
     // SAFETY: the parts are in the workspace, the weights' before the biases', and the gradients have been checked to be as
     // many.
-    unsafe {
-        device.sum::<f32>(from, [parts, weights], parameters, d_weight)?;
-        if d_bias == 0 {
-            return Ok(());
-        }
-        let biases = from + (weights * size_of::<f32>()) as u64;
-        device.sum::<f32>(biases, [parts, d_inner], parameters, d_bias)
-    }
+    unsafe { device.sum::<f32>(if d_bias == 0 { &sums[..1] } else { &sums }) }
 }
 
 /// How a pass divides its work.

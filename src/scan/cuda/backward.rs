@@ -9,7 +9,7 @@ use super::launch::{Kernel, LaunchShape, Scan};
 use super::plan::BACKWARD_GROUPS;
 use super::{GradientsMut, Inputs, OutputGradients, Plan};
 use crate::arguments::Dims;
-use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, lies_whole, params};
+use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, Sum, lies_whole, params};
 use crate::scan::ProjectionMut;
 use crate::{Element, Result};
 
@@ -84,7 +84,7 @@ pub fn backward_with<T: Element>(
     };
     let shape = |threads, shared| LaunchShape { variant, channels: CHANNELS, threads, rows, shared: [shared; 2] };
 
-    let mut sums = Sums { device: &device, rows, parts: Vec::new() };
+    let mut sums = Sums { device: &device, rows, workspaces: Vec::new(), sums: Vec::new() };
     params.d_a = sums.add(d_inner * d_state, arguments.write("gradients.a", gradients.a)?)?;
     params.d_b = sums.add(d_inner * d_state, constant_b)?;
     params.d_c = sums.add(d_inner * d_state, constant_c)?;
@@ -120,11 +120,12 @@ pub fn backward_with<T: Element>(
         let m = lines * d_state;
         for (i, to) in [b, c].into_iter().enumerate().filter(|(_, to)| *to != 0) {
             let from = device.address(parts) + (i * group_blocks * m * size_of::<f32>()) as u64;
-            // SAFETY: the backward kernel has written `group_blocks` rows of `m` sums for each of B and C.
-            unsafe { device.sum::<T>(from, [group_blocks, m], m, to) }?;
+            sums.sums.push(Sum { from, parts: group_blocks, m, stride: m, to, is_full: false });
         }
     }
-    sums.finish(segments > 0)
+    // SAFETY: the backward kernel, if it has run, has written `group_blocks` rows of `m` sums for each of B and C, and as
+    // many for each parameter as `add` says.
+    unsafe { device.sum::<T>(&sums.finish(segments > 0)) }
 }
 
 // As the kernels are written.
@@ -138,28 +139,25 @@ const BLOCKS_PER_PROCESSOR: usize = 8;
 struct Sums<'d> {
     device: &'d Device<'d>,
     rows: usize,
-    parts: Vec<(CudaSlice<f32>, usize, u64)>,
+    workspaces: Vec<CudaSlice<f32>>,
+    sums: Vec<Sum>,
 }
 
 impl Sums<'_> {
-    /// Room for `count` sums of each row, whose totals go to the address `to`; a null stays one.
-    fn add(&mut self, count: usize, to: u64) -> Result<u64> {
+    /// Room for `m` sums of each row, whose totals go to the address `to`; a null stays one.
+    fn add(&mut self, m: usize, to: u64) -> Result<u64> {
         if to == 0 {
             return Ok(0);
         }
-        let part = self.device.workspace("the gradients of parameters", self.rows * count)?;
-        let address = self.device.address(&part);
-        self.parts.push((part, count, to));
-        Ok(address)
+        let workspace = self.device.workspace("the gradients of parameters", self.rows * m)?;
+        let from = self.device.address(&workspace);
+        self.workspaces.push(workspace);
+        self.sums.push(Sum { from, parts: self.rows, m, stride: m, to, is_full: true });
+        Ok(from)
     }
 
-    /// Sums the rows. If none has been `written`, the sums are zero.
-    fn finish(self, written: bool) -> Result<()> {
-        for (part, count, to) in &self.parts {
-            let rows = if written { self.rows } else { 0 };
-            // SAFETY: the backward kernel has written `rows` rows of `count` sums, and `to` has room for as many.
-            unsafe { self.device.sum::<f32>(self.device.address(part), [rows, *count], *count, *to) }?;
-        }
-        Ok(())
+    /// The sums. If no part has been `written`, they are zero.
+    fn finish(&self, written: bool) -> Vec<Sum> {
+        self.sums.iter().map(|sum| Sum { parts: if written { sum.parts } else { 0 }, ..*sum }).collect()
     }
 }
