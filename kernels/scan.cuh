@@ -199,6 +199,22 @@ struct Lane {
             if (i < count) to[i] = from[i];
         }
     }
+    // The same where they lie side by side: in one piece if all lanes have all or none of them, and aligned.
+    template <bool WHOLE> __device__ __forceinline__ void read_dense(float (&to)[STATES], const float *from) const {
+        if constexpr (WHOLE) {
+            const float4 four = count ? *reinterpret_cast<const float4 *>(from) : float4{};
+            to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+        } else {
+            read(to, from, 1);
+        }
+    }
+    template <bool WHOLE> __device__ __forceinline__ void write_dense(float *to, const float (&from)[STATES]) const {
+        if constexpr (WHOLE) {
+            if (count) *reinterpret_cast<float4 *>(to) = {from[0], from[1], from[2], from[3]};
+        } else {
+            write(to, from);
+        }
+    }
     __device__ __forceinline__ void parameter(float (&to)[STATES], const Matrix &from) const {
         read(to, from.data + channel * from.channel + state * from.state, from.state);
     }
@@ -219,16 +235,16 @@ struct Lane {
 };
 
 // The state that enters a segment: the initial state, carried through what the segments before it are summed up by.
-template <bool ACCURATE>
+template <bool ACCURATE, bool WHOLE>
 __device__ __forceinline__ void enter(const ScanInputs &p, const Segment &segment, const Lane &lane,
                                       const float (&a)[STATES], float (&h)[STATES]) {
     lane.initial(h, p.initial_state, segment.sequence);
     if (!p.reached || !lane.exists) return;
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t before = segment.index - segment.rank; before < segment.index; before++) {
         const float sum = p.sums[before * p.d_inner + lane.channel];
         float reached[STATES];
-        lane.read(reached, p.reached + lane.at(p, before), 1);
+        lane.read_dense<WHOLE>(reached, p.reached + lane.at(p, before));
 #pragma unroll
         for (int i = 0; i < STATES; i++) h[i] = Decay<ACCURATE>(sum * a[i]).advance(h[i], reached[i]);
     }

@@ -108,7 +108,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
         // The gradient of the state behind the segment.
         float g[OWN][STATES] = {};
 #pragma unroll
-        for (int c = 0; c < OWN; c++) leave<ACCURATE>(params, segment, lane_of(c), a[c], g[c]);
+        for (int c = 0; c < OWN; c++) leave<ACCURATE, true>(params, segment, lane_of(c), a[c], g[c]);
 
         for (int part = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); part >= 0; part--) {
             const int left =

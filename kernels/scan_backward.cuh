@@ -56,7 +56,7 @@ __device__ __forceinline__ void sum_channels(float (&d)[4], const float (&terms)
 
 // The gradient of the state behind a segment: that of the final state, carried back through what the segments behind are
 // summed up by.
-template <bool ACCURATE>
+template <bool ACCURATE, bool WHOLE>
 __device__ __forceinline__ void leave(const ScanBackward &params, const Segment &segment, const Lane &lane,
                                       const float (&a)[STATES], float (&g)[STATES]) {
     const ScanInputs &p = params.in;
@@ -69,7 +69,7 @@ __device__ __forceinline__ void leave(const ScanBackward &params, const Segment 
     for (int64_t after = last; after > segment.index; after--) {
         const float sum = p.sums[after * p.d_inner + lane.channel];
         float reached[STATES];
-        lane.read(reached, p.reached + lane.at(p, after), 1);
+        lane.read_dense<WHOLE>(reached, p.reached + lane.at(p, after));
 #pragma unroll
         for (int n = 0; n < STATES; n++) g[n] = Decay<ACCURATE>(sum * a[n]).advance(g[n], reached[n]);
     }

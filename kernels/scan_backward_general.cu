@@ -122,7 +122,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 
             const Lane lane = lane_anew();
             float g[STATES] = {};
-            leave<ACCURATE>(params, segment, lane, a, g);
+            leave<ACCURATE, false>(params, segment, lane, a, g);
 
             for (int part = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); part >= 0; part--) {
                 const int left = static_cast<int>(min(segment.steps - int64_t(part) * CHECKPOINT_STEPS,

@@ -135,7 +135,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                 }
             } else {
 #pragma unroll
-                for (int c = 0; c < OWN; c++) enter<ACCURATE>(p, segment, lane_of(c, turn), a[c], h[c]);
+                for (int c = 0; c < OWN; c++) enter<ACCURATE, WHOLE>(p, segment, lane_of(c, turn), a[c], h[c]);
             }
             if (GENERAL) write_shared(parked + turn * THREADS * STATES, h[0]);
         }
@@ -352,7 +352,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             for (int c = 0; c < OWN; c++) {
                 const Lane lane = lane_of(c, turn);
                 if constexpr (SUMMARY) {
-                    lane.write(p.reached + lane.at(p, segment.index), h[c]);
+                    lane.write_dense<WHOLE>(p.reached + lane.at(p, segment.index), h[c]);
                     if (turn == 0 && sub == 0 && lane.exists) p.sums[segment.index * p.d_inner + lane.channel] = total[c];
                 } else if (params.final_state && segment.ends_sequence()) {
                     lane.write(params.final_state + lane.at(p, segment.sequence), h[c]);

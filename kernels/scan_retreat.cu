@@ -72,7 +72,7 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat
                     }
                 }
             }
-            lane.write(p.reached + lane.at(p, segment.index), g);
+            lane.write_dense<WHOLE>(p.reached + lane.at(p, segment.index), g);
             if (turn == 0 && sub == 0 && lane.exists) p.sums[segment.index * p.d_inner + lane.channel] = total;
         }
     }

@@ -6,7 +6,7 @@ use bytemuck::Zeroable;
 use cudarc::driver::{CudaSlice, CudaStream};
 
 use super::launch::{Kernel, LaunchShape, Scan};
-use super::plan::BACKWARD_GROUPS;
+use super::plan::Pass;
 use super::{GradientsMut, Inputs, OutputGradients, Plan};
 use crate::arguments::Dims;
 use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, Sum, lies_whole, params};
@@ -41,7 +41,7 @@ pub fn backward_with<T: Element>(
     problem.check_backward(checkpoints, &d_outputs, &gradients)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
-    let mut scan = Scan::new(&device, &problem, &plan, BACKWARD_GROUPS, &mut arguments)?;
+    let mut scan = Scan::new(&device, &problem, &plan, Pass::Backward, &mut arguments)?;
     let Dims { batch, len, d_inner, d_state, groups } = problem.dims;
     let steps = batch * len;
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::launch::{Kernel, LaunchShape, Scan};
-use super::plan::FORWARD_GROUPS;
+use super::plan::Pass;
 use super::{Inputs, OutputMut, PerLane, Plan};
 use crate::arguments::Dims;
 use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, params};
@@ -34,7 +34,7 @@ pub fn forward_with<T: Element>(
     problem.check_outputs(&outputs)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
-    let mut scan = Scan::new(&device, &problem, &plan, FORWARD_GROUPS, &mut arguments)?;
+    let mut scan = Scan::new(&device, &problem, &plan, Pass::Forward, &mut arguments)?;
     let out = arguments.write("out", outputs.out)?;
     let final_state = arguments.write_optional("final_state", outputs.final_state)?;
     let checkpoints = arguments.write_optional("checkpoints", outputs.checkpoints)?;

@@ -4,7 +4,7 @@ use bytemuck::Pod;
 use cudarc::driver::CudaSlice;
 
 use super::Problem;
-use super::plan::{PerLane, Plan, Segments};
+use super::plan::{Pass, PerLane, Plan, Segments};
 use crate::arguments::Dims;
 use crate::cuda::{Arguments, Cuda, Device, Module, blocks, lies_whole, params, suffix};
 use crate::sequences::Sequences;
@@ -30,16 +30,15 @@ pub(super) struct Scan {
 const LONG_SEQUENCE: usize = 16_384;
 
 impl Scan {
-    /// For a pass of which a processor carries so many `groups` of 8 channels at a time.
     pub fn new<'a, T: Element>(
         device: &Device,
         problem: &Problem<'a, T, Cuda>,
         plan: &Plan,
-        groups: usize,
+        pass: Pass,
         arguments: &mut Arguments<'a>,
     ) -> Result<Self> {
         let (inputs, Dims { d_inner, d_state, batch, .. }) = (&problem.inputs, problem.dims);
-        let segments = Segments::new(device, problem, plan, groups)?;
+        let segments = Segments::new(device, problem, plan, pass)?;
         let group_channels = problem.dims.group_channels();
         let longest = match problem.sequences {
             Sequences::Dense { len, .. } => len,

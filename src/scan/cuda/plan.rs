@@ -31,7 +31,8 @@ pub enum PerLane {
     Four,
 }
 
-/// Steps that a segment has at least: fewer would not be worth the first pass.
+/// Steps that a segment has at least. (Halves of it were slower at every length: the way in through the segments before
+/// grows with their number.)
 const LEAST_SEGMENT: usize = CHECKPOINT_STEPS;
 
 /// Segments of up to so many steps waste too much of a tile of 32 steps.
@@ -40,19 +41,33 @@ const SHORT_SEGMENT: usize = 128;
 /// Segments of more steps than this are halved: an uneven last wave of blocks costs less then.
 const LONG_SEGMENT: usize = 1024;
 
-/// Groups of 8 channels of which warps are carried by a processor's blocks at a time, 20 warps of 8 channels forward and 8
-/// warps of 16 backward: a sequence is split into as many segments as make that many for each processor.
-pub(super) const FORWARD_GROUPS: usize = 20;
-pub(super) const BACKWARD_GROUPS: usize = 16;
+/// The pass that is divided.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Pass {
+    Forward,
+    Backward,
+}
+
+impl Pass {
+    /// Groups of 8 channels that a processor's blocks carry at a time.
+    fn groups(self) -> usize {
+        match self {
+            // 20 warps of 8 channels.
+            Self::Forward => 20,
+            // 8 warps of 16.
+            Self::Backward => 16,
+        }
+    }
+}
 
 impl Plan {
-    /// The steps in each segment of a sequence of `len` steps, of which `rows` are worked on at once, where `slots` groups
-    /// of 8 channels are.
-    pub(super) fn steps(&self, rows: usize, len: usize, d_inner: usize, slots: usize) -> usize {
+    /// The steps in each segment of a sequence of `len` steps, of which `rows` are worked on at once.
+    pub(super) fn steps(&self, pass: Pass, rows: usize, len: usize, d_inner: usize, processors: usize) -> usize {
+        let slots = pass.groups() * processors;
         let steps = self.segment_steps.unwrap_or_else(|| {
             let groups = rows.saturating_mul(d_inner.div_ceil(8)).max(1);
             let waves = if len / LONG_SEGMENT > slots / groups { 2 } else { 1 };
-            // Splitting costs nearly as much again, so it must make far more warps.
+            // As many as fill the processors. Splitting costs nearly as much again, so it must make far more warps.
             let segments = (waves * slots / groups).min(len / LEAST_SEGMENT);
             let segments = if segments < 3 { 1 } else { segments };
             if segments == 1 { usize::MAX } else { len.div_ceil(segments) }
@@ -64,7 +79,7 @@ impl Plan {
     /// For segments of so many steps on average, of which `rows` are worked on at once.
     pub(super) fn per_lane(&self, steps: usize, rows: usize, d_inner: usize, processors: usize) -> PerLane {
         self.per_lane.unwrap_or({
-            let has_enough = rows.saturating_mul(d_inner.div_ceil(8)) >= 2 * FORWARD_GROUPS * processors;
+            let has_enough = rows.saturating_mul(d_inner.div_ceil(8)) >= 2 * Pass::Forward.groups() * processors;
             if steps <= SHORT_SEGMENT && has_enough { PerLane::Four } else { PerLane::One }
         })
     }
@@ -80,18 +95,16 @@ pub(super) struct Segments {
 }
 
 impl Segments {
-    /// For a pass of which a processor carries so many `groups` of 8 channels at a time.
     pub fn new<T: Element, M: Memory>(
         device: &Device,
         problem: &Problem<T, M>,
         plan: &Plan,
-        groups: usize,
+        pass: Pass,
     ) -> Result<Self> {
-        let slots = groups * device.processors;
         let Dims { batch, len, d_inner, .. } = problem.dims;
         match problem.sequences {
             Sequences::Dense { .. } => {
-                let steps = plan.steps(batch, len, d_inner, slots);
+                let steps = plan.steps(pass, batch, len, d_inner, device.processors);
                 // An empty sequence has one empty segment, which hands its state on.
                 let per_row = len.div_ceil(steps).max(1);
                 let params = params::Segments {
@@ -106,7 +119,7 @@ impl Segments {
             Sequences::Packed(_) => {
                 let (mut entries, mut split) = (Vec::new(), false);
                 for sequence in problem.sequences.iter() {
-                    let steps = plan.steps(1, sequence.len, d_inner, slots);
+                    let steps = plan.steps(pass, 1, sequence.len, d_inner, device.processors);
                     split |= sequence.len > steps;
                     let count = sequence.len.div_ceil(steps).max(1);
                     for rank in 0..count {
