@@ -38,9 +38,6 @@ const LEAST_SEGMENT: usize = CHECKPOINT_STEPS;
 /// Segments of up to so many steps waste too much of a tile of 32 steps.
 const SHORT_SEGMENT: usize = 128;
 
-/// Segments of more steps than this are halved: an uneven last wave of blocks costs less then.
-const LONG_SEGMENT: usize = 1024;
-
 /// The pass that is divided.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Pass {
@@ -66,8 +63,14 @@ impl Plan {
         let slots = pass.groups() * processors;
         let steps = self.segment_steps.unwrap_or_else(|| {
             let groups = rows.saturating_mul(d_inner.div_ceil(8)).max(1);
-            let waves = if len / LONG_SEGMENT > slots / groups { 2 } else { 1 };
-            // As many as fill the processors. Splitting costs nearly as much again, so it must make far more warps.
+            // As many as fill the processors once, or more often where they are long: blocks that work in turns wait less
+            // than those that work in step. Measured, see benches/tuning.md.
+            let waves = match len / (slots / groups).max(1) {
+                0..768 => 1,
+                768..4096 => 2,
+                _ => 4,
+            };
+            // Splitting costs nearly as much again, so it must make far more warps.
             let segments = (waves * slots / groups).min(len / LEAST_SEGMENT);
             let segments = if segments < 3 { 1 } else { segments };
             if segments == 1 { usize::MAX } else { len.div_ceil(segments) }
