@@ -73,7 +73,8 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     __shared__ Steps staged;
     __shared__ OutputsInShared<SUMMARY ? 1 : STEPS, OWN, COLUMNS> outputs;
     __shared__ alignas(16) float projections[STEPS][2][TURN];
-    __shared__ alignas(16) float biases[CHANNELS], skips[CHANNELS];
+    // The biases, and D.
+    __shared__ alignas(16) float of_channels[2][CHANNELS];
     extern __shared__ float4 carried[];
 
     const ScanInputs &p = params.in;
@@ -86,12 +87,16 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     const int count = max(0, min(block.width - column, QUAD));
     const int64_t d0 = block.first + (WHOLE ? min(column, block.width - QUAD) : column);
     const int readable = WHOLE ? QUAD : count;
-    for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
-        const bool exists = c < block.width;
-        biases[c] = exists ? p.delta_bias.at(block.first + c, 0.0f) : 0.0f;
-        skips[c] = exists ? p.d.at(block.first + c, 0.0f) : 0.0f;
+    // What a block reads once is asked for here, and waited for when the first tile's loads are under way as well.
+    constexpr int ONCE = (2 * CHANNELS + THREADS - 1) / THREADS;
+    float once[ONCE];
+#pragma unroll
+    for (int k = 0; k < ONCE; k++) {
+        const int i = threadIdx.x + k * THREADS, c = i % CHANNELS;
+        const Vector &from = i < CHANNELS ? p.delta_bias : p.d;
+        once[k] = i < 2 * CHANNELS && c < block.width ? from.at(block.first + c, 0.0f) : 0.0f;
     }
-    __syncthreads();
+    bool is_first = true;
 
     // As a lane of channels: the `part`th of a quad. Neighbouring lanes have the same part of neighbouring quads, so that
     // what they read and write in shared memory is side by side. The bits of a lane are dealt out so that whatever is read
@@ -115,7 +120,6 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             for (int n = 0; n < STATES; n++) a[c][n] *= LOG2_E;
         }
     };
-    if (!GENERAL) read_a(0);
 
     for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
         const Segment segment = p.segments.get(at);
@@ -123,22 +127,6 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
         const int64_t end = segment.first + segment.steps;
         // By the sequence's own length, so that it gets the same bits whatever it is packed with.
         const bool compensate = GENERAL && (p.flags & FLAG_COMPENSATE) && segment.len > LONG_SEQUENCE;
-
-        float h[OWN][STATES], total[OWN] = {};
-        for (int turn = 0; turn < turns; turn++) {
-            if (GENERAL) read_a(turn);
-            if (from_zero) {
-#pragma unroll
-                for (int c = 0; c < OWN; c++) {
-#pragma unroll
-                    for (int n = 0; n < STATES; n++) h[c][n] = 0.0f;
-                }
-            } else {
-#pragma unroll
-                for (int c = 0; c < OWN; c++) enter<ACCURATE, WHOLE>(p, segment, lane_of(c, turn), a[c], h[c]);
-            }
-            if (GENERAL) write_shared(parked + turn * THREADS * STATES, h[0]);
-        }
 
         using Step = Pack<T, QUAD>;
         Walk<T, WHOLE> u(p.u, segment, segment.first + row, d0, reverse);
@@ -161,6 +149,34 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             }
             if (!GENERAL) next.template load<ragged.value>(left);
         };
+        int64_t whole = segment.steps / STEPS;
+        if (whole > 0) load_next(Is<false>(), STEPS);
+        if (is_first) {
+            if (!GENERAL) read_a(0);
+#pragma unroll
+            for (int k = 0; k < ONCE; k++) {
+                const int i = threadIdx.x + k * THREADS;
+                if (i < 2 * CHANNELS) of_channels[i / CHANNELS][i % CHANNELS] = once[k];
+            }
+            __syncthreads();
+            is_first = false;
+        }
+
+        float h[OWN][STATES], total[OWN] = {};
+        for (int turn = 0; turn < turns; turn++) {
+            if (GENERAL) read_a(turn);
+            if (from_zero) {
+#pragma unroll
+                for (int c = 0; c < OWN; c++) {
+#pragma unroll
+                    for (int n = 0; n < STATES; n++) h[c][n] = 0.0f;
+                }
+            } else {
+#pragma unroll
+                for (int c = 0; c < OWN; c++) enter<ACCURATE, WHOLE>(p, segment, lane_of(c, turn), a[c], h[c]);
+            }
+            if (GENERAL) write_shared(parked + turn * THREADS * STATES, h[0]);
+        }
 
         // Carries the states through a tile, `left` steps of it if it is ragged, for which `next` holds what there is to
         // stage, and has the tile after it loaded if there are `more` whole ones.
@@ -168,7 +184,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             // Stage.
             Step tile_u[QUADS], tile_z[QUADS];
             float steps[QUADS][QUAD], bias[QUAD];
-            read_shared(bias, &biases[column]);
+            read_shared(bias, &of_channels[0][column]);
 #pragma unroll
             for (int k = 0; k < QUADS; k++) {
                 tile_u[k] = next_u[k];
@@ -295,7 +311,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             // Finish.
             if constexpr (!SUMMARY) {
                 float skip[QUAD];
-                read_shared(skip, &skips[column]);
+                read_shared(skip, &of_channels[1][column]);
 #pragma unroll
                 for (int k = 0; k < QUADS; k++) {
                     const int t = row + k * ROWS;
@@ -318,8 +334,6 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
         };
 
         // Whole tiles, those between two checkpoints together, then what is left.
-        int64_t whole = segment.steps / STEPS;
-        if (whole > 0) load_next(Is<false>(), STEPS);
         for (int64_t i = segment.first; i < end; i += CHECKPOINT_STEPS) {
             if (!SUMMARY && params.checkpoints && i > 0) {
                 const int64_t slot =
