@@ -216,7 +216,12 @@ struct Lane {
         }
     }
     __device__ __forceinline__ void parameter(float (&to)[STATES], const Matrix &from) const {
-        read(to, from.data + channel * from.channel + state * from.state, from.state);
+        const float *at = from.data + channel * from.channel + state * from.state;
+        if (from.state == 1 && count % STATES == 0 && reinterpret_cast<uint64_t>(at) % sizeof(float4) == 0) {
+            read_dense<true>(to, at);
+        } else {
+            read(to, at, from.state);
+        }
     }
     // The state before a sequence; zero if none is given.
     __device__ __forceinline__ void initial(float (&to)[STATES], const States &from, int64_t sequence) const {
