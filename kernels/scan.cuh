@@ -215,9 +215,9 @@ struct Lane {
             write(to, from);
         }
     }
-    __device__ __forceinline__ void parameter(float (&to)[STATES], const Matrix &from) const {
+    template <bool WHOLE> __device__ __forceinline__ void parameter(float (&to)[STATES], const Matrix &from) const {
         const float *at = from.data + channel * from.channel + state * from.state;
-        if (from.state == 1 && count % STATES == 0 && reinterpret_cast<uint64_t>(at) % sizeof(float4) == 0) {
+        if (WHOLE && from.state == 1 && from.channel % 4 == 0 && reinterpret_cast<uint64_t>(from.data) % sizeof(float4) == 0) {
             read_dense<true>(to, at);
         } else {
             read(to, at, from.state);

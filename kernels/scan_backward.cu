@@ -90,7 +90,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
     float a[OWN][STATES], d_a[OWN][STATES] = {};
 #pragma unroll
     for (int c = 0; c < OWN; c++) {
-        lane_of(c).parameter(a[c], p.a);
+        lane_of(c).parameter<true>(a[c], p.a);
 #pragma unroll
         for (int n = 0; n < STATES; n++) a[c][n] *= LOG2_E;
     }

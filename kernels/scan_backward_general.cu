@@ -100,7 +100,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
         };
         float a[STATES], inverse_a[STATES], constant_b[STATES] = {}, constant_c[STATES] = {};
         const Lane lane = lane_anew();
-        lane.parameter(a, p.a);
+        lane.parameter<false>(a, p.a);
 #pragma unroll
         for (int n = 0; n < STATES; n++) {
             inverse_a[n] = fabsf(a[n]) < 1e-30f ? 0.0f : 1.0f / a[n];

@@ -115,7 +115,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     const auto read_a = [&](int turn) {
 #pragma unroll
         for (int c = 0; c < OWN; c++) {
-            lane_of(c, turn).parameter(a[c], p.a);
+            lane_of(c, turn).template parameter<WHOLE>(a[c], p.a);
 #pragma unroll
             for (int n = 0; n < STATES; n++) a[c][n] *= LOG2_E;
         }
@@ -234,7 +234,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                     read_shared(h[0], parked + turn * THREADS * STATES);
                     read_a(turn);
                     const Lane lane = lane_of(0, turn);
-                    lane.parameter(inverse_a, p.a);
+                    lane.template parameter<WHOLE>(inverse_a, p.a);
 #pragma unroll
                     for (int n = 0; n < STATES; n++) {
                         // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.

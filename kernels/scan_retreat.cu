@@ -25,7 +25,7 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat
     for (int turn = 0; turn < turns; turn++) {
         const Lane lane(p, block.first + own, own < block.width, turn * TURN + sub * STATES);
         float a[STATES], constant_c[STATES] = {};
-        lane.parameter(a, p.a);
+        lane.template parameter<WHOLE>(a, p.a);
 #pragma unroll
         for (int n = 0; n < STATES; n++) a[n] *= LOG2_E;
         if (GENERAL && p.c.constant) lane.constant(constant_c, p.c);

@@ -28,11 +28,11 @@ constexpr int QUAD = 4;
 // Loads that are in flight together.
 constexpr int AHEAD = 4;
 
-template <typename T, bool WHOLE> __device__ __forceinline__ void sum(const Sum &p) {
+using Partial = float[QUAD][THREADS];
+template <typename T, bool WHOLE> __device__ __forceinline__ void sum(const Sum &p, Partial &partial) {
     const int64_t block = blockIdx.x - p.first_block, slice = block / p.columns;
     const int rows = 1 << p.row_shift, columns = THREADS >> p.row_shift;
     const int row = threadIdx.x / columns, column = threadIdx.x % columns;
-    __shared__ float partial[QUAD][THREADS];
     const int64_t end = min(p.parts, (slice + 1) * p.slice);
     for (int64_t first = (block - slice * p.columns) * columns * QUAD; first < p.m; first += p.columns * columns * QUAD) {
         const int64_t i = first + column * QUAD;
@@ -72,13 +72,14 @@ template <typename T, bool WHOLE> __device__ __forceinline__ void sum(const Sum 
 }
 
 template <typename T> __device__ __forceinline__ void sums(const Sums &p) {
+    __shared__ Partial partial;
     int k = 0;
     while (k + 1 < p.count && blockIdx.x >= p.sums[k + 1].first_block) k++;
     const Sum &of = p.sums[k];
     if (of.flags & FLAG_FULL) {
-        of.flags & FLAG_WHOLE ? sum<float, true>(of) : sum<float, false>(of);
+        of.flags & FLAG_WHOLE ? sum<float, true>(of, partial) : sum<float, false>(of, partial);
     } else {
-        of.flags & FLAG_WHOLE ? sum<T, true>(of) : sum<T, false>(of);
+        of.flags & FLAG_WHOLE ? sum<T, true>(of, partial) : sum<T, false>(of, partial);
     }
 }
 

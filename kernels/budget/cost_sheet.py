@@ -139,15 +139,16 @@ Beside an H200 (`benches/results/h200-times.csv`), with the counts above scaled 
 
 | operator | shape | model, ms | measured, ms | ratio |
 |---|---|---|---|---|
-| scan forward, one channel a lane | 8 x 2,048 x 2,048 | 0.197 (shared) | 0.268 | 1.36 |
-| scan forward, two channels a lane | 64 x 512 x 1,536 | 0.241 (special) | 0.328 | 1.36 |
-| scan backward | 8 x 2,048 x 2,048 | 0.509 (issue) | 1.06, of which 0.99 the scan's own kernel | **1.94** |
-| convolution forward | 8 x 2,048 x 2,048 | 0.032 (memory) | 0.046 | 1.41 |
-| convolution backward | 8 x 2,048 x 2,048 | 0.048 (memory) | 0.075 | **1.56** |
+| scan forward, one channel a lane | 8 x 2,048 x 2,048 | 0.161 (special) | 0.221 | 1.37 |
+| scan forward, one channel a lane | 64 x 512 x 1,536 | 0.242 (special) | 0.310 | 1.28 |
+| scan forward, four channels a lane | 2,048 x 16 x 1,536 | 0.242 (special) | 0.334 | 1.38 |
+| scan backward | 8 x 2,048 x 2,048 | 0.507 (issue) | 1.05, of which 1.02 the scan's own kernel | **2.01** |
+| convolution forward | 8 x 2,048 x 2,048 | 0.033 (memory) | 0.038 | 1.17 |
+| convolution backward | 8 x 2,048 x 2,048 | 0.049 (memory) | 0.063 | 1.27 |
+| state update | 256 x 5,120 | 0.044 (memory) | 0.050 | 1.14 |
 
 Backward is out by more than half because the model knows nothing of latency: two warps to a scheduler are all that 255
-registers allow, and they use half of the issue slots (`benches/tuning.md`). The convolution's misses are latency too: in
-f32, with twice the bytes and the same instructions, it comes to 1.1 to 1.2. Sectors of asynchronous copies to shared memory,
+registers allow, and they use half of the issue slots (`benches/tuning.md`). Sectors of asynchronous copies to shared memory,
 6 bytes for (step, channel) in backward, are not in the simulator's count: with them it is 27 bytes unsplit."""
 
 MODEL = """The time of each unit alone on an H200, scaled to its busiest processor; latency is not modelled, so this is a lower bound
