@@ -88,17 +88,15 @@ struct ConvInputs {
 template <typename T, int COUNT, bool WHOLE, int LINES, int TILE, int AHEAD> struct Incoming {
     using Tiles = Pack<T, COUNT>[WHOLE ? AHEAD + 1 : 1][LINES][TILE][WHOLE ? THREADS : 1];
 
-    Tiles &tiles;
-    const T *at[LINES];
-    int64_t step[LINES], channel[LINES];
-    // Channels, the steps that there are and those that will be taken, zero beyond; those that have been asked for, and
-    // the places of the next tile to copy and to take.
-    int count, steps, taken, asked = 0, to = 0, from = 0;
-
-    // `at`, `step` and `channel` are to be set, then `start` called.
+    // `count` channels of the `steps` steps that there are, and zeros up to the `taken` ones that will be taken.
     __device__ __forceinline__ Incoming(Tiles &tiles, int count, int steps, int taken)
         : tiles(tiles), count(count), steps(steps), taken(taken) {}
 
+    // The `line`th tensor's first step, and how far its steps and channels are apart.
+    __device__ __forceinline__ void set(int line, const T *first, int64_t step_distance, int64_t channel_distance) {
+        at[line] = first, step[line] = step_distance, channel[line] = channel_distance;
+    }
+    // Once all are set.
     __device__ __forceinline__ void start() {
 #pragma unroll
         for (int k = 0; WHOLE && k < AHEAD; k++) copy();
@@ -127,6 +125,12 @@ template <typename T, int COUNT, bool WHOLE, int LINES, int TILE, int AHEAD> str
     }
 
   private:
+    Tiles &tiles;
+    const T *at[LINES];
+    int64_t step[LINES], channel[LINES];
+    // Steps that have been asked for, and the places of the next tile to copy and to take.
+    int count, steps, taken, asked = 0, to = 0, from = 0;
+
     __device__ __forceinline__ void copy() {
         // (Nothing is on its way when the last tile has been taken.)
         if (asked < taken) {

@@ -53,13 +53,10 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
             const int end = static_cast<int>(min(run.len - run.first, int64_t(run.steps + width)));
 
             Incoming<T, COUNT, WHOLE, 2, TILE, AHEAD> incoming(tiles, count, there, run.steps + BEFORE);
-            incoming.at[0] = line.x + run.first * line.step;
-            incoming.at[1] = static_cast<const T *>(params.d_out.data) + run.row * params.d_out.batch +
+            const T *d_out = static_cast<const T *>(params.d_out.data) + run.row * params.d_out.batch +
                              step * params.d_out.step + d * params.d_out.channel;
-            incoming.step[0] = line.step;
-            incoming.step[1] = reverse ? -params.d_out.step : params.d_out.step;
-            incoming.channel[0] = line.channel;
-            incoming.channel[1] = params.d_out.channel;
+            incoming.set(0, line.x + run.first * line.step, line.step, line.channel);
+            incoming.set(1, d_out, reverse ? -params.d_out.step : params.d_out.step, params.d_out.channel);
             incoming.start();
             float window[BEFORE + TILE][COUNT], g[BEFORE + TILE][COUNT] = {}, before[BEFORE][COUNT];
             line.read_window(before, run.first - filter.gap, filter.gap);

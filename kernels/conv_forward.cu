@@ -31,9 +31,7 @@ template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline_
             const Run run = p.runs.get(index);
             const Line<T, QUAD, WHOLE> line(p, run, d, count);
             Incoming<T, QUAD, WHOLE, 1, TILE, AHEAD> incoming(tiles, count, run.steps, run.steps);
-            incoming.at[0] = line.x + run.first * line.step;
-            incoming.step[0] = line.step;
-            incoming.channel[0] = line.channel;
+            incoming.set(0, line.x + run.first * line.step, line.step, line.channel);
             incoming.start();
             T *out = static_cast<T *>(params.out) +
                      (run.row * p.runs.len + run.step(run.first, reverse)) * p.d_inner + d;

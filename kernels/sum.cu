@@ -4,12 +4,12 @@
 struct Sum {
     const float *from;
     void *to;
-    // `stride` lies between the parts. Each slice of `slice` parts leaves m sums.
-    int64_t parts, m, stride, slice;
+    // `stride` lies between the parts.
+    int64_t parts, m, stride;
     // Threads of a block that share a column's parts, a power of two up to THREADS, as a shift.
     int64_t row_shift;
-    // The blocks of a launch before this sum's, and those of each of its slices.
-    int64_t first_block, columns;
+    // The blocks of a launch before this sum's, and its own.
+    int64_t first_block, blocks;
     int64_t flags;
 };
 // FLAG_WHOLE: everything can be read and written by fours. FLAG_FULL: the sums are f32, not of the kernel's type.
@@ -21,7 +21,7 @@ struct Sums {
     Sum sums[MOST_SUMS];
     int64_t count;
 };
-static_assert(sizeof(Sums) == 408, "as in src/cuda/params.rs");
+static_assert(sizeof(Sums) == 368, "as in src/cuda/params.rs");
 
 constexpr int THREADS = 256;
 constexpr int QUAD = 4;
@@ -30,19 +30,17 @@ constexpr int AHEAD = 4;
 
 using Partial = float[QUAD][THREADS];
 template <typename T, bool WHOLE> __device__ __forceinline__ void sum(const Sum &p, Partial &partial) {
-    const int64_t block = blockIdx.x - p.first_block, slice = block / p.columns;
     const int rows = 1 << p.row_shift, columns = THREADS >> p.row_shift;
     const int row = threadIdx.x / columns, column = threadIdx.x % columns;
-    const int64_t end = min(p.parts, (slice + 1) * p.slice);
-    for (int64_t first = (block - slice * p.columns) * columns * QUAD; first < p.m; first += p.columns * columns * QUAD) {
+    for (int64_t first = (blockIdx.x - p.first_block) * columns * QUAD; first < p.m; first += p.blocks * columns * QUAD) {
         const int64_t i = first + column * QUAD;
         const int count = static_cast<int>(max(int64_t(0), min(p.m - i, int64_t(QUAD))));
         float total[QUAD] = {};
-        for (int64_t part = slice * p.slice + row; part < end; part += AHEAD * rows) {
+        for (int64_t part = row; part < p.parts; part += AHEAD * rows) {
             Pack<float, QUAD> next[AHEAD];
 #pragma unroll
             for (int k = 0; k < AHEAD; k++) {
-                const bool there = part + k * rows < end;
+                const bool there = part + k * rows < p.parts;
                 next[k] = load<float, QUAD, WHOLE>(p.from + (part + k * rows) * p.stride + i, 1, there ? count : 0);
             }
 #pragma unroll
@@ -65,8 +63,7 @@ template <typename T, bool WHOLE> __device__ __forceinline__ void sum(const Sum 
             __syncthreads();
         }
         if (row == 0) {
-            T *to = static_cast<T *>(p.to) + slice * p.m + i;
-            put<T, QUAD, WHOLE>(to, 1, pack<T, QUAD>(total), count);
+            put<T, QUAD, WHOLE>(static_cast<T *>(p.to) + i, 1, pack<T, QUAD>(total), count);
         }
     }
 }

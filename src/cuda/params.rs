@@ -174,20 +174,19 @@ params! {
         slots: Slots,
     }
 
-    Sum[80] {
+    Sum[72] {
         from: u64,
         to: u64,
         parts: i64,
         m: i64,
         stride: i64,
-        slice: i64,
         row_shift: i64,
         first_block: i64,
-        columns: i64,
+        blocks: i64,
         flags: u64,
     }
 
-    Sums[408] { sums: [Sum; MOST_SUMS], count: i64, }
+    Sums[368] { sums: [Sum; MOST_SUMS], count: i64, }
 
     Upload[3984] { to: u64, count: u64, values: [u64; UPLOAD_VALUES], }
 }

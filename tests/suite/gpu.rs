@@ -378,6 +378,37 @@ fn parts_equal_the_whole() {
     }
 }
 
+/// Rows of A that are further apart than their states, start anywhere, or are columns: the fast kernels read whole ones in
+/// one piece.
+#[test]
+fn parameters_lie_anywhere() {
+    if stream().is_none() {
+        return;
+    }
+    let (mut rng, seed) = seeded();
+    let shape = Shape { batch: 2, len: 70, d_inner: 20, d_state: 8 };
+    let Shape { batch, len, d_inner, d_state } = shape;
+    let case = Case::<bf16>::new(&mut rng, shape, Flags::mamba());
+    let run = |a: View<f32, 2>| {
+        let inputs = Inputs { a, ..case.inputs() };
+        let mut out = vec![bf16::NAN; batch * len * d_inner];
+        let mut checkpoints = vec![f32::NAN; inputs.checkpoint_len().expect("valid")];
+        let mut gradients = Gradients::zeroed(&inputs).expect("valid");
+        let to = OutputMut { out: &mut out[..], final_state: None, checkpoints: Some(&mut checkpoints[..]) };
+        scan(SPLIT, &inputs, to, case.d_outputs(), &mut gradients);
+        (out, gradients.a, gradients.delta)
+    };
+    let plain = run(View::new(&case.a, [d_inner, d_state]));
+    for (offset, strides) in [(0, [d_state + 1, 1]), (1, [d_state, 1]), (4, [d_state + 4, 1]), (0, [1, d_inner])] {
+        let mut lain = vec![f32::NAN; offset + d_inner * (d_state + 4)];
+        for (i, &x) in case.a.iter().enumerate() {
+            lain[offset + i / d_state * strides[0] + i % d_state * strides[1]] = x;
+        }
+        let other = run(View::new(&lain, [d_inner, d_state]).with_layout(offset, strides));
+        assert!(other == plain, "SEED={seed} from {offset} on, {strides:?} apart");
+    }
+}
+
 /// However many channels a lane has, and in every run, the same bits.
 #[test]
 fn bits_do_not_depend_on_the_kernel() {
