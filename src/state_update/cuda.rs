@@ -1,10 +1,10 @@
 //! The state update on NVIDIA GPUs; see [`cuda`](crate::cuda) for how tensors are passed.
 //!
 //! Every state is read and written once, by one thread, and that is what the time goes to: a thread holds four
-//! neighbouring states of a channel as they are stored. What Mamba uses (Euler's rule, varying `B` and `C`, `d_state` a
-//! multiple of 4 and at most 128) takes the fast kernel where states lie side by side and start at multiples of 4
-//! elements, those of the pool as well as those of `A`, `B` and `C`, and where no activation spans 2^31 elements.
-//! Everything else gets the same bits from a general one.
+//! neighbouring states of a channel as they are stored, and four more in the fast kernel. What Mamba uses (Euler's rule,
+//! varying `B` and `C`, `d_state` a multiple of 4 and at most 128) takes the fast kernel where states lie side by side and
+//! start at multiples of 4 elements, those of the pool as well as those of `A`, `B` and `C`, and where no activation spans
+//! 2^31 elements. Everything else gets the same bits from a general one.
 
 use std::sync::Arc;
 
