@@ -146,3 +146,39 @@ impl Segments {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever the shape, segments are whole parts between checkpoints, and splitting makes at least three of them and no
+    /// more than four waves of what a pass carries.
+    #[test]
+    fn segments_fill_the_device_and_no_more() {
+        for (pass, groups) in [(Pass::Forward, 20), (Pass::Backward, 16)] {
+            for (rows, d_inner) in [(1, 64), (1, 1024), (1, 2048), (3, 1536), (8, 2048), (64, 1536)] {
+                for len in [1, 64, 191, 192, 512, 2048, 10_000, 65_536, 524_288] {
+                    let steps = Plan::default().steps(pass, rows, len, d_inner, 132);
+                    let what = format!("{pass:?}: {rows} rows of {len} steps, {d_inner} channels: {steps}");
+                    assert!(steps.is_multiple_of(CHECKPOINT_STEPS), "{what}");
+                    let (segments, carried) = (len.div_ceil(steps), groups * 132);
+                    let work = segments * rows * (d_inner / 8);
+                    assert!(segments == 1 || work <= 4 * carried, "{what}");
+                    assert!(segments != 2 && (len >= 192 || segments == 1), "{what}");
+                    // Unsplit, it is too short, or fills a third of the device by itself.
+                    assert!(segments > 1 || len < 192 || 3 * work > carried, "{what}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_asked_for_is_rounded_up() {
+        for (asked, steps) in [(0, 64), (1, 64), (64, 64), (65, 128)] {
+            let plan = Plan { segment_steps: Some(asked), ..Plan::default() };
+            assert_eq!(plan.steps(Pass::Forward, 1, 1 << 20, 1024, 132), steps);
+        }
+        let whole = Plan { segment_steps: Some(usize::MAX), ..Plan::default() };
+        assert!(whole.steps(Pass::Backward, 1, 1 << 40, 8, 132) > 1 << 40);
+    }
+}
