@@ -201,19 +201,12 @@ struct Lane {
     }
     // The same where they lie side by side: in one piece if all lanes have all or none of them, and aligned.
     template <bool WHOLE> __device__ __forceinline__ void read_dense(float (&to)[STATES], const float *from) const {
-        if constexpr (WHOLE) {
-            const float4 four = count ? *reinterpret_cast<const float4 *>(from) : float4{};
-            to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
-        } else {
-            read(to, from, 1);
-        }
+        const Pack<float, STATES> states = load<float, STATES, WHOLE>(from, 1, count);
+#pragma unroll
+        for (int i = 0; i < STATES; i++) to[i] = states[i];
     }
     template <bool WHOLE> __device__ __forceinline__ void write_dense(float *to, const float (&from)[STATES]) const {
-        if constexpr (WHOLE) {
-            if (count) *reinterpret_cast<float4 *>(to) = {from[0], from[1], from[2], from[3]};
-        } else {
-            write(to, from);
-        }
+        store<float, WHOLE>(to, from, count);
     }
     template <bool WHOLE> __device__ __forceinline__ void parameter(float (&to)[STATES], const Matrix &from) const {
         const float *at = from.data + channel * from.channel + state * from.state;

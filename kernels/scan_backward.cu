@@ -52,11 +52,6 @@ template <typename T> struct Shared {
 };
 static_assert(sizeof(Shared<float>) == 113840 && sizeof(Shared<__half>) == 110768, "as in src/scan/cuda/backward.rs");
 
-__device__ __forceinline__ void read_four(float (&to)[STATES], const float4 &from) {
-    to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
-}
-__device__ __forceinline__ float4 four(const float (&from)[STATES]) { return {from[0], from[1], from[2], from[3]}; }
-
 template <typename T> __device__ __forceinline__ void scan_backward(const ScanBackward &params) {
     constexpr bool ACCURATE = sizeof(T) == 4;
     using Decay = Decay<ACCURATE>;
@@ -90,19 +85,14 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
     float a[OWN][STATES], d_a[OWN][STATES] = {};
 #pragma unroll
     for (int c = 0; c < OWN; c++) {
-        lane_of(c).parameter<true>(a[c], p.a);
+        lane_of(c).template parameter<true>(a[c], p.a);
 #pragma unroll
         for (int n = 0; n < STATES; n++) a[c][n] *= LOG2_E;
     }
 
     if (threadIdx.x == 0) shared.next = SegmentIndex(p.segments.per_row);
     for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            shared.segment = p.segments.get(shared.next);
-            shared.next.next(p.segments.per_row);
-        }
-        __syncthreads();
+        take_segment(shared, p.segments);
         const Segment &segment = shared.segment;
 
         // The gradient of the state behind the segment.
@@ -175,8 +165,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 } else {
                     const int64_t slot =
                         (flat + segment.start) / CHECKPOINT_STEPS + i0 / CHECKPOINT_STEPS - 1;
-                    read_four(h[0][c], lane.count ? *reinterpret_cast<const float4 *>(params.checkpoints + lane.at(p, slot))
-                                                  : float4{});
+                    lane.read_dense<true>(h[0][c], params.checkpoints + lane.at(p, slot));
                 }
             }
 
@@ -261,7 +250,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
             float decays[TILE][OWN][STATES];
             for (int tile = 0;; tile++) {
 #pragma unroll
-                for (int c = 0; c < OWN; c++) mine.states[tile][c][lane_index] = four(h[0][c]);
+                for (int c = 0; c < OWN; c++) write_shared(&mine.states[tile][c][lane_index].x, h[0][c]);
 #pragma unroll
                 for (int t = 0; t < TILE; t++) decay_at(tile * TILE + t, decays[t]);
                 if (tile + 1 == tiles) break;
@@ -275,8 +264,8 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 // Forward through the tile, keeping the states.
 #pragma unroll
                 for (int c = 0; c < OWN; c++) {
-                    read_four(h[0][c], mine.states[tile][c][lane_index]);
-                    mine.states[tile + 1][c][lane_index] = four(g[c]);
+                    read_shared(h[0][c], &mine.states[tile][c][lane_index].x);
+                    write_shared(&mine.states[tile + 1][c][lane_index].x, g[c]);
                 }
 #pragma unroll
                 for (int t = 0; t < TILE; t++) advance(t0 + t, decays[t], h[t + 1], h[t]);
@@ -376,12 +365,12 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     // that the others keep their bits, from the states and gradients at both ends of the tile.
                     float again[OWN][STATES];
 #pragma unroll
-                    for (int c = 0; c < OWN; c++) read_four(again[c], mine.states[tile + 1][c][lane_index]);
+                    for (int c = 0; c < OWN; c++) read_shared(again[c], &mine.states[tile + 1][c][lane_index].x);
 #pragma unroll 1
                     for (int t = TILE - 1; t >= 0; t--) {
                         float state[OWN][STATES], decay[OWN][STATES], in[2 * OWN], d_y[OWN], c_[STATES], terms[2][4];
 #pragma unroll
-                        for (int c = 0; c < OWN; c++) read_four(state[c], mine.states[tile][c][lane_index]);
+                        for (int c = 0; c < OWN; c++) read_shared(state[c], &mine.states[tile][c][lane_index].x);
 #pragma unroll 1
                         for (int s = 0; s <= t; s++) {
                             decay_at(t0 + s, decay);
@@ -490,7 +479,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 #pragma unroll
                         for (int n = 0; n < STATES; n++) sum[n] = w ? sum[n] + one[n] : one[n];
                     }
-                    *reinterpret_cast<float4 *>(to + which * all + t * line + first) = four(sum);
+                    store<float, true>(to + which * all + t * line + first, sum, STATES);
                 }
             }
         }
@@ -517,7 +506,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 parts[c] += __shfl_xor_sync(~0u, parts[c], distance);
             }
         }
-        if (to && there && row == 0) *reinterpret_cast<float4 *>(to + blockIdx.y * p.d_inner + d0) = four(parts);
+        if (to) store<float, true>(to + blockIdx.y * p.d_inner + d0, parts, there && row == 0 ? QUAD : 0);
     };
     sum_rows(d_skip, params.d_d);
     sum_rows(d_bias, params.d_bias);

@@ -22,6 +22,16 @@ struct ScanBackward {
 };
 static_assert(sizeof(ScanBackward) == 568, "as in src/cuda/params.rs");
 
+// Has the next segment of the block's in shared memory, for all of its threads.
+template <typename Shared> __device__ __forceinline__ void take_segment(Shared &shared, const Segments &segments) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        shared.segment = segments.get(shared.next);
+        shared.next.next(segments.per_row);
+    }
+    __syncthreads();
+}
+
 // Whether terms are summed in two parts, see sum_channels.
 template <typename T> constexpr bool TWO_PARTS = true;
 template <> constexpr bool TWO_PARTS<__nv_bfloat16> = false;

@@ -112,12 +112,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 
         if (threadIdx.x == 0) shared.next = SegmentIndex(p.segments.per_row);
         for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
-            __syncthreads();
-            if (threadIdx.x == 0) {
-                shared.segment = p.segments.get(shared.next);
-                shared.next.next(p.segments.per_row);
-            }
-            __syncthreads();
+            take_segment(shared, p.segments);
             const Segment &segment = shared.segment;
 
             const Lane lane = lane_anew();

@@ -56,7 +56,7 @@ pub fn update<T: Element, St: Element>(
         d_inner: d_inner as i64,
         d_state: d_state as i64,
         group_channels: problem.dims.group_channels() as i64,
-        lane_shift: d_state.div_ceil(QUAD).next_power_of_two().min(32).ilog2().into(),
+        lane_shift: 0,
         flags: 0,
         slots: bytemuck::Zeroable::zeroed(),
     };
@@ -68,9 +68,8 @@ pub fn update<T: Element, St: Element>(
     let euler = !hold && params.b.constant == 0 && params.c.constant == 0;
     let fast = whole && euler && d_state <= 32 * QUAD && is_small(&params);
     // Each thread of the fast kernel holds two quads.
-    if fast {
-        params.lane_shift = (params.lane_shift - 1).max(0);
-    }
+    let held = if fast { 2 * QUAD } else { QUAD };
+    params.lane_shift = d_state.div_ceil(held).next_power_of_two().min(32).ilog2().into();
     params.flags = u64::from(inputs.options.dt_softplus) | u64::from(hold) << 1 | u64::from(whole) << 2;
     let columns = d_inner.div_ceil(THREADS >> params.lane_shift).min(GRID_COLUMNS);
     let grid = [columns, grid_rows(columns, batch, 48 * device.processors)];

@@ -26,9 +26,8 @@ pub use update::update;
 const THREADS: usize = 128;
 
 /// The numbers of steps that runs may have; more than the rows of a state, so that runs other than a sequence's first
-/// find all that comes before them among the inputs. Longer ones hide more of their loads: runs of 32 steps are worth it if
-/// they make a sixth of the threads that fill the device.
-const RUN_STEPS: [(usize, usize); 3] = [(64, 1), (32, 6), (16, usize::MAX)];
+/// find all that comes before them among the inputs.
+const RUN_STEPS: [usize; 3] = [64, 32, 16];
 
 /// Runs the convolution on the stream's device, asynchronously.
 ///
@@ -153,10 +152,16 @@ impl Layout {
 
     fn runs<T: Element>(self, problem: &Problem<T, Cuda>) -> params::Runs {
         let groups = problem.d_inner().div_ceil(self.channels);
-        let enough =
-            |&(steps, part): &(usize, usize)| self.count(problem, steps).saturating_mul(groups) >= self.threads / part;
-        // (The last part of the threads is none.)
-        let steps = RUN_STEPS.into_iter().find(enough).map_or(64, |(steps, _)| steps);
+        let threads = |steps| self.count(problem, steps).saturating_mul(groups);
+        // Longer runs hide more of their loads: those of 32 steps are worth it with a sixth of the threads.
+        let [long, middle, short] = RUN_STEPS;
+        let steps = if threads(long) >= self.threads {
+            long
+        } else if threads(middle) >= self.threads / 6 {
+            middle
+        } else {
+            short
+        };
         let len = problem.inputs.x.shape[1];
         params::Runs {
             packed: 0,

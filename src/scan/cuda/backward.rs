@@ -77,7 +77,7 @@ pub fn backward_with<T: Element>(
     // Rows of blocks, each of which sums the gradients of parameters over the segments that it takes.
     let segments = scan.inputs.segments.count as usize;
     let columns = scan.groups() * scan.group_blocks(CHANNELS);
-    let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).clamp(1, GRID_ROWS);
+    let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).min(GRID_ROWS);
     let (variant, module, threads, shared) = match scan.kernel {
         Kernel::General => ("general", Module::SCAN_BACKWARD_GENERAL, 256, 113_376),
         Kernel::Fast(_) => ("fast", Module::SCAN_BACKWARD, 128, 107_696 + 1536 * size_of::<T>()),
@@ -123,9 +123,9 @@ pub fn backward_with<T: Element>(
             sums.sums.push(Sum { from, parts: group_blocks, m, stride: m, to, is_full: false });
         }
     }
-    // SAFETY: the backward kernel, if it has run, has written `group_blocks` rows of `m` sums for each of B and C, and as
-    // many for each parameter as `add` says.
-    unsafe { device.sum::<T>(&sums.finish(segments > 0)) }
+    // SAFETY: the backward kernel has written `group_blocks` rows of `m` sums for each of B and C, and `rows` for each
+    // parameter: none, if there are no segments.
+    unsafe { device.sum::<T>(&sums.sums) }
 }
 
 // As the kernels are written.
@@ -154,10 +154,5 @@ impl Sums<'_> {
         self.workspaces.push(workspace);
         self.sums.push(Sum { from, parts: self.rows, m, stride: m, to, is_full: true });
         Ok(from)
-    }
-
-    /// The sums. If no part has been `written`, they are zero.
-    fn finish(&self, written: bool) -> Vec<Sum> {
-        self.sums.iter().map(|sum| Sum { parts: if written { sum.parts } else { 0 }, ..*sum }).collect()
     }
 }
