@@ -58,6 +58,33 @@ __device__ __forceinline__ uint32_t narrow_pair(float x, float y, __nv_bfloat16)
     return *reinterpret_cast<const uint32_t *>(&both);
 }
 
+// Element `i` of both, side by side.
+template <typename T, int COUNT>
+__device__ __forceinline__ Pack<T, 2> pair_up(const Pack<T, COUNT> &x, const Pack<T, COUNT> &y, int i) {
+    Pack<T, 2> both;
+    if constexpr (sizeof(T) == 4) {
+        both.raw = {x.word(i), y.word(i)};
+    } else {
+        both.raw = __byte_perm(x.word(i / 2), y.word(i / 2), i % 2 ? 0x7632 : 0x5410);
+    }
+    return both;
+}
+
+// Eight elements, as they are moved: 16 bytes at a time.
+template <typename T> struct alignas(16) Pack<T, 8> {
+    Pack<T, 4> halves[2];
+    __device__ __forceinline__ const Pack<T, 4> &half(int i) const { return halves[i]; }
+};
+
+// Four elements of two pairs.
+template <typename T> __device__ __forceinline__ Pack<T, 4> join(const Pack<T, 2> &x, const Pack<T, 2> &y) {
+    Pack<T, 4> both;
+    constexpr int WORDS = sizeof(T) / 2;
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) both.word(i) = x.word(i), both.word(WORDS + i) = y.word(i);
+    return both;
+}
+
 // The first `count` of the elements at `p` and `stride` apart behind it, zero beyond. `WHOLE` says that there are all or
 // none of them, side by side and aligned.
 template <typename T, int COUNT, bool WHOLE>
@@ -80,18 +107,23 @@ __device__ __forceinline__ Pack<T, COUNT> load(const T *p, int64_t stride, int c
     return pack;
 }
 
-// Rounds and writes the first `count` of four neighbouring elements.
-template <typename T, bool WHOLE> __device__ __forceinline__ void store(T *p, const float (&value)[4], int count) {
+// Rounds and writes the first `count` of `COUNT` neighbouring elements, 2 or 4.
+template <typename T, bool WHOLE, int COUNT> __device__ __forceinline__ void store(T *p, const float (&value)[COUNT], int count) {
     if constexpr (WHOLE) {
         if (count <= 0) return;
-        if constexpr (sizeof(T) == 4) {
-            *reinterpret_cast<float4 *>(p) = {value[0], value[1], value[2], value[3]};
-        } else {
-            *reinterpret_cast<uint2 *>(p) = {narrow_pair(value[0], value[1], T()), narrow_pair(value[2], value[3], T())};
+        Pack<T, COUNT> pack;
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 2) {
+            if constexpr (sizeof(T) == 4) {
+                pack.word(i) = __float_as_uint(value[i]), pack.word(i + 1) = __float_as_uint(value[i + 1]);
+            } else {
+                pack.word(i / 2) = narrow_pair(value[i], value[i + 1], T());
+            }
         }
+        *reinterpret_cast<decltype(pack.raw) *>(p) = pack.raw;
     } else {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < COUNT; i++) {
             if (i < count) p[i] = narrow<T>(value[i]);
         }
     }

@@ -1,13 +1,5 @@
 // The selective scan, forward, and what segments of split sequences make of a zero state.
-#include "scan.cuh"
-
-struct ScanForward {
-    ScanInputs in;
-    void *out;
-    // Null where not asked for.
-    float *final_state, *checkpoints;
-};
-static_assert(sizeof(ScanForward) == 416, "as in src/cuda/params.rs");
+#include "scan_forward.cuh"
 
 // Δ and what the recurrence takes in of a tile, as the lanes read them: by fours, `TOGETHER` steps of their `OWN` channels
 // at once, neighbouring lanes what is side by side.

@@ -57,7 +57,9 @@ pub fn prepare<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Prep
         false => rest.take_number("segments-")?,
     };
     let mut plan = Plan { segment_steps, ..Plan::default() };
-    for (word, per_lane) in [("one", PerLane::One), ("four", PerLane::Four)] {
+    for (word, per_lane) in
+        [("quarter", PerLane::Quarter), ("half", PerLane::Half), ("one", PerLane::One), ("four", PerLane::Four)]
+    {
         if rest.take(word) {
             plan.per_lane = Some(per_lane);
         }

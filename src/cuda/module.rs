@@ -31,6 +31,7 @@ modules! {
     SCAN_BACKWARD_GENERAL = "scan_backward_general",
     SCAN_RETREAT = "scan_retreat",
     SCAN_FORWARD = "scan_forward",
+    SCAN_FORWARD_FEW = "scan_forward_few",
     UPLOAD = "upload",
     STATE_UPDATE = "state_update",
     ROLLBACK = "rollback",

@@ -242,6 +242,8 @@ fn check<T: Element>(plan: Plan, shape: Shape, flags: Flags) {
 
 const WHOLE: Plan = Plan { segment_steps: Some(usize::MAX), per_lane: None };
 const SPLIT: Plan = Plan { segment_steps: Some(64), per_lane: None };
+const QUARTER: Plan = Plan { segment_steps: None, per_lane: Some(PerLane::Quarter) };
+const HALF: Plan = Plan { segment_steps: None, per_lane: Some(PerLane::Half) };
 
 /// What the fast kernels take, with the other flags as they are.
 fn fast(flags: Flags) -> Flags {
@@ -249,7 +251,8 @@ fn fast(flags: Flags) -> Flags {
     Flags { hold, constant_b, constant_c, time_contiguous, column_slice, ..flags }
 }
 
-/// Every pair of flags in all combinations, whole and split, through the general kernels and the fast ones.
+/// Every pair of flags in all combinations, whole and split, through the general kernels and the fast ones, and with lanes
+/// that carry parts of a channel.
 fn all_flags<T: Element>() {
     if stream().is_none() {
         return;
@@ -260,6 +263,13 @@ fn all_flags<T: Element>() {
                 check::<T>(plan, Shape { batch: 2, len, d_inner, d_state }, Flags::pairwise(row));
             }
             check::<T>(plan, Shape { batch: 2, len: 150, d_inner: 72, d_state: 16 }, fast(Flags::pairwise(row)));
+        }
+    }
+    for plan in [QUARTER, HALF] {
+        for row in 0..16 {
+            for (len, d_state, d_inner) in [(150, 16, 72), (131, 12, 44), (64, 4, 20)] {
+                check::<T>(plan, Shape { batch: 2, len, d_inner, d_state }, fast(Flags::pairwise(row)));
+            }
         }
     }
 }
@@ -333,7 +343,7 @@ fn nan_and_infinity() {
     if stream().is_none() {
         return;
     }
-    for plan in [WHOLE, SPLIT] {
+    for plan in [WHOLE, SPLIT, QUARTER, HALF] {
         properties::nan_spreads(Device::Cuda(plan), 21, 3);
         // The fast kernels, whose tensor cores multiply everything by something.
         properties::nan_spreads(Device::Cuda(plan), 24, 4);
@@ -353,12 +363,17 @@ fn a_sequence_does_not_see_its_neighbours() {
     if stream().is_none() {
         return;
     }
-    properties::neighbours(Device::Cuda(Plan::default()), &[(70, 36)], |flags| Flags { packed: true, ..flags });
-    properties::neighbours(Device::Cuda(Plan::default()), &[(70, 36)], |flags| Flags { packed: true, ..fast(flags) });
-    properties::neighbours(Device::Cuda(SPLIT), &[(75, 34)], |flags| flags);
+    let default = Device::Cuda(Plan::default());
+    properties::neighbours(default, &[(70, 36, 6)], |flags| Flags { packed: true, ..flags });
+    // In 5,000 steps there are mostly some sequences that are long enough to be split, and some that lanes carry in parts.
+    properties::neighbours(default, &[(70, 36, 8), (5000, 8, 4)], |flags| Flags { packed: true, ..fast(flags) });
+    for plan in [SPLIT, QUARTER, HALF] {
+        properties::neighbours(Device::Cuda(plan), &[(75, 36, 8)], fast);
+    }
+    properties::neighbours(Device::Cuda(SPLIT), &[(75, 34, 6)], |flags| flags);
 }
 
-/// The general kernels and the fast ones agree to the last bit, but for sums over channels and over time, which they form in
+/// The general kernels and the fast ones of whole channels agree to the last bit, but for sums over channels and over time, which they form in
 /// different orders; those are held to the reference only.
 #[test]
 fn layouts_do_not_matter() {

@@ -65,15 +65,16 @@ fn alone<T: Element>(case: &Case<T>, sequence: usize) -> Case<T> {
 /// A sequence gets the same bits packed, in a batch and alone; parameter gradients, which sum over all, excepted.
 #[test]
 fn a_sequence_does_not_see_its_neighbours() {
-    neighbours(Device::best(), &[(75, 34), (1500, 20)], |flags| flags);
+    neighbours(Device::best(), &[(75, 34, 6), (1500, 20, 6)], |flags| flags);
 }
 
-pub fn neighbours(device: Device, shapes: &[(usize, usize)], change: impl Fn(Flags) -> Flags) {
+/// With `shapes` of steps, channels and states.
+pub fn neighbours(device: Device, shapes: &[(usize, usize, usize)], change: impl Fn(Flags) -> Flags) {
     let (mut rng, seed) = seeded();
     let parameters = ["d_a", "d_d", "d_delta_bias"];
     for row in 0..16 {
-        for &(len, d_inner) in shapes {
-            let shape = Shape { batch: 3, len, d_inner, d_state: 6 };
+        for &(len, d_inner, d_state) in shapes {
+            let shape = Shape { batch: 3, len, d_inner, d_state };
             let case = Case::<f32>::new(&mut rng, shape, change(Flags::pairwise(row)));
             let whole = case.run(device);
             for sequence in 0..case.sequences() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use super::launch::{Kernel, LaunchShape, Scan};
+use super::launch::{Kernel, LaunchShape, Undivided};
 use super::plan::Pass;
 use super::{GradientsMut, Inputs, OutputGradients, Plan};
 use crate::arguments::Dims;
@@ -41,7 +41,7 @@ pub fn backward_with<T: Element>(
     problem.check_backward(checkpoints, &d_outputs, &gradients)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
-    let mut scan = Scan::new(&device, &problem, &plan, Pass::Backward, &mut arguments)?;
+    let mut undivided = Undivided::new(&problem, &mut arguments)?;
     let Dims { batch, len, d_inner, d_state, groups } = problem.dims;
     let steps = batch * len;
 
@@ -52,7 +52,7 @@ pub fn backward_with<T: Element>(
     let [(b, constant_b), (c, constant_c)] =
         [projection("gradients.b", gradients.b)?, projection("gradients.c", gradients.c)?];
     let mut params = params::ScanBackward {
-        inputs: scan.inputs,
+        inputs: undivided.inputs,
         d_out: arguments.activation("d_out", &d_outputs.d_out)?,
         d_final_state: arguments.states("d_final_state", &d_outputs.d_final_state)?,
         checkpoints: arguments.read("checkpoints", checkpoints, 0)?,
@@ -65,14 +65,13 @@ pub fn backward_with<T: Element>(
         ..params::ScanBackward::zeroed()
     };
     let (d_out, row) = (params.d_out, &[d_inner as i64][..]);
-    let d_out_is_aligned = d_out.channel == 1 && scan.is_aligned::<T>(&[(d_out.data, &[d_out.batch, d_out.step])]);
+    let d_out_is_aligned = d_out.channel == 1 && undivided.is_aligned::<T>(&[(d_out.data, &[d_out.batch, d_out.step])]);
     let checkpoints_are_aligned = lies_whole::<f32>(params.checkpoints, &[], 4);
-    if !d_out_is_aligned
-        || !checkpoints_are_aligned
-        || !scan.is_aligned::<T>(&[(params.d_u, row), (params.d_delta, row), (params.d_z, row)])
-    {
-        scan.kernel = Kernel::General;
-    }
+    undivided.is_fast &= d_out_is_aligned
+        && checkpoints_are_aligned
+        && undivided.is_aligned::<T>(&[(params.d_u, row), (params.d_delta, row), (params.d_z, row)]);
+    let scan = undivided.divide(&device, &problem, &plan, Pass::Backward)?;
+    params.inputs = scan.inputs;
 
     // Rows of blocks, each of which sums the gradients of parameters over the segments that it takes.
     let segments = scan.inputs.segments.count as usize;

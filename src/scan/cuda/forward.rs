@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::launch::{Kernel, LaunchShape, Scan};
+use super::launch::{Kernel, LaunchShape, Undivided};
 use super::plan::Pass;
 use super::{Inputs, OutputMut, PerLane, Plan};
 use crate::arguments::Dims;
@@ -34,7 +34,7 @@ pub fn forward_with<T: Element>(
     problem.check_outputs(&outputs)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
-    let mut scan = Scan::new(&device, &problem, &plan, Pass::Forward, &mut arguments)?;
+    let mut undivided = Undivided::new(&problem, &mut arguments)?;
     let out = arguments.write("out", outputs.out)?;
     let final_state = arguments.write_optional("final_state", outputs.final_state)?;
     let checkpoints = arguments.write_optional("checkpoints", outputs.checkpoints)?;
@@ -42,37 +42,51 @@ pub fn forward_with<T: Element>(
     if problem.sequences.count() == 0 || len == 0 && final_state == 0 {
         return Ok(());
     }
-    if scan.compensates || !scan.is_aligned::<T>(&[(out, &[d_inner as i64])]) {
-        scan.kernel = Kernel::General;
+    undivided.is_fast &= !undivided.compensates && undivided.is_aligned::<T>(&[(out, &[d_inner as i64])]);
+    let scan = undivided.divide(&device, &problem, &plan, Pass::Forward)?;
+    let workspace = scan.workspace(&device)?;
+    for (kernel, segments) in scan.launches() {
+        let launch = |name, inputs| {
+            let inputs = params::ScanInputs { segments, ..inputs };
+            let params = params::ScanForward { inputs, out, final_state, checkpoints };
+            let (module, shape) = shape::<T>(kernel, &inputs);
+            // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`, and the workspace
+            // has an element for each that the summaries write and the kernel after them reads.
+            unsafe { scan.launch::<T, _>(&device, module, name, shape, params) }
+        };
+        match &workspace {
+            Some(workspace) if kernel == scan.kernel => {
+                let inputs = scan.split_inputs(&device, workspace);
+                launch("scan_summary", inputs)?;
+                launch("scan_forward", inputs)?;
+            }
+            _ => launch("scan_forward", scan.inputs)?,
+        }
     }
-    let params = |inputs| params::ScanForward { inputs, out, final_state, checkpoints };
-    // SAFETY (both): every address and extent has been checked by `Inputs::check` and `check_outputs`, and the workspace
-    // has an element for each that the first kernel writes and the second reads.
-    let launch =
-        |name, params| unsafe { scan.launch::<T, _>(&device, Module::SCAN_FORWARD, name, shape(&scan), params) };
-    let Some(workspace) = scan.workspace(&device)? else { return launch("scan_forward", params(scan.inputs)) };
-    let inputs = scan.split_inputs(&device, &workspace);
-    launch("scan_summary", params(inputs))?;
-    launch("scan_forward", params(inputs))
+    Ok(())
 }
 
 /// Steps that a block works on at least, if there are enough sequences: it takes several short ones one after the other,
 /// to share the cost of reading the parameters.
 const STEPS_PER_BLOCK: usize = 64;
 
-fn shape(scan: &Scan) -> LaunchShape {
-    let (variant, channels, threads) = match scan.kernel {
-        Kernel::Fast(PerLane::One) => ("one", 32, 128),
-        Kernel::Fast(PerLane::Four) => ("four", 128, 128),
-        Kernel::General => ("general", 64, 256),
+fn shape<T: Element>(kernel: Kernel, inputs: &params::ScanInputs) -> (Module, LaunchShape) {
+    let (variant, channels, threads, module) = match kernel {
+        Kernel::Fast(PerLane::Quarter) => ("quarter", 8, 384, Module::SCAN_FORWARD_FEW),
+        Kernel::Fast(PerLane::Half) => ("half", 16, 384, Module::SCAN_FORWARD_FEW),
+        Kernel::Fast(PerLane::One) => ("one", 32, 128, Module::SCAN_FORWARD),
+        Kernel::Fast(PerLane::Four) => ("four", 128, 128, Module::SCAN_FORWARD),
+        Kernel::General => ("general", 64, 256, Module::SCAN_FORWARD),
     };
-    let per_block = (STEPS_PER_BLOCK / scan.inputs.segments.len.max(1) as usize).max(1);
-    let rows = (scan.inputs.segments.count as usize).div_ceil(per_block).min(GRID_ROWS);
+    let per_block = (STEPS_PER_BLOCK / inputs.segments.len.max(1) as usize).max(1);
+    let rows = (inputs.segments.count as usize).div_ceil(per_block).min(GRID_ROWS);
     // The general kernel keeps the states of turns of 16, four to a thread.
     let turns = |d_state: usize| d_state.div_ceil(16) * threads * 16;
-    let shared = match scan.kernel {
-        Kernel::General => [turns(scan.inputs.d_state as usize), turns(MAX_D_STATE)],
-        _ => [0, 0],
+    let shared = match kernel {
+        Kernel::General => [turns(inputs.d_state as usize), turns(MAX_D_STATE)],
+        Kernel::Fast(PerLane::Quarter) => [79_616 + 5632 * size_of::<T>(); 2],
+        Kernel::Fast(PerLane::Half) => [88_064 + 7168 * size_of::<T>(); 2],
+        Kernel::Fast(PerLane::One | PerLane::Four) => [0, 0],
     };
-    LaunchShape { variant, channels, threads, rows, shared }
+    (module, LaunchShape { variant, channels, threads, rows, shared })
 }

@@ -1,6 +1,6 @@
 //! What the launches of both passes have in common.
 
-use bytemuck::Pod;
+use bytemuck::{Pod, Zeroable};
 use cudarc::driver::CudaSlice;
 
 use super::Problem;
@@ -21,7 +21,15 @@ pub(super) enum Kernel {
 pub(super) struct Scan {
     pub inputs: params::ScanInputs,
     pub segments: Segments,
+    /// What takes all segments but those that are carried in parts.
     pub kernel: Kernel,
+}
+
+/// The inputs of a pass as kernels take them, but not yet divided.
+pub(super) struct Undivided {
+    pub inputs: params::ScanInputs,
+    /// Whether the fast kernels take them.
+    pub is_fast: bool,
     /// Whether any state is summed with compensation, which only the general forward kernel does.
     pub compensates: bool,
 }
@@ -29,16 +37,9 @@ pub(super) struct Scan {
 /// As `LONG_SEQUENCE` in the kernels.
 const LONG_SEQUENCE: usize = 16_384;
 
-impl Scan {
-    pub fn new<'a, T: Element>(
-        device: &Device,
-        problem: &Problem<'a, T, Cuda>,
-        plan: &Plan,
-        pass: Pass,
-        arguments: &mut Arguments<'a>,
-    ) -> Result<Self> {
-        let (inputs, Dims { d_inner, d_state, batch, .. }) = (&problem.inputs, problem.dims);
-        let segments = Segments::new(device, problem, plan, pass)?;
+impl Undivided {
+    pub fn new<'a, T: Element>(problem: &Problem<'a, T, Cuda>, arguments: &mut Arguments<'a>) -> Result<Self> {
+        let (inputs, Dims { d_inner, d_state, .. }) = (&problem.inputs, problem.dims);
         let group_channels = problem.dims.group_channels();
         let longest = match problem.sequences {
             Sequences::Dense { len, .. } => len,
@@ -47,7 +48,8 @@ impl Scan {
         let compensate = T::DTYPE == DType::F32 && longest > LONG_SEQUENCE;
         let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
         let flag = |set: bool, bit: u64| if set { bit } else { 0 };
-        let mut scan = Self {
+        let varying = |projection: &Projection<T, Cuda>| matches!(projection, Projection::Varying(_));
+        let mut undivided = Self {
             inputs: params::ScanInputs {
                 u: arguments.activation("u", &inputs.u)?,
                 delta: arguments.activation("delta", &inputs.delta)?,
@@ -58,7 +60,7 @@ impl Scan {
                 d: arguments.vector("d", &inputs.d)?,
                 delta_bias: arguments.vector("delta_bias", &inputs.delta_bias)?,
                 initial_state: arguments.states("initial_state", &inputs.initial_state)?,
-                segments: segments.params,
+                segments: params::Segments::zeroed(),
                 d_inner: d_inner as i64,
                 d_state: d_state as i64,
                 group_channels: group_channels as i64,
@@ -70,24 +72,16 @@ impl Scan {
                     | flag(inputs.options.reverse, 4)
                     | flag(compensate, 8),
             },
-            segments,
-            kernel: Kernel::General,
+            is_fast: d_state <= 16
+                && d_state.is_multiple_of(4)
+                && group_channels.is_multiple_of(4)
+                && varying(&inputs.b)
+                && varying(&inputs.c)
+                && !hold,
             compensates: compensate,
         };
-        let varying = |projection: &Projection<T, Cuda>| matches!(projection, Projection::Varying(_));
-        let fast = d_state <= 16
-            && d_state.is_multiple_of(4)
-            && group_channels.is_multiple_of(4)
-            && varying(&inputs.b)
-            && varying(&inputs.c)
-            && !hold
-            && scan.is_aligned::<T>(&[]);
-        if fast {
-            let count = scan.segments.params.count as usize;
-            let steps = batch * problem.dims.len / count.max(1);
-            scan.kernel = Kernel::Fast(plan.per_lane(steps, count, d_inner, device.processors));
-        }
-        Ok(scan)
+        undivided.is_fast &= undivided.is_aligned::<T>(&[]);
+        Ok(undivided)
     }
 
     /// Whether the inputs can be read, and `outputs`, given by address and strides, written by fours.
@@ -104,6 +98,27 @@ impl Scan {
             && outputs.iter().all(|(address, strides)| whole(*address, strides))
     }
 
+    /// The pass divided as `plan` says.
+    pub fn divide<T: Element>(
+        self,
+        device: &Device,
+        problem: &Problem<T, Cuda>,
+        plan: &Plan,
+        pass: Pass,
+    ) -> Result<Scan> {
+        let Dims { batch, len, d_inner, .. } = problem.dims;
+        let segments = Segments::new(device, problem, plan, pass, self.is_fast)?;
+        let count = segments.params.count as usize;
+        let kernel = match (self.is_fast, segments.split) {
+            (false, _) => Kernel::General,
+            (true, true) => Kernel::Fast(PerLane::One),
+            (true, false) => Kernel::Fast(plan.per_lane(batch * len / count.max(1), count, d_inner, device.processors)),
+        };
+        Ok(Scan { inputs: params::ScanInputs { segments: segments.params, ..self.inputs }, segments, kernel })
+    }
+}
+
+impl Scan {
     /// Room for the state that each segment reaches from zero, and for its ΣΔ, if sequences are split.
     pub fn workspace(&self, device: &Device) -> Result<Option<CudaSlice<f32>>> {
         let len = self.segment_channels() * (self.inputs.d_state as usize + 1);
@@ -119,6 +134,20 @@ impl Scan {
         let reached = device.address(workspace);
         let states = self.segment_channels() * self.inputs.d_state as usize;
         params::ScanInputs { reached, sums: reached + (states * size_of::<f32>()) as u64, ..self.inputs }
+    }
+
+    /// The segments that are carried in parts, and the others, each with what takes them; without those of which there is
+    /// none.
+    pub fn launches(&self) -> impl Iterator<Item = (Kernel, params::Segments)> {
+        let all = self.segments.params;
+        let (part, count) = self.segments.parts.unwrap_or((PerLane::One, 0));
+        let others = params::Segments {
+            packed: if all.packed == 0 { 0 } else { all.packed + count as u64 * size_of::<[u64; 7]>() as u64 },
+            count: all.count - count,
+            ..all
+        };
+        let both = [(Kernel::Fast(part), params::Segments { count, ..all }), (self.kernel, others)];
+        both.into_iter().filter(|(_, segments)| segments.count > 0)
     }
 
     /// Launches the kernel of this name that the problem takes, on blocks of `channels` channels and `threads` threads, in

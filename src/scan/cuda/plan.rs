@@ -18,14 +18,20 @@ pub struct Plan {
     /// Packed sequences are divided each as if it were alone, so that it gets the same bits, and so more finely than a
     /// large pack of them needs: `Some(usize::MAX)` is faster then.
     pub segment_steps: Option<usize>,
-    /// The channels of which a lane carries states, where the fast kernels apply. The bits do not depend on it.
+    /// What a lane of the forward pass carries, where the fast kernels apply and no sequence is split. The bits of
+    /// [`PerLane::One`] and [`PerLane::Four`] are the same.
     pub per_lane: Option<PerLane>,
 }
 
-/// The channels of which a lane carries 4 states each; 4 lanes hold the 16 states of a channel.
+/// What a lane carries: 4 states each of this many channels, or a part of 4 states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PerLane {
-    /// For sequences of dozens of steps and more: tiles of 32 steps.
+    /// One state: so few channels fill a device that sequences need not be split for it, and they are not, whatever
+    /// [`Plan::segment_steps`] says.
+    Quarter,
+    /// Two states, likewise.
+    Half,
+    /// For many channels or batches, and sequences of dozens of steps and more: tiles of 32 steps.
     One,
     /// For shorter ones: tiles of 8 steps, and the fewest instructions.
     Four,
@@ -58,6 +64,31 @@ impl Pass {
 }
 
 impl Plan {
+    /// What a lane carries of sequences of `len` steps, of which `rows` are worked on at once, if their channels are too few
+    /// for the kernels of whole channels to fill the device and they are better off with less to a lane than split.
+    pub(super) fn part_of_channel(
+        &self,
+        rows: usize,
+        len: usize,
+        d_inner: usize,
+        processors: usize,
+    ) -> Option<PerLane> {
+        match (self.segment_steps, self.per_lane) {
+            (None, None) => {}
+            (_, Some(part @ (PerLane::Quarter | PerLane::Half))) => return Some(part),
+            _ => return None,
+        }
+        // A block for each processor, or nearly. Measured, see benches/tuning.md.
+        let fits = |channels| rows.saturating_mul(d_inner.div_ceil(channels)) <= processors;
+        let nearly_fills = rows.saturating_mul(d_inner) >= 14 * processors;
+        match len {
+            0..=2048 if fits(8) => Some(PerLane::Quarter),
+            0..=512 if fits(16) => Some(PerLane::Half),
+            _ if fits(16) && nearly_fills => Some(PerLane::Half),
+            _ => None,
+        }
+    }
+
     /// The steps in each segment of a sequence of `len` steps, of which `rows` are worked on at once.
     pub(super) fn steps(&self, pass: Pass, rows: usize, len: usize, d_inner: usize, processors: usize) -> usize {
         let slots = pass.groups() * processors;
@@ -93,20 +124,30 @@ pub(super) struct Segments {
     pub params: params::Segments,
     /// Whether any sequence has more than one.
     pub split: bool,
+    /// What a lane carries of the sequences that come first, and how many these are: see [`Plan::part_of_channel`].
+    pub parts: Option<(PerLane, i64)>,
     /// The table that `params` points at for packed sequences.
     _table: Option<CudaSlice<u64>>,
 }
 
 impl Segments {
+    /// Those of the pass, for the fast kernels or the general ones.
     pub fn new<T: Element, M: Memory>(
         device: &Device,
         problem: &Problem<T, M>,
         plan: &Plan,
         pass: Pass,
+        is_fast: bool,
     ) -> Result<Self> {
         let Dims { batch, len, d_inner, .. } = problem.dims;
+        let part_of = |rows, len| match (pass, is_fast) {
+            (Pass::Forward, true) => plan.part_of_channel(rows, len, d_inner, device.processors),
+            _ => None,
+        };
         match problem.sequences {
             Sequences::Dense { .. } => {
+                let part = part_of(batch, len);
+                let plan = if part.is_some() { &Plan { segment_steps: Some(usize::MAX), ..*plan } } else { plan };
                 let steps = plan.steps(pass, batch, len, d_inner, device.processors);
                 // An empty sequence has one empty segment, which hands its state on.
                 let per_row = len.div_ceil(steps).max(1);
@@ -117,19 +158,28 @@ impl Segments {
                     per_row: per_row as i64,
                     steps: steps as i64,
                 };
-                Ok(Self { params, split: per_row > 1, _table: None })
+                let parts = part.map(|part| (part, params.count));
+                Ok(Self { params, split: per_row > 1, parts, _table: None })
             }
             Sequences::Packed(_) => {
+                // Each as if it were alone. Those of which lanes carry parts first: they are launched by themselves.
+                let (in_parts, others): (Vec<_>, Vec<_>) =
+                    problem.sequences.iter().partition(|sequence| part_of(1, sequence.len).is_some());
+                let parts = in_parts.first().and_then(|sequence| part_of(1, sequence.len));
+                let parts = parts.map(|part| (part, in_parts.len() as i64));
                 let (mut entries, mut split) = (Vec::new(), false);
-                for sequence in problem.sequences.iter() {
-                    let steps = plan.steps(pass, 1, sequence.len, d_inner, device.processors);
+                for sequence in in_parts.iter().chain(&others) {
+                    let steps = match part_of(1, sequence.len) {
+                        Some(_) => usize::MAX,
+                        None => plan.steps(pass, 1, sequence.len, d_inner, device.processors),
+                    };
                     split |= sequence.len > steps;
                     let count = sequence.len.div_ceil(steps).max(1);
                     for rank in 0..count {
                         let first = rank * steps;
                         let steps = steps.min(sequence.len - first);
                         let behind = count - 1 - rank;
-                        let Sequence { index, start, len, .. } = sequence;
+                        let &Sequence { index, start, len, .. } = sequence;
                         entries.extend([index, start, len, first, steps, rank, behind].map(|x| x as u64));
                     }
                 }
@@ -141,7 +191,7 @@ impl Segments {
                     per_row: 1,
                     steps: 0,
                 };
-                Ok(Self { params, split, _table: Some(table) })
+                Ok(Self { params, split, parts, _table: Some(table) })
             }
         }
     }
@@ -170,6 +220,30 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Lanes carry parts of a channel only where that fills the device about once.
+    #[test]
+    fn parts_are_for_few_channels() {
+        let part = |rows, len, d_inner| Plan::default().part_of_channel(rows, len, d_inner, 132);
+        for (rows, len, d_inner, expected) in [
+            (1, 1, 8, Some(PerLane::Quarter)),
+            (1, 2048, 1056, Some(PerLane::Quarter)),
+            (1, 2049, 1056, None),
+            (1, 512, 1057, Some(PerLane::Half)),
+            (1, 513, 1536, None),
+            (1, 1 << 20, 2048, Some(PerLane::Half)),
+            (1, 64, 2113, None),
+            (8, 512, 2048, None),
+            (2, 65_536, 1024, Some(PerLane::Half)),
+        ] {
+            assert_eq!(part(rows, len, d_inner), expected, "{rows} rows of {len} steps, {d_inner} channels");
+        }
+        // What is asked for is what happens.
+        let split = Plan { segment_steps: Some(64), ..Plan::default() };
+        assert_eq!(split.part_of_channel(1, 512, 1024, 132), None);
+        let half = Plan { per_lane: Some(PerLane::Half), ..Plan::default() };
+        assert_eq!(half.part_of_channel(64, 512, 1536, 132), Some(PerLane::Half));
     }
 
     #[test]
