@@ -16,7 +16,8 @@ static_assert(TILE * WIDTH == 32 * QUAD, "a lane stages and finishes one quad of
 // What a warp keeps of its channels.
 template <typename T> struct OfWarp {
     // Δ and Δu of each pair of channels. A tile that is done with leaves the sums of ∂B and ∂C over the warp's channels in
-    // its place, (TILE, 2, TURN).
+    // its place, (TILE, 2, TURN): the fours of each step in an order of its own, so that lanes of different steps do not meet
+    // in a bank.
     float4 steps[CHECKPOINT_STEPS][PAIRS];
     // The states before each tile. The gradient behind the tile that is worked on is in the place after the tile's own.
     float4 states[TILES + 1][OWN][32];
@@ -417,7 +418,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 __syncwarp();
                 {
                     const int lane = thread_anew() % 32, t = lane % 2 * 2 + lane / 4 % 2, which = lane / 2 % 2;
-                    float *to = &mine.steps[t0][0].x + which * TURN + lane / PAIRS * STATES;
+                    float *to = &mine.steps[t0][0].x + ((which * LANES + lane / PAIRS) ^ t) * STATES;
                     write_shared(to + t * 2 * TURN, totals[0]);
                     write_shared(to + (4 + t) * 2 * TURN, totals[1]);
                 }
@@ -475,7 +476,8 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 #pragma unroll
                     for (int w = 0; w < WARPS; w++) {
                         float one[STATES];
-                        read_shared(one, &shared.warps[w].steps[0][0].x + STATES * (thread + k * THREADS));
+                        const int place = (thread ^ thread / FOURS % 4) + k * THREADS;
+                        read_shared(one, &shared.warps[w].steps[0][0].x + STATES * place);
 #pragma unroll
                         for (int n = 0; n < STATES; n++) sum[n] = w ? sum[n] + one[n] : one[n];
                     }

@@ -6,7 +6,7 @@
 // while it advances one.
 #include "scan_forward.cuh"
 
-// Threads that advance, and as many that stage and finish.
+// The threads that advance tiles; as many stage them, and as many finish them. Steps are read ahead by groups.
 constexpr int THREADS = 128, STEPS = 64, GROUP = 8;
 
 // A tile, staged, and what the lanes make of it.
@@ -23,6 +23,7 @@ template <typename T, int OWN> struct Tile {
         float4 of[CHANNELS][STEPS / 4 + 1];
         float4 gap[2];
     } outputs[LANES];
+
     static __device__ __forceinline__ int place(int two, int state) {
         return OWN == 1 ? two / 2 * (ROW + GAP) + state * 2 + two % 2 : two * (ROW + GAP) + state;
     }
@@ -35,7 +36,7 @@ template <typename T, int OWN> struct Shared {
 };
 static_assert(sizeof(Shared<float, 1>) == 102144 && sizeof(Shared<__half, 2>) == 102400, "as in src/scan/cuda/forward.rs");
 
-// Those who carry states: 128 threads, one or two states each.
+// For those who carry states, one or two each.
 template <typename T, int OWN> __device__ __forceinline__ void advance(const ScanForward &params, Shared<T, OWN> &shared) {
     using Tile = Tile<T, OWN>;
     constexpr bool ACCURATE = sizeof(T) == 4;
@@ -278,7 +279,8 @@ template <typename T, int OWN> __device__ __forceinline__ void finish(const Scan
 template <typename T, int OWN> __device__ __forceinline__ void scan_forward_few(const ScanForward &params) {
     extern __shared__ float4 memory[];
     Shared<T, OWN> &shared = *reinterpret_cast<Shared<T, OWN> *>(memory);
-    // All pass the same barriers of a segment: one before each tile is advanced, and one after the last.
+    // All pass the same barriers of a segment: one before each tile is advanced, when it is staged, and one after the last.
+    // What is staged next has been advanced two tiles before, and what is finished then is the tile before.
     const int role = threadIdx.x / THREADS;
     if (role == 0) {
         advance(params, shared);

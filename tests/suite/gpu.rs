@@ -365,8 +365,8 @@ fn a_sequence_does_not_see_its_neighbours() {
     }
     let default = Device::Cuda(Plan::default());
     properties::neighbours(default, &[(70, 36, 6)], |flags| Flags { packed: true, ..flags });
-    // In 5,000 steps there are mostly some sequences that are long enough to be split, and some that lanes carry in parts.
-    properties::neighbours(default, &[(70, 36, 8), (5000, 8, 4)], |flags| Flags { packed: true, ..fast(flags) });
+    // In 1,000 steps there are mostly some sequences that are long enough to be split, and some that lanes carry in parts.
+    properties::neighbours(default, &[(70, 36, 8), (1000, 8, 4)], |flags| Flags { packed: true, ..fast(flags) });
     for plan in [SPLIT, QUARTER, HALF] {
         properties::neighbours(Device::Cuda(plan), &[(75, 36, 8)], fast);
     }

@@ -78,13 +78,15 @@ impl Plan {
             (_, Some(part @ (PerLane::Quarter | PerLane::Half))) => return Some(part),
             _ => return None,
         }
-        // A block for each processor, or nearly. Measured, see benches/tuning.md.
-        let fits = |channels| rows.saturating_mul(d_inner.div_ceil(channels)) <= processors;
-        let nearly_fills = rows.saturating_mul(d_inner) >= 14 * processors;
-        match len {
-            0..=2048 if fits(8) => Some(PerLane::Quarter),
-            0..=512 if fits(16) => Some(PerLane::Half),
-            _ if fits(16) && nearly_fills => Some(PerLane::Half),
+        // How far blocks of so many channels fill the device, one to a processor.
+        let fill = |channels| rows.saturating_mul(d_inner.div_ceil(channels)) as f64 / processors as f64;
+        // A step takes such a block the same time however few there are of them; split, it takes what the channels need, and
+        // the whole some microseconds more. Measured, see benches/tuning.md.
+        let len = len as f64;
+        match (fill(8), fill(16)) {
+            (quarter, _) if quarter <= 1.0 => (len * (1.0 - 0.87 * quarter) <= 400.0).then_some(PerLane::Quarter),
+            (_, half) if half <= 1.0 => (len * (1.0 - 1.22 * half) <= 200.0).then_some(PerLane::Half),
+            (_, half) if (1.8..=2.0).contains(&half) => (len >= 192.0).then_some(PerLane::Half),
             _ => None,
         }
     }
@@ -222,18 +224,22 @@ mod tests {
         }
     }
 
-    /// Lanes carry parts of a channel only where that fills the device about once.
+    /// Lanes carry parts of a channel only where that fills the device about once or twice, or the sequence is short.
     #[test]
     fn parts_are_for_few_channels() {
         let part = |rows, len, d_inner| Plan::default().part_of_channel(rows, len, d_inner, 132);
         for (rows, len, d_inner, expected) in [
             (1, 1, 8, Some(PerLane::Quarter)),
-            (1, 2048, 1056, Some(PerLane::Quarter)),
-            (1, 2049, 1056, None),
-            (1, 512, 1057, Some(PerLane::Half)),
-            (1, 513, 1536, None),
+            (1, 2048, 1024, Some(PerLane::Quarter)),
+            (1, 4096, 1024, None),
+            (1, 512, 768, Some(PerLane::Quarter)),
+            (1, 1024, 512, None),
+            (1, 512, 1536, Some(PerLane::Half)),
+            (1, 4096, 1536, None),
             (1, 1 << 20, 2048, Some(PerLane::Half)),
-            (1, 64, 2113, None),
+            (1, 64, 2560, None),
+            (1, 64, 4096, None),
+            (1, 256, 4096, Some(PerLane::Half)),
             (8, 512, 2048, None),
             (2, 65_536, 1024, Some(PerLane::Half)),
         ] {
