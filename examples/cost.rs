@@ -31,7 +31,9 @@ type Run = fn(&Arc<CudaStream>) -> Result<(), Failure>;
 const OPERATORS: &[(&str, Run)] = &[
     ("scan forward, one channel a lane", |stream| scan_forward(stream, unsplit(PerLane::One))),
     ("scan forward, four channels a lane", |stream| scan_forward(stream, unsplit(PerLane::Four))),
-    ("scan forward, as planned", |stream| scan_forward(stream, Plan::default())),
+    ("scan forward, one state a lane", |stream| scan_forward(stream, in_parts(PerLane::Quarter))),
+    ("scan forward, two states a lane", |stream| scan_forward(stream, in_parts(PerLane::Half))),
+    ("scan forward, split", |stream| scan_forward(stream, Plan { segment_steps: Some(64), per_lane: None })),
     ("scan backward, unsplit", |stream| scan_backward(stream, unsplit(PerLane::One))),
     ("scan backward, as planned", |stream| scan_backward(stream, Plan::default())),
     ("convolution forward", conv_forward),
@@ -46,6 +48,10 @@ const ROWS: usize = 64;
 
 fn unsplit(per_lane: PerLane) -> Plan {
     Plan { segment_steps: Some(usize::MAX), per_lane: Some(per_lane) }
+}
+
+fn in_parts(per_lane: PerLane) -> Plan {
+    Plan { segment_steps: None, per_lane: Some(per_lane) }
 }
 
 fn main() -> Result<(), Failure> {

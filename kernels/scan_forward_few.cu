@@ -147,23 +147,36 @@ template <typename T, int OWN> struct Part {
     }
 };
 
-// Walks two steps of each tile, side by side elements of a tensor from its `first` on.
-template <typename T, int COUNT> struct Pairs {
+// Walks two steps of each tile, side by side elements of a tensor from its `first` on, with those of the next tiles in
+// flight: of one, or of an even and an odd one. (Two are faster with two states to a lane and slower with one.)
+template <typename T, int COUNT, int AHEAD> struct Pairs {
     const T *at;
     int step;
-    Pack<T, COUNT> next[2];
+    Pack<T, COUNT> next[AHEAD][2];
 
     __device__ __forceinline__ Pairs(const void *data, int64_t first, int64_t step, bool reverse)
         : at(static_cast<const T *>(data) + first), step(static_cast<int>(reverse ? -step : step)) {}
 
-    // Puts the loads in flight for the next tile, where there are such steps.
-    __device__ __forceinline__ void load(bool first, bool second) {
-        next[0] = ::load<T, COUNT, true>(at, 1, first);
-        next[1] = ::load<T, COUNT, true>(at + step, 1, second);
+    // Puts the loads in flight for another tile, where there are such steps.
+    __device__ __forceinline__ void load(bool odd, bool first, bool second) {
+        next[odd % AHEAD][0] = ::load<T, COUNT, true>(at, 1, first);
+        next[odd % AHEAD][1] = ::load<T, COUNT, true>(at + step, 1, second);
         at += STEPS * step;
     }
+    __device__ __forceinline__ const Pack<T, COUNT> (&of(bool odd) const)[2] { return next[odd % AHEAD]; }
 };
 
+// Even tiles and odd ones in turns.
+template <typename Turn> __device__ __forceinline__ void in_turns(int64_t tiles, Turn turn) {
+    for (int64_t k = 0;; k += 2) {
+        if (k >= tiles) break;
+        turn(Is<false>(), k);
+        if (k + 1 >= tiles) break;
+        turn(Is<true>(), k + 1);
+    }
+}
+
+// For those who stage: Δ, Δu, and B and C of each tile.
 template <typename T, int OWN> __device__ __forceinline__ void stage(const ScanForward &params, Shared<T, OWN> &shared) {
     using Part = Part<T, OWN>;
     using Tile = Tile<T, OWN>;
@@ -179,47 +192,52 @@ template <typename T, int OWN> __device__ __forceinline__ void stage(const ScanF
         const Segment segment = p.segments.get(at);
         const int64_t i = segment.step(row, reverse);
         const auto first = [&](const auto &tensor) { return segment.row * tensor.batch + i * tensor.step; };
-        Pairs<T, Part::WIDTH> u(p.u.data, first(p.u) + part.d0, p.u.step, reverse);
-        Pairs<T, Part::WIDTH> delta(p.delta.data, first(p.delta) + part.d0, p.delta.step, reverse);
-        Pairs<T, STATES> b(p.b.data, first(p.b) + part.block.group * p.b.group + state, p.b.step, reverse);
-        Pairs<T, STATES> c(p.c.data, first(p.c) + part.block.group * p.c.group + state, p.c.step, reverse);
-        const auto load_next = [&](int64_t left) {
+        Pairs<T, Part::WIDTH, OWN> u(p.u.data, first(p.u) + part.d0, p.u.step, reverse);
+        Pairs<T, Part::WIDTH, OWN> delta(p.delta.data, first(p.delta) + part.d0, p.delta.step, reverse);
+        Pairs<T, STATES, OWN> b(p.b.data, first(p.b) + part.block.group * p.b.group + state, p.b.step, reverse);
+        Pairs<T, STATES, OWN> c(p.c.data, first(p.c) + part.block.group * p.c.group + state, p.c.step, reverse);
+        const auto load_next = [&](bool odd, int64_t left) {
             const bool one = row < left, two = row + 1 < left;
-            u.load(one, two), delta.load(one, two);
-            b.load(one && has_state, two && has_state), c.load(one && has_state, two && has_state);
+            u.load(odd, one, two), delta.load(odd, one, two);
+            b.load(odd, one && has_state, two && has_state), c.load(odd, one && has_state, two && has_state);
         };
-        load_next(segment.steps);
+        load_next(false, segment.steps);
+        if (OWN == 2) load_next(true, segment.steps - STEPS);
         const int64_t tiles = (segment.steps + STEPS - 1) / STEPS;
-        for (int64_t k = 0; k < tiles; k++) {
-            Tile &tile = shared.tiles[k % 2];
+        const auto turn = [&](auto odd, int64_t k) {
+            Tile &tile = shared.tiles[odd.value];
+            const auto &now_u = u.of(odd), &now_delta = delta.of(odd);
+            const auto &now_b = b.of(odd), &now_c = c.of(odd);
             const int64_t left = segment.steps - k * STEPS;
 #pragma unroll
             for (int j = 0; j < Part::WIDTH; j++) {
                 float steps[4];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    float step = delta.next[i][j] + biases[j];
+                    float step = now_delta[i][j] + biases[j];
                     step = plus ? softplus<T>(step) : step;
                     step = row + i < left ? step : 0.0f;
-                    steps[2 * i] = step, steps[2 * i + 1] = step * u.next[i][j];
+                    steps[2 * i] = step, steps[2 * i + 1] = step * now_u[i][j];
                 }
                 write_shared(&tile.steps[part.column + j][row / 2].x, steps);
             }
 #pragma unroll
             for (int n = 0; n < STATES; n++) {
                 tile.projections[Tile::place(row / 2, state + n)] =
-                    join(pair_up(b.next[0], c.next[0], n), pair_up(b.next[1], c.next[1], n));
+                    join(pair_up(now_b[0], now_c[0], n), pair_up(now_b[1], now_c[1], n));
             }
 #pragma unroll
-            for (int i = 0; i < 2; i++) shared.u[ring][i][threadIdx.x % THREADS] = u.next[i];
+            for (int i = 0; i < 2; i++) shared.u[ring][i][threadIdx.x % THREADS] = now_u[i];
             ring = ring == 2 ? 0 : ring + 1;
-            load_next(left - STEPS);
+            load_next(odd, left - OWN * STEPS);
             __syncthreads();
-        }
+        };
+        in_turns(tiles, turn);
         __syncthreads();
     }
 }
 
+// For those who finish: what the lanes add to y, with the skip connection and the gate.
 template <typename T, int OWN> __device__ __forceinline__ void finish(const ScanForward &params, Shared<T, OWN> &shared) {
     using Part = Part<T, OWN>;
     using Tile = Tile<T, OWN>;
@@ -234,19 +252,19 @@ template <typename T, int OWN> __device__ __forceinline__ void finish(const Scan
         const Segment segment = p.segments.get(at);
         const int64_t i = segment.step(row, reverse);
         const auto first = [&](const auto &tensor) { return segment.row * tensor.batch + i * tensor.step; };
-        Pairs<T, Part::WIDTH> z(p.z.data, first(p.z) + part.d0, p.z.step, reverse);
+        Pairs<T, Part::WIDTH, OWN> z(p.z.data, first(p.z) + part.d0, p.z.step, reverse);
         T *out = static_cast<T *>(params.out) + (segment.row * p.segments.len + i) * p.d_inner + part.d0;
         const int out_step = static_cast<int>(reverse ? -p.d_inner : p.d_inner);
-        const auto load_next = [&](int64_t left) {
-            const bool one = row < left, two = row + 1 < left;
-            z.load(one && gated, two && gated);
+        const auto load_next = [&](bool odd, int64_t left) {
+            z.load(odd, gated && row < left, gated && row + 1 < left);
         };
-        load_next(segment.steps);
+        load_next(false, segment.steps);
+        if (OWN == 2) load_next(true, segment.steps - STEPS);
         __syncthreads();
         const int64_t tiles = (segment.steps + STEPS - 1) / STEPS;
-        for (int64_t k = 0; k < tiles; k++) {
+        const auto turn = [&](auto odd, int64_t k) {
             __syncthreads();
-            const Tile &tile = shared.tiles[k % 2];
+            const Tile &tile = shared.tiles[odd.value];
             const auto &u = shared.u[ring];
             ring = ring == 2 ? 0 : ring + 1;
             const int64_t left = segment.steps - k * STEPS;
@@ -263,16 +281,17 @@ template <typename T, int OWN> __device__ __forceinline__ void finish(const Scan
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     y[i][j] = fmaf(skips[j], u[i][threadIdx.x % THREADS][j], sums[0][i] + sums[1][i]);
-                    y[i][j] *= gated ? silu(z.next[i][j]) : 1.0f;
+                    y[i][j] *= gated ? silu(z.of(odd)[i][j]) : 1.0f;
                 }
             }
-            load_next(left - STEPS);
+            load_next(odd, left - OWN * STEPS);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 store<T, true>(out + i * out_step, y[i], part.exists && row + i < left ? Part::WIDTH : 0);
             }
             out += STEPS * out_step;
-        }
+        };
+        in_turns(tiles, turn);
     }
 }
 
@@ -292,11 +311,11 @@ template <typename T, int OWN> __device__ __forceinline__ void scan_forward_few(
 }
 
 #define INSTANCES(SUFFIX, T)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(3 * THREADS)                                                           \
+    extern "C" __global__ void __launch_bounds__(3 * THREADS, 1)                                                           \
         scan_forward_quarter_##SUFFIX(const __grid_constant__ ScanForward params) {                                    \
         scan_forward_few<T, 1>(params);                                                                                \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(3 * THREADS)                                                           \
+    extern "C" __global__ void __launch_bounds__(3 * THREADS, 1)                                                           \
         scan_forward_half_##SUFFIX(const __grid_constant__ ScanForward params) {                                       \
         scan_forward_few<T, 2>(params);                                                                                \
     }

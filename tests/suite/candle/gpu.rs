@@ -47,7 +47,7 @@ on_the_device! {
     };
     scans_share_inputs_and_feed_each_other: |device| graph::two_in_one_graph(device);
     backward_again_gives_the_same: |device| graph::repeated(device);
-    views_have_the_bits_of_copies: |device| {
+    views_have_the_results_of_copies: |device| {
         views::parts_of_projections::<f32>(device);
         views::parts_of_projections::<bf16>(device);
         views::broadcast(device);
