@@ -9,6 +9,9 @@
 // The threads that advance tiles; as many stage them, and as many finish them. Steps are read ahead by groups.
 constexpr int THREADS = 128, STEPS = 64, GROUP = 8;
 
+// Where all threads of the block meet, whatever they do: a barrier with a count, as threads come to it from different places.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(3 * THREADS) : "memory"); }
+
 // A tile, staged, and what the lanes make of it.
 template <typename T, int OWN> struct Tile {
     static constexpr int LANES = TURN / OWN, CHANNELS = THREADS / LANES, WIDTH = CHANNELS / 4;
@@ -71,7 +74,7 @@ template <typename T, int OWN> __device__ __forceinline__ void advance(const Sca
                 if (has(n)) to[(index * p.d_inner + channel) * p.d_state + sub * OWN + n] = h[n];
             }
         };
-        __syncthreads();
+        meet();
         for (int64_t k = 0; k < tiles; k++) {
             Tile &tile = shared.tiles[k % 2];
             if (params.checkpoints && k > 0) {
@@ -120,7 +123,7 @@ template <typename T, int OWN> __device__ __forceinline__ void advance(const Sca
                     write_shared(&tile.outputs[sub].of[own][(group * GROUP + half) / 4].x, y);
                 }
             }
-            __syncthreads();
+            meet();
         }
         if (params.final_state) write(params.final_state, segment.sequence);
     }
@@ -230,10 +233,10 @@ template <typename T, int OWN> __device__ __forceinline__ void stage(const ScanF
             for (int i = 0; i < 2; i++) shared.u[ring][i][threadIdx.x % THREADS] = now_u[i];
             ring = ring == 2 ? 0 : ring + 1;
             load_next(odd, left - OWN * STEPS);
-            __syncthreads();
+            meet();
         };
         in_turns(tiles, turn);
-        __syncthreads();
+        meet();
     }
 }
 
@@ -260,10 +263,10 @@ template <typename T, int OWN> __device__ __forceinline__ void finish(const Scan
         };
         load_next(false, segment.steps);
         if (OWN == 2) load_next(true, segment.steps - STEPS);
-        __syncthreads();
+        meet();
         const int64_t tiles = (segment.steps + STEPS - 1) / STEPS;
         const auto turn = [&](auto odd, int64_t k) {
-            __syncthreads();
+            meet();
             const Tile &tile = shared.tiles[odd.value];
             const auto &u = shared.u[ring];
             ring = ring == 2 ? 0 : ring + 1;
