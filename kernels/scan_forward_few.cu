@@ -37,7 +37,7 @@ template <typename T, int OWN> struct Shared {
     // What the threads that stage hand to those that finish two tiles later: u in their two steps.
     Pack<T, Tile<T, OWN>::WIDTH> u[3][2][THREADS];
 };
-static_assert(sizeof(Shared<float, 1>) == 102144 && sizeof(Shared<__half, 2>) == 102400, "as in src/scan/cuda/forward.rs");
+static_assert(sizeof(Shared<float, 1>) == 102144 && sizeof(Shared<__half, 2>) == 102400, "as in src/scan/cuda/plan.rs");
 
 // For those who carry states, one or two each.
 template <typename T, int OWN> __device__ __forceinline__ void advance(const ScanForward &params, Shared<T, OWN> &shared) {

@@ -17,13 +17,19 @@ pub(crate) struct Device<'a> {
     pub stream: &'a Arc<CudaStream>,
     /// The number of its multiprocessors.
     pub processors: usize,
+    /// Bytes of shared memory that a block can have.
+    pub shared_memory: usize,
 }
 
 impl<'a> Device<'a> {
     pub fn new(stream: &'a Arc<CudaStream>) -> Result<Self> {
-        let count = stream.context().attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
-        let processors = count.map_err(|error| Error::cuda("asking the device for its size", error))?;
-        Ok(Self { stream, processors: processors.max(1) as usize })
+        let ask = |attribute| {
+            let answer = stream.context().attribute(attribute);
+            answer.map_err(|error| Error::cuda("asking the device for its size", error))
+        };
+        let processors = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let shared_memory = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        Ok(Self { stream, processors: processors.max(1) as usize, shared_memory: shared_memory.max(0) as usize })
     }
 
     /// Memory whose contents a kernel on this stream will write; freed in the order of the stream when it is dropped.

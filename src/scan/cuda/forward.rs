@@ -84,9 +84,7 @@ fn shape<T: Element>(kernel: Kernel, inputs: &params::ScanInputs) -> (Module, La
     let turns = |d_state: usize| d_state.div_ceil(16) * threads * 16;
     let shared = match kernel {
         Kernel::General => [turns(inputs.d_state as usize), turns(MAX_D_STATE)],
-        Kernel::Fast(PerLane::Quarter) => [79_616 + 5632 * size_of::<T>(); 2],
-        Kernel::Fast(PerLane::Half) => [88_064 + 7168 * size_of::<T>(); 2],
-        Kernel::Fast(PerLane::One | PerLane::Four) => [0, 0],
+        Kernel::Fast(per_lane) => [per_lane.shared_memory::<T>(); 2],
     };
     (module, LaunchShape { variant, channels, threads, rows, shared })
 }

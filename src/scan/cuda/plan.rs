@@ -27,14 +27,26 @@ pub struct Plan {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PerLane {
     /// One state: so few channels fill a device that sequences need not be split for it, and they are not, whatever
-    /// [`Plan::segment_steps`] says.
+    /// [`Plan::segment_steps`] says. It takes 91 to 102 kB of shared memory; on a device whose blocks cannot have that,
+    /// whole channels are carried instead.
     Quarter,
-    /// Two states, likewise.
+    /// Two states, likewise, in 102 to 117 kB.
     Half,
     /// For many channels or batches, and sequences of dozens of steps and more: tiles of 32 steps.
     One,
     /// For shorter ones: tiles of 8 steps, and the fewest instructions.
     Four,
+}
+
+impl PerLane {
+    /// Bytes of dynamic shared memory that a block has, as the kernels are written.
+    pub(super) fn shared_memory<T>(self) -> usize {
+        match self {
+            Self::Quarter => 79_616 + 5632 * size_of::<T>(),
+            Self::Half => 88_064 + 7168 * size_of::<T>(),
+            Self::One | Self::Four => 0,
+        }
+    }
 }
 
 /// Steps that a segment has at least. (Halves of it were slower at every length: the way in through the segments before
@@ -112,12 +124,14 @@ impl Plan {
         steps.clamp(1, longest).next_multiple_of(CHECKPOINT_STEPS)
     }
 
-    /// For segments of so many steps on average, of which `rows` are worked on at once.
+    /// What a lane carries of whole channels, in segments of so many steps on average, of which `rows` are worked on at once.
     pub(super) fn per_lane(&self, steps: usize, rows: usize, d_inner: usize, processors: usize) -> PerLane {
-        self.per_lane.unwrap_or({
-            let has_enough = rows.saturating_mul(d_inner.div_ceil(8)) >= 2 * Pass::Forward.groups() * processors;
-            if steps <= SHORT_SEGMENT && has_enough { PerLane::Four } else { PerLane::One }
-        })
+        let has_enough = || rows.saturating_mul(d_inner.div_ceil(8)) >= 2 * Pass::Forward.groups() * processors;
+        match self.per_lane {
+            Some(whole @ (PerLane::One | PerLane::Four)) => whole,
+            _ if steps <= SHORT_SEGMENT && has_enough() => PerLane::Four,
+            _ => PerLane::One,
+        }
     }
 }
 
@@ -143,7 +157,9 @@ impl Segments {
     ) -> Result<Self> {
         let Dims { batch, len, d_inner, .. } = problem.dims;
         let part_of = |rows, len| match (pass, is_fast) {
-            (Pass::Forward, true) => plan.part_of_channel(rows, len, d_inner, device.processors),
+            (Pass::Forward, true) => plan
+                .part_of_channel(rows, len, d_inner, device.processors)
+                .filter(|part| part.shared_memory::<T>() <= device.shared_memory),
             _ => None,
         };
         match problem.sequences {
