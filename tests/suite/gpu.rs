@@ -373,8 +373,8 @@ fn a_sequence_does_not_see_its_neighbours() {
     properties::neighbours(Device::Cuda(SPLIT), &[(75, 34, 6)], |flags| flags);
 }
 
-/// The general kernels and the fast ones of whole channels agree to the last bit, but for sums over channels and over time, which they form in
-/// different orders; those are held to the reference only.
+/// The general kernels and the fast ones of whole channels agree to the last bit, but for sums over channels and over time,
+/// which they form in different orders; those are held to the reference only.
 #[test]
 fn layouts_do_not_matter() {
     if stream().is_none() {

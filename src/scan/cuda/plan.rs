@@ -183,14 +183,14 @@ impl Segments {
                 // Each as if it were alone. Those of which lanes carry parts first: they are launched by themselves.
                 let (in_parts, others): (Vec<_>, Vec<_>) =
                     problem.sequences.iter().partition(|sequence| part_of(1, sequence.len).is_some());
-                let parts = in_parts.first().and_then(|sequence| part_of(1, sequence.len));
-                let parts = parts.map(|part| (part, in_parts.len() as i64));
+                // They all carry the same part, as it depends on the channels.
+                let part = in_parts.first().and_then(|sequence| part_of(1, sequence.len));
+                let parts = part.map(|part| (part, in_parts.len() as i64));
+                let divided = |len| plan.steps(pass, 1, len, d_inner, device.processors);
+                let whole = in_parts.iter().map(|sequence| (sequence, usize::MAX));
+                let others = others.iter().map(|sequence| (sequence, divided(sequence.len)));
                 let (mut entries, mut split) = (Vec::new(), false);
-                for sequence in in_parts.iter().chain(&others) {
-                    let steps = match part_of(1, sequence.len) {
-                        Some(_) => usize::MAX,
-                        None => plan.steps(pass, 1, sequence.len, d_inner, device.processors),
-                    };
+                for (sequence, steps) in whole.chain(others) {
                     split |= sequence.len > steps;
                     let count = sequence.len.div_ceil(steps).max(1);
                     for rank in 0..count {
