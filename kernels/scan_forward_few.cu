@@ -9,8 +9,8 @@
 // The threads that advance tiles; as many stage them, and as many finish them. Steps are read ahead by groups.
 constexpr int THREADS = 128, STEPS = 64, GROUP = 8;
 
-// Where all threads of the block meet, whatever they do: a barrier with a count, as threads come to it from different places.
-__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(3 * THREADS) : "memory"); }
+// Where all threads of the block meet, whatever they do.
+__device__ __forceinline__ void meet() { meet_at<1, 3 * THREADS>(); }
 
 // A tile, staged, and what the lanes make of it.
 template <typename T, int OWN> struct Tile {
