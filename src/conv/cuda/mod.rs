@@ -25,9 +25,9 @@ pub use update::update;
 /// Threads of a block, as in the kernels.
 const THREADS: usize = 128;
 
-/// The numbers of steps that runs may have; more than the rows of a state, so that runs other than a sequence's first
-/// find all that comes before them among the inputs.
-const RUN_STEPS: [usize; 3] = [64, 32, 16];
+/// The least steps of a run; more than the rows of a state, so that runs other than a sequence's first find all that comes
+/// before them among the inputs.
+const LEAST_STEPS: usize = 16;
 
 /// Runs the convolution on the stream's device, asynchronously.
 ///
@@ -43,7 +43,7 @@ pub fn forward<T: Element>(
     problem.check_outputs(&outputs)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
-    let layout = Layout { channels: 4, threads: 1024 * device.processors, keep_empty: outputs.final_state.is_some() };
+    let layout = Layout::forward(&problem, &device, outputs.final_state.is_some());
     let mut inputs = conv_inputs(&problem, layout, &mut arguments)?;
     let out = arguments.write("out", outputs.out)?;
     let final_state = arguments.write_optional("final_state", outputs.final_state)?;
@@ -56,7 +56,7 @@ pub fn forward<T: Element>(
         (true, _) => "whole_8".into(),
         (false, _) => "strided_8".into(),
     };
-    let grid = layout.grid(&inputs, 20 * device.processors);
+    let grid = layout.grid(&inputs);
     let _table = upload_runs(&device, &problem, layout, &mut inputs.runs)?;
     let params = params::ConvForward { inputs, out, final_state };
     let name = format!("conv_forward_{variant}_{}", suffix(T::DTYPE));
@@ -81,11 +81,8 @@ pub fn backward<T: Element>(
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let width = if problem.width <= 4 { 4 } else { 8 };
-    let layout = Layout {
-        channels: if width == 4 { 4 } else { 2 },
-        threads: 768 * device.processors,
-        keep_empty: gradients.initial_state.is_some(),
-    };
+    let channels = if width == 4 { 4 } else { 2 };
+    let layout = Layout::backward(&problem, &device, channels, gradients.initial_state.is_some());
     let mut inputs = conv_inputs(&problem, layout, &mut arguments)?;
     let d_out = arguments.activation("d_out", &d_outputs.d_out)?;
     let d_final_state = arguments.state_rows("d_final_state", &d_outputs.d_final_state)?;
@@ -96,7 +93,7 @@ pub fn backward<T: Element>(
 
     let d_inner = problem.d_inner();
     let (weights, parameters) = (d_inner * problem.width, d_inner * (problem.width + 1));
-    let grid = layout.grid(&inputs, 6 * device.processors);
+    let grid = layout.grid(&inputs);
     // Without a step there is no part, and the sums are zero.
     let parts = if inputs.runs.count == 0 { 0 } else { grid[1] };
     let workspace = device.workspace::<f32>("sums of the gradients of the parameters", parts * parameters)?;
@@ -126,58 +123,119 @@ pub fn backward<T: Element>(
     unsafe { device.sum::<f32>(if d_bias == 0 { &sums[..1] } else { &sums }) }
 }
 
-/// How a pass divides its work.
+/// How a pass divides its work: the bits of what a sequence gets do not depend on it.
 #[derive(Clone, Copy)]
 struct Layout {
     /// The channels of a thread.
     channels: usize,
-    /// The threads that fill the device.
-    threads: usize,
+    /// The most steps of a run.
+    run_steps: usize,
+    /// About how many blocks there are at most, each of which then takes several runs.
+    most_blocks: usize,
     /// Give sequences without steps a run that hands their state on.
     keep_empty: bool,
 }
 
 impl Layout {
-    fn runs_of(self, len: usize, steps: usize) -> usize {
-        len.div_ceil(steps).max(self.keep_empty.into())
+    /// Runs of 64 steps, or of fewer where these would leave threads idle.
+    fn forward<T: Element>(problem: &Problem<T, Cuda>, device: &Device, keep_empty: bool) -> Self {
+        let most_blocks = 20 * device.processors;
+        let layout = |run_steps| Self { channels: 4, run_steps, most_blocks, keep_empty };
+        let threads = |steps| {
+            let layout = layout(steps);
+            layout.runs(problem).saturating_mul(problem.d_inner().div_ceil(layout.channels))
+        };
+        // Longer runs hide more of their loads: those of 32 steps are worth it with a sixth of the threads.
+        layout(match 1024 * device.processors {
+            all if threads(64) >= all => 64,
+            all if threads(32) >= all / 6 => 32,
+            _ => LEAST_STEPS,
+        })
     }
 
-    fn count<T: Element>(self, problem: &Problem<T, Cuda>, steps: usize) -> usize {
+    /// One run to a thread, of the length with which processors are done first. They take a block as long as it has steps,
+    /// and some more for those that runs read again, and what a processor has at once one after the other: a second block
+    /// hides the latency of the first, more gain nothing, and where some have one more than others, these wait.
+    /// Measured, see benches/tuning.md.
+    fn backward<T: Element>(
+        problem: &Problem<T, Cuda>,
+        device: &Device,
+        channels: usize,
+        keep_empty: bool,
+    ) -> Self {
+        /// What a run costs beside its own steps, in steps.
+        const AGAIN: usize = 14;
+        const LONGEST: usize = 512;
+        let layout = |run_steps, blocks: usize| Self {
+            channels,
+            run_steps,
+            most_blocks: blocks * device.processors,
+            keep_empty,
+        };
+        let len = problem.inputs.x.shape[1];
+        let once = |run_steps| {
+            let layout = layout(run_steps, 3);
+            let blocks = layout.rows(layout.runs(problem), problem.d_inner()) * layout.columns(problem.d_inner());
+            (layout, blocks.div_ceil(device.processors))
+        };
+        let (shortest, most) = once(LEAST_STEPS);
+        let lengths = (LEAST_STEPS..=LONGEST).step_by(4).map(once).filter(|(_, blocks)| matches!(blocks, 2 | 3));
         match problem.sequences {
-            // As many as there are steps, or states in memory, at most.
-            Sequences::Dense { batch, len } => batch * self.runs_of(len, steps),
-            Sequences::Packed(_) => problem.sequences.iter().map(|sequence| self.runs_of(sequence.len, steps)).sum(),
+            Sequences::Dense { .. } if most < 2 => shortest,
+            Sequences::Dense { .. } => match lengths.min_by_key(|(one, blocks)| blocks * (one.run_steps + AGAIN)) {
+                Some((layout, _)) => layout,
+                // Many runs to a thread. Where they are short, what blocks do at their end counts.
+                None => layout(192, if len < 64 { 4 } else { 16 }),
+            },
+            // These cannot all be of one length.
+            Sequences::Packed(_) => layout(64, 6),
         }
     }
 
-    fn runs<T: Element>(self, problem: &Problem<T, Cuda>) -> params::Runs {
-        let groups = problem.d_inner().div_ceil(self.channels);
-        let threads = |steps| self.count(problem, steps).saturating_mul(groups);
-        // Longer runs hide more of their loads: those of 32 steps are worth it with a sixth of the threads.
-        let [long, middle, short] = RUN_STEPS;
-        let steps = if threads(long) >= self.threads {
-            long
-        } else if threads(middle) >= self.threads / 6 {
-            middle
-        } else {
-            short
-        };
+    fn runs_of(self, len: usize) -> usize {
+        len.div_ceil(self.run_steps).max(self.keep_empty.into())
+    }
+
+    /// The runs of all sequences.
+    fn runs<T: Element>(self, problem: &Problem<T, Cuda>) -> usize {
+        match problem.sequences {
+            // As many as there are steps, or states in memory, at most.
+            Sequences::Dense { batch, len } => batch * self.runs_of(len),
+            Sequences::Packed(_) => problem.sequences.iter().map(|sequence| self.runs_of(sequence.len)).sum(),
+        }
+    }
+
+    fn params<T: Element>(self, problem: &Problem<T, Cuda>) -> params::Runs {
         let len = problem.inputs.x.shape[1];
         params::Runs {
             packed: 0,
             sequences: problem.sequences.count() as i64,
             len: len as i64,
-            per_row: self.runs_of(len, steps) as i64,
-            steps: steps as i64,
-            count: self.count(problem, steps) as i64,
+            per_row: self.runs_of(len) as i64,
+            steps: self.run_steps as i64,
+            count: self.runs(problem) as i64,
         }
     }
 
-    /// A grid of about `room` blocks.
-    fn grid(self, inputs: &params::ConvInputs, room: usize) -> [usize; 2] {
-        let lanes = 1 << inputs.lane_shift;
-        let columns = blocks((inputs.d_inner as usize).div_ceil(self.channels), lanes).min(GRID_COLUMNS);
-        [columns, grid_rows(columns, blocks(inputs.runs.count as usize, THREADS / lanes), room)]
+    /// Threads of a block that lie along the channels, a power of two, as a shift.
+    fn lane_shift(self, d_inner: usize) -> u32 {
+        d_inner.div_ceil(self.channels).min(32).next_power_of_two().ilog2()
+    }
+
+    /// Blocks along the channels.
+    fn columns(self, d_inner: usize) -> usize {
+        blocks(d_inner.div_ceil(self.channels), 1 << self.lane_shift(d_inner)).clamp(1, GRID_COLUMNS)
+    }
+
+    /// Blocks along the runs, with one run to a thread.
+    fn rows(self, runs: usize, d_inner: usize) -> usize {
+        blocks(runs, THREADS >> self.lane_shift(d_inner))
+    }
+
+    fn grid(self, inputs: &params::ConvInputs) -> [usize; 2] {
+        let d_inner = inputs.d_inner as usize;
+        let columns = self.columns(d_inner);
+        [columns, grid_rows(columns, self.rows(inputs.runs.count as usize, d_inner), self.most_blocks)]
     }
 }
 
@@ -193,7 +251,7 @@ fn upload_runs<T: Element>(
     let mut first = 0;
     for sequence in problem.sequences.iter() {
         entries.extend([first as u64, sequence.start as u64]);
-        first += layout.runs_of(sequence.len, runs.steps as usize);
+        first += layout.runs_of(sequence.len);
     }
     entries.extend([first as u64, problem.inputs.x.shape[1] as u64]);
     let table = device.upload("the runs of packed sequences", &entries)?;
@@ -213,10 +271,10 @@ fn conv_inputs<'a, T: Element>(
         weight: arguments.matrix("weight", &inputs.weight)?,
         bias: arguments.vector("bias", &inputs.bias)?,
         initial_state: arguments.state_rows("initial_state", &inputs.initial_state)?,
-        runs: layout.runs(problem),
+        runs: layout.params(problem),
         d_inner: d_inner as i64,
         width: problem.width as i64,
-        lane_shift: d_inner.div_ceil(layout.channels).min(32).next_power_of_two().ilog2().into(),
+        lane_shift: layout.lane_shift(d_inner).into(),
         flags: u64::from(inputs.options.silu) | u64::from(inputs.options.reverse) << 1,
     })
 }
