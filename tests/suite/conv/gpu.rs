@@ -218,6 +218,29 @@ fn sums_over_many_runs_stay_exact() {
     assert_close(&got.weight, &want.weight, 2e-6, "weight");
 }
 
+/// Enough channels and steps that every processor of a large device has two blocks, for which runs are longer and of a
+/// length that the shape decides.
+#[test]
+fn runs_of_any_length_are_as_the_reference() {
+    if stream().is_none() {
+        return;
+    }
+    let (shape @ [batch, len, d], width) = ([4, 1000, 528], 4);
+    let draw = &mut Draw::new(12);
+    let size = batch * len * d;
+    let (x, d_out) = (draw.uniform::<f32>(size, -1.0, 1.0), draw.uniform::<f32>(size, -1.0, 1.0));
+    let weight = draw.uniform(d * width, -1.0, 1.0);
+    let inputs = Inputs {
+        options: Options { silu: true, reverse: false },
+        ..Inputs::new(View::new(&x, shape), View::new(&weight, [d, width]))
+    };
+    let d_out = View::new(&d_out[..], shape);
+    let got = super::backward(gpu(), &inputs, d_out.into());
+    let want = reference::backward(&inputs, d_out).unwrap();
+    assert_close(&got.x, &want.x, super::GRADIENTS, "x");
+    assert_close(&got.weight, &want.weight, super::GRADIENTS, "weight");
+}
+
 #[test]
 fn large_batches_take_any_slots() {
     if stream().is_none() {
