@@ -15,7 +15,7 @@ fn main() {
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    for name in ["NVCC", "CUDA_COMPUTE_CAP", "DOCS_RS", "PATH"].iter().chain(&TOOLKIT_VARIABLES) {
+    for name in ["NVCC", "NVCC_APPEND_FLAGS", "CUDA_COMPUTE_CAP", "DOCS_RS", "PATH"].iter().chain(&TOOLKIT_VARIABLES) {
         println!("cargo:rerun-if-env-changed={name}");
     }
     println!("cargo:rerun-if-changed=kernels");

@@ -77,12 +77,6 @@ __device__ __forceinline__ int thread_anew() {
 template <bool WHOLE> struct Distance { using type = int64_t; };
 template <> struct Distance<true> { using type = int; };
 
-// A barrier, other than that of __syncthreads, for so many threads: for warps of different roles, which come to it from
-// different places. (In the aligned form, `bar.sync`, compute-sanitizer counts that as an error.)
-template <int BARRIER, int THREADS> __device__ __forceinline__ void meet_at() {
-    asm volatile("barrier.sync %0, %1;" ::"n"(BARRIER), "n"(THREADS) : "memory");
-}
-
 // The neighbouring channels that a thread stages and finishes together.
 constexpr int QUAD = 4;
 
