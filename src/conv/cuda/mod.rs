@@ -137,32 +137,19 @@ struct Layout {
 }
 
 impl Layout {
-    /// Runs of 64 steps, or of fewer where these would leave threads idle.
+    /// Runs of 32 steps, or of fewer where these would leave most threads idle.
     fn forward<T: Element>(problem: &Problem<T, Cuda>, device: &Device, keep_empty: bool) -> Self {
-        let most_blocks = 20 * device.processors;
-        let layout = |run_steps| Self { channels: 4, run_steps, most_blocks, keep_empty };
-        let threads = |steps| {
-            let layout = layout(steps);
-            layout.runs(problem).saturating_mul(problem.d_inner().div_ceil(layout.channels))
-        };
-        // Longer runs hide more of their loads: those of 32 steps are worth it with a sixth of the threads.
-        layout(match 1024 * device.processors {
-            all if threads(64) >= all => 64,
-            all if threads(32) >= all / 6 => 32,
-            _ => LEAST_STEPS,
-        })
+        let layout = |run_steps| Self { channels: 4, run_steps, most_blocks: 20 * device.processors, keep_empty };
+        let long = layout(32);
+        let threads = long.runs(problem).saturating_mul(problem.d_inner().div_ceil(long.channels));
+        if threads >= 170 * device.processors { long } else { layout(LEAST_STEPS) }
     }
 
     /// One run to a thread, of the length with which processors are done first. They take a block as long as it has steps,
     /// and some more for those that runs read again, and what a processor has at once one after the other: a second block
     /// hides the latency of the first, more gain nothing, and where some have one more than others, these wait.
     /// Measured, see benches/tuning.md.
-    fn backward<T: Element>(
-        problem: &Problem<T, Cuda>,
-        device: &Device,
-        channels: usize,
-        keep_empty: bool,
-    ) -> Self {
+    fn backward<T: Element>(problem: &Problem<T, Cuda>, device: &Device, channels: usize, keep_empty: bool) -> Self {
         /// What a run costs beside its own steps, in steps.
         const AGAIN: usize = 14;
         const LONGEST: usize = 512;
