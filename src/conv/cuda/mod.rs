@@ -137,12 +137,13 @@ struct Layout {
 }
 
 impl Layout {
-    /// Runs of 32 steps, or of fewer where these would leave most threads idle.
+    /// Runs of 32 steps, or of fewer where these would leave most threads of a processor idle.
     fn forward<T: Element>(problem: &Problem<T, Cuda>, device: &Device, keep_empty: bool) -> Self {
+        const LEAST_THREADS: usize = 170;
         let layout = |run_steps| Self { channels: 4, run_steps, most_blocks: 20 * device.processors, keep_empty };
         let long = layout(32);
         let threads = long.runs(problem).saturating_mul(problem.d_inner().div_ceil(long.channels));
-        if threads >= 170 * device.processors { long } else { layout(LEAST_STEPS) }
+        if threads >= LEAST_THREADS * device.processors { long } else { layout(LEAST_STEPS) }
     }
 
     /// One run to a thread, of the length with which processors are done first. They take a block as long as it has steps,
@@ -153,29 +154,39 @@ impl Layout {
         /// What a run costs beside its own steps, in steps.
         const AGAIN: usize = 14;
         const LONGEST: usize = 512;
-        let layout = |run_steps, blocks: usize| Self {
+        let layout = |run_steps, per_processor: usize| Self {
             channels,
             run_steps,
-            most_blocks: blocks * device.processors,
+            most_blocks: per_processor * device.processors,
             keep_empty,
         };
-        let len = problem.inputs.x.shape[1];
+        // Sequences that are packed cannot all have runs of one length.
+        let Sequences::Dense { batch, len } = problem.sequences else { return layout(64, 6) };
+        let d_inner = problem.d_inner();
         let once = |run_steps| {
             let layout = layout(run_steps, 3);
-            let blocks = layout.rows(layout.runs(problem), problem.d_inner()) * layout.columns(problem.d_inner());
+            let blocks = layout.rows(layout.runs(problem), d_inner) * layout.columns(d_inner);
             (layout, blocks.div_ceil(device.processors))
         };
         let (shortest, most) = once(LEAST_STEPS);
-        let lengths = (LEAST_STEPS..=LONGEST).step_by(4).map(once).filter(|(_, blocks)| matches!(blocks, 2 | 3));
-        match problem.sequences {
-            Sequences::Dense { .. } if most < 2 => shortest,
-            Sequences::Dense { .. } => match lengths.min_by_key(|(one, blocks)| blocks * (one.run_steps + AGAIN)) {
-                Some((layout, _)) => layout,
-                // Many runs to a thread. Where they are short, what blocks do at their end counts.
-                None => layout(192, if len < 64 { 4 } else { 16 }),
-            },
-            // These cannot all be of one length.
-            Sequences::Packed(_) => layout(64, 6),
+        if most < 2 {
+            return shortest;
+        }
+        // The shortest runs of which a processor has no more blocks than so many.
+        let shortest_for = |per_processor: usize| {
+            let rows = per_processor * device.processors / shortest.columns(d_inner);
+            let per_sequence = rows * (THREADS >> shortest.lane_shift(d_inner)) / batch;
+            (per_sequence > 0).then(|| once(len.div_ceil(per_sequence).max(LEAST_STEPS).next_multiple_of(4)))
+        };
+        let best = [3, 2]
+            .into_iter()
+            .filter_map(shortest_for)
+            .filter(|(layout, blocks)| layout.run_steps <= LONGEST && *blocks >= 2)
+            .min_by_key(|(layout, blocks)| blocks * (layout.run_steps + AGAIN));
+        match best {
+            Some((layout, _)) => layout,
+            // Many runs to a thread. Where they are short, what blocks do at their end counts.
+            None => layout(192, if len < 64 { 4 } else { 16 }),
         }
     }
 
