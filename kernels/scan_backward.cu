@@ -15,9 +15,9 @@ static_assert(TILE * WIDTH == 32 * QUAD, "a lane stages and finishes one quad of
 
 // What a warp keeps of its channels.
 template <typename T> struct OfWarp {
-    // Δ and Δu of each pair of channels. A tile that is done with leaves the sums of ∂B and ∂C over the warp's channels in
-    // its place, (TILE, 2, TURN): the fours of each step in an order of its own, so that lanes of different steps do not meet
-    // in a bank.
+    // The Δ and then the Δu of each pair of channels. A tile that is done with leaves the sums of ∂B and ∂C over the warp's
+    // channels in its place, (TILE, 2, TURN): the fours of each step in an order of its own, so that lanes of different steps
+    // do not meet in a bank.
     float4 steps[CHECKPOINT_STEPS][PAIRS];
     // The states before each tile. The gradient behind the tile that is worked on is in the place after the tile's own.
     float4 states[TILES + 1][OWN][32];
@@ -25,13 +25,13 @@ template <typename T> struct OfWarp {
     // against each other, so that lanes that read them do not meet in a bank.)
     float4 gradients[TILE][LANES * PAIRS + 1];
     alignas(16) float y[TILE][LANES * WIDTH];
-    // ∂/∂y of a tile.
+    // Of the tile that is worked on: ∂/∂y, and each lane's quads of u and of what makes ∂/∂z of y, ∂out ∂silu(z)/∂z.
     alignas(16) float d_y[TILE][WIDTH];
-    // The sigmoids of each lane's quad of z.
     float4 gates[32];
-    // Each lane's quads of u, z and ∂out in the tile that comes next.
-    Pack<T, QUAD> next[3][32];
+    Pack<T, QUAD> u[32];
 
+    // Where the Δ of a quad's channel is among its steps; the Δu is OWN behind.
+    static __device__ __forceinline__ constexpr int place_in_pairs(int c) { return c / OWN * 2 * OWN + c % OWN; }
     static __device__ __forceinline__ int place_of_y(int t, int at) { return at ^ t % 2 * WIDTH; }
 };
 
@@ -51,7 +51,7 @@ template <typename T> struct Shared {
     alignas(16) float biases[CHANNELS], skips[CHANNELS];
     OfWarp<T> warps[WARPS];
 };
-static_assert(sizeof(Shared<float>) == 113840 && sizeof(Shared<__half>) == 110768, "as in src/scan/cuda/backward.rs");
+static_assert(sizeof(Shared<float>) == 109744 && sizeof(Shared<__half>) == 108720, "as in src/scan/cuda/backward.rs");
 
 template <typename T> __device__ __forceinline__ void scan_backward(const ScanBackward &params) {
     constexpr bool ACCURATE = sizeof(T) == 4;
@@ -79,6 +79,10 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
     // As a lane of two channels: lanes that differ in the lowest two bits meet in a sum of the tensor cores, those that
     // differ in the third in neighbouring columns of it.
     const int sub = lane_index / PAIRS, pair = lane_index % PAIRS;
+    // Where the lane leaves its sums of ∂B and ∂C among those of a tile.
+    const int sums_t = lane_index % 2 * 2 + lane_index / 4 % 2;
+    int place_of_sums = sums_t * 2 * TURN + ((lane_index / 2 % 2 * LANES + sub) ^ sums_t) * STATES;
+    keep(place_of_sums);
     const auto lane_of = [&](int c) {
         const int thread = thread_anew(), channel = thread / 32 * WIDTH + thread % PAIRS * OWN + c;
         return Lane(p, block.first + channel, channel < block.width, thread % 32 / PAIRS * STATES);
@@ -128,18 +132,24 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
             const auto quad_at = [&](const Place<T> &place, int t) {
                 return place.at + (t * static_cast<int>(place.step) + within);
             };
-            // Has what the lane stages and finishes of a tile copied while the one before is worked on.
-            const auto copy_next = [&](int tile) {
-                const int t = tile * TILE + row;
-                const bool wanted = there && t < left;
-                const T *const u = quad_at(shared.u, t), *const z = quad_at(shared.z, t);
-                const T *const d_out = quad_at(shared.d_out, t);
-                copy_ahead(mine.next[0][lane_index], u, wanted);
-                copy_ahead(mine.next[1][lane_index], z, wanted && gated);
-                copy_ahead(mine.next[2][lane_index], d_out, wanted);
+            // What the lane finishes, a tile at a time from the last on: where it is read and, in the dense gradients, written.
+            const int last = (tiles - 1) * TILE + row;
+            const T *from_u = quad_at(shared.u, last), *from_z = quad_at(shared.z, last);
+            const T *from_d_out = quad_at(shared.d_out, last);
+            int64_t at = shared.gradients + (last * (sign * static_cast<int>(p.d_inner)) + within);
+            const int back = reverse ? TILE : -TILE;
+            Pack<T, QUAD> next_u, next_z, next_d_out;
+            // Has the step `t` in flight, if there is one.
+            const auto load_next = [&](int t) {
+                const int count = there && t >= 0 && t < left ? QUAD : 0;
+                next_u = load<T, QUAD, true>(from_u, 1, count);
+                next_z = load<T, QUAD, true>(from_z, 1, gated ? count : 0);
+                next_d_out = load<T, QUAD, true>(from_d_out, 1, count);
+                from_u += int64_t(back) * static_cast<int>(p.u.step);
+                from_z += int64_t(back) * static_cast<int>(p.z.step);
+                from_d_out += int64_t(back) * static_cast<int>(params.d_out.step);
             };
-            copy_next(tiles - 1);
-            // What the tiles before will be copied from, and what the part before will stage.
+            // What the tiles before will be loaded from, and what the part before will stage.
 #pragma unroll
             for (int k = 0; k < CHECKPOINT_STEPS / 32; k++) {
                 const int t = lane_index + k * 32, first = warp * WIDTH;
@@ -216,8 +226,9 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     float staged[2 * QUAD];
 #pragma unroll
                     for (int c = 0; c < QUAD; c++) {
-                        staged[2 * c] = row + k * TILE < left ? deltas[k][c] : 0.0f;
-                        staged[2 * c + 1] = staged[2 * c] * x[k][c];
+                        const float delta = row + k * TILE < left ? deltas[k][c] : 0.0f;
+                        staged[mine.place_in_pairs(c)] = delta;
+                        staged[mine.place_in_pairs(c) + OWN] = delta * x[k][c];
                     }
                     write_shared(&mine.steps[row + k * TILE][column / OWN].x, staged);
                 }
@@ -226,74 +237,95 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 
             // Forward through the part, for the states before each tile.
             const auto decay_at = [&](int t, float (&decays)[OWN][STATES]) {
-                float in[2 * OWN];
-                read_shared(in, &mine.steps[t][pair].x);
+                float step[OWN];
+                read_shared(step, &mine.steps[t][pair].x);
 #pragma unroll
                 for (int c = 0; c < OWN; c++) {
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) decays[c][n] = Decay(in[2 * c] * a[c][n]).value;
+                    for (int n = 0; n < STATES; n++) decays[c][n] = Decay(step[c] * a[c][n]).value;
                 }
             };
             // One step of the recurrence.
             const auto advance = [&](int t, const float (&decays)[OWN][STATES], float (&to)[OWN][STATES],
                                      const float (&from)[OWN][STATES]) {
-                float in[2 * OWN], b[STATES];
-                read_shared(in, &mine.steps[t][pair].x);
+                float in[OWN], b[STATES];
+                read_shared(in, &mine.steps[t][pair].z);
                 read_shared(b, &shared.projections[t][0][sub * STATES]);
 #pragma unroll
                 for (int c = 0; c < OWN; c++) {
 #pragma unroll
                     for (int n = 0; n < STATES; n++) {
-                        to[c][n] = fmaf(in[2 * c + 1], b[n], Decay::kept(decays[c][n]).of(from[c][n]));
+                        to[c][n] = fmaf(in[c], b[n], Decay::kept(decays[c][n]).of(from[c][n]));
                     }
                 }
             };
+            // Decays are computed a few steps ahead: were it a tile, the compiler would put most of them off to the tile's end,
+            // where they wait for the special-function unit in a row.
+            constexpr int AHEAD = 2;
             float decays[TILE][OWN][STATES];
+#pragma unroll
+            for (int t = 0; t < AHEAD; t++) decay_at(t, decays[t]);
             for (int tile = 0;; tile++) {
 #pragma unroll
                 for (int c = 0; c < OWN; c++) write_shared(&mine.states[tile][c][lane_index].x, h[0][c]);
-#pragma unroll
-                for (int t = 0; t < TILE; t++) decay_at(tile * TILE + t, decays[t]);
                 if (tile + 1 == tiles) break;
 #pragma unroll
-                for (int t = 0; t < TILE; t++) advance(tile * TILE + t, decays[t], h[0], h[0]);
+                for (int t = 0; t < TILE; t++) {
+                    float(&decay)[OWN][STATES] = decays[t % AHEAD];
+                    advance(tile * TILE + t, decay, h[0], h[0]);
+                    decay_at(tile * TILE + t + AHEAD, decay);
+                }
             }
 
+            // Forward through a tile, keeping decays, of which there are `known` already, and states.
+            const auto go_forward = [&](int t0, int known) {
+#pragma unroll
+                for (int t = known; t < TILE; t++) decay_at(t0 + t, decays[t]);
+#pragma unroll
+                for (int t = 0; t < TILE; t++) advance(t0 + t, decays[t], h[t + 1], h[t]);
+            };
+            // Makes of what was loaded what going back and finishing need.
+            const auto open = [&] {
+                float d_y[QUAD], gates[QUAD];
+#pragma unroll
+                for (int c = 0; c < QUAD; c++) {
+                    const float z = next_z[c], d_out = next_d_out[c], s = sigmoid(z);
+                    d_y[c] = gated ? d_out * (z * s) : d_out;
+                    gates[c] = d_out * (s * fmaf(z, 1.0f - s, 1.0f));
+                }
+                write_shared(&mine.d_y[row][column], d_y);
+                write_shared(&mine.gates[lane_index].x, gates);
+                mine.u[lane_index] = next_u;
+                __syncwarp();
+            };
+            load_next(last);
+            go_forward((tiles - 1) * TILE, AHEAD);
+            open();
             for (int tile = tiles - 1; tile >= 0; tile--) {
                 const int t0 = tile * TILE, mine_t = t0 + row;
                 const bool wanted = there && mine_t < left;
-                // Forward through the tile, keeping the states.
 #pragma unroll
-                for (int c = 0; c < OWN; c++) {
-                    read_shared(h[0][c], &mine.states[tile][c][lane_index].x);
-                    write_shared(&mine.states[tile + 1][c][lane_index].x, g[c]);
-                }
-#pragma unroll
-                for (int t = 0; t < TILE; t++) advance(t0 + t, decays[t], h[t + 1], h[t]);
-                {
-                    copies_are_there();
-                    const Pack<T, QUAD> tile_z = mine.next[1][lane_index], tile_d_out = mine.next[2][lane_index];
-                    float d_y[QUAD], gates[QUAD];
-#pragma unroll
-                    for (int c = 0; c < QUAD; c++) {
-                        gates[c] = sigmoid(tile_z[c]);
-                        d_y[c] = gated ? tile_d_out[c] * (tile_z[c] * gates[c]) : tile_d_out[c];
-                    }
-                    write_shared(&mine.d_y[row][column], d_y);
-                    write_shared(&mine.gates[lane_index].x, gates);
-                }
-                __syncwarp();
+                for (int c = 0; c < OWN; c++) write_shared(&mine.states[tile + 1][c][lane_index].x, g[c]);
 
-                // And back.
+                // Back.
                 float sums[2][2][4] = {}; // half of the tile, pair of states
+                struct Operands {
+                    float in[2 * OWN], d_y[OWN], b[STATES], c[STATES];
+                } ahead;
+                const auto read = [&](int t) {
+                    read_shared(ahead.in, &mine.steps[t0 + t][pair].x);
+                    read_shared(ahead.d_y, &mine.d_y[t][pair * OWN]);
+                    read_shared(ahead.b, &shared.projections[t0 + t][0][sub * STATES]);
+                    read_shared(ahead.c, &shared.projections[t0 + t][1][sub * STATES]);
+                };
+                read(TILE - 1);
 #pragma unroll
                 for (int t = TILE - 1; t >= 0; t--) {
-                    float in[2 * OWN], d_y[OWN], b[STATES], c_[STATES], terms[2][4];
-                    read_shared(in, &mine.steps[t0 + t][pair].x);
-                    read_shared(d_y, &mine.d_y[t][pair * OWN]);
-                    read_shared(b, &shared.projections[t0 + t][0][sub * STATES]);
-                    read_shared(c_, &shared.projections[t0 + t][1][sub * STATES]);
-                    float gradients[2 * OWN], y[OWN];
+                    const auto [in, d_y, b, c_] = ahead;
+                    if (t > 0) read(t - 1);
+                    // Else the compiler would put the loads off until they are waited for.
+                    __syncwarp();
+                    float terms[2][4], gradients[2 * OWN], y[OWN];
 #pragma unroll
                     for (int c = 0; c < OWN; c++) {
 #pragma unroll
@@ -303,14 +335,14 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                             float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
                             y[c] = n ? fmaf(c_[n], state, y[c]) : c_[n] * state;
                             float gradient = fmaf(c_[n], d_y[c], g[c][n]);
-                            d_b = c ? fmaf(gradient, in[2 * c + 1], d_b) : gradient * in[2 * c + 1];
+                            d_b = c ? fmaf(gradient, in[OWN + c], d_b) : gradient * in[OWN + c];
                             d_c = c ? fmaf(d_y[c], state, d_c) : d_y[c] * state;
                             float &d_input = gradients[2 * c + 1], &d_delta = gradients[2 * c];
                             d_input = n ? fmaf(gradient, b[n], d_input) : gradient * b[n];
                             // Through the decay: ∂/∂(ΔA) is that of the state before, times that state.
                             g[c][n] = decay.of(gradient);
                             const float d_log = g[c][n] * h[t][c][n];
-                            d_a[c][n] = fmaf(in[2 * c], d_log, d_a[c][n]);
+                            d_a[c][n] = fmaf(in[c], d_log, d_a[c][n]);
                             d_delta = n ? fmaf(a[c][n], d_log, d_delta) : a[c][n] * d_log;
                         }
                     }
@@ -318,33 +350,10 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
                     sum_channels<T>(sums[t / 4][0], terms[0], first, second);
                     sum_channels<T>(sums[t / 4][1], terms[1], first, second);
-                    // Those of the tile that comes next: between sums, the special-function unit has time for them.
-                    decay_at(max(t0 - TILE, 0) + t, decays[t]);
                     write_shared(&mine.gradients[t][lane_index].x, gradients);
                     if (gated) write_shared(&mine.y[t][mine.place_of_y(t, lane_index * OWN)], y);
                 }
                 __syncwarp();
-
-                // What each channel gets of the sums over its states.
-                float d_delta[QUAD], d_input[QUAD], y[QUAD];
-#pragma unroll
-                for (int s = 0; s < LANES; s += 2) {
-                    float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
-                    read_shared(one, &mine.gradients[row][s * PAIRS + column / OWN].x);
-                    read_shared(two, &mine.gradients[row][(s + 1) * PAIRS + column / OWN].x);
-                    if (gated) {
-                        read_shared(one_y, &mine.y[row][mine.place_of_y(row, s * WIDTH + column)]);
-                        read_shared(two_y, &mine.y[row][mine.place_of_y(row, (s + 1) * WIDTH + column)]);
-                    }
-#pragma unroll
-                    for (int c = 0; c < QUAD; c++) {
-                        const float of_delta = one[2 * c] + two[2 * c], of_input = one[2 * c + 1] + two[2 * c + 1];
-                        const float of_y = one_y[c] + two_y[c];
-                        d_delta[c] = s ? d_delta[c] + of_delta : of_delta;
-                        d_input[c] = s ? d_input[c] + of_input : of_input;
-                        y[c] = s ? y[c] + of_y : of_y;
-                    }
-                }
 
                 // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves' lanes
                 // share the steps. Columns are the steps, first of ∂B and then of ∂C.
@@ -386,7 +395,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                             for (int n = 0; n < STATES; n++) {
                                 const float gradient = fmaf(c_[n], d_y[c], again[c][n]);
                                 float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
-                                d_b = c ? fmaf(gradient, in[2 * c + 1], d_b) : gradient * in[2 * c + 1];
+                                d_b = c ? fmaf(gradient, in[OWN + c], d_b) : gradient * in[OWN + c];
                                 d_c = c ? fmaf(d_y[c], state[c][n], d_c) : d_y[c] * state[c][n];
                                 again[c][n] = Decay::kept(decay[c][n]).of(gradient);
                             }
@@ -410,53 +419,61 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     total();
                 }
 
-                // Finish.
-                float in[2 * QUAD], skip[QUAD];
+                // Finish, and go forward through the tile that comes next at the same time: the one waits for shared memory, the
+                // other for the special-function unit. (After the first tile there is none; what goes forward then is dropped.)
+                const int next = tile > 0 ? tile - 1 : 1;
+                load_next(mine_t - TILE);
+#pragma unroll
+                for (int c = 0; c < OWN; c++) read_shared(h[0][c], &mine.states[next][c][lane_index].x);
+                // What each channel gets of the sums over its states.
+                float d_delta[QUAD], d_input[QUAD], y[QUAD];
+#pragma unroll
+                for (int s = 0; s < LANES; s += 2) {
+                    float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
+                    read_shared(one, &mine.gradients[row][s * PAIRS + column / OWN].x);
+                    read_shared(two, &mine.gradients[row][(s + 1) * PAIRS + column / OWN].x);
+                    if (gated) {
+                        read_shared(one_y, &mine.y[row][mine.place_of_y(row, s * WIDTH + column)]);
+                        read_shared(two_y, &mine.y[row][mine.place_of_y(row, (s + 1) * WIDTH + column)]);
+                    }
+#pragma unroll
+                    for (int c = 0; c < QUAD; c++) {
+                        const float of_delta = one[2 * c] + two[2 * c], of_input = one[2 * c + 1] + two[2 * c + 1];
+                        const float of_y = one_y[c] + two_y[c];
+                        d_delta[c] = s ? d_delta[c] + of_delta : of_delta;
+                        d_input[c] = s ? d_input[c] + of_input : of_input;
+                        y[c] = s ? y[c] + of_y : of_y;
+                    }
+                }
+
+                float in[2 * QUAD], skip[QUAD], d_y[QUAD], gates[QUAD];
                 read_shared(in, &mine.steps[mine_t][column / OWN].x);
                 read_shared(skip, &shared.skips[warp * WIDTH + column]);
+                read_shared(d_y, &mine.d_y[row][column]);
+                read_shared(gates, &mine.gates[lane_index].x);
+                const Pack<T, QUAD> x = mine.u[lane_index];
                 // Everyone has read what the sums over channels are going to replace.
                 __syncwarp();
-                {
-                    const int lane = thread_anew() % 32, t = lane % 2 * 2 + lane / 4 % 2, which = lane / 2 % 2;
-                    float *to = &mine.steps[t0][0].x + ((which * LANES + lane / PAIRS) ^ t) * STATES;
-                    write_shared(to + t * 2 * TURN, totals[0]);
-                    write_shared(to + (4 + t) * 2 * TURN, totals[1]);
-                }
+                float *const sums_to = &mine.steps[t0][0].x + place_of_sums;
+                write_shared(sums_to, totals[0]);
+                write_shared(sums_to + 4 * 2 * TURN, totals[1]);
+                go_forward(next * TILE, 0);
 
-                const Pack<T, QUAD> tile_x = mine.next[0][lane_index], tile_z = mine.next[1][lane_index];
-                const Pack<T, QUAD> tile_d_out = mine.next[2][lane_index];
-                if (tile > 0) copy_next(tile - 1);
-
-                float d_y[QUAD], d_u[QUAD], d_step[QUAD];
-                const int64_t at = shared.gradients + (mine_t * (sign * static_cast<int>(p.d_inner)) + within);
-                read_shared(d_y, &mine.d_y[row][column]);
-                if (gated) {
-                    float d_z[QUAD], gates[QUAD];
-                    read_shared(gates, &mine.gates[lane_index].x);
-#pragma unroll
-                    for (int c = 0; c < QUAD; c++) {
-                        const float s = gates[c];
-                        d_z[c] = tile_d_out[c] * fmaf(skip[c], tile_x[c], y[c]) * (s * fmaf(tile_z[c], 1.0f - s, 1.0f));
-                    }
-                    store<T, true>(static_cast<T *>(params.d_z) + at, d_z, wanted);
-                }
+                float d_z[QUAD], d_u[QUAD], d_step[QUAD];
 #pragma unroll
                 for (int c = 0; c < QUAD; c++) {
-                    const float delta = in[2 * c];
+                    const float delta = in[mine.place_in_pairs(c)], slope = softplus_slope<T>(delta);
+                    d_z[c] = gates[c] * fmaf(skip[c], x[c], y[c]);
                     d_u[c] = fmaf(skip[c], d_y[c], d_input[c] * delta);
-                    float d = fmaf(d_input[c], tile_x[c], d_delta[c] * LN_2);
-                    if (plus) d *= softplus_slope<T>(delta);
-                    d_step[c] = d;
+                    d_step[c] = fmaf(d_input[c], x[c], d_delta[c] * LN_2) * (plus ? slope : 1.0f);
+                    d_skip[c] = wanted ? fmaf(d_y[c], x[c], d_skip[c]) : d_skip[c];
+                    d_bias[c] = wanted ? d_bias[c] + d_step[c] : d_bias[c];
                 }
+                store<T, true>(static_cast<T *>(params.d_z) + at, d_z, gated && wanted ? QUAD : 0);
                 store<T, true>(static_cast<T *>(params.d_u) + at, d_u, wanted);
                 store<T, true>(static_cast<T *>(params.d_delta) + at, d_step, wanted);
-                if (wanted) {
-#pragma unroll
-                    for (int c = 0; c < QUAD; c++) {
-                        d_skip[c] = fmaf(d_y[c], tile_x[c], d_skip[c]);
-                        d_bias[c] += d_step[c];
-                    }
-                }
+                at += int64_t(back) * static_cast<int>(p.d_inner);
+                if (tile > 0) open();
             }
 
             // The block's sums of ∂B and ∂C, the warps in order. (Where they go is read first: the first thread may be at the

@@ -79,7 +79,7 @@ pub fn backward_with<T: Element>(
     let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).min(GRID_ROWS);
     let (variant, module, threads, shared) = match scan.kernel {
         Kernel::General => ("general", Module::SCAN_BACKWARD_GENERAL, 256, 113_376),
-        Kernel::Fast(_) => ("fast", Module::SCAN_BACKWARD, 128, 107_696 + 1536 * size_of::<T>()),
+        Kernel::Fast(_) => ("fast", Module::SCAN_BACKWARD, 128, 107_696 + 512 * size_of::<T>()),
     };
     let shape = |threads, shared| LaunchShape { variant, channels: CHANNELS, threads, rows, shared: [shared; 2] };
 
