@@ -107,40 +107,43 @@ __device__ __forceinline__ Pack<T, COUNT> load(const T *p, int64_t stride, int c
     return pack;
 }
 
-// Writes what is `wanted`. (Left to the compiler, this is a branch around the store and what is stored.)
-template <typename T, int COUNT> __device__ __forceinline__ void store_if(T *p, const Pack<T, COUNT> &pack, bool wanted) {
-    if constexpr (sizeof(pack) == 4) {
-        asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.b32 [%1], %2;}" ::"r"(int(wanted)), "l"(p),
-                     "r"(pack.word(0))
-                     : "memory");
-    } else if constexpr (sizeof(pack) == 8) {
-        asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3};}" ::"r"(int(wanted)), "l"(p),
-                     "r"(pack.word(0)), "r"(pack.word(1))
-                     : "memory");
-    } else {
-        asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(int(wanted)),
-                     "l"(p), "r"(pack.word(0)), "r"(pack.word(1)), "r"(pack.word(2)), "r"(pack.word(3))
-                     : "memory");
+// `COUNT` neighbouring values, 2 or 4, rounded.
+template <typename T, int COUNT> __device__ __forceinline__ Pack<T, COUNT> rounded(const float (&value)[COUNT]) {
+    Pack<T, COUNT> pack;
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 2) {
+        if constexpr (sizeof(T) == 4) {
+            pack.word(i) = __float_as_uint(value[i]), pack.word(i + 1) = __float_as_uint(value[i + 1]);
+        } else {
+            pack.word(i / 2) = narrow_pair(value[i], value[i + 1], T());
+        }
     }
+    return pack;
 }
 
 // Rounds and writes the first `count` of `COUNT` neighbouring elements, 2 or 4.
 template <typename T, bool WHOLE, int COUNT> __device__ __forceinline__ void store(T *p, const float (&value)[COUNT], int count) {
     if constexpr (WHOLE) {
-        Pack<T, COUNT> pack;
-#pragma unroll
-        for (int i = 0; i < COUNT; i += 2) {
-            if constexpr (sizeof(T) == 4) {
-                pack.word(i) = __float_as_uint(value[i]), pack.word(i + 1) = __float_as_uint(value[i + 1]);
-            } else {
-                pack.word(i / 2) = narrow_pair(value[i], value[i + 1], T());
-            }
-        }
-        store_if(p, pack, count > 0);
+        if (count > 0) *reinterpret_cast<decltype(Pack<T, COUNT>::raw) *>(p) = rounded<T>(value).raw;
     } else {
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
             if (i < count) p[i] = narrow<T>(value[i]);
         }
+    }
+}
+
+// Rounds and writes four neighbouring elements, if they are `wanted`, without the branch that the compiler makes of `store`:
+// what follows one is not mixed with what comes before.
+template <typename T> __device__ __forceinline__ void store_if(bool wanted, T *p, const float (&value)[4]) {
+    const Pack<T, 4> pack = rounded<T>(value);
+    if constexpr (sizeof(T) == 4) {
+        asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(int(wanted)),
+                     "l"(p), "r"(pack.word(0)), "r"(pack.word(1)), "r"(pack.word(2)), "r"(pack.word(3))
+                     : "memory");
+    } else {
+        asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3};}" ::"r"(int(wanted)), "l"(p),
+                     "r"(pack.word(0)), "r"(pack.word(1))
+                     : "memory");
     }
 }

@@ -469,9 +469,9 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     d_skip[c] = wanted ? fmaf(d_y[c], x[c], d_skip[c]) : d_skip[c];
                     d_bias[c] = wanted ? d_bias[c] + d_step[c] : d_bias[c];
                 }
-                store<T, true>(static_cast<T *>(params.d_z) + at, d_z, gated && wanted ? QUAD : 0);
-                store<T, true>(static_cast<T *>(params.d_u) + at, d_u, wanted);
-                store<T, true>(static_cast<T *>(params.d_delta) + at, d_step, wanted);
+                store_if(gated && wanted, static_cast<T *>(params.d_z) + at, d_z);
+                store_if(wanted, static_cast<T *>(params.d_u) + at, d_u);
+                store_if(wanted, static_cast<T *>(params.d_delta) + at, d_step);
                 at += int64_t(back) * static_cast<int>(p.d_inner);
                 if (tile > 0) open();
             }
