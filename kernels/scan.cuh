@@ -210,7 +210,7 @@ struct Lane {
     }
     template <bool WHOLE> __device__ __forceinline__ void parameter(float (&to)[STATES], const Matrix &from) const {
         const float *at = from.data + channel * from.channel + state * from.state;
-        if (WHOLE && from.state == 1 && from.channel % 4 == 0 && reinterpret_cast<uint64_t>(from.data) % sizeof(float4) == 0) {
+        if (WHOLE && from.by_fours()) {
             read_dense<true>(to, at);
         } else {
             read(to, at, from.state);
@@ -231,6 +231,30 @@ struct Lane {
         return (index * p.d_inner + channel) * p.d_state + state;
     }
 };
+
+// log2(e) A of a lane's channels. It is asked for together, so that none of the loads waits for another.
+template <bool WHOLE, int OWN, typename LaneOf>
+__device__ __forceinline__ void read_rates(float (&a)[OWN][STATES], const LaneOf &lane_of, const Matrix &from) {
+    const auto at = [&](const Lane &lane) { return from.data + lane.channel * from.channel + lane.state * from.state; };
+    if (WHOLE && from.by_fours()) {
+        Pack<float, STATES> packs[OWN];
+#pragma unroll
+        for (int c = 0; c < OWN; c++) packs[c] = load<float, STATES, true>(at(lane_of(c)), 1, lane_of(c).count);
+#pragma unroll
+        for (int c = 0; c < OWN; c++) {
+#pragma unroll
+            for (int n = 0; n < STATES; n++) a[c][n] = packs[c][n];
+        }
+    } else {
+#pragma unroll
+        for (int c = 0; c < OWN; c++) lane_of(c).read(a[c], at(lane_of(c)), from.state);
+    }
+#pragma unroll
+    for (int c = 0; c < OWN; c++) {
+#pragma unroll
+        for (int n = 0; n < STATES; n++) a[c][n] *= LOG2_E;
+    }
+}
 
 // The state that enters a segment: the initial state, carried through what the segments before it are summed up by.
 template <bool ACCURATE, bool WHOLE>

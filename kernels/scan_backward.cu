@@ -88,12 +88,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
         return Lane(p, block.first + channel, channel < block.width, thread % 32 / PAIRS * STATES);
     };
     float a[OWN][STATES], d_a[OWN][STATES] = {};
-#pragma unroll
-    for (int c = 0; c < OWN; c++) {
-        lane_of(c).template parameter<true>(a[c], p.a);
-#pragma unroll
-        for (int n = 0; n < STATES; n++) a[c][n] *= LOG2_E;
-    }
+    read_rates<true>(a, lane_of, p.a);
 
     if (threadIdx.x == 0) shared.next = SegmentIndex(p.segments.per_row);
     for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {

@@ -104,14 +104,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 
     const bool from_zero = SUMMARY || (!p.initial_state.data && !p.reached);
     float a[OWN][STATES];
-    const auto read_a = [&](int turn) {
-#pragma unroll
-        for (int c = 0; c < OWN; c++) {
-            lane_of(c, turn).template parameter<WHOLE>(a[c], p.a);
-#pragma unroll
-            for (int n = 0; n < STATES; n++) a[c][n] *= LOG2_E;
-        }
-    };
+    const auto read_a = [&](int turn) { read_rates<WHOLE>(a, [&](int c) { return lane_of(c, turn); }, p.a); };
 
     for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
         const Segment segment = p.segments.get(at);

@@ -20,6 +20,11 @@ struct Projection {
 struct Matrix {
     const float *data;
     int64_t channel, state;
+
+    // Whether four states of a channel lie in one aligned piece.
+    __device__ __forceinline__ bool by_fours() const {
+        return state == 1 && channel % 4 == 0 && reinterpret_cast<uint64_t>(data) % sizeof(float4) == 0;
+    }
 };
 
 // (d_inner) f32; null where absent.
