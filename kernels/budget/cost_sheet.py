@@ -139,22 +139,21 @@ Beside an H200 (`benches/results/h200-times.csv`), with the counts above scaled 
 
 | operator | shape | model, ms | measured, ms | ratio |
 |---|---|---|---|---|
-| scan forward, one channel a lane | 8 x 2,048 x 2,048 | 0.161 (special) | 0.221 | 1.37 |
-| scan forward, one channel a lane | 64 x 512 x 1,536 | 0.241 (special) | 0.310 | 1.29 |
+| scan forward, one channel a lane | 8 x 2,048 x 2,048 | 0.161 (special) | 0.223 | 1.38 |
+| scan forward, one channel a lane | 64 x 512 x 1,536 | 0.241 (special) | 0.313 | 1.30 |
 | scan forward, four channels a lane | 2,048 x 16 x 1,536 | 0.242 (special) | 0.338 | 1.40 |
-| scan forward, one state a lane | 1 x 2,048 x 1,024 | 0.0187 (issue) | 0.0280 | 1.50 |
+| scan forward, one state a lane | 1 x 2,048 x 1,024 | 0.0187 (issue) | 0.0284 | **1.52** |
 | scan forward, two states a lane | 1 x 65,536 x 2,048 | 0.99 (issue) | 1.22 | 1.23 |
-| scan backward | 8 x 2,048 x 2,048 | 0.507 (issue) | 1.02 | **2.01** |
+| scan backward | 8 x 2,048 x 2,048 | 0.489 (issue) | 0.89 | **1.82** |
 | convolution forward | 8 x 2,048 x 2,048 | 0.032 (memory) | 0.038 | 1.19 |
-| convolution backward | 8 x 2,048 x 2,048 | 0.048 (memory) | 0.058 | 1.21 |
+| convolution backward | 8 x 2,048 x 2,048 | 0.048 (memory) | 0.059 | 1.22 |
 | state update | 256 x 5,120 | 0.043 (memory) | 0.049 | 1.15 |
 
 Backward is out by more than half because the model knows nothing of latency: two warps to a scheduler are all that 255
-registers allow, and they use half of the issue slots; nor of the clock, which is a tenth lower where tensor cores are used
-(`benches/tuning.md`). Lanes of one or two states execute more and ask the caches for more, of which blocks of 8 channels
-waste half a sector: they are planned only where whole channels would leave the device empty or sequences be split. Sectors
-of asynchronous copies to shared memory, 6 bytes for (step, channel) in backward, are not in the simulator's count: with
-them it is 27 bytes unsplit."""
+registers allow, and they use 0.58 of the issue slots; nor of the clock, which is a tenth lower where tensor cores are used
+(`benches/tuning.md`). Where lanes have one state, three warps to a scheduler of three kinds meet in every tile, and wait for
+each other. Lanes of one or two states execute more and ask the caches for more, of which blocks of 8 channels
+waste half a sector: they are planned only where whole channels would leave the device empty or sequences be split."""
 
 MODEL = """The time of each unit alone on an H200, scaled to its busiest processor; latency is not modelled, so this is a lower bound
 and shows what would bind.
