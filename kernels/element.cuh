@@ -133,8 +133,8 @@ template <typename T, bool WHOLE, int COUNT> __device__ __forceinline__ void sto
     }
 }
 
-// Rounds and writes four neighbouring elements, if they are `wanted`, without the branch that the compiler makes of `store`:
-// what follows one is not mixed with what comes before.
+// Rounds and writes four neighbouring elements if they are `wanted`, else `p` may be anything. Of `store` the compiler makes
+// a branch, and what follows a branch is not scheduled among what comes before it.
 template <typename T> __device__ __forceinline__ void store_if(bool wanted, T *p, const float (&value)[4]) {
     const Pack<T, 4> pack = rounded<T>(value);
     if constexpr (sizeof(T) == 4) {

@@ -208,12 +208,14 @@ struct Lane {
     template <bool WHOLE> __device__ __forceinline__ void write_dense(float *to, const float (&from)[STATES]) const {
         store<float, WHOLE>(to, from, count);
     }
+    __device__ __forceinline__ const float *in(const Matrix &from) const {
+        return from.data + channel * from.channel + state * from.state;
+    }
     template <bool WHOLE> __device__ __forceinline__ void parameter(float (&to)[STATES], const Matrix &from) const {
-        const float *at = from.data + channel * from.channel + state * from.state;
         if (WHOLE && from.by_fours()) {
-            read_dense<true>(to, at);
+            read_dense<true>(to, in(from));
         } else {
-            read(to, at, from.state);
+            read(to, in(from), from.state);
         }
     }
     // The state before a sequence; zero if none is given.
@@ -235,11 +237,10 @@ struct Lane {
 // log2(e) A of a lane's channels. It is asked for together, so that none of the loads waits for another.
 template <bool WHOLE, int OWN, typename LaneOf>
 __device__ __forceinline__ void read_rates(float (&a)[OWN][STATES], const LaneOf &lane_of, const Matrix &from) {
-    const auto at = [&](const Lane &lane) { return from.data + lane.channel * from.channel + lane.state * from.state; };
     if (WHOLE && from.by_fours()) {
         Pack<float, STATES> packs[OWN];
 #pragma unroll
-        for (int c = 0; c < OWN; c++) packs[c] = load<float, STATES, true>(at(lane_of(c)), 1, lane_of(c).count);
+        for (int c = 0; c < OWN; c++) packs[c] = load<float, STATES, true>(lane_of(c).in(from), 1, lane_of(c).count);
 #pragma unroll
         for (int c = 0; c < OWN; c++) {
 #pragma unroll
@@ -247,7 +248,7 @@ __device__ __forceinline__ void read_rates(float (&a)[OWN][STATES], const LaneOf
         }
     } else {
 #pragma unroll
-        for (int c = 0; c < OWN; c++) lane_of(c).read(a[c], at(lane_of(c)), from.state);
+        for (int c = 0; c < OWN; c++) lane_of(c).read(a[c], lane_of(c).in(from), from.state);
     }
 #pragma unroll
     for (int c = 0; c < OWN; c++) {

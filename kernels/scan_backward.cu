@@ -15,19 +15,19 @@ static_assert(TILE * WIDTH == 32 * QUAD, "a lane stages and finishes one quad of
 
 // What a warp keeps of its channels.
 template <typename T> struct OfWarp {
-    // The Δ and then the Δu of each pair of channels. A tile that is done with leaves the sums of ∂B and ∂C over the warp's
+    // The Δ of each pair of channels, and then their Δu. A tile that is done with leaves the sums of ∂B and ∂C over the warp's
     // channels in its place, (TILE, 2, TURN): the fours of each step in an order of its own, so that lanes of different steps
     // do not meet in a bank.
     float4 steps[CHECKPOINT_STEPS][PAIRS];
     // The states before each tile. The gradient behind the tile that is worked on is in the place after the tile's own.
     float4 states[TILES + 1][OWN][32];
-    // What each lane adds to ∂/∂Δ and ∂/∂(Δu) of its pair in each step, and to y. (Neighbouring steps are shifted
+    // What each lane adds to ∂/∂Δ and ∂/∂(Δu) of its one channel and then of the other in each step, and to y. (Neighbouring steps are shifted
     // against each other, so that lanes that read them do not meet in a bank.)
     float4 gradients[TILE][LANES * PAIRS + 1];
     alignas(16) float y[TILE][LANES * WIDTH];
-    // Of the tile that is worked on: ∂/∂y, and each lane's quads of u and of what makes ∂/∂z of y, ∂out ∂silu(z)/∂z.
+    // Of the tile that is worked on: ∂/∂y, and each lane's quads of u and of ∂out ∂silu(z)/∂z, which makes ∂/∂z of y + Du.
     alignas(16) float d_y[TILE][WIDTH];
-    float4 gates[32];
+    float4 to_d_z[32];
     Pack<T, QUAD> u[32];
 
     // Where the Δ of a quad's channel is among its steps; the Δu is OWN behind.
@@ -128,13 +128,13 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 return place.at + (t * static_cast<int>(place.step) + within);
             };
             // What the lane finishes, a tile at a time from the last on: where it is read and, in the dense gradients, written.
-            const int last = (tiles - 1) * TILE + row;
-            const T *from_u = quad_at(shared.u, last), *from_z = quad_at(shared.z, last);
-            const T *from_d_out = quad_at(shared.d_out, last);
-            int64_t at = shared.gradients + (last * (sign * static_cast<int>(p.d_inner)) + within);
+            const int last_t = (tiles - 1) * TILE + row;
+            const T *from_u = quad_at(shared.u, last_t), *from_z = quad_at(shared.z, last_t);
+            const T *from_d_out = quad_at(shared.d_out, last_t);
+            int64_t at = shared.gradients + (last_t * (sign * static_cast<int>(p.d_inner)) + within);
             const int back = reverse ? TILE : -TILE;
             Pack<T, QUAD> next_u, next_z, next_d_out;
-            // Has the step `t` in flight, if there is one.
+            // Has what the lane finishes next in flight; `t` is the step, for which there may be nothing to finish.
             const auto load_next = [&](int t) {
                 const int count = there && t >= 0 && t < left ? QUAD : 0;
                 next_u = load<T, QUAD, true>(from_u, 1, count);
@@ -148,16 +148,16 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 #pragma unroll
             for (int k = 0; k < CHECKPOINT_STEPS / 32; k++) {
                 const int t = lane_index + k * 32, first = warp * WIDTH;
-                const auto ahead = [&](const Place<T> &place, int t) {
+                const auto prefetch_step = [&](const Place<T> &place, int t) {
                     prefetch(place.at + (t * static_cast<int>(place.step) + first));
                 };
                 if (t < left && first < block.width) {
-                    if (gated) ahead(shared.z, t);
-                    ahead(shared.d_out, t);
+                    if (gated) prefetch_step(shared.z, t);
+                    prefetch_step(shared.d_out, t);
                 }
                 if (part > 0 && first < block.width) {
-                    ahead(shared.u, t - CHECKPOINT_STEPS);
-                    ahead(shared.delta, t - CHECKPOINT_STEPS);
+                    prefetch_step(shared.u, t - CHECKPOINT_STEPS);
+                    prefetch_step(shared.delta, t - CHECKPOINT_STEPS);
                 }
             }
 
@@ -181,13 +181,13 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 const bool of_c = threadIdx.x / LANES % 2;
                 const int first = threadIdx.x % LANES * STATES;
                 const Projection &from = of_c ? p.c : p.b;
-                const T *at = static_cast<const T *>(from.data) + segment.row * from.batch + i * from.step +
-                              block.group * from.group + first;
+                const T *const steps = static_cast<const T *>(from.data) + segment.row * from.batch + i * from.step +
+                                       block.group * from.group + first;
                 Pack<T, STATES> fours[COUNT];
 #pragma unroll
                 for (int k = 0; k < COUNT; k++) {
                     const int t = threadIdx.x / FOURS + k * (THREADS / FOURS);
-                    fours[k] = load<T, STATES, true>(at + t * (sign * static_cast<int>(from.step)), 1,
+                    fours[k] = load<T, STATES, true>(steps + t * (sign * static_cast<int>(from.step)), 1,
                                                      t < left && first < p.d_state);
                 }
                 Pack<T, QUAD> x[TILES], step[TILES];
@@ -257,6 +257,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
             // Decays are computed a few steps ahead: were it a tile, the compiler would put most of them off to the tile's end,
             // where they wait for the special-function unit in a row.
             constexpr int AHEAD = 2;
+            static_assert(TILE % AHEAD == 0, "the decays that are known at the end of a tile are of the first steps of the next");
             float decays[TILE][OWN][STATES];
 #pragma unroll
             for (int t = 0; t < AHEAD; t++) decay_at(t, decays[t]);
@@ -281,19 +282,19 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
             };
             // Makes of what was loaded what going back and finishing need.
             const auto open = [&] {
-                float d_y[QUAD], gates[QUAD];
+                float d_y[QUAD], to_d_z[QUAD];
 #pragma unroll
                 for (int c = 0; c < QUAD; c++) {
                     const float z = next_z[c], d_out = next_d_out[c], s = sigmoid(z);
                     d_y[c] = gated ? d_out * (z * s) : d_out;
-                    gates[c] = d_out * (s * fmaf(z, 1.0f - s, 1.0f));
+                    to_d_z[c] = d_out * (s * fmaf(z, 1.0f - s, 1.0f));
                 }
                 write_shared(&mine.d_y[row][column], d_y);
-                write_shared(&mine.gates[lane_index].x, gates);
+                write_shared(&mine.to_d_z[lane_index].x, to_d_z);
                 mine.u[lane_index] = next_u;
                 __syncwarp();
             };
-            load_next(last);
+            load_next(last_t);
             go_forward((tiles - 1) * TILE, AHEAD);
             open();
             for (int tile = tiles - 1; tile >= 0; tile--) {
@@ -318,7 +319,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 for (int t = TILE - 1; t >= 0; t--) {
                     const auto [in, d_y, b, c_] = ahead;
                     if (t > 0) read(t - 1);
-                    // Else the compiler would put the loads off until they are waited for.
+                    // Not for the lanes, but for the compiler, which would put the loads off until they are waited for.
                     __syncwarp();
                     float terms[2][4], gradients[2 * OWN], y[OWN];
 #pragma unroll
@@ -415,7 +416,8 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 }
 
                 // Finish, and go forward through the tile that comes next at the same time: the one waits for shared memory, the
-                // other for the special-function unit. (After the first tile there is none; what goes forward then is dropped.)
+                // other for the special-function unit. (After tile 0 there is none, and what is made of tile 1 again is dropped:
+                // tile 0's steps are being replaced.)
                 const int next = tile > 0 ? tile - 1 : 1;
                 load_next(mine_t - TILE);
 #pragma unroll
@@ -441,11 +443,11 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     }
                 }
 
-                float in[2 * QUAD], skip[QUAD], d_y[QUAD], gates[QUAD];
+                float in[2 * QUAD], skip[QUAD], d_y[QUAD], to_d_z[QUAD];
                 read_shared(in, &mine.steps[mine_t][column / OWN].x);
                 read_shared(skip, &shared.skips[warp * WIDTH + column]);
                 read_shared(d_y, &mine.d_y[row][column]);
-                read_shared(gates, &mine.gates[lane_index].x);
+                read_shared(to_d_z, &mine.to_d_z[lane_index].x);
                 const Pack<T, QUAD> x = mine.u[lane_index];
                 // Everyone has read what the sums over channels are going to replace.
                 __syncwarp();
@@ -458,7 +460,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 #pragma unroll
                 for (int c = 0; c < QUAD; c++) {
                     const float delta = in[mine.place_in_pairs(c)], slope = softplus_slope<T>(delta);
-                    d_z[c] = gates[c] * fmaf(skip[c], x[c], y[c]);
+                    d_z[c] = to_d_z[c] * fmaf(skip[c], x[c], y[c]);
                     d_u[c] = fmaf(skip[c], d_y[c], d_input[c] * delta);
                     d_step[c] = fmaf(d_input[c], x[c], d_delta[c] * LN_2) * (plus ? slope : 1.0f);
                     d_skip[c] = wanted ? fmaf(d_y[c], x[c], d_skip[c]) : d_skip[c];
