@@ -79,7 +79,7 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
                         window[BEFORE + t][c] = next[0][t][c];
                         float d_sum = next[1][t][c];
                         const float sum = filter.apply(window + t, c), s = sigmoid(sum);
-                        d_sum = activate ? d_sum * (s * fmaf(sum, 1.0f - s, 1.0f)) : d_sum;
+                        d_sum = activate ? d_sum * silu_slope(sum, s) : d_sum;
                         // Behind the end there is no sum, and what stands there need not be a number.
                         g[BEFORE + t][c] = inner.value || i + t < there ? d_sum : 0.0f;
                         if (is_own) {

@@ -71,6 +71,9 @@ __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp
 
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
+// The slope of silu at `x`, whose sigmoid is `s`.
+__device__ __forceinline__ float silu_slope(float x, float s) { return s * fmaf(x, 1.0f - s, 1.0f); }
+
 // What a state is multiplied by in a step, from x = log2(e) Δ A. `Accurate` keeps it less 1, see exp2_minus_one.
 template <bool Accurate> struct Decay {
     float value;

@@ -287,7 +287,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 for (int c = 0; c < QUAD; c++) {
                     const float z = next_z[c], d_out = next_d_out[c], s = sigmoid(z);
                     d_y[c] = gated ? d_out * (z * s) : d_out;
-                    to_d_z[c] = d_out * (s * fmaf(z, 1.0f - s, 1.0f));
+                    to_d_z[c] = d_out * silu_slope(z, s);
                 }
                 write_shared(&mine.d_y[row][column], d_y);
                 write_shared(&mine.to_d_z[lane_index].x, to_d_z);

@@ -453,7 +453,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 #pragma unroll
                                 for (int c = 0; c < QUAD; c++) {
                                     const float d_out = tile_d_out[c], z = tile_z[c], s = sigmoid(z);
-                                    d_z[c] = d_out * (s * fmaf(z, 1.0f - s, 1.0f)) * fmaf(skip[c], x[c], y[c]);
+                                    d_z[c] = d_out * silu_slope(z, s) * fmaf(skip[c], x[c], y[c]);
                                     d_y[c] = d_out * (z * s);
                                 }
                                 store<T, false>(static_cast<T *>(params.d_z) + at, d_z, there);

@@ -126,6 +126,7 @@ __device__ __forceinline__ void copy_ahead(Pack<T, COUNT> &to, const T *from, bo
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(BYTES), "r"(wanted ? BYTES : 0)
                  : "memory");
 }
+
 // What this thread has had copied since the last call is a group; waits until all groups but the last `AFTER` are there.
 __device__ __forceinline__ void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int AFTER> __device__ __forceinline__ void wait_for_group() {
