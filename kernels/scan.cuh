@@ -158,6 +158,14 @@ template <typename T, int STEPS, int THREADS, bool WHOLE> struct ProjectionWalk 
         keep(count);
     }
 
+    // Has varying B and C walked from other states on.
+    __device__ __forceinline__ void turn(const ScanInputs &p, int from_state, int first_state) {
+        static_assert(STEPS % ROWS == 0, "all threads have steps");
+        at += (first_state - from_state) * state;
+        const int n = threadIdx.x % LANES * STATES;
+        count = max(0, min(static_cast<int>(p.d_state) - first_state - n, STATES));
+    }
+
     // Puts the loads in flight for a tile of which `left` steps exist; all of them, if it is not `RAGGED`.
     template <bool RAGGED> __device__ __forceinline__ void load(int left) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// The selective scan, backward, in the form that Mamba uses: 16 states or fewer, B and C that vary, channels and states side
-// by side. scan_backward_general.cu takes the rest.
+// The selective scan, backward, in the form that Mamba uses: B and C that vary, channels and states side by side.
+// scan_backward_general.cu takes the rest.
 //
 // Each warp carries 16 neighbouring channels by itself, through one part of 64 steps after another, the last first: from
 // the state that forward kept before the part it finds those before each tile of 8 steps, and then goes back tile by tile.
@@ -53,7 +53,8 @@ template <typename T> struct Shared {
 };
 static_assert(sizeof(Shared<float>) == 109744 && sizeof(Shared<__half>) == 108720, "as in src/scan/cuda/backward.rs");
 
-template <typename T> __device__ __forceinline__ void scan_backward(const ScanBackward &params) {
+// With `TURNS` there are more than 16 states, of which a launch takes 16.
+template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(const ScanBackward &params) {
     constexpr bool ACCURATE = sizeof(T) == 4;
     using Decay = Decay<ACCURATE>;
     extern __shared__ float4 memory[];
@@ -83,9 +84,12 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
     const int sums_t = lane_index % 2 * 2 + lane_index / 4 % 2;
     int place_of_sums = sums_t * 2 * TURN + ((lane_index / 2 % 2 * LANES + sub) ^ sums_t) * STATES;
     keep(place_of_sums);
+    // Of the states the first whose turn it is, and how many there are from there on.
+    const int first_state = TURNS ? static_cast<int>(params.first_state) : 0;
+    const int states = static_cast<int>(p.d_state) - first_state;
     const auto lane_of = [&](int c) {
         const int thread = thread_anew(), channel = thread / 32 * WIDTH + thread % PAIRS * OWN + c;
-        return Lane(p, block.first + channel, channel < block.width, thread % 32 / PAIRS * STATES);
+        return Lane(p, block.first + channel, channel < block.width, first_state + thread % 32 / PAIRS * STATES);
     };
     float a[OWN][STATES], d_a[OWN][STATES] = {};
     read_rates<true>(a, lane_of, p.a);
@@ -119,7 +123,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 shared.delta = place(p.delta);
                 shared.gradients = (flat + i) * p.d_inner + block.first;
                 const int64_t blocks = blockIdx.x % static_cast<uint32_t>(p.group_blocks) * params.steps;
-                shared.lines = ((blocks + flat + i) * params.groups + block.group) * p.d_state;
+                shared.lines = ((blocks + flat + i) * params.groups + block.group) * p.d_state + first_state;
             }
             __syncthreads();
             // The lane's quad of a step in an activation.
@@ -182,13 +186,13 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 const int first = threadIdx.x % LANES * STATES;
                 const Projection &from = of_c ? p.c : p.b;
                 const T *const steps = static_cast<const T *>(from.data) + segment.row * from.batch + i * from.step +
-                                       block.group * from.group + first;
+                                       block.group * from.group + first_state + first;
                 Pack<T, STATES> fours[COUNT];
 #pragma unroll
                 for (int k = 0; k < COUNT; k++) {
                     const int t = threadIdx.x / FOURS + k * (THREADS / FOURS);
                     fours[k] = load<T, STATES, true>(steps + t * (sign * static_cast<int>(from.step)), 1,
-                                                     t < left && first < p.d_state);
+                                                     t < left && first < states);
                 }
                 Pack<T, QUAD> x[TILES], step[TILES];
 #pragma unroll
@@ -322,6 +326,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     // Not for the lanes, but for the compiler, which would put the loads off until they are waited for.
                     __syncwarp();
                     float terms[2][4], gradients[2 * OWN], y[OWN];
+                    const bool exists = t < left - t0;
 #pragma unroll
                     for (int c = 0; c < OWN; c++) {
 #pragma unroll
@@ -338,7 +343,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                             // Through the decay: ∂/∂(ΔA) is that of the state before, times that state.
                             g[c][n] = decay.of(gradient);
                             const float d_log = g[c][n] * h[t][c][n];
-                            d_a[c][n] = fmaf(in[c], d_log, d_a[c][n]);
+                            add_if(exists, d_a[c][n], in[c], d_log);
                             d_delta = n ? fmaf(a[c][n], d_log, d_delta) : a[c][n] * d_log;
                         }
                     }
@@ -454,21 +459,24 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 float *const sums_to = &mine.steps[t0][0].x + place_of_sums;
                 write_shared(sums_to, totals[0]);
                 write_shared(sums_to + 4 * 2 * TURN, totals[1]);
+                if (TURNS) carry<true>(params, at, wanted ? QUAD : 0, d_delta, d_input, y);
                 go_forward(next * TILE, 0);
 
-                float d_z[QUAD], d_u[QUAD], d_step[QUAD];
+                if (!TURNS || params.is_last_turn()) {
+                    float d_z[QUAD], d_u[QUAD], d_step[QUAD];
 #pragma unroll
-                for (int c = 0; c < QUAD; c++) {
-                    const float delta = in[mine.place_in_pairs(c)], slope = softplus_slope<T>(delta);
-                    d_z[c] = to_d_z[c] * fmaf(skip[c], x[c], y[c]);
-                    d_u[c] = fmaf(skip[c], d_y[c], d_input[c] * delta);
-                    d_step[c] = fmaf(d_input[c], x[c], d_delta[c] * LN_2) * (plus ? slope : 1.0f);
-                    d_skip[c] = wanted ? fmaf(d_y[c], x[c], d_skip[c]) : d_skip[c];
-                    d_bias[c] = wanted ? d_bias[c] + d_step[c] : d_bias[c];
+                    for (int c = 0; c < QUAD; c++) {
+                        const float delta = in[mine.place_in_pairs(c)], slope = softplus_slope<T>(delta);
+                        d_z[c] = to_d_z[c] * fmaf(skip[c], x[c], y[c]);
+                        d_u[c] = fmaf(skip[c], d_y[c], d_input[c] * delta);
+                        d_step[c] = fmaf(d_input[c], x[c], d_delta[c] * LN_2) * (plus ? slope : 1.0f);
+                        d_skip[c] = wanted ? fmaf(d_y[c], x[c], d_skip[c]) : d_skip[c];
+                        d_bias[c] = wanted ? d_bias[c] + d_step[c] : d_bias[c];
+                    }
+                    store_if(gated && wanted, static_cast<T *>(params.d_z) + at, d_z);
+                    store_if(wanted, static_cast<T *>(params.d_u) + at, d_u);
+                    store_if(wanted, static_cast<T *>(params.d_delta) + at, d_step);
                 }
-                store_if(gated && wanted, static_cast<T *>(params.d_z) + at, d_z);
-                store_if(wanted, static_cast<T *>(params.d_u) + at, d_u);
-                store_if(wanted, static_cast<T *>(params.d_delta) + at, d_step);
                 at += int64_t(back) * static_cast<int>(p.d_inner);
                 if (tile > 0) open();
             }
@@ -485,7 +493,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 #pragma unroll
                 for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
                     const int t = thread / FOURS + k * (THREADS / FOURS);
-                    if (t >= left || first >= p.d_state) break;
+                    if (t >= left || first >= states) break;
                     float sum[STATES];
 #pragma unroll
                     for (int w = 0; w < WARPS; w++) {
@@ -528,12 +536,16 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
     sum_rows(d_bias, params.d_bias);
 }
 
-#define INSTANCE(SUFFIX, T)                                                                                            \
+#define INSTANCE(NAME, T, TURNS)                                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
-        scan_backward_fast_##SUFFIX(const __grid_constant__ ScanBackward params) {                                     \
-        scan_backward<T>(params);                                                                                      \
+        scan_backward_##NAME(const __grid_constant__ ScanBackward params) {                                            \
+        scan_backward<T, TURNS>(params);                                                                               \
     }
 
-INSTANCE(f32, float)
-INSTANCE(f16, __half)
-INSTANCE(bf16, __nv_bfloat16)
+#define INSTANCES(SUFFIX, T)                                                                                           \
+    INSTANCE(fast_##SUFFIX, T, false)                                                                                  \
+    INSTANCE(turns_##SUFFIX, T, true)
+
+INSTANCES(f32, float)
+INSTANCES(f16, __half)
+INSTANCES(bf16, __nv_bfloat16)

@@ -19,8 +19,39 @@ struct ScanBackward {
     // With more than 16 states, what the turns before have found of ∂y/∂Δ, ∂y/∂(Δu) and y: (3, batch·length, d_inner).
     float *carried;
     int64_t groups, steps;
+    // The first of the 16 states whose turn it is: each 16 are a launch.
+    int64_t first_state;
+
+    __device__ __forceinline__ bool is_last_turn() const { return first_state + TURN >= in.d_state; }
 };
-static_assert(sizeof(ScanBackward) == 568, "as in src/cuda/params.rs");
+static_assert(sizeof(ScanBackward) == 576, "as in src/cuda/params.rs");
+
+// Adds to what a quad's channels get of the sums over their states that of the turns before, and hands it on if there is a
+// turn to come. `at` is the quad's place in a dense activation, of which `count` channels exist.
+template <bool WHOLE>
+__device__ __forceinline__ void carry(const ScanBackward &params, int64_t at, int count, float (&d_delta)[QUAD],
+                                      float (&d_input)[QUAD], float (&y)[QUAD]) {
+    const auto sum = [&](int which, float (&sums)[QUAD]) {
+        float *const carried = params.carried + which * params.steps * params.in.d_inner + at;
+        if (params.first_state > 0) {
+            const Pack<float, QUAD> before = load<float, QUAD, WHOLE>(carried, 1, count);
+#pragma unroll
+            for (int c = 0; c < QUAD; c++) sums[c] += before[c];
+        }
+        if (!params.is_last_turn()) store<float, WHOLE>(carried, sums, count);
+    };
+    sum(0, d_delta);
+    sum(1, d_input);
+    if (params.in.z.data) sum(2, y);
+}
+
+// Adds x y to a sum if it is `wanted`, without a branch. (Steps beyond the end of a sequence add zero times the state behind
+// it, which is NaN if that is infinite.)
+__device__ __forceinline__ void add_if(bool wanted, float &sum, float x, float y) {
+    asm("{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %3, 0;\n@wanted fma.rn.f32 %0, %1, %2, %0;\n}"
+        : "+f"(sum)
+        : "f"(x), "f"(y), "r"(static_cast<int>(wanted)));
+}
 
 // Has the next segment of the block's in shared memory, for all of its threads.
 template <typename Shared> __device__ __forceinline__ void take_segment(Shared &shared, const Segments &segments) {

@@ -90,189 +90,167 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
     // in the third in neighbouring columns of it.
     const int lane_index = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int sub = lane_index / 8, own = warp * 8 + lane_index % 8;
-    const int turns = static_cast<int>((p.d_state + TURN - 1) / TURN);
+    const int first_state = static_cast<int>(params.first_state);
+    const auto lane_anew = [&] {
+        const int thread = thread_anew(), channel = thread / 32 * 8 + thread % 8;
+        return Lane(p, block.first + channel, channel < block.width, first_state + thread % 32 / 8 * STATES);
+    };
+    float a[STATES], inverse_a[STATES], constant_b[STATES] = {}, constant_c[STATES] = {};
+    const Lane lane = lane_anew();
+    lane.parameter<false>(a, p.a);
+#pragma unroll
+    for (int n = 0; n < STATES; n++) {
+        inverse_a[n] = fabsf(a[n]) < 1e-30f ? 0.0f : 1.0f / a[n];
+        a[n] *= LOG2_E;
+    }
+    if (p.b.constant) lane.constant(constant_b, p.b);
+    if (p.c.constant) lane.constant(constant_c, p.c);
+    float d_a[STATES] = {}, d_constant_b[STATES] = {}, d_constant_c[STATES] = {};
 
-    for (int turn = 0; turn < turns; turn++) {
-        const bool last_turn = turn == turns - 1;
-        const auto lane_anew = [&] {
-            const int thread = thread_anew(), channel = thread / 32 * 8 + thread % 8;
-            return Lane(p, block.first + channel, channel < block.width, turn * TURN + thread % 32 / 8 * STATES);
-        };
-        float a[STATES], inverse_a[STATES], constant_b[STATES] = {}, constant_c[STATES] = {};
+    if (threadIdx.x == 0) shared.next = SegmentIndex(p.segments.per_row);
+    for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
+        take_segment(shared, p.segments);
+        const Segment &segment = shared.segment;
+
         const Lane lane = lane_anew();
-        lane.parameter<false>(a, p.a);
-#pragma unroll
-        for (int n = 0; n < STATES; n++) {
-            inverse_a[n] = fabsf(a[n]) < 1e-30f ? 0.0f : 1.0f / a[n];
-            a[n] *= LOG2_E;
-        }
-        if (p.b.constant) lane.constant(constant_b, p.b);
-        if (p.c.constant) lane.constant(constant_c, p.c);
-        float d_a[STATES] = {}, d_constant_b[STATES] = {}, d_constant_c[STATES] = {};
+        float g[STATES] = {};
+        leave<ACCURATE, false>(params, segment, lane, a, g);
 
-        if (threadIdx.x == 0) shared.next = SegmentIndex(p.segments.per_row);
-        for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
-            take_segment(shared, p.segments);
-            const Segment &segment = shared.segment;
-
-            const Lane lane = lane_anew();
-            float g[STATES] = {};
-            leave<ACCURATE, false>(params, segment, lane, a, g);
-
-            for (int part = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); part >= 0; part--) {
-                const int left = static_cast<int>(min(segment.steps - int64_t(part) * CHECKPOINT_STEPS,
-                                                      int64_t(CHECKPOINT_STEPS)));
-                const int tiles = (left + TILE - 1) / TILE;
-                if (left <= 0) break; // an empty sequence
-                if (threadIdx.x == 0) {
-                    const int64_t i0 = segment.first + int64_t(part) * CHECKPOINT_STEPS;
-                    const int64_t i = segment.step(i0, reverse), sign = reverse ? -1 : 1;
-                    const auto place = [&](const Activation &tensor) {
-                        const int64_t at = segment.row * tensor.batch + i * tensor.step + block.first * tensor.channel;
-                        return Place{static_cast<const T *>(tensor.data) + at, sign * tensor.step};
-                    };
-                    shared.u = place(p.u);
-                    shared.delta = place(p.delta);
-                    shared.z = place(p.z);
-                    shared.d_out = place(params.d_out);
-                    const auto place_of_projection = [&](const Projection &tensor) {
-                        const int64_t at = segment.row * tensor.batch + i * tensor.step + block.group * tensor.group +
-                                           turn * TURN * tensor.state;
-                        return Place{static_cast<const T *>(tensor.data) + at, sign * tensor.step};
-                    };
-                    shared.b = place_of_projection(p.b);
-                    shared.c = place_of_projection(p.c);
-                    const int64_t flat = segment.row * p.segments.len, at = (flat + i) * p.d_inner + block.first;
-                    shared.gradients = {reinterpret_cast<const void *>(at), sign * p.d_inner};
-                    const int64_t part_of_group = blockIdx.x % static_cast<uint32_t>(p.group_blocks);
-                    const int64_t lines = (part_of_group * params.steps + flat + i) * params.groups;
-                    shared.lines = {params.projections + (lines + block.group) * p.d_state,
-                                    sign * params.groups * p.d_state};
-                    shared.slot = i0 ? (flat + segment.start) / CHECKPOINT_STEPS + i0 / CHECKPOINT_STEPS - 1 : -1;
-                }
-                __syncthreads();
-                // The quad of a tile's step in an activation.
-                const auto load_quad = [&](const Place &place, const Activation &tensor, int i, int there) {
-                    const T *at = static_cast<const T *>(place.at);
-                    at += i * place.step + column * tensor.channel;
-                    return ::load<T, QUAD, false>(at, tensor.channel, there);
+        for (int part = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); part >= 0; part--) {
+            const int left = static_cast<int>(min(segment.steps - int64_t(part) * CHECKPOINT_STEPS,
+                                                  int64_t(CHECKPOINT_STEPS)));
+            const int tiles = (left + TILE - 1) / TILE;
+            if (left <= 0) break; // an empty sequence
+            if (threadIdx.x == 0) {
+                const int64_t i0 = segment.first + int64_t(part) * CHECKPOINT_STEPS;
+                const int64_t i = segment.step(i0, reverse), sign = reverse ? -1 : 1;
+                const auto place = [&](const Activation &tensor) {
+                    const int64_t at = segment.row * tensor.batch + i * tensor.step + block.first * tensor.channel;
+                    return Place{static_cast<const T *>(tensor.data) + at, sign * tensor.step};
                 };
+                shared.u = place(p.u);
+                shared.delta = place(p.delta);
+                shared.z = place(p.z);
+                shared.d_out = place(params.d_out);
+                const auto place_of_projection = [&](const Projection &tensor) {
+                    const int64_t at = segment.row * tensor.batch + i * tensor.step + block.group * tensor.group +
+                                       first_state * tensor.state;
+                    return Place{static_cast<const T *>(tensor.data) + at, sign * tensor.step};
+                };
+                shared.b = place_of_projection(p.b);
+                shared.c = place_of_projection(p.c);
+                const int64_t flat = segment.row * p.segments.len, at = (flat + i) * p.d_inner + block.first;
+                shared.gradients = {reinterpret_cast<const void *>(at), sign * p.d_inner};
+                const int64_t part_of_group = blockIdx.x % static_cast<uint32_t>(p.group_blocks);
+                const int64_t lines = (part_of_group * params.steps + flat + i) * params.groups;
+                shared.lines = {params.projections + (lines + block.group) * p.d_state,
+                                sign * params.groups * p.d_state};
+                shared.slot = i0 ? (flat + segment.start) / CHECKPOINT_STEPS + i0 / CHECKPOINT_STEPS - 1 : -1;
+            }
+            __syncthreads();
+            // The quad of a tile's step in an activation.
+            const auto load_quad = [&](const Place &place, const Activation &tensor, int i, int there) {
+                const T *at = static_cast<const T *>(place.at);
+                at += i * place.step + column * tensor.channel;
+                return ::load<T, QUAD, false>(at, tensor.channel, there);
+            };
 
-                // Stage what the recurrence reads.
-                {
-                    constexpr int ROWS = THREADS / COLUMNS, FOURS = 2 * LANES;
-                    const int first_row = threadIdx.x / COLUMNS;
-                    // B and C, four states at a time.
-                    const int which = threadIdx.x / LANES % 2, four = threadIdx.x % LANES * STATES;
-                    const Projection &projection = which ? p.c : p.b;
-                    const Place place = which ? shared.c : shared.b;
-                    const int64_t states = p.d_state - turn * TURN - four;
-                    const int readable =
-                        projection.constant ? 0 : static_cast<int>(max(int64_t(0), min(states, int64_t(STATES))));
-                    Pack<T, STATES> fours[CHECKPOINT_STEPS * FOURS / THREADS];
+            // Stage what the recurrence reads.
+            {
+                constexpr int ROWS = THREADS / COLUMNS, FOURS = 2 * LANES;
+                const int first_row = threadIdx.x / COLUMNS;
+                // B and C, four states at a time.
+                const int which = threadIdx.x / LANES % 2, four = threadIdx.x % LANES * STATES;
+                const Projection &projection = which ? p.c : p.b;
+                const Place place = which ? shared.c : shared.b;
+                const int64_t states = p.d_state - first_state - four;
+                const int readable =
+                    projection.constant ? 0 : static_cast<int>(max(int64_t(0), min(states, int64_t(STATES))));
+                Pack<T, STATES> fours[CHECKPOINT_STEPS * FOURS / THREADS];
 #pragma unroll
-                    for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
-                        const int t = threadIdx.x / FOURS + k * (THREADS / FOURS);
-                        const int64_t distance = place.step;
-                        const T *at = static_cast<const T *>(place.at) + t * distance + four * projection.state;
-                        fours[k] = ::load<T, STATES, false>(at, projection.state, t < left ? readable : 0);
-                    }
-                    Pack<T, QUAD> x[CHECKPOINT_STEPS / ROWS], step[CHECKPOINT_STEPS / ROWS];
-#pragma unroll
-                    for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
-                        const int t = first_row + k * ROWS, there = t < left ? count() : 0;
-                        x[k] = load_quad(shared.u, p.u, t, there);
-                        step[k] = load_quad(shared.delta, p.delta, t, there);
-                    }
-                    float bias[QUAD];
-                    read_shared(bias, &shared.biases[column]);
-#pragma unroll
-                    for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
-                        const bool there = first_row + k * ROWS < left;
-                        float staged[2 * QUAD];
-#pragma unroll
-                        for (int c = 0; c < QUAD; c++) {
-                            float delta = step[k][c] + bias[c];
-                            if (plus) delta = softplus<T>(delta);
-                            staged[2 * c] = there ? delta : 0.0f;
-                            staged[2 * c + 1] = hold ? x[k][c] : staged[2 * c] * x[k][c];
-                        }
-                        write_shared(&shared.steps[first_row + k * ROWS][column].x, staged);
-                    }
-#pragma unroll
-                    for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
-                        const float values[STATES] = {fours[k][0], fours[k][1], fours[k][2], fours[k][3]};
-                        write_shared(&shared.projections[0][0][0] + STATES * (threadIdx.x + k * THREADS), values);
-                    }
+                for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
+                    const int t = threadIdx.x / FOURS + k * (THREADS / FOURS);
+                    const int64_t distance = place.step;
+                    const T *at = static_cast<const T *>(place.at) + t * distance + four * projection.state;
+                    fours[k] = ::load<T, STATES, false>(at, projection.state, t < left ? readable : 0);
                 }
-
-                // Half of the threads stage a tile while the other half finish the one behind it.
-                const auto stage_d_y = [&](int tile) {
-                    if (tile % 2 != half) return;
-                    const int i = tile * TILE + row, there = i < left ? count() : 0;
-                    const Pack<T, QUAD> tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
-                    const Pack<T, QUAD> tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
-                    float d_y[QUAD];
+                Pack<T, QUAD> x[CHECKPOINT_STEPS / ROWS], step[CHECKPOINT_STEPS / ROWS];
+#pragma unroll
+                for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
+                    const int t = first_row + k * ROWS, there = t < left ? count() : 0;
+                    x[k] = load_quad(shared.u, p.u, t, there);
+                    step[k] = load_quad(shared.delta, p.delta, t, there);
+                }
+                float bias[QUAD];
+                read_shared(bias, &shared.biases[column]);
+#pragma unroll
+                for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
+                    const bool there = first_row + k * ROWS < left;
+                    float staged[2 * QUAD];
 #pragma unroll
                     for (int c = 0; c < QUAD; c++) {
-                        d_y[c] = gated ? tile_d_out[c] * silu(tile_z[c]) : tile_d_out[c];
+                        float delta = step[k][c] + bias[c];
+                        if (plus) delta = softplus<T>(delta);
+                        staged[2 * c] = there ? delta : 0.0f;
+                        staged[2 * c + 1] = hold ? x[k][c] : staged[2 * c] * x[k][c];
                     }
-                    write_shared(&shared.d_y[row][column], d_y);
-                };
-                stage_d_y(tiles - 1);
-                __syncthreads();
-
-                // The states before the part, or before a later tile of it.
-                const auto read_states = [&](float(&h)[STATES], int tile) {
-                    if (tile > 0) {
-                        read_shared(h, &shared.states[tile - 1][threadIdx.x].x);
-                    } else if (const Lane lane = lane_anew(); shared.slot >= 0) {
-                        lane.read(h, params.checkpoints + lane.at(p, shared.slot), 1);
-                    } else {
-                        lane.initial(h, p.initial_state, segment.sequence);
-                    }
-                };
-                const auto coefficients = [&](float(&b)[STATES], int which, int t) {
-                    read_shared(b, &shared.projections[t][which][sub * STATES]);
-                    if ((which ? p.c : p.b).constant) {
-#pragma unroll
-                        for (int n = 0; n < STATES; n++) b[n] = which ? constant_c[n] : constant_b[n];
-                    }
-                };
-                // exp(ΔA), less 1 where that is kept.
-                const auto decay_of = [&](float x) {
-                    if (hold) return exp2_minus_one(x);
-                    return Decay<ACCURATE>(x).value;
-                };
-                const auto decayed = [&](float decay, float h) {
-                    return ACCURATE || (hold) ? fmaf(decay, h, h) : decay * h;
-                };
-                const auto weighted = [&](int n, float2 in, float decay) {
-                    return hold ? hold_weight(decay, inverse_a[n], in.x) * in.y : in.y;
-                };
-                {
-                    float h[STATES];
-                    read_states(h, 0);
-                    for (int tile = 0; tile + 1 < tiles; tile++) {
-#pragma unroll
-                        for (int t = 0; t < TILE; t++) {
-                            const float2 in = shared.steps[tile * TILE + t][own];
-                            float b[STATES];
-                            coefficients(b, 0, tile * TILE + t);
-#pragma unroll
-                            for (int n = 0; n < STATES; n++) {
-                                const float decay = decay_of(in.x * a[n]);
-                                h[n] = fmaf(weighted(n, in, decay), b[n], decayed(decay, h[n]));
-                            }
-                        }
-                        shared.states[tile][threadIdx.x] = {h[0], h[1], h[2], h[3]};
-                    }
+                    write_shared(&shared.steps[first_row + k * ROWS][column].x, staged);
                 }
+#pragma unroll
+                for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
+                    const float values[STATES] = {fours[k][0], fours[k][1], fours[k][2], fours[k][3]};
+                    write_shared(&shared.projections[0][0][0] + STATES * (threadIdx.x + k * THREADS), values);
+                }
+            }
 
-                for (int tile = tiles - 1; tile >= 0; tile--) {
-                    // Forward through the tile, keeping decays and states.
-                    float decays[TILE][STATES], h[TILE + 1][STATES];
-                    read_states(h[0], tile);
+            // Half of the threads stage a tile while the other half finish the one behind it.
+            const auto stage_d_y = [&](int tile) {
+                if (tile % 2 != half) return;
+                const int i = tile * TILE + row, there = i < left ? count() : 0;
+                const Pack<T, QUAD> tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
+                const Pack<T, QUAD> tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
+                float d_y[QUAD];
+#pragma unroll
+                for (int c = 0; c < QUAD; c++) {
+                    d_y[c] = gated ? tile_d_out[c] * silu(tile_z[c]) : tile_d_out[c];
+                }
+                write_shared(&shared.d_y[row][column], d_y);
+            };
+            stage_d_y(tiles - 1);
+            __syncthreads();
+
+            // The states before the part, or before a later tile of it.
+            const auto read_states = [&](float(&h)[STATES], int tile) {
+                if (tile > 0) {
+                    read_shared(h, &shared.states[tile - 1][threadIdx.x].x);
+                } else if (const Lane lane = lane_anew(); shared.slot >= 0) {
+                    lane.read(h, params.checkpoints + lane.at(p, shared.slot), 1);
+                } else {
+                    lane.initial(h, p.initial_state, segment.sequence);
+                }
+            };
+            const auto coefficients = [&](float(&b)[STATES], int which, int t) {
+                read_shared(b, &shared.projections[t][which][sub * STATES]);
+                if ((which ? p.c : p.b).constant) {
+#pragma unroll
+                    for (int n = 0; n < STATES; n++) b[n] = which ? constant_c[n] : constant_b[n];
+                }
+            };
+            // exp(ΔA), less 1 where that is kept.
+            const auto decay_of = [&](float x) {
+                if (hold) return exp2_minus_one(x);
+                return Decay<ACCURATE>(x).value;
+            };
+            const auto decayed = [&](float decay, float h) {
+                return ACCURATE || (hold) ? fmaf(decay, h, h) : decay * h;
+            };
+            const auto weighted = [&](int n, float2 in, float decay) {
+                return hold ? hold_weight(decay, inverse_a[n], in.x) * in.y : in.y;
+            };
+            {
+                float h[STATES];
+                read_states(h, 0);
+                for (int tile = 0; tile + 1 < tiles; tile++) {
 #pragma unroll
                     for (int t = 0; t < TILE; t++) {
                         const float2 in = shared.steps[tile * TILE + t][own];
@@ -280,237 +258,241 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                         coefficients(b, 0, tile * TILE + t);
 #pragma unroll
                         for (int n = 0; n < STATES; n++) {
-                            decays[t][n] = decay_of(in.x * a[n]);
-                            h[t + 1][n] = fmaf(weighted(n, in, decays[t][n]), b[n], decayed(decays[t][n], h[t][n]));
+                            const float decay = decay_of(in.x * a[n]);
+                            h[n] = fmaf(weighted(n, in, decay), b[n], decayed(decay, h[n]));
                         }
                     }
+                    shared.states[tile][threadIdx.x] = {h[0], h[1], h[2], h[3]};
+                }
+            }
 
-                    // And back.
-                    write_shared(&shared.states[tile][threadIdx.x].x, g);
-                    float sums[2][2][4] = {}; // half of the tile, pair of states
+            for (int tile = tiles - 1; tile >= 0; tile--) {
+                // Forward through the tile, keeping decays and states.
+                float decays[TILE][STATES], h[TILE + 1][STATES];
+                read_states(h[0], tile);
 #pragma unroll
+                for (int t = 0; t < TILE; t++) {
+                    const float2 in = shared.steps[tile * TILE + t][own];
+                    float b[STATES];
+                    coefficients(b, 0, tile * TILE + t);
+#pragma unroll
+                    for (int n = 0; n < STATES; n++) {
+                        decays[t][n] = decay_of(in.x * a[n]);
+                        h[t + 1][n] = fmaf(weighted(n, in, decays[t][n]), b[n], decayed(decays[t][n], h[t][n]));
+                    }
+                }
+
+                // And back.
+                write_shared(&shared.states[tile][threadIdx.x].x, g);
+                float sums[2][2][4] = {}; // half of the tile, pair of states
+#pragma unroll
+                for (int t = TILE - 1; t >= 0; t--) {
+                    const bool exists = tile * TILE + t < left;
+                    const float2 in = shared.steps[tile * TILE + t][own];
+                    const float d_y = shared.d_y[t][own];
+                    float b[STATES], c[STATES], terms[2][4], d_delta = 0.0f, d_input = 0.0f, y = 0.0f;
+                    coefficients(b, 0, tile * TILE + t);
+                    coefficients(c, 1, tile * TILE + t);
+#pragma unroll
+                    for (int n = 0; n < STATES; n++) {
+                        const float decay = decays[t][n], input = weighted(n, in, decay);
+                        y = n ? fmaf(c[n], h[t + 1][n], y) : c[n] * h[t + 1][n];
+                        g[n] = fmaf(c[n], d_y, g[n]);
+                        const float d_b = g[n] * input, d_c = d_y * h[t + 1][n];
+                        terms[n / 2][n % 2] = d_b;
+                        terms[n / 2][2 + n % 2] = d_c;
+                        add_if(exists, d_constant_b[n], d_b, 1.0f);
+                        add_if(exists, d_constant_c[n], d_c, 1.0f);
+                        if (hold) {
+                            const float weight = hold_weight(decay, inverse_a[n], in.x);
+                            const float d_weighted = g[n] * b[n], d_weight = d_weighted * in.y;
+                            d_input = fmaf(d_weighted, weight, d_input);
+                            const float slope =
+                                hold_weight_slope(in.x * a[n] * LN_2, inverse_a[n], in.x, weight, decay + 1.0f);
+                            add_if(exists, d_a[n], d_weight, slope);
+                            // By Δ, which is counted in units of log2(e) here.
+                            d_delta = fmaf(d_weight, (decay + 1.0f) * LOG2_E, d_delta);
+                        } else {
+                            d_input = n ? fmaf(g[n], b[n], d_input) : g[n] * b[n];
+                        }
+                        // Through the decay: ∂/∂(ΔA) is that of the state before, times that state.
+                        g[n] = decayed(decay, g[n]);
+                        const float d_log = g[n] * h[t][n];
+                        add_if(exists, d_a[n], in.x, d_log);
+                        d_delta = n || (hold) ? fmaf(a[n], d_log, d_delta) : a[n] * d_log;
+                    }
+                    const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
+                    const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
+                    sum_channels<T>(sums[t / 4][0], terms[0], first, second);
+                    sum_channels<T>(sums[t / 4][1], terms[1], first, second);
+                    shared.sums.steps[t][sub][Sums::place(own, sub)] = {d_delta, d_input};
+                    if (gated) shared.sums.y[t][sub][Sums::place(own, sub)] = y;
+                }
+
+                float finite = 0.0f;
+#pragma unroll
+                for (int k = 0; k < 16; k++) finite = fmaf(sums[k / 8][k / 4 % 2][k % 4], 0.0f, finite);
+                if (!__all_sync(~0u, finite == 0.0f)) {
+                    // A product of zero and infinity has spread over the columns. Sum each step alone, in the same
+                    // way so that the others keep their bits, from the states and gradients at both ends of the tile.
+                    float again[STATES];
+                    read_shared(again, &shared.states[tile][threadIdx.x].x);
+#pragma unroll 1
                     for (int t = TILE - 1; t >= 0; t--) {
-                        const float2 in = shared.steps[tile * TILE + t][own];
-                        const float d_y = shared.d_y[t][own];
-                        float b[STATES], c[STATES], terms[2][4], d_delta = 0.0f, d_input = 0.0f, y = 0.0f;
-                        coefficients(b, 0, tile * TILE + t);
-                        coefficients(c, 1, tile * TILE + t);
-#pragma unroll
-                        for (int n = 0; n < STATES; n++) {
-                            const float decay = decays[t][n], input = weighted(n, in, decay);
-                            y = n ? fmaf(c[n], h[t + 1][n], y) : c[n] * h[t + 1][n];
-                            g[n] = fmaf(c[n], d_y, g[n]);
-                            const float d_b = g[n] * input, d_c = d_y * h[t + 1][n];
-                            terms[n / 2][n % 2] = d_b;
-                            terms[n / 2][2 + n % 2] = d_c;
-                            d_constant_b[n] += d_b;
-                            d_constant_c[n] += d_c;
-                            if (hold) {
-                                const float weight = hold_weight(decay, inverse_a[n], in.x);
-                                const float d_weighted = g[n] * b[n], d_weight = d_weighted * in.y;
-                                d_input = fmaf(d_weighted, weight, d_input);
-                                const float slope =
-                                    hold_weight_slope(in.x * a[n] * LN_2, inverse_a[n], in.x, weight, decay + 1.0f);
-                                d_a[n] = fmaf(d_weight, slope, d_a[n]);
-                                // By Δ, which is counted in units of log2(e) here.
-                                d_delta = fmaf(d_weight, (decay + 1.0f) * LOG2_E, d_delta);
-                            } else {
-                                d_input = n ? fmaf(g[n], b[n], d_input) : g[n] * b[n];
-                            }
-                            // Through the decay: ∂/∂(ΔA) is that of the state before, times that state.
-                            g[n] = decayed(decay, g[n]);
-                            const float d_log = g[n] * h[t][n];
-                            d_a[n] = fmaf(in.x, d_log, d_a[n]);
-                            d_delta = n || (hold) ? fmaf(a[n], d_log, d_delta) : a[n] * d_log;
-                        }
-                        const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
-                        const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
-                        sum_channels<T>(sums[t / 4][0], terms[0], first, second);
-                        sum_channels<T>(sums[t / 4][1], terms[1], first, second);
-                        shared.sums.steps[t][sub][Sums::place(own, sub)] = {d_delta, d_input};
-                        if (gated) shared.sums.y[t][sub][Sums::place(own, sub)] = y;
-                    }
-
-                    float finite = 0.0f;
-#pragma unroll
-                    for (int k = 0; k < 16; k++) finite = fmaf(sums[k / 8][k / 4 % 2][k % 4], 0.0f, finite);
-                    if (!__all_sync(~0u, finite == 0.0f)) {
-                        // A product of zero and infinity has spread over the columns. Sum each step alone, in the same
-                        // way so that the others keep their bits, from the states and gradients at both ends of the tile.
-                        float again[STATES];
-                        read_shared(again, &shared.states[tile][threadIdx.x].x);
+                        float state[STATES], c[STATES], d_b[STATES], d_c[STATES];
+                        read_states(state, tile);
+                        float2 in;
 #pragma unroll 1
-                        for (int t = TILE - 1; t >= 0; t--) {
-                            float state[STATES], c[STATES], d_b[STATES], d_c[STATES];
-                            read_states(state, tile);
-                            float2 in;
-#pragma unroll 1
-                            for (int s = 0; s <= t; s++) {
-                                in = shared.steps[tile * TILE + s][own];
-                                float b[STATES];
-                                coefficients(b, 0, tile * TILE + s);
-#pragma unroll
-                                for (int n = 0; n < STATES; n++) {
-                                    const float decay = decay_of(in.x * a[n]);
-                                    state[n] = fmaf(weighted(n, in, decay), b[n], decayed(decay, state[n]));
-                                }
-                            }
-                            coefficients(c, 1, tile * TILE + t);
-                            const float d_y = shared.d_y[t][own];
+                        for (int s = 0; s <= t; s++) {
+                            in = shared.steps[tile * TILE + s][own];
+                            float b[STATES];
+                            coefficients(b, 0, tile * TILE + s);
 #pragma unroll
                             for (int n = 0; n < STATES; n++) {
                                 const float decay = decay_of(in.x * a[n]);
-                                again[n] = fmaf(c[n], d_y, again[n]);
-                                d_b[n] = again[n] * weighted(n, in, decay);
-                                d_c[n] = d_y * state[n];
-                                again[n] = decayed(decay, again[n]);
+                                state[n] = fmaf(weighted(n, in, decay), b[n], decayed(decay, state[n]));
                             }
-                            const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
-                            const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
+                        }
+                        coefficients(c, 1, tile * TILE + t);
+                        const float d_y = shared.d_y[t][own];
 #pragma unroll
-                            for (int pair = 0; pair < 2; pair++) {
-                                float of_b[4] = {}, of_c[4] = {};
-                                sum_channels<T>(of_b, {d_b[2 * pair], d_b[2 * pair + 1], 0.0f, 0.0f}, first, second);
-                                sum_channels<T>(of_c, {0.0f, 0.0f, d_c[2 * pair], d_c[2 * pair + 1]}, first, second);
-                                // Into the column that the step has: its lanes, and the even or the odd of their two.
+                        for (int n = 0; n < STATES; n++) {
+                            const float decay = decay_of(in.x * a[n]);
+                            again[n] = fmaf(c[n], d_y, again[n]);
+                            d_b[n] = again[n] * weighted(n, in, decay);
+                            d_c[n] = d_y * state[n];
+                            again[n] = decayed(decay, again[n]);
+                        }
+                        const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
+                        const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
 #pragma unroll
-                                for (int k = 0; k < 8; k++) {
-                                    const bool has = lane_index % 2 == t % 4 / 2 && k % 2 == t % 2 && k / 4 == t / 4;
-                                    const float one = lane_index % 4 < 2 ? of_b[k % 4] : of_c[k % 4];
-                                    if (has) sums[k / 4][pair][k % 4] = one;
-                                }
+                        for (int pair = 0; pair < 2; pair++) {
+                            float of_b[4] = {}, of_c[4] = {};
+                            sum_channels<T>(of_b, {d_b[2 * pair], d_b[2 * pair + 1], 0.0f, 0.0f}, first, second);
+                            sum_channels<T>(of_c, {0.0f, 0.0f, d_c[2 * pair], d_c[2 * pair + 1]}, first, second);
+                            // Into the column that the step has: its lanes, and the even or the odd of their two.
+#pragma unroll
+                            for (int k = 0; k < 8; k++) {
+                                const bool has = lane_index % 2 == t % 4 / 2 && k % 2 == t % 2 && k / 4 == t / 4;
+                                const float one = lane_index % 4 < 2 ? of_b[k % 4] : of_c[k % 4];
+                                if (has) sums[k / 4][pair][k % 4] = one;
                             }
                         }
                     }
-
-                    // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves'
-                    // lanes share the steps. Columns are the steps, first of ∂B and then of ∂C.
-                    const int upper = lane_index / 4 % 2;
-                    float totals[2][STATES];
-#pragma unroll
-                    for (int k = 0; k < 8; k++) {
-                        const float(&d)[4] = sums[k / 4][k / 2 % 2];
-                        const float even = d[k % 2 * 2], odd = d[k % 2 * 2 + 1];
-                        totals[k / 4][k % 4] = (upper ? odd : even) + __shfl_xor_sync(~0u, upper ? even : odd, 4);
-                    }
-                    {
-                        const int t = lane_index % 2 * 2 + upper, which = lane_index / 2 % 2;
-                        float(&to)[TILE][2][TURN] = shared.d_projections[warp];
-                        write_shared(&to[t][which][sub * STATES], totals[0]);
-                        write_shared(&to[4 + t][which][sub * STATES], totals[1]);
-                    }
-                    __syncthreads();
-
-                    // Finish: what each channel gets of the sums over its states.
-                    if (tile % 2 == half) {
-                        const int i = tile * TILE + row, there = i < left ? count() : 0;
-                        const Pack<T, QUAD> x = load_quad(shared.u, p.u, i, there);
-                        // Read again: kept since they were staged, they would take registers from the recurrence.
-                        const Pack<T, QUAD> tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
-                        const Pack<T, QUAD> tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
-                        float d_delta[QUAD] = {}, d_input[QUAD] = {}, y[QUAD] = {}, skip[QUAD];
-                        read_shared(skip, &shared.skips[column]);
-                        const Place place = shared.gradients;
-                        const int64_t distance = place.step;
-                        const int64_t at = reinterpret_cast<int64_t>(place.at) + (i * distance + column);
-                        // Not unrolled: what is loaded ahead of its use would take more registers than there are.
-#pragma unroll 1
-                        for (int s = 0; s < LANES; s += 2) {
-                            float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
-                            read_shared(one, &shared.sums.steps[row][s][Sums::place(column, s)].x);
-                            read_shared(two, &shared.sums.steps[row][s + 1][Sums::place(column, s + 1)].x);
-                            if (gated) {
-                                read_shared(one_y, &shared.sums.y[row][s][Sums::place(column, s)]);
-                                read_shared(two_y, &shared.sums.y[row][s + 1][Sums::place(column, s + 1)]);
-                            }
-#pragma unroll
-                            for (int c = 0; c < QUAD; c++) {
-                                d_delta[c] += one[2 * c] + two[2 * c];
-                                d_input[c] += one[2 * c + 1] + two[2 * c + 1];
-                                y[c] += one_y[c] + two_y[c];
-                            }
-                        }
-                        if (turns > 1) {
-                            const int64_t plane = params.steps * p.d_inner;
-#pragma unroll
-                            for (int c = 0; c < QUAD; c++) {
-                                if (c >= there) break;
-                                float *carried = params.carried + at + c;
-                                if (turn > 0) {
-                                    d_delta[c] += carried[0];
-                                    d_input[c] += carried[plane];
-                                    y[c] += carried[2 * plane];
-                                }
-                                carried[0] = d_delta[c];
-                                carried[plane] = d_input[c];
-                                carried[2 * plane] = y[c];
-                            }
-                        }
-                        if (last_turn) {
-                            float d_y[QUAD], d_u[QUAD], d_step[QUAD];
-                            if (gated) {
-                                float d_z[QUAD];
-#pragma unroll
-                                for (int c = 0; c < QUAD; c++) {
-                                    const float d_out = tile_d_out[c], z = tile_z[c], s = sigmoid(z);
-                                    d_z[c] = d_out * silu_slope(z, s) * fmaf(skip[c], x[c], y[c]);
-                                    d_y[c] = d_out * (z * s);
-                                }
-                                store<T, false>(static_cast<T *>(params.d_z) + at, d_z, there);
-                            } else {
-#pragma unroll
-                                for (int c = 0; c < QUAD; c++) d_y[c] = tile_d_out[c];
-                            }
-#pragma unroll
-                            for (int c = 0; c < QUAD; c++) {
-                                const float delta = shared.steps[tile * TILE + row][column + c].x;
-                                d_u[c] = fmaf(skip[c], d_y[c], hold ? d_input[c] : d_input[c] * delta);
-                                float d = d_delta[c] * LN_2;
-                                if (!hold) d = fmaf(d_input[c], x[c], d);
-                                if (plus) d *= softplus_slope<T>(delta);
-                                d_step[c] = d;
-                            }
-                            store<T, false>(static_cast<T *>(params.d_u) + at, d_u, there);
-                            store<T, false>(static_cast<T *>(params.d_delta) + at, d_step, there);
-                            if (there) {
-                                float4 &d_skip = shared.d_skip[quad], &d_bias = shared.d_bias[quad];
-                                d_skip = {fmaf(d_y[0], x[0], d_skip.x), fmaf(d_y[1], x[1], d_skip.y),
-                                          fmaf(d_y[2], x[2], d_skip.z), fmaf(d_y[3], x[3], d_skip.w)};
-                                d_bias = {d_bias.x + d_step[0], d_bias.y + d_step[1], d_bias.z + d_step[2],
-                                          d_bias.w + d_step[3]};
-                            }
-                        }
-                    }
-                    // The block's sums of ∂B and ∂C, one to a thread, the warps in order.
-                    {
-                        static_assert(THREADS == TILE * 2 * TURN, "one sum for each thread");
-                        const int t = threadIdx.x / (2 * TURN), which = threadIdx.x / TURN % 2, n = threadIdx.x % TURN;
-                        const int64_t state = turn * TURN + n;
-                        float sum = 0.0f;
-#pragma unroll
-                        for (int w = 0; w < WARPS; w++) sum += shared.d_projections[w][t][which][n];
-                        const int i = tile * TILE + t;
-                        if (i < left && state < p.d_state && params.projections) {
-                            const Place place = shared.lines;
-                            float *line = static_cast<float *>(const_cast<void *>(place.at)) + i * place.step;
-                            const int64_t all = p.group_blocks * params.steps * params.groups * p.d_state;
-                            line[which * all + state] = sum;
-                        }
-                    }
-                    if (tile > 0) stage_d_y(tile - 1);
-                    __syncthreads();
                 }
-            }
-            if (params.d_initial_state && segment.first == 0) {
-                const Lane lane = lane_anew();
-                lane.write(params.d_initial_state + lane.at(p, segment.sequence), g);
+
+                // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves'
+                // lanes share the steps. Columns are the steps, first of ∂B and then of ∂C.
+                const int upper = lane_index / 4 % 2;
+                float totals[2][STATES];
+#pragma unroll
+                for (int k = 0; k < 8; k++) {
+                    const float(&d)[4] = sums[k / 4][k / 2 % 2];
+                    const float even = d[k % 2 * 2], odd = d[k % 2 * 2 + 1];
+                    totals[k / 4][k % 4] = (upper ? odd : even) + __shfl_xor_sync(~0u, upper ? even : odd, 4);
+                }
+                {
+                    const int t = lane_index % 2 * 2 + upper, which = lane_index / 2 % 2;
+                    float(&to)[TILE][2][TURN] = shared.d_projections[warp];
+                    write_shared(&to[t][which][sub * STATES], totals[0]);
+                    write_shared(&to[4 + t][which][sub * STATES], totals[1]);
+                }
+                __syncthreads();
+
+                // Finish: what each channel gets of the sums over its states.
+                if (tile % 2 == half) {
+                    const int i = tile * TILE + row, there = i < left ? count() : 0;
+                    const Pack<T, QUAD> x = load_quad(shared.u, p.u, i, there);
+                    // Read again: kept since they were staged, they would take registers from the recurrence.
+                    const Pack<T, QUAD> tile_z = load_quad(shared.z, p.z, i, gated ? there : 0);
+                    const Pack<T, QUAD> tile_d_out = load_quad(shared.d_out, params.d_out, i, there);
+                    float d_delta[QUAD] = {}, d_input[QUAD] = {}, y[QUAD] = {}, skip[QUAD];
+                    read_shared(skip, &shared.skips[column]);
+                    const Place place = shared.gradients;
+                    const int64_t distance = place.step;
+                    const int64_t at = reinterpret_cast<int64_t>(place.at) + (i * distance + column);
+                    // Not unrolled: what is loaded ahead of its use would take more registers than there are.
+#pragma unroll 1
+                    for (int s = 0; s < LANES; s += 2) {
+                        float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
+                        read_shared(one, &shared.sums.steps[row][s][Sums::place(column, s)].x);
+                        read_shared(two, &shared.sums.steps[row][s + 1][Sums::place(column, s + 1)].x);
+                        if (gated) {
+                            read_shared(one_y, &shared.sums.y[row][s][Sums::place(column, s)]);
+                            read_shared(two_y, &shared.sums.y[row][s + 1][Sums::place(column, s + 1)]);
+                        }
+#pragma unroll
+                        for (int c = 0; c < QUAD; c++) {
+                            d_delta[c] += one[2 * c] + two[2 * c];
+                            d_input[c] += one[2 * c + 1] + two[2 * c + 1];
+                            y[c] += one_y[c] + two_y[c];
+                        }
+                    }
+                    if (params.carried) carry<false>(params, at, there, d_delta, d_input, y);
+                    if (params.is_last_turn()) {
+                        float d_y[QUAD], d_u[QUAD], d_step[QUAD];
+                        if (gated) {
+                            float d_z[QUAD];
+#pragma unroll
+                            for (int c = 0; c < QUAD; c++) {
+                                const float d_out = tile_d_out[c], z = tile_z[c], s = sigmoid(z);
+                                d_z[c] = d_out * silu_slope(z, s) * fmaf(skip[c], x[c], y[c]);
+                                d_y[c] = d_out * (z * s);
+                            }
+                            store<T, false>(static_cast<T *>(params.d_z) + at, d_z, there);
+                        } else {
+#pragma unroll
+                            for (int c = 0; c < QUAD; c++) d_y[c] = tile_d_out[c];
+                        }
+#pragma unroll
+                        for (int c = 0; c < QUAD; c++) {
+                            const float delta = shared.steps[tile * TILE + row][column + c].x;
+                            d_u[c] = fmaf(skip[c], d_y[c], hold ? d_input[c] : d_input[c] * delta);
+                            float d = d_delta[c] * LN_2;
+                            if (!hold) d = fmaf(d_input[c], x[c], d);
+                            if (plus) d *= softplus_slope<T>(delta);
+                            d_step[c] = d;
+                        }
+                        store<T, false>(static_cast<T *>(params.d_u) + at, d_u, there);
+                        store<T, false>(static_cast<T *>(params.d_delta) + at, d_step, there);
+                        if (there) {
+                            float4 &d_skip = shared.d_skip[quad], &d_bias = shared.d_bias[quad];
+                            d_skip = {fmaf(d_y[0], x[0], d_skip.x), fmaf(d_y[1], x[1], d_skip.y),
+                                      fmaf(d_y[2], x[2], d_skip.z), fmaf(d_y[3], x[3], d_skip.w)};
+                            d_bias = {d_bias.x + d_step[0], d_bias.y + d_step[1], d_bias.z + d_step[2],
+                                      d_bias.w + d_step[3]};
+                        }
+                    }
+                }
+                // The block's sums of ∂B and ∂C, one to a thread, the warps in order.
+                {
+                    static_assert(THREADS == TILE * 2 * TURN, "one sum for each thread");
+                    const int t = threadIdx.x / (2 * TURN), which = threadIdx.x / TURN % 2, n = threadIdx.x % TURN;
+                    const int64_t state = first_state + n;
+                    float sum = 0.0f;
+#pragma unroll
+                    for (int w = 0; w < WARPS; w++) sum += shared.d_projections[w][t][which][n];
+                    const int i = tile * TILE + t;
+                    if (i < left && state < p.d_state && params.projections) {
+                        const Place place = shared.lines;
+                        float *line = static_cast<float *>(const_cast<void *>(place.at)) + i * place.step;
+                        const int64_t all = p.group_blocks * params.steps * params.groups * p.d_state;
+                        line[which * all + state] = sum;
+                    }
+                }
+                if (tile > 0) stage_d_y(tile - 1);
+                __syncthreads();
             }
         }
-        const Lane last = lane_anew();
-        last.write(params.d_a + last.at(p, blockIdx.y), d_a);
-        if (params.d_b) last.write(params.d_b + last.at(p, blockIdx.y), d_constant_b);
-        if (params.d_c) last.write(params.d_c + last.at(p, blockIdx.y), d_constant_c);
+        if (params.d_initial_state && segment.first == 0) {
+            const Lane lane = lane_anew();
+            lane.write(params.d_initial_state + lane.at(p, segment.sequence), g);
+        }
     }
+    const Lane last = lane_anew();
+    last.write(params.d_a + last.at(p, blockIdx.y), d_a);
+    if (params.d_b) last.write(params.d_b + last.at(p, blockIdx.y), d_constant_b);
+    if (params.d_c) last.write(params.d_c + last.at(p, blockIdx.y), d_constant_c);
 
     // Sums over the threads of a quad, in order.
     __syncthreads();

@@ -49,17 +49,20 @@ template <int STEPS, int OWN, int QUADS> struct OutputsInShared {
     }
 };
 
-// `GENERAL` takes everything: any stride and width, constant B and C, zero-order hold, more than 16 states (by turns, kept
-// in dynamic shared memory meanwhile), compensated sums. Without it the kernel is what Mamba uses, in channels and states
-// that are side by side and aligned by fours. A `SUMMARY` runs a segment from zero for the state that it reaches, and
-// writes no output.
-template <typename T, int OWN, int THREADS, int STEPS, bool GENERAL, bool SUMMARY>
+// What a kernel takes: in channels and states that are side by side and aligned by fours what Mamba uses, with at most 16
+// states or with any number; or everything: any stride and width, constant B and C, zero-order hold, compensated sums.
+// More than 16 states take turns in each tile, and are kept in dynamic shared memory meanwhile.
+enum class Takes { MAMBA, MANY_STATES, ALL };
+
+// A `SUMMARY` runs a segment from zero for the state that it reaches, and writes no output.
+template <typename T, int OWN, int THREADS, int STEPS, Takes TAKES, bool SUMMARY>
 __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     constexpr int CHANNELS = THREADS / LANES * OWN;
     constexpr int COLUMNS = CHANNELS / QUAD, ROWS = THREADS / COLUMNS, QUADS = STEPS / ROWS;
+    constexpr bool GENERAL = TAKES == Takes::ALL, TURNS = TAKES != Takes::MAMBA;
     constexpr bool WHOLE = !GENERAL, ACCURATE = sizeof(T) == 4, AHEAD = !GENERAL && OWN == 1;
     static_assert(QUADS * ROWS == STEPS && CHECKPOINT_STEPS % STEPS == 0, "whole tiles");
-    static_assert(!GENERAL || OWN == 1, "the general kernel keeps one channel's states in a lane");
+    static_assert(!TURNS || OWN == 1, "the states that take turns are one channel's");
 
     using Steps = StepsInShared<STEPS, OWN, COLUMNS>;
     __shared__ Steps staged;
@@ -96,7 +99,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     const int lane_index = threadIdx.x % 32, sub = lane_index / 2 % 2 + lane_index / 16 * 2;
     const int place = threadIdx.x / 32 * 8 + lane_index % 2 + lane_index / 4 % 4 * 2;
     const int part = place / COLUMNS, quad = place % COLUMNS, own = quad * QUAD + part * OWN;
-    const int turns = GENERAL ? static_cast<int>((p.d_state + TURN - 1) / TURN) : 1;
+    const int turns = TURNS ? static_cast<int>((p.d_state + TURN - 1) / TURN) : 1;
     const auto lane_of = [&](int c, int turn) {
         return Lane(p, block.first + own + c, own + c < block.width, turn * TURN + sub * STATES);
     };
@@ -132,12 +135,16 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                 next_u[k] = u.load(k * ROWS, there);
                 next_delta[k] = delta.load(k * ROWS, there);
             }
-            if (!GENERAL) next.template load<ragged.value>(left);
+            if (!TURNS) next.template load<ragged.value>(left);
+        };
+        const auto load_first = [&](auto ragged, int left) {
+            load_next(ragged, left);
+            if (TAKES == Takes::MANY_STATES) next.template load<ragged.value>(left);
         };
         int64_t whole = segment.steps / STEPS;
-        if (whole > 0) load_next(Is<false>(), STEPS);
+        if (whole > 0) load_first(Is<false>(), STEPS);
         if (is_first) {
-            if (!GENERAL) read_a(0);
+            if (!TURNS) read_a(0);
 #pragma unroll
             for (int k = 0; k < ONCE; k++) {
                 const int i = threadIdx.x + k * THREADS;
@@ -149,7 +156,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 
         float h[OWN][STATES], total[OWN] = {};
         for (int turn = 0; turn < turns; turn++) {
-            if (GENERAL) read_a(turn);
+            if (TURNS) read_a(turn);
             if (from_zero) {
 #pragma unroll
                 for (int c = 0; c < OWN; c++) {
@@ -160,7 +167,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 #pragma unroll
                 for (int c = 0; c < OWN; c++) enter<ACCURATE, WHOLE>(p, segment, lane_of(c, turn), a[c], h[c]);
             }
-            if (GENERAL) write_shared(parked + turn * THREADS * STATES, h[0]);
+            if (TURNS) write_shared(parked + turn * THREADS * STATES, h[0]);
         }
 
         // Carries the states through a tile, `left` steps of it if it is ragged, for which `next` holds what there is to
@@ -203,7 +210,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             }
             u.advance(STEPS);
             delta.advance(STEPS);
-            if (!GENERAL) next.advance(STEPS);
+            if (!TURNS) next.advance(STEPS);
             if (more) load_next(Is<false>(), STEPS);
             if (!GENERAL) __syncthreads();
 
@@ -227,6 +234,23 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                     }
                     if (p.b.constant) lane.constant(constant_b, p.b);
                     if (p.c.constant) lane.constant(constant_c, p.c);
+                } else if constexpr (TURNS) {
+                    if (turn > 0) {
+                        __syncthreads();
+                        next.store(&projections[0][0][0]);
+                        __syncthreads();
+                    }
+                    read_shared(h[0], parked + turn * THREADS * STATES);
+                    read_a(turn);
+                    // Those of the next turn, or of the first one in the next tile.
+                    if (turn + 1 < turns) {
+                        next.turn(p, turn * TURN, (turn + 1) * TURN);
+                        next.template load<ragged.value>(left);
+                    } else {
+                        next.turn(p, turn * TURN, 0);
+                        next.advance(STEPS);
+                        if (more) next.template load<false>(STEPS);
+                    }
                 }
                 float lost[STATES] = {};
                 // What is read from shared memory for one step, or two.
@@ -289,7 +313,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                         if (!SUMMARY) write_shared(outputs.of(t, sub, quad, part), y);
                     }
                 }
-                if (GENERAL) write_shared(parked + turn * THREADS * STATES, h[0]);
+                if (TURNS) write_shared(parked + turn * THREADS * STATES, h[0]);
             }
             __syncthreads();
 
@@ -324,7 +348,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                 const int64_t slot =
                     (segment.row * p.segments.len + segment.start) / CHECKPOINT_STEPS + i / CHECKPOINT_STEPS - 1;
                 for (int turn = 0; turn < turns; turn++) {
-                    if (GENERAL) read_shared(h[0], parked + turn * THREADS * STATES);
+                    if (TURNS) read_shared(h[0], parked + turn * THREADS * STATES);
 #pragma unroll
                     for (int c = 0; c < OWN; c++) {
                         const Lane lane = lane_of(c, turn);
@@ -340,13 +364,13 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             const int64_t rest = i + tiles * STEPS;
             if (tiles < CHECKPOINT_STEPS / STEPS && rest < end) {
                 const int left = static_cast<int>(end - rest);
-                load_next(Is<true>(), left);
+                load_first(Is<true>(), left);
                 tile(Is<true>(), rest, left, false);
             }
         }
 
         for (int turn = 0; turn < turns; turn++) {
-            if (GENERAL) read_shared(h[0], parked + turn * THREADS * STATES);
+            if (TURNS) read_shared(h[0], parked + turn * THREADS * STATES);
 #pragma unroll
             for (int c = 0; c < OWN; c++) {
                 const Lane lane = lane_of(c, turn);
@@ -361,20 +385,21 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     }
 }
 
-#define INSTANCE(NAME, T, OWN, THREADS, STEPS, GENERAL, BLOCKS)                                                        \
+#define INSTANCE(NAME, T, OWN, THREADS, STEPS, TAKES, BLOCKS)                                                          \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         scan_forward_##NAME(const __grid_constant__ ScanForward params) {                                              \
-        scan_forward<T, OWN, THREADS, STEPS, GENERAL, false>(params);                                                  \
+        scan_forward<T, OWN, THREADS, STEPS, Takes::TAKES, false>(params);                                             \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         scan_summary_##NAME(const __grid_constant__ ScanForward params) {                                              \
-        scan_forward<T, OWN, THREADS, STEPS, GENERAL, true>(params);                                                   \
+        scan_forward<T, OWN, THREADS, STEPS, Takes::TAKES, true>(params);                                              \
     }
 
 #define INSTANCES(SUFFIX, T, BLOCKS_OF_FOUR, BLOCKS_OF_ONE)                                                            \
-    INSTANCE(four_##SUFFIX, T, 4, 128, 8, false, BLOCKS_OF_FOUR)                                                       \
-    INSTANCE(one_##SUFFIX, T, 1, 128, 32, false, BLOCKS_OF_ONE)                                                        \
-    INSTANCE(general_##SUFFIX, T, 1, 256, 16, true, 2)
+    INSTANCE(four_##SUFFIX, T, 4, 128, 8, MAMBA, BLOCKS_OF_FOUR)                                                       \
+    INSTANCE(one_##SUFFIX, T, 1, 128, 32, MAMBA, BLOCKS_OF_ONE)                                                        \
+    INSTANCE(turns_##SUFFIX, T, 1, 128, 32, MANY_STATES, BLOCKS_OF_ONE)                                                \
+    INSTANCE(general_##SUFFIX, T, 1, 256, 16, ALL, 2)
 
 INSTANCES(f32, float, 3, 4)
 INSTANCES(f16, __half, 4, 5)

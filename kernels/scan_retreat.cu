@@ -17,66 +17,63 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat
     const int count = max(0, min(block.width - column, QUAD));
     const int64_t d0 = block.first + column;
     const int sub = threadIdx.x % 32 / 8, own = threadIdx.x / 32 * 8 + threadIdx.x % 8;
-    const int turns = GENERAL ? static_cast<int>((p.d_state + TURN - 1) / TURN) : 1;
+    const int first_state = static_cast<int>(params.first_state);
     float bias[QUAD];
 #pragma unroll
     for (int c = 0; c < QUAD; c++) bias[c] = c < count ? p.delta_bias.at(d0 + c, 0.0f) : 0.0f;
 
-    for (int turn = 0; turn < turns; turn++) {
-        const Lane lane(p, block.first + own, own < block.width, turn * TURN + sub * STATES);
-        float a[STATES], constant_c[STATES] = {};
-        lane.template parameter<WHOLE>(a, p.a);
+    const Lane lane(p, block.first + own, own < block.width, first_state + sub * STATES);
+    float a[STATES], constant_c[STATES] = {};
+    lane.template parameter<WHOLE>(a, p.a);
 #pragma unroll
-        for (int n = 0; n < STATES; n++) a[n] *= LOG2_E;
-        if (GENERAL && p.c.constant) lane.constant(constant_c, p.c);
+    for (int n = 0; n < STATES; n++) a[n] *= LOG2_E;
+    if (GENERAL && p.c.constant) lane.constant(constant_c, p.c);
 
-        for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
-            const Segment segment = p.segments.get(at);
-            // What a sequence starts with is not handed on.
-            if (segment.first == 0) continue;
-            float g[STATES] = {}, total = 0.0f;
-            const int64_t tiles = (segment.steps + STEPS - 1) / STEPS;
-            for (int64_t tile = tiles - 1; tile >= 0; tile--) {
-                const int64_t i = segment.first + tile * STEPS;
-                const int left = static_cast<int>(min(segment.first + segment.steps - i, int64_t(STEPS)));
-                const int there = row < left ? count : 0;
-                const Walk<T, WHOLE> delta(p.delta, segment, i + row, d0, reverse);
-                const Walk<T, WHOLE> z(p.z, segment, i + row, d0, reverse);
-                const Walk<T, WHOLE> d_out(params.d_out, segment, i + row, d0, reverse);
-                const Pack<T, QUAD> step = delta.load(0, there), gate = z.load(0, gated ? there : 0);
-                const Pack<T, QUAD> from = d_out.load(0, there);
-                ProjectionWalk<T, STEPS, THREADS, WHOLE> walk(p, segment, block.group, i, turn * TURN);
-                walk.template load<true>(left);
-                float staged[2 * QUAD];
+    for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
+        const Segment segment = p.segments.get(at);
+        // What a sequence starts with is not handed on.
+        if (segment.first == 0) continue;
+        float g[STATES] = {}, total = 0.0f;
+        const int64_t tiles = (segment.steps + STEPS - 1) / STEPS;
+        for (int64_t tile = tiles - 1; tile >= 0; tile--) {
+            const int64_t i = segment.first + tile * STEPS;
+            const int left = static_cast<int>(min(segment.first + segment.steps - i, int64_t(STEPS)));
+            const int there = row < left ? count : 0;
+            const Walk<T, WHOLE> delta(p.delta, segment, i + row, d0, reverse);
+            const Walk<T, WHOLE> z(p.z, segment, i + row, d0, reverse);
+            const Walk<T, WHOLE> d_out(params.d_out, segment, i + row, d0, reverse);
+            const Pack<T, QUAD> step = delta.load(0, there), gate = z.load(0, gated ? there : 0);
+            const Pack<T, QUAD> from = d_out.load(0, there);
+            ProjectionWalk<T, STEPS, THREADS, WHOLE> walk(p, segment, block.group, i, first_state);
+            walk.template load<true>(left);
+            float staged[2 * QUAD];
 #pragma unroll
-                for (int c = 0; c < QUAD; c++) {
-                    float x = step[c] + bias[c];
-                    if (plus) x = softplus<T>(x);
-                    staged[2 * c] = row < left ? x : 0.0f;
-                    staged[2 * c + 1] = gated ? from[c] * silu(gate[c]) : from[c];
-                }
-                __syncthreads();
-                write_shared(&steps[row][column].x, staged);
-                walk.store(&projections[0][0][0]);
-                __syncthreads();
+            for (int c = 0; c < QUAD; c++) {
+                float x = step[c] + bias[c];
+                if (plus) x = softplus<T>(x);
+                staged[2 * c] = row < left ? x : 0.0f;
+                staged[2 * c + 1] = gated ? from[c] * silu(gate[c]) : from[c];
+            }
+            __syncthreads();
+            write_shared(&steps[row][column].x, staged);
+            walk.store(&projections[0][0][0]);
+            __syncthreads();
 #pragma unroll 8
-                for (int t = STEPS - 1; t >= 0; t--) {
-                    const float2 in = steps[t][own];
-                    float c[STATES];
-                    read_shared(c, &projections[t][1][sub * STATES]);
-                    total += in.x;
+            for (int t = STEPS - 1; t >= 0; t--) {
+                const float2 in = steps[t][own];
+                float c[STATES];
+                read_shared(c, &projections[t][1][sub * STATES]);
+                total += in.x;
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) {
-                        if (GENERAL && p.c.constant) c[n] = constant_c[n];
-                        g[n] = Decay<ACCURATE>(in.x * a[n]).of(fmaf(c[n], in.y, g[n]));
-                    }
+                for (int n = 0; n < STATES; n++) {
+                    if (GENERAL && p.c.constant) c[n] = constant_c[n];
+                    g[n] = Decay<ACCURATE>(in.x * a[n]).of(fmaf(c[n], in.y, g[n]));
                 }
             }
-            lane.write_dense<WHOLE>(p.reached + lane.at(p, segment.index), g);
-            if (turn == 0 && sub == 0 && lane.exists) p.sums[segment.index * p.d_inner + lane.channel] = total;
         }
-    }
-}
+        lane.write_dense<WHOLE>(p.reached + lane.at(p, segment.index), g);
+        if (first_state == 0 && sub == 0 && lane.exists) p.sums[segment.index * p.d_inner + lane.channel] = total;
+    }}
 
 #define INSTANCE(NAME, T, GENERAL)                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \

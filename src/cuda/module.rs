@@ -10,6 +10,7 @@ use cudarc::nvrtc::Ptx;
 use crate::{Error, Result};
 
 /// A file of kernels.
+#[derive(Clone, Copy)]
 pub(crate) struct Module {
     name: &'static str,
     fatbin: &'static [u8],

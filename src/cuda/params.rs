@@ -70,7 +70,7 @@ params! {
 
     ScanForward[416] { inputs: ScanInputs, out: u64, final_state: u64, checkpoints: u64, }
 
-    ScanBackward[568] {
+    ScanBackward[576] {
         inputs: ScanInputs,
         d_out: Activation,
         d_final_state: States,
@@ -88,6 +88,7 @@ params! {
         carried: u64,
         groups: i64,
         steps: i64,
+        first_state: i64,
     }
 
     /// `(slots, rows, columns)`.

@@ -263,6 +263,7 @@ fn all_flags<T: Element>() {
                 check::<T>(plan, Shape { batch: 2, len, d_inner, d_state }, Flags::pairwise(row));
             }
             check::<T>(plan, Shape { batch: 2, len: 150, d_inner: 72, d_state: 16 }, fast(Flags::pairwise(row)));
+            check::<T>(plan, Shape { batch: 1, len: 71, d_inner: 68, d_state: 36 }, fast(Flags::pairwise(row)));
         }
     }
     for plan in [QUARTER, HALF] {
@@ -347,6 +348,7 @@ fn nan_and_infinity() {
         properties::nan_spreads(Device::Cuda(plan), 21, 3);
         // The fast kernels, whose tensor cores multiply everything by something.
         properties::nan_spreads(Device::Cuda(plan), 24, 4);
+        properties::nan_spreads(Device::Cuda(plan), 24, 20);
     }
 }
 

@@ -281,6 +281,11 @@ pub fn nan_spreads(device: Device, d: usize, d_state: usize) {
         let hit = infected(results.get("d_c"), clean.get("d_c"));
         assert!(hit.iter().all(|&i| i / d_state >= batch * 150 + t0), "SEED={seed} {device:?}: u leaks into d_c");
 
+        // What decays is the state before a step, so that the last one's input is nothing to A. (The last tile is ragged.)
+        let mut case = clean_case.clone();
+        case.u.set([batch, 149, channel], value);
+        assert!(infected(case.run(device).get("d_a"), clean.get("d_a")).is_empty(), "SEED={seed} {device:?}: u leaks");
+
         let mut case = clean_case.clone();
         case.d_out.set([batch, t0, channel], value);
         let results = case.run(device);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use super::launch::{Kernel, LaunchShape, Undivided};
+use super::launch::{Kernel, LaunchShape, TURN, Undivided};
 use super::plan::Pass;
 use super::{GradientsMut, Inputs, OutputGradients, Plan};
 use crate::arguments::Dims;
@@ -77,11 +77,15 @@ pub fn backward_with<T: Element>(
     let segments = scan.inputs.segments.count as usize;
     let columns = scan.groups() * scan.group_blocks(CHANNELS);
     let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).min(GRID_ROWS);
-    let (variant, module, threads, shared) = match scan.kernel {
-        Kernel::General => ("general", Module::SCAN_BACKWARD_GENERAL, 256, 113_376),
-        Kernel::Fast(_) => ("fast", Module::SCAN_BACKWARD, 128, 107_696 + 512 * size_of::<T>()),
+    let shape =
+        |variant, threads, shared| LaunchShape { variant, channels: CHANNELS, threads, rows, shared: [shared; 2] };
+    let fast = |variant| shape(variant, 128, 107_696 + 512 * size_of::<T>());
+    let (retreat, module, backward) = match scan.kernel {
+        Kernel::General => ("general", Module::SCAN_BACKWARD_GENERAL, shape("general", 256, 113_376)),
+        Kernel::Turns => ("fast", Module::SCAN_BACKWARD, fast("turns")),
+        Kernel::Fast(_) => ("fast", Module::SCAN_BACKWARD, fast("fast")),
     };
-    let shape = |threads, shared| LaunchShape { variant, channels: CHANNELS, threads, rows, shared: [shared; 2] };
+    let retreat = shape(retreat, 256, 0);
 
     let mut sums = Sums { device: &device, rows, workspaces: Vec::new(), sums: Vec::new() };
     params.d_a = sums.add(d_inner * d_state, arguments.write("gradients.a", gradients.a)?)?;
@@ -107,13 +111,15 @@ pub fn backward_with<T: Element>(
         params.inputs = scan.split_inputs(&device, workspace);
     }
 
-    if segments > 0 {
+    // Each turn of states is a launch. (Each turn overwrites what the one before has left as the sums of D and the bias.)
+    for first_state in (0..d_state).step_by(TURN).take_while(|_| segments > 0) {
+        let params = params::ScanBackward { first_state: first_state as i64, ..params };
         // SAFETY (both): every address and extent has been checked by `Inputs::check` and `check_backward`, and the
         // workspaces have an element for each that the kernels write.
         if workspace.is_some() {
-            unsafe { scan.launch::<T, _>(&device, Module::SCAN_RETREAT, "scan_retreat", shape(256, 0), params) }?;
+            unsafe { scan.launch::<T, _>(&device, Module::SCAN_RETREAT, "scan_retreat", retreat, params) }?;
         }
-        unsafe { scan.launch::<T, _>(&device, module, "scan_backward", shape(threads, shared), params) }?;
+        unsafe { scan.launch::<T, _>(&device, module, "scan_backward", backward, params) }?;
     }
     if let Some(parts) = &projections {
         let m = lines * d_state;
@@ -129,7 +135,6 @@ pub fn backward_with<T: Element>(
 
 // As the kernels are written.
 const CHANNELS: usize = 64;
-const TURN: usize = 16;
 
 /// Blocks for each processor that the rows are enough for; more would only make more parts of sums.
 const BLOCKS_PER_PROCESSOR: usize = 8;

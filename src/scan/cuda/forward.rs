@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::launch::{Kernel, LaunchShape, Undivided};
+use super::launch::{Kernel, LaunchShape, TURN, Undivided};
 use super::plan::Pass;
 use super::{Inputs, OutputMut, PerLane, Plan};
 use crate::arguments::Dims;
@@ -76,14 +76,15 @@ fn shape<T: Element>(kernel: Kernel, inputs: &params::ScanInputs) -> (Module, La
         Kernel::Fast(PerLane::Half) => ("half", 16, 384, Module::SCAN_FORWARD_FEW),
         Kernel::Fast(PerLane::One) => ("one", 32, 128, Module::SCAN_FORWARD),
         Kernel::Fast(PerLane::Four) => ("four", 128, 128, Module::SCAN_FORWARD),
+        Kernel::Turns => ("turns", 32, 128, Module::SCAN_FORWARD),
         Kernel::General => ("general", 64, 256, Module::SCAN_FORWARD),
     };
     let per_block = (STEPS_PER_BLOCK / inputs.segments.len.max(1) as usize).max(1);
     let rows = (inputs.segments.count as usize).div_ceil(per_block).min(GRID_ROWS);
-    // The general kernel keeps the states of turns of 16, four to a thread.
-    let turns = |d_state: usize| d_state.div_ceil(16) * threads * 16;
+    // A thread keeps four states of each turn.
+    let turns = |d_state: usize| d_state.div_ceil(TURN) * threads * size_of::<[f32; 4]>();
     let shared = match kernel {
-        Kernel::General => [turns(inputs.d_state as usize), turns(MAX_D_STATE)],
+        Kernel::Turns | Kernel::General => [turns(inputs.d_state as usize), turns(MAX_D_STATE)],
         Kernel::Fast(per_lane) => [per_lane.shared_memory::<T>(); 2],
     };
     (module, LaunchShape { variant, channels, threads, rows, shared })

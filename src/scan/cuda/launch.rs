@@ -14,8 +14,13 @@ use crate::{DType, Discretization, Element, Projection, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kernel {
     Fast(PerLane),
+    /// The fast kernels for more than [`TURN`] states.
+    Turns,
     General,
 }
+
+/// As in the kernels: states that are worked on at a time, 4 in each of a channel's lanes. More of them take turns.
+pub(super) const TURN: usize = 16;
 
 /// What the launches of a pass have in common.
 pub(super) struct Scan {
@@ -72,8 +77,7 @@ impl Undivided {
                     | flag(inputs.options.reverse, 4)
                     | flag(compensate, 8),
             },
-            is_fast: d_state <= 16
-                && d_state.is_multiple_of(4)
+            is_fast: d_state.is_multiple_of(4)
                 && group_channels.is_multiple_of(4)
                 && varying(&inputs.b)
                 && varying(&inputs.c)
@@ -106,13 +110,17 @@ impl Undivided {
         plan: &Plan,
         pass: Pass,
     ) -> Result<Scan> {
-        let Dims { batch, len, d_inner, .. } = problem.dims;
-        let segments = Segments::new(device, problem, plan, pass, self.is_fast)?;
+        let Dims { batch, len, d_inner, d_state, .. } = problem.dims;
+        let takes_turns = d_state > TURN;
+        let segments = Segments::new(device, problem, plan, pass, self.is_fast && !takes_turns)?;
         let count = segments.params.count as usize;
-        let kernel = match (self.is_fast, segments.split) {
-            (false, _) => Kernel::General,
-            (true, true) => Kernel::Fast(PerLane::One),
-            (true, false) => Kernel::Fast(plan.per_lane(batch * len / count.max(1), count, d_inner, device.processors)),
+        let kernel = match (self.is_fast, takes_turns, segments.split) {
+            (false, ..) => Kernel::General,
+            (true, true, _) => Kernel::Turns,
+            (true, false, true) => Kernel::Fast(PerLane::One),
+            (true, false, false) => {
+                Kernel::Fast(plan.per_lane(batch * len / count.max(1), count, d_inner, device.processors))
+            }
         };
         Ok(Scan { inputs: params::ScanInputs { segments: segments.params, ..self.inputs }, segments, kernel })
     }
@@ -181,6 +189,7 @@ impl Scan {
 }
 
 /// How a kernel is launched, as it is instantiated.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct LaunchShape {
     pub variant: &'static str,
     pub channels: usize,
