@@ -61,6 +61,11 @@ template <bool VALUE> struct Is {
     __host__ __device__ constexpr operator bool() const { return VALUE; }
 };
 
+// A number that is known when a kernel is compiled, as an argument of a lambda.
+template <int VALUE> struct Count {
+    static constexpr int value = VALUE;
+};
+
 // Keeps the compiler from computing `x` anew in every turn of a loop.
 __device__ __forceinline__ void keep(int64_t &x) { asm("" : "+l"(x)); }
 __device__ __forceinline__ void keep(int &x) { asm("" : "+r"(x)); }

@@ -206,30 +206,40 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                     const float values[STATES] = {fours[k][0], fours[k][1], fours[k][2], fours[k][3]};
                     write_shared(&shared.projections[0][0][0] + STATES * (threadIdx.x + k * THREADS), values);
                 }
-                float bias[QUAD], deltas[TILES][QUAD];
+                float bias[QUAD];
                 read_shared(bias, &shared.biases[warp * WIDTH + column]);
+                const auto stage = [&](auto count) {
+                    float deltas[count.value][QUAD];
 #pragma unroll
-                for (int k = 0; k < TILES; k++) {
+                    for (int k = 0; k < count.value; k++) {
 #pragma unroll
-                    for (int c = 0; c < QUAD; c++) deltas[k][c] = step[k][c] + bias[c];
-                }
-                if (plus) {
-#pragma unroll
-                    for (int k = 0; k < TILES; k++) {
-#pragma unroll
-                        for (int c = 0; c < QUAD; c++) deltas[k][c] = softplus<T>(deltas[k][c]);
+                        for (int c = 0; c < QUAD; c++) deltas[k][c] = step[k][c] + bias[c];
                     }
-                }
+                    if (plus) {
 #pragma unroll
-                for (int k = 0; k < TILES; k++) {
-                    float staged[2 * QUAD];
+                        for (int k = 0; k < count.value; k++) {
 #pragma unroll
-                    for (int c = 0; c < QUAD; c++) {
-                        const float delta = row + k * TILE < left ? deltas[k][c] : 0.0f;
-                        staged[mine.place_in_pairs(c)] = delta;
-                        staged[mine.place_in_pairs(c) + OWN] = delta * x[k][c];
+                            for (int c = 0; c < QUAD; c++) deltas[k][c] = softplus<T>(deltas[k][c]);
+                        }
                     }
-                    write_shared(&mine.steps[row + k * TILE][column / OWN].x, staged);
+#pragma unroll
+                    for (int k = 0; k < count.value; k++) {
+                        float staged[2 * QUAD];
+#pragma unroll
+                        for (int c = 0; c < QUAD; c++) {
+                            const float delta = row + k * TILE < left ? deltas[k][c] : 0.0f;
+                            staged[mine.place_in_pairs(c)] = delta;
+                            staged[mine.place_in_pairs(c) + OWN] = delta * x[k][c];
+                        }
+                        write_shared(&mine.steps[row + k * TILE][column / OWN].x, staged);
+                    }
+                };
+                // Short sequences have few tiles.
+                constexpr int FEW = 2;
+                if (tiles <= FEW) {
+                    stage(Count<FEW>());
+                } else {
+                    stage(Count<TILES>());
                 }
             }
             __syncthreads();
@@ -299,6 +309,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                 __syncwarp();
             };
             load_next(last_t);
+            if (TURNS && there && last_t < left) prefetch_carried(params, at);
             go_forward((tiles - 1) * TILE, AHEAD);
             open();
             for (int tile = tiles - 1; tile >= 0; tile--) {
@@ -459,7 +470,10 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                 float *const sums_to = &mine.steps[t0][0].x + place_of_sums;
                 write_shared(sums_to, totals[0]);
                 write_shared(sums_to + 4 * 2 * TURN, totals[1]);
-                if (TURNS) carry<true>(params, at, wanted ? QUAD : 0, d_delta, d_input, y);
+                if (TURNS) {
+                    carry<true>(params, at, wanted ? QUAD : 0, d_delta, d_input, y);
+                    if (there && tile > 0) prefetch_carried(params, at + int64_t(back) * static_cast<int>(p.d_inner));
+                }
                 go_forward(next * TILE, 0);
 
                 if (!TURNS || params.is_last_turn()) {

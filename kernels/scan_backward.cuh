@@ -16,7 +16,8 @@ struct ScanBackward {
     // Gradients of B and of C that vary, summed by each block over its channels: (2, blocks of a group, batch·length,
     // groups, d_state).
     float *projections;
-    // With more than 16 states, what the turns before have found of ∂y/∂Δ, ∂y/∂(Δu) and y: (3, batch·length, d_inner).
+    // With more than 16 states, what the turns before have found of ∂y/∂Δ, ∂y/∂(Δu) and y: of each quad of channels in a
+    // dense activation the first of these, then the second and the third.
     float *carried;
     int64_t groups, steps;
     // The first of the 16 states whose turn it is: each 16 are a launch.
@@ -31,18 +32,27 @@ static_assert(sizeof(ScanBackward) == 576, "as in src/cuda/params.rs");
 template <bool WHOLE>
 __device__ __forceinline__ void carry(const ScanBackward &params, int64_t at, int count, float (&d_delta)[QUAD],
                                       float (&d_input)[QUAD], float (&y)[QUAD]) {
+    float *const carried = params.carried + 3 * at;
     const auto sum = [&](int which, float (&sums)[QUAD]) {
-        float *const carried = params.carried + which * params.steps * params.in.d_inner + at;
+        float *const of_quad = carried + which * (WHOLE ? QUAD : count);
         if (params.first_state > 0) {
-            const Pack<float, QUAD> before = load<float, QUAD, WHOLE>(carried, 1, count);
+            const Pack<float, QUAD> before = load<float, QUAD, WHOLE>(of_quad, 1, count);
 #pragma unroll
             for (int c = 0; c < QUAD; c++) sums[c] += before[c];
         }
-        if (!params.is_last_turn()) store<float, WHOLE>(carried, sums, count);
+        if (!params.is_last_turn()) store<float, WHOLE>(of_quad, sums, count);
     };
     sum(0, d_delta);
     sum(1, d_input);
     if (params.in.z.data) sum(2, y);
+}
+
+// Has what `carry` will read for the quad of channels at `at` brought nearer.
+__device__ __forceinline__ void prefetch_carried(const ScanBackward &params, int64_t at) {
+    if (params.first_state == 0) return;
+    const float *const carried = params.carried + 3 * at;
+    prefetch(carried);
+    prefetch(carried + 2 * QUAD);
 }
 
 // Adds x y to a sum if it is `wanted`, without a branch. (Steps beyond the end of a sequence add zero times the state behind

@@ -1,8 +1,8 @@
-// The selective scan, backward, whatever its inputs: any stride and width, constant B and C, zero-order hold, more than 16
-// states (by turns). scan_backward.cu is faster where it applies.
+// The selective scan, backward, whatever its inputs: any stride and width, constant B and C, zero-order hold; and on devices
+// whose blocks have too little shared memory for scan_backward.cu, which is faster.
 #include "scan_backward.cuh"
 
-constexpr int THREADS = 256, CHANNELS = THREADS / LANES, COLUMNS = CHANNELS / QUAD, WARPS = THREADS / 32;
+constexpr int THREADS = 128, CHANNELS = THREADS / LANES, COLUMNS = CHANNELS / QUAD, WARPS = THREADS / 32;
 // Steps whose decays and states are in registers at a time.
 constexpr int TILE = 8, TILES = CHECKPOINT_STEPS / TILE;
 
@@ -43,7 +43,7 @@ struct Shared {
     float4 d_skip[COLUMNS * TILE], d_bias[COLUMNS * TILE];
 };
 
-static_assert(sizeof(Shared) == 113376, "as in src/scan/cuda/backward.rs");
+static_assert(sizeof(Shared) == 60896, "as in src/scan/cuda/backward.rs");
 
 // (exp(ΔA) - 1)/A
 __device__ __forceinline__ float hold_weight(float minus_one, float inverse_a, float delta) {
@@ -464,10 +464,11 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                         }
                     }
                 }
-                // The block's sums of ∂B and ∂C, one to a thread, the warps in order.
-                {
-                    static_assert(THREADS == TILE * 2 * TURN, "one sum for each thread");
-                    const int t = threadIdx.x / (2 * TURN), which = threadIdx.x / TURN % 2, n = threadIdx.x % TURN;
+                // The block's sums of ∂B and ∂C, the warps in order.
+#pragma unroll
+                for (int k = 0; k < TILE * 2 * TURN / THREADS; k++) {
+                    const int t = threadIdx.x / (2 * TURN) + k * (THREADS / (2 * TURN));
+                    const int which = threadIdx.x / TURN % 2, n = threadIdx.x % TURN;
                     const int64_t state = first_state + n;
                     float sum = 0.0f;
 #pragma unroll
@@ -509,7 +510,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 }
 
 #define INSTANCE(SUFFIX, T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
         scan_backward_general_##SUFFIX(const __grid_constant__ ScanBackward params) {                                  \
         scan_backward<T>(params);                                                                                      \
     }

@@ -398,7 +398,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 #define INSTANCES(SUFFIX, T, BLOCKS_OF_FOUR, BLOCKS_OF_ONE)                                                            \
     INSTANCE(four_##SUFFIX, T, 4, 128, 8, MAMBA, BLOCKS_OF_FOUR)                                                       \
     INSTANCE(one_##SUFFIX, T, 1, 128, 32, MAMBA, BLOCKS_OF_ONE)                                                        \
-    INSTANCE(turns_##SUFFIX, T, 1, 128, 32, MANY_STATES, BLOCKS_OF_ONE)                                                \
+    INSTANCE(turns_##SUFFIX, T, 1, 128, 32, MANY_STATES, 4)                                                            \
     INSTANCE(general_##SUFFIX, T, 1, 256, 16, ALL, 2)
 
 INSTANCES(f32, float, 3, 4)

@@ -386,6 +386,7 @@ fn layouts_do_not_matter() {
     properties::layouts::<bf16>(Device::Cuda(WHOLE), 7, &[]);
     properties::layouts::<bf16>(Device::Cuda(SPLIT), 8, &sums);
     properties::layouts::<f32>(Device::Cuda(WHOLE), 8, &sums);
+    properties::layouts::<bf16>(Device::Cuda(SPLIT), 36, &sums);
 }
 
 #[test]

@@ -70,22 +70,26 @@ pub fn backward_with<T: Element>(
     undivided.is_fast &= d_out_is_aligned
         && checkpoints_are_aligned
         && undivided.is_aligned::<T>(&[(params.d_u, row), (params.d_delta, row), (params.d_z, row)]);
+    // Some devices, 8.6, 8.9 and 12.0 among them, give a block less than that.
+    let fast_shared = 107_696 + 512 * size_of::<T>();
+    undivided.is_fast &= fast_shared <= device.shared_memory;
     let scan = undivided.divide(&device, &problem, &plan, Pass::Backward)?;
     params.inputs = scan.inputs;
 
     // Rows of blocks, each of which sums the gradients of parameters over the segments that it takes.
-    let segments = scan.inputs.segments.count as usize;
-    let columns = scan.groups() * scan.group_blocks(CHANNELS);
+    let channels = if scan.kernel == Kernel::General { 32 } else { 64 };
+    let (segments, group_blocks) = (scan.inputs.segments.count as usize, scan.group_blocks(channels));
+    let columns = scan.groups() * group_blocks;
     let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).min(GRID_ROWS);
     let shape =
-        |variant, threads, shared| LaunchShape { variant, channels: CHANNELS, threads, rows, shared: [shared; 2] };
-    let fast = |variant| shape(variant, 128, 107_696 + 512 * size_of::<T>());
+        |variant, channels, threads, shared| LaunchShape { variant, channels, threads, rows, shared: [shared; 2] };
+    let fast = |variant| shape(variant, channels, 128, fast_shared);
     let (retreat, module, backward) = match scan.kernel {
-        Kernel::General => ("general", Module::SCAN_BACKWARD_GENERAL, shape("general", 256, 113_376)),
+        Kernel::General => ("general", Module::SCAN_BACKWARD_GENERAL, shape("general", channels, 128, 60_896)),
         Kernel::Turns => ("fast", Module::SCAN_BACKWARD, fast("turns")),
         Kernel::Fast(_) => ("fast", Module::SCAN_BACKWARD, fast("fast")),
     };
-    let retreat = shape(retreat, 256, 0);
+    let retreat = shape(retreat, 64, 256, 0);
 
     let mut sums = Sums { device: &device, rows, workspaces: Vec::new(), sums: Vec::new() };
     params.d_a = sums.add(d_inner * d_state, arguments.write("gradients.a", gradients.a)?)?;
@@ -94,7 +98,6 @@ pub fn backward_with<T: Element>(
     params.d_d = sums.add(d_inner, arguments.write_optional("gradients.d", gradients.d)?)?;
     params.d_bias = sums.add(d_inner, arguments.write_optional("gradients.delta_bias", gradients.delta_bias)?)?;
 
-    let group_blocks = scan.group_blocks(CHANNELS);
     let lines = steps * groups;
     let projections = match b != 0 || c != 0 {
         true => Some(device.workspace::<f32>("the gradients of b and c", group_blocks * lines * 2 * d_state)?),
@@ -132,9 +135,6 @@ pub fn backward_with<T: Element>(
     // parameter: none, if there are no segments.
     unsafe { device.sum::<T>(&sums.sums) }
 }
-
-// As the kernels are written.
-const CHANNELS: usize = 64;
 
 /// Blocks for each processor that the rows are enough for; more would only make more parts of sums.
 const BLOCKS_PER_PROCESSOR: usize = 8;

@@ -18,8 +18,9 @@ pub struct Plan {
     /// Packed sequences are divided each as if it were alone, so that it gets the same bits, and so more finely than a
     /// large pack of them needs: `Some(usize::MAX)` is faster then.
     pub segment_steps: Option<usize>,
-    /// What a lane of the forward pass carries, where the fast kernels apply and no sequence is split. The bits of
-    /// [`PerLane::One`] and [`PerLane::Four`] are the same.
+    /// What a lane of the forward pass carries, where the fast kernels apply, there are at most 16 states and no sequence is
+    /// split. (Of more states a lane carries four of one channel at a time.) The bits of [`PerLane::One`] and
+    /// [`PerLane::Four`] are the same.
     pub per_lane: Option<PerLane>,
 }
 
