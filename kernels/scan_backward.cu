@@ -431,68 +431,78 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                     total();
                 }
 
-                // Finish, and go forward through the tile that comes next at the same time: the one waits for shared memory, the
-                // other for the special-function unit. (After tile 0 there is none, and what is made of tile 1 again is dropped:
-                // tile 0's steps are being replaced.)
-                const int next = tile > 0 ? tile - 1 : 1;
-                load_next(mine_t - TILE);
+                // Finish, and go forward through the tile that comes next, if there is one, at the same time: the one waits for
+                // shared memory, the other for the special-function unit.
+                const auto finish = [&](auto more) {
+                    const int next = tile > 0 ? tile - 1 : 1;
+                    if (more) {
+                        load_next(mine_t - TILE);
 #pragma unroll
-                for (int c = 0; c < OWN; c++) read_shared(h[0][c], &mine.states[next][c][lane_index].x);
-                // What each channel gets of the sums over its states.
-                float d_delta[QUAD], d_input[QUAD], y[QUAD];
-#pragma unroll
-                for (int s = 0; s < LANES; s += 2) {
-                    float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
-                    read_shared(one, &mine.gradients[row][s * PAIRS + column / OWN].x);
-                    read_shared(two, &mine.gradients[row][(s + 1) * PAIRS + column / OWN].x);
-                    if (gated) {
-                        read_shared(one_y, &mine.y[row][mine.place_of_y(row, s * WIDTH + column)]);
-                        read_shared(two_y, &mine.y[row][mine.place_of_y(row, (s + 1) * WIDTH + column)]);
+                        for (int c = 0; c < OWN; c++) read_shared(h[0][c], &mine.states[next][c][lane_index].x);
                     }
+                    // What each channel gets of the sums over its states.
+                    float d_delta[QUAD], d_input[QUAD], y[QUAD];
 #pragma unroll
-                    for (int c = 0; c < QUAD; c++) {
-                        const float of_delta = one[2 * c] + two[2 * c], of_input = one[2 * c + 1] + two[2 * c + 1];
-                        const float of_y = one_y[c] + two_y[c];
-                        d_delta[c] = s ? d_delta[c] + of_delta : of_delta;
-                        d_input[c] = s ? d_input[c] + of_input : of_input;
-                        y[c] = s ? y[c] + of_y : of_y;
+                    for (int s = 0; s < LANES; s += 2) {
+                        float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
+                        read_shared(one, &mine.gradients[row][s * PAIRS + column / OWN].x);
+                        read_shared(two, &mine.gradients[row][(s + 1) * PAIRS + column / OWN].x);
+                        if (gated) {
+                            read_shared(one_y, &mine.y[row][mine.place_of_y(row, s * WIDTH + column)]);
+                            read_shared(two_y, &mine.y[row][mine.place_of_y(row, (s + 1) * WIDTH + column)]);
+                        }
+#pragma unroll
+                        for (int c = 0; c < QUAD; c++) {
+                            const float of_delta = one[2 * c] + two[2 * c], of_input = one[2 * c + 1] + two[2 * c + 1];
+                            const float of_y = one_y[c] + two_y[c];
+                            d_delta[c] = s ? d_delta[c] + of_delta : of_delta;
+                            d_input[c] = s ? d_input[c] + of_input : of_input;
+                            y[c] = s ? y[c] + of_y : of_y;
+                        }
                     }
-                }
 
-                float in[2 * QUAD], skip[QUAD], d_y[QUAD], to_d_z[QUAD];
-                read_shared(in, &mine.steps[mine_t][column / OWN].x);
-                read_shared(skip, &shared.skips[warp * WIDTH + column]);
-                read_shared(d_y, &mine.d_y[row][column]);
-                read_shared(to_d_z, &mine.to_d_z[lane_index].x);
-                const Pack<T, QUAD> x = mine.u[lane_index];
-                // Everyone has read what the sums over channels are going to replace.
-                __syncwarp();
-                float *const sums_to = &mine.steps[t0][0].x + place_of_sums;
-                write_shared(sums_to, totals[0]);
-                write_shared(sums_to + 4 * 2 * TURN, totals[1]);
-                if (TURNS) {
-                    carry<true>(params, at, wanted ? QUAD : 0, d_delta, d_input, y);
-                    if (there && tile > 0) prefetch_carried(params, at + int64_t(back) * static_cast<int>(p.d_inner));
-                }
-                go_forward(next * TILE, 0);
-
-                if (!TURNS || params.is_last_turn()) {
-                    float d_z[QUAD], d_u[QUAD], d_step[QUAD];
-#pragma unroll
-                    for (int c = 0; c < QUAD; c++) {
-                        const float delta = in[mine.place_in_pairs(c)], slope = softplus_slope<T>(delta);
-                        d_z[c] = to_d_z[c] * fmaf(skip[c], x[c], y[c]);
-                        d_u[c] = fmaf(skip[c], d_y[c], d_input[c] * delta);
-                        d_step[c] = fmaf(d_input[c], x[c], d_delta[c] * LN_2) * (plus ? slope : 1.0f);
-                        d_skip[c] = wanted ? fmaf(d_y[c], x[c], d_skip[c]) : d_skip[c];
-                        d_bias[c] = wanted ? d_bias[c] + d_step[c] : d_bias[c];
+                    float in[2 * QUAD], skip[QUAD], d_y[QUAD], to_d_z[QUAD];
+                    read_shared(in, &mine.steps[mine_t][column / OWN].x);
+                    read_shared(skip, &shared.skips[warp * WIDTH + column]);
+                    read_shared(d_y, &mine.d_y[row][column]);
+                    read_shared(to_d_z, &mine.to_d_z[lane_index].x);
+                    const Pack<T, QUAD> x = mine.u[lane_index];
+                    // Everyone has read what the sums over channels are going to replace.
+                    __syncwarp();
+                    float *const sums_to = &mine.steps[t0][0].x + place_of_sums;
+                    write_shared(sums_to, totals[0]);
+                    write_shared(sums_to + 4 * 2 * TURN, totals[1]);
+                    if (TURNS) {
+                        carry<true>(params, at, wanted ? QUAD : 0, d_delta, d_input, y);
+                        if (there && tile > 0) prefetch_carried(params, at + int64_t(back) * static_cast<int>(p.d_inner));
                     }
-                    store_if(gated && wanted, static_cast<T *>(params.d_z) + at, d_z);
-                    store_if(wanted, static_cast<T *>(params.d_u) + at, d_u);
-                    store_if(wanted, static_cast<T *>(params.d_delta) + at, d_step);
+                    if (more) go_forward(next * TILE, 0);
+
+                    if (!TURNS || params.is_last_turn()) {
+                        float d_z[QUAD], d_u[QUAD], d_step[QUAD];
+#pragma unroll
+                        for (int c = 0; c < QUAD; c++) {
+                            const float delta = in[mine.place_in_pairs(c)], slope = softplus_slope<T>(delta);
+                            d_z[c] = to_d_z[c] * fmaf(skip[c], x[c], y[c]);
+                            d_u[c] = fmaf(skip[c], d_y[c], d_input[c] * delta);
+                            d_step[c] = fmaf(d_input[c], x[c], d_delta[c] * LN_2) * (plus ? slope : 1.0f);
+                            d_skip[c] = wanted ? fmaf(d_y[c], x[c], d_skip[c]) : d_skip[c];
+                            d_bias[c] = wanted ? d_bias[c] + d_step[c] : d_bias[c];
+                        }
+                        store_if(gated && wanted, static_cast<T *>(params.d_z) + at, d_z);
+                        store_if(wanted, static_cast<T *>(params.d_u) + at, d_u);
+                        store_if(wanted, static_cast<T *>(params.d_delta) + at, d_step);
+                    }
+                    at += int64_t(back) * static_cast<int>(p.d_inner);
+                    if (more && tile > 0) open();
+                };
+                // (With turns, both forms would take more registers than there are. Tile 1 is gone through again then, and
+                // dropped, as tile 0's steps are being replaced.)
+                if (!TURNS && tile == 0) {
+                    finish(Is<false>());
+                    break;
                 }
-                at += int64_t(back) * static_cast<int>(p.d_inner);
-                if (tile > 0) open();
+                finish(Is<true>());
             }
 
             // The block's sums of ∂B and ∂C, the warps in order. (Where they go is read first: the first thread may be at the
