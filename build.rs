@@ -15,7 +15,8 @@ fn main() {
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    for name in ["NVCC", "NVCC_APPEND_FLAGS", "CUDA_COMPUTE_CAP", "DOCS_RS", "PATH"].iter().chain(&TOOLKIT_VARIABLES) {
+    let variables = ["NVCC", "CUDA_COMPUTE_CAP", "DOCS_RS", "PATH"];
+    for name in variables.iter().chain(&FLAG_VARIABLES).chain(&TOOLKIT_VARIABLES) {
         println!("cargo:rerun-if-env-changed={name}");
     }
     println!("cargo:rerun-if-changed=kernels");
@@ -65,6 +66,9 @@ fn fatbin_name(source: &Path) -> String {
     format!("{}.fatbin", source.file_stem().expect("it has a name").to_string_lossy())
 }
 
+/// What nvcc takes more flags from.
+const FLAG_VARIABLES: [&str; 2] = ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"];
+
 struct Build {
     nvcc: PathBuf,
     flags: Vec<String>,
@@ -76,7 +80,8 @@ impl Build {
     fn compile(&self, source: &Path) -> Result<(), String> {
         let fatbin = self.out.join(fatbin_name(source));
         let (dependencies, stamp) = (fatbin.with_extension("d"), fatbin.with_extension("command"));
-        let command = format!("{} {}", self.nvcc.display(), self.flags.join(" "));
+        let of_variables = FLAG_VARIABLES.map(|name| env::var(name).unwrap_or_default());
+        let command = format!("{} {} {}", self.nvcc.display(), self.flags.join(" "), of_variables.join(" "));
         if fs::read_to_string(&stamp).is_ok_and(|old| old == command) && is_newer(&fatbin, &dependencies) {
             return Ok(());
         }
