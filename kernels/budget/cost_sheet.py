@@ -139,15 +139,15 @@ Beside an H200 (`benches/results/h200-times.csv`), with the counts above scaled 
 
 | operator | shape | model, ms | measured, ms | ratio |
 |---|---|---|---|---|
-| scan forward, one channel a lane | 8 x 2,048 x 2,048 | 0.161 (special) | 0.223 | 1.38 |
-| scan forward, one channel a lane | 64 x 512 x 1,536 | 0.241 (special) | 0.313 | 1.30 |
-| scan forward, four channels a lane | 2,048 x 16 x 1,536 | 0.242 (special) | 0.338 | 1.40 |
+| scan forward, one channel a lane | 8 x 2,048 x 2,048 | 0.161 (special) | 0.221 | 1.37 |
+| scan forward, one channel a lane | 64 x 512 x 1,536 | 0.241 (special) | 0.309 | 1.28 |
+| scan forward, four channels a lane | 2,048 x 16 x 1,536 | 0.242 (special) | 0.339 | 1.40 |
 | scan forward, one state a lane | 1 x 2,048 x 1,024 | 0.0187 (issue) | 0.0284 | **1.52** |
-| scan forward, two states a lane | 1 x 65,536 x 2,048 | 0.99 (issue) | 1.22 | 1.23 |
-| scan backward | 8 x 2,048 x 2,048 | 0.489 (issue) | 0.89 | **1.82** |
+| scan forward, two states a lane | 1 x 65,536 x 2,048 | 0.99 (issue) | 1.23 | 1.24 |
+| scan backward | 8 x 2,048 x 2,048 | 0.495 (issue) | 0.90 | **1.82** |
 | convolution forward | 8 x 2,048 x 2,048 | 0.032 (memory) | 0.038 | 1.19 |
-| convolution backward | 8 x 2,048 x 2,048 | 0.048 (memory) | 0.059 | 1.22 |
-| state update | 256 x 5,120 | 0.043 (memory) | 0.049 | 1.15 |
+| convolution backward | 8 x 2,048 x 2,048 | 0.048 (memory) | 0.058 | 1.21 |
+| state update | 256 x 5,120 | 0.043 (memory) | 0.050 | 1.16 |
 
 Backward is out by more than half because the model knows nothing of latency: two warps to a scheduler are all that 255
 registers allow, and they use 0.58 of the issue slots; nor of the clock, which is a tenth lower where tensor cores are used
