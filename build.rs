@@ -2,7 +2,8 @@
 //!
 //! A fatbin holds machine code for each architecture asked for, and PTX of the newest of them for later devices. The
 //! architectures are those of `CUDA_COMPUTE_CAP` (`90`, or a list: `80,90`), else that of the GPU that `nvidia-smi` finds,
-//! else 8.0, 8.9 and 9.0. nvcc is `NVCC`, or in `CUDA_HOME` or its like, on the `PATH`, or in `/usr/local/cuda`.
+//! else 8.0, 8.9 and 9.0. nvcc is `NVCC`, or in `CUDA_HOME` or its like, on the `PATH`, or in `/usr/local/cuda`; it takes
+//! more flags from `NVCC_PREPEND_FLAGS` and `NVCC_APPEND_FLAGS`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

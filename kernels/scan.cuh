@@ -135,7 +135,7 @@ template <int COUNT> __device__ __forceinline__ void write_shared(float *to, con
 // The states of a channel that one lane holds, the lanes that hold a channel's, and how many states that makes.
 constexpr int STATES = 4, LANES = 4, TURN = STATES * LANES;
 
-// Walks B and C for a tile in shared memory, `(STEPS, 2, TURN)` with the states from `state` on: zero beyond the segment's
+// Walks B and C for a tile in shared memory, `(STEPS, 2, TURN)` with the states from `first_state` on: zero beyond the segment's
 // end and beyond d_state, and where a projection is constant. Each thread brings in states by fours.
 template <typename T, int STEPS, int THREADS, bool WHOLE> struct ProjectionWalk {
     static constexpr int ROW = 2 * LANES; // fours in a step
@@ -163,7 +163,7 @@ template <typename T, int STEPS, int THREADS, bool WHOLE> struct ProjectionWalk 
         keep(count);
     }
 
-    // Has varying B and C walked from other states on.
+    // Has B and C walked from other states on, where both vary.
     __device__ __forceinline__ void turn(const ScanInputs &p, int from_state, int first_state) {
         static_assert(STEPS % ROWS == 0, "all threads have steps");
         at += (first_state - from_state) * state;

@@ -1,5 +1,6 @@
 // The selective scan, backward, in the form that Mamba uses: B and C that vary, channels and states side by side.
-// scan_backward_general.cu takes the rest.
+// scan_backward_general.cu takes the rest. More than 16 states are a launch for each 16, and what they sum up is carried in
+// memory.
 //
 // Each warp carries 16 neighbouring channels by itself, through one part of 64 steps after another, the last first: from
 // the state that forward kept before the part it finds those before each tile of 8 steps, and then goes back tile by tile.
@@ -21,8 +22,8 @@ template <typename T> struct OfWarp {
     float4 steps[CHECKPOINT_STEPS][PAIRS];
     // The states before each tile. The gradient behind the tile that is worked on is in the place after the tile's own.
     float4 states[TILES + 1][OWN][32];
-    // What each lane adds to ∂/∂Δ and ∂/∂(Δu) of its one channel and then of the other in each step, and to y. (Neighbouring steps are shifted
-    // against each other, so that lanes that read them do not meet in a bank.)
+    // What each lane adds to ∂/∂Δ and ∂/∂(Δu) of its one channel and then of the other in each step, and to y. (Neighbouring
+    // steps are shifted against each other, so that lanes that read them do not meet in a bank.)
     float4 gradients[TILE][LANES * PAIRS + 1];
     alignas(16) float y[TILE][LANES * WIDTH];
     // Of the tile that is worked on: ∂/∂y, and each lane's quads of u and of ∂out ∂silu(z)/∂z, which makes ∂/∂z of y + Du.

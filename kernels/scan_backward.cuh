@@ -16,7 +16,7 @@ struct ScanBackward {
     // Gradients of B and of C that vary, summed by each block over its channels: (2, blocks of a group, batch·length,
     // groups, d_state).
     float *projections;
-    // With more than 16 states, what the turns before have found of ∂y/∂Δ, ∂y/∂(Δu) and y: of each quad of channels in a
+    // With more than 16 states, what the turns before have found of ∂/∂Δ, ∂/∂(Δu) and y: of each quad of channels in a
     // dense activation the first of these, then the second and the third.
     float *carried;
     int64_t groups, steps;

@@ -69,7 +69,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
     Shared &shared = *reinterpret_cast<Shared *>(memory);
 
     const ScanInputs &p = params.in;
-    const bool reverse = p.flags & FLAG_REVERSE, hold = (p.flags & FLAG_HOLD);
+    const bool reverse = p.flags & FLAG_REVERSE, hold = p.flags & FLAG_HOLD;
     const bool plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
     const Block block(p, blockIdx.x, CHANNELS);
 
@@ -242,7 +242,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 return Decay<ACCURATE>(x).value;
             };
             const auto decayed = [&](float decay, float h) {
-                return ACCURATE || (hold) ? fmaf(decay, h, h) : decay * h;
+                return ACCURATE || hold ? fmaf(decay, h, h) : decay * h;
             };
             const auto weighted = [&](int n, float2 in, float decay) {
                 return hold ? hold_weight(decay, inverse_a[n], in.x) * in.y : in.y;
@@ -319,7 +319,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                         g[n] = decayed(decay, g[n]);
                         const float d_log = g[n] * h[t][n];
                         add_if(exists, d_a[n], in.x, d_log);
-                        d_delta = n || (hold) ? fmaf(a[n], d_log, d_delta) : a[n] * d_log;
+                        d_delta = n || hold ? fmaf(a[n], d_log, d_delta) : a[n] * d_log;
                     }
                     const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
                     const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;

@@ -73,7 +73,8 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat
         }
         lane.write_dense<WHOLE>(p.reached + lane.at(p, segment.index), g);
         if (first_state == 0 && sub == 0 && lane.exists) p.sums[segment.index * p.d_inner + lane.channel] = total;
-    }}
+    }
+}
 
 #define INSTANCE(NAME, T, GENERAL)                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \

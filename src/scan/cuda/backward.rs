@@ -70,26 +70,27 @@ pub fn backward_with<T: Element>(
     undivided.is_fast &= d_out_is_aligned
         && checkpoints_are_aligned
         && undivided.is_aligned::<T>(&[(params.d_u, row), (params.d_delta, row), (params.d_z, row)]);
-    // Some devices, 8.6, 8.9 and 12.0 among them, give a block less than that.
+    // Some devices, 8.6, 8.9 and 12.0 among them, give a block less than the fast kernel's shared memory.
     let fast_shared = 107_696 + 512 * size_of::<T>();
     undivided.is_fast &= fast_shared <= device.shared_memory;
     let scan = undivided.divide(&device, &problem, &plan, Pass::Backward)?;
     params.inputs = scan.inputs;
 
-    // Rows of blocks, each of which sums the gradients of parameters over the segments that it takes.
-    let channels = if scan.kernel == Kernel::General { 32 } else { 64 };
-    let (segments, group_blocks) = (scan.inputs.segments.count as usize, scan.group_blocks(channels));
-    let columns = scan.groups() * group_blocks;
+    // Rows of blocks, each of which sums the gradients of parameters over the segments that it takes: as many for both
+    // kernels, so that they give the same bits.
+    let segments = scan.inputs.segments.count as usize;
+    let columns = scan.groups() * scan.group_blocks(FAST_CHANNELS);
     let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).min(GRID_ROWS);
     let shape =
         |variant, channels, threads, shared| LaunchShape { variant, channels, threads, rows, shared: [shared; 2] };
-    let fast = |variant| shape(variant, channels, 128, fast_shared);
-    let (retreat, module, backward) = match scan.kernel {
-        Kernel::General => ("general", Module::SCAN_BACKWARD_GENERAL, shape("general", channels, 128, 60_896)),
-        Kernel::Turns => ("fast", Module::SCAN_BACKWARD, fast("turns")),
-        Kernel::Fast(_) => ("fast", Module::SCAN_BACKWARD, fast("fast")),
+    let fast = |variant| (Module::SCAN_BACKWARD, shape(variant, FAST_CHANNELS, 128, fast_shared), "fast");
+    let (module, backward, retreat) = match scan.kernel {
+        Kernel::General => (Module::SCAN_BACKWARD_GENERAL, shape("general", 32, 128, 60_896), "general"),
+        Kernel::Turns => fast("turns"),
+        Kernel::Fast(_) => fast("fast"),
     };
     let retreat = shape(retreat, 64, 256, 0);
+    let group_blocks = scan.group_blocks(backward.channels);
 
     let mut sums = Sums { device: &device, rows, workspaces: Vec::new(), sums: Vec::new() };
     params.d_a = sums.add(d_inner * d_state, arguments.write("gradients.a", gradients.a)?)?;
@@ -115,7 +116,8 @@ pub fn backward_with<T: Element>(
     }
 
     // Each turn of states is a launch. (Each turn overwrites what the one before has left as the sums of D and the bias.)
-    for first_state in (0..d_state).step_by(TURN).take_while(|_| segments > 0) {
+    let turns = if segments > 0 { d_state } else { 0 };
+    for first_state in (0..turns).step_by(TURN) {
         let params = params::ScanBackward { first_state: first_state as i64, ..params };
         // SAFETY (both): every address and extent has been checked by `Inputs::check` and `check_backward`, and the
         // workspaces have an element for each that the kernels write.
@@ -135,6 +137,9 @@ pub fn backward_with<T: Element>(
     // parameter: none, if there are no segments.
     unsafe { device.sum::<T>(&sums.sums) }
 }
+
+/// The channels of a fast kernel's block.
+const FAST_CHANNELS: usize = 64;
 
 /// Blocks for each processor that the rows are enough for; more would only make more parts of sums.
 const BLOCKS_PER_PROCESSOR: usize = 8;

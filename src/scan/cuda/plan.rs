@@ -65,7 +65,8 @@ pub(super) enum Pass {
 }
 
 impl Pass {
-    /// Groups of 8 channels that a processor's blocks carry at a time.
+    /// Groups of 8 channels that a processor's blocks carry at a time, of the fast kernels in halves: others carry fewer, but
+    /// are divided the same way, so that they give the same bits.
     fn groups(self) -> usize {
         match self {
             // 20 warps of 8 channels.
@@ -148,16 +149,16 @@ pub(super) struct Segments {
 }
 
 impl Segments {
-    /// Those of the pass, for the fast kernels or the general ones.
+    /// Those of the pass; `may_carry_parts` says whether lanes can have parts of a channel.
     pub fn new<T: Element, M: Memory>(
         device: &Device,
         problem: &Problem<T, M>,
         plan: &Plan,
         pass: Pass,
-        is_fast: bool,
+        may_carry_parts: bool,
     ) -> Result<Self> {
         let Dims { batch, len, d_inner, .. } = problem.dims;
-        let part_of = |rows, len| match (pass, is_fast) {
+        let part_of = |rows, len| match (pass, may_carry_parts) {
             (Pass::Forward, true) => plan
                 .part_of_channel(rows, len, d_inner, device.processors)
                 .filter(|part| part.shared_memory::<T>() <= device.shared_memory),
