@@ -135,8 +135,8 @@ template <int COUNT> __device__ __forceinline__ void write_shared(float *to, con
 // The states of a channel that one lane holds, the lanes that hold a channel's, and how many states that makes.
 constexpr int STATES = 4, LANES = 4, TURN = STATES * LANES;
 
-// Walks B and C for a tile in shared memory, `(STEPS, 2, TURN)` with the states from `first_state` on: zero beyond the segment's
-// end and beyond d_state, and where a projection is constant. Each thread brings in states by fours.
+// Walks B and C for a tile in shared memory, `(STEPS, 2, TURN)` with the states from `first_state` on: zero beyond the
+// segment's end and beyond d_state, and where a projection is constant. Each thread brings in states by fours.
 template <typename T, int STEPS, int THREADS, bool WHOLE> struct ProjectionWalk {
     static constexpr int ROW = 2 * LANES; // fours in a step
     static constexpr int COUNT = (STEPS * ROW + THREADS - 1) / THREADS, ROWS = THREADS / ROW;

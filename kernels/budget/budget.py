@@ -6,10 +6,11 @@
 It needs nvcc, cuobjdump and nvdisasm, in $CUDA_HOME/bin or on the PATH, and no Python package. What it prints:
 
 - of each kernel: registers, bytes spilled (both ways), static shared memory, and dynamic where it is one struct;
-- of the main loops of the scan with at most 16 states, bf16: machine instructions for each (time step, channel, state), by class, which are those
-  of a warp for 32 of them. They are counted in the machine code, along the longest path around the loop (sass.py says how
-  loops are found). Left out are ways that only a warp takes in which a product of zero and infinity has come up (the
-  kernel then sums each step alone: an inner loop of the backward's tile loop) and ways for a warp that has come apart;
+- of the main loops of the scan with at most 16 states, bf16: machine instructions for each (time step, channel, state), by
+  class, which are those of a warp for 32 of them. They are counted in the machine code, along the longest path around the
+  loop (sass.py says how loops are found). Left out are ways that only a warp takes in which a product of zero and infinity
+  has come up (the kernel then sums each step alone: an inner loop of the backward's tile loop) and ways for a warp that has
+  come apart;
 - the number of kernels, and how long nvcc takes on two cores.
 
 Exit code 1 if a rule is broken: a fast kernel (all but the `general` ones) spills or uses local memory, or a kernel has an
@@ -37,8 +38,8 @@ ARCH = "90"
 FORWARD, BACKWARD, SPLIT, BUILD = 7.5, 26.0, 1.9, 120.0
 
 # The steps of a tile and the channels of a lane in each fast forward kernel of at most 16 states, as in INSTANCES of
-# scan_forward.cu. A lane
-# carries 4 states of each; one of the backward kernel of two channels, with tiles of 8 steps in parts of 64.
+# scan_forward.cu. A lane carries 4 states of each; one of the backward kernel of two channels, with tiles of 8 steps in parts
+# of 64.
 TILES = {"one": (32, 1), "four": (8, 4)}
 STATES, BACKWARD_TILE, BACKWARD_OWN, PART = 4, 8, 2, 64
 
