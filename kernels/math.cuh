@@ -23,13 +23,19 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
-// 2^x - 1 without cancellation for small x: near zero by a polynomial (tests/vectors/minimax.py) whose relative error is
-// 2^-23 and vanishes with x. A rounded decay would be multiplied in at every step, always with the same error where the
-// step size is constant, and after 65,536 steps the third digit would be wrong.
+// Whether 2^x is near 1, where a rounded decay drifts: it would be multiplied in at every step, always with the same error
+// where the step size is constant, and after 65,536 steps the third digit would be wrong.
+__device__ __forceinline__ bool is_near_one(float x) { return fabsf(x) < 0.125f; }
+
+// 2^x - 1 for an x whose power is near 1: a polynomial (tests/vectors/minimax.py) whose relative error is 2^-23 and vanishes
+// with x.
+__device__ __forceinline__ float exp2_minus_one_near(float x) {
+    return x * fmaf(fmaf(fmaf(0.009621138f, x, 0.055519737f), x, 0.24022649f), x, LN_2);
+}
+
+// 2^x - 1 without cancellation for small x.
 __device__ __forceinline__ float exp2_minus_one(float x) {
-    const float p = fmaf(fmaf(fmaf(0.009621138f, x, 0.055519737f), x, 0.24022649f), x, LN_2);
-    const float far = exp2_fast(x) - 1.0f;
-    return fabsf(x) < 0.125f ? x * p : far;
+    return is_near_one(x) ? exp2_minus_one_near(x) : exp2_fast(x) - 1.0f;
 }
 
 // ln(1 + e^x), exact to the type that it is computed for: a minimax polynomial of ln(1 + e)/e on [0, 1] with a relative
@@ -74,20 +80,25 @@ __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 // The slope of silu at `x`, whose sigmoid is `s`.
 __device__ __forceinline__ float silu_slope(float x, float s) { return s * fmaf(x, 1.0f - s, 1.0f); }
 
-// What a state is multiplied by in a step, from x = log2(e) Δ A. `Accurate` keeps it less 1, see exp2_minus_one.
+// What a state is multiplied by in a step, from x = log2(e) Δ A. `Accurate` keeps it less 1 where it is near 1, and as it is
+// elsewhere: less 1, a decay near zero would have no digits left.
 template <bool Accurate> struct Decay {
     float value;
-    __device__ __forceinline__ explicit Decay(float x) : value(Accurate ? exp2_minus_one(x) : exp2_fast(x)) {}
-    // The decay of which this was the value.
-    static __device__ __forceinline__ Decay kept(float value) { return Decay(value, Kept()); }
+    bool is_less_one;
+
+    __device__ __forceinline__ explicit Decay(float x) : Decay(x, exp2_fast(x)) {}
+    // The same where 2^x is known.
+    __device__ __forceinline__ Decay(float x, float power)
+        : value(Accurate && is_near_one(x) ? exp2_minus_one_near(x) : power), is_less_one(Accurate && is_near_one(x)) {}
+
+    // What is added to value · h for decay · h.
+    __device__ __forceinline__ float rest(float h) const { return is_less_one ? h : 0.0f; }
     // decay · h
-    __device__ __forceinline__ float of(float h) const { return Accurate ? fmaf(value, h, h) : value * h; }
+    __device__ __forceinline__ float of(float h) const { return Accurate ? fmaf(value, h, rest(h)) : value * h; }
     // decay · h + input, h rounded once.
     __device__ __forceinline__ float advance(float h, float input) const {
-        return Accurate ? h + fmaf(value, h, input) : fmaf(value, h, input);
+        return Accurate ? rest(h) + fmaf(value, h, input) : fmaf(value, h, input);
     }
-
-  private:
-    struct Kept {};
-    __device__ __forceinline__ Decay(float value, Kept) : value(value) {}
+    // decay - 1
+    __device__ __forceinline__ float minus_one() const { return is_less_one ? value : value - 1.0f; }
 };

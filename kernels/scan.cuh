@@ -132,6 +132,37 @@ template <int COUNT> __device__ __forceinline__ void write_shared(float *to, con
     }
 }
 
+// The ΣΔ of the channels that a thread stages, summed with compensation (Kahan, 1965): a plain sum of a million equal steps
+// loses the third digit, for while it lies between two powers of two all additions are rounded the same way.
+struct DeltaSum {
+    float total[QUAD] = {}, excess[QUAD] = {};
+
+    __device__ __forceinline__ void add(const float (&steps)[QUAD]) {
+#pragma unroll
+        for (int c = 0; c < QUAD; c++) {
+            const float step = steps[c] - excess[c], sum = total[c] + step;
+            excess[c] = (sum - total[c]) - step;
+            total[c] = sum;
+        }
+    }
+
+    // Writes the sums over all threads that stage the same `COLUMNS` quads of a block, of which this thread's has `count`
+    // channels: `to` is its first one's place. `room` is shared memory for four floats of each thread, which nobody reads.
+    template <int COLUMNS, int THREADS> __device__ __forceinline__ void write(float *room, float *to, int count) const {
+        write_shared(room + threadIdx.x * QUAD, total);
+        __syncthreads();
+        if (threadIdx.x < COLUMNS) {
+#pragma unroll
+            for (int c = 0; c < QUAD; c++) {
+                double sum = 0.0;
+                for (int i = threadIdx.x; i < THREADS; i += COLUMNS) sum += room[i * QUAD + c];
+                if (c < count) to[c] = static_cast<float>(sum);
+            }
+        }
+        __syncthreads();
+    }
+};
+
 // The states of a channel that one lane holds, the lanes that hold a channel's, and how many states that makes.
 constexpr int STATES = 4, LANES = 4, TURN = STATES * LANES;
 

@@ -57,7 +57,6 @@ static_assert(sizeof(Shared<float>) == 109744 && sizeof(Shared<__half>) == 10872
 // With `TURNS` there are more than 16 states, of which a launch takes 16.
 template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(const ScanBackward &params) {
     constexpr bool ACCURATE = sizeof(T) == 4;
-    using Decay = Decay<ACCURATE>;
     extern __shared__ float4 memory[];
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(memory);
     const int warp = threadIdx.x / 32, lane_index = threadIdx.x % 32;
@@ -245,14 +244,15 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
             }
             __syncthreads();
 
-            // Forward through the part, for the states before each tile.
+            // Forward through the part, for the states before each tile. (From one checkpoint to the next a rounded decay
+            // drifts by 2^-16 at most. The gradient of the state goes through the whole sequence.)
             const auto decay_at = [&](int t, float (&decays)[OWN][STATES]) {
                 float step[OWN];
                 read_shared(step, &mine.steps[t][pair].x);
 #pragma unroll
                 for (int c = 0; c < OWN; c++) {
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) decays[c][n] = Decay(step[c] * a[c][n]).value;
+                    for (int n = 0; n < STATES; n++) decays[c][n] = exp2_fast(step[c] * a[c][n]);
                 }
             };
             // One step of the recurrence.
@@ -265,7 +265,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                 for (int c = 0; c < OWN; c++) {
 #pragma unroll
                     for (int n = 0; n < STATES; n++) {
-                        to[c][n] = fmaf(in[c], b[n], Decay::kept(decays[c][n]).of(from[c][n]));
+                        to[c][n] = fmaf(in[c], b[n], decays[c][n] * from[c][n]);
                     }
                 }
             };
@@ -343,7 +343,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                     for (int c = 0; c < OWN; c++) {
 #pragma unroll
                         for (int n = 0; n < STATES; n++) {
-                            const Decay decay = Decay::kept(decays[t][c][n]);
+                            const Decay<ACCURATE> decay(in[c] * a[c][n], decays[t][c][n]);
                             const float state = h[t + 1][c][n];
                             float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
                             y[c] = n ? fmaf(c_[n], state, y[c]) : c_[n] * state;
@@ -410,7 +410,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                                 float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
                                 d_b = c ? fmaf(gradient, in[OWN + c], d_b) : gradient * in[OWN + c];
                                 d_c = c ? fmaf(d_y[c], state[c][n], d_c) : d_y[c] * state[c][n];
-                                again[c][n] = Decay::kept(decay[c][n]).of(gradient);
+                                again[c][n] = Decay<ACCURATE>(in[c] * a[c][n], decay[c][n]).of(gradient);
                             }
                         }
                         const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;

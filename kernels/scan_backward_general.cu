@@ -236,16 +236,16 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     for (int n = 0; n < STATES; n++) b[n] = which ? constant_c[n] : constant_b[n];
                 }
             };
-            // exp(ΔA), less 1 where that is kept.
-            const auto decay_of = [&](float x) {
-                if (hold) return exp2_minus_one(x);
-                return Decay<ACCURATE>(x).value;
-            };
-            const auto decayed = [&](float decay, float h) {
-                return ACCURATE || hold ? fmaf(decay, h, h) : decay * h;
+            // What multiplies B: the input, with zero-order hold times (exp(ΔA) - 1)/A.
+            const auto weight_of = [&](int n, float delta, float decay) {
+                return hold_weight(Decay<true>(delta * a[n], decay).minus_one(), inverse_a[n], delta);
             };
             const auto weighted = [&](int n, float2 in, float decay) {
-                return hold ? hold_weight(decay, inverse_a[n], in.x) * in.y : in.y;
+                return hold ? weight_of(n, in.x, decay) * in.y : in.y;
+            };
+            // A gradient of the state taken through a decay, see scan_backward.cu.
+            const auto decayed = [&](int n, float delta, float decay, float g) {
+                return Decay<ACCURATE>(delta * a[n], decay).of(g);
             };
             {
                 float h[STATES];
@@ -258,8 +258,8 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                         coefficients(b, 0, tile * TILE + t);
 #pragma unroll
                         for (int n = 0; n < STATES; n++) {
-                            const float decay = decay_of(in.x * a[n]);
-                            h[n] = fmaf(weighted(n, in, decay), b[n], decayed(decay, h[n]));
+                            const float decay = exp2_fast(in.x * a[n]);
+                            h[n] = fmaf(weighted(n, in, decay), b[n], decay * h[n]);
                         }
                     }
                     shared.states[tile][threadIdx.x] = {h[0], h[1], h[2], h[3]};
@@ -277,8 +277,8 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     coefficients(b, 0, tile * TILE + t);
 #pragma unroll
                     for (int n = 0; n < STATES; n++) {
-                        decays[t][n] = decay_of(in.x * a[n]);
-                        h[t + 1][n] = fmaf(weighted(n, in, decays[t][n]), b[n], decayed(decays[t][n], h[t][n]));
+                        decays[t][n] = exp2_fast(in.x * a[n]);
+                        h[t + 1][n] = fmaf(weighted(n, in, decays[t][n]), b[n], decays[t][n] * h[t][n]);
                     }
                 }
 
@@ -304,19 +304,19 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                         add_if(exists, d_constant_b[n], d_b, 1.0f);
                         add_if(exists, d_constant_c[n], d_c, 1.0f);
                         if (hold) {
-                            const float weight = hold_weight(decay, inverse_a[n], in.x);
+                            const float weight = weight_of(n, in.x, decay);
                             const float d_weighted = g[n] * b[n], d_weight = d_weighted * in.y;
                             d_input = fmaf(d_weighted, weight, d_input);
                             const float slope =
-                                hold_weight_slope(in.x * a[n] * LN_2, inverse_a[n], in.x, weight, decay + 1.0f);
+                                hold_weight_slope(in.x * a[n] * LN_2, inverse_a[n], in.x, weight, decay);
                             add_if(exists, d_a[n], d_weight, slope);
                             // By Δ, which is counted in units of log2(e) here.
-                            d_delta = fmaf(d_weight, (decay + 1.0f) * LOG2_E, d_delta);
+                            d_delta = fmaf(d_weight, decay * LOG2_E, d_delta);
                         } else {
                             d_input = n ? fmaf(g[n], b[n], d_input) : g[n] * b[n];
                         }
                         // Through the decay: ∂/∂(ΔA) is that of the state before, times that state.
-                        g[n] = decayed(decay, g[n]);
+                        g[n] = decayed(n, in.x, decay, g[n]);
                         const float d_log = g[n] * h[t][n];
                         add_if(exists, d_a[n], in.x, d_log);
                         d_delta = n || hold ? fmaf(a[n], d_log, d_delta) : a[n] * d_log;
@@ -349,19 +349,19 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                             coefficients(b, 0, tile * TILE + s);
 #pragma unroll
                             for (int n = 0; n < STATES; n++) {
-                                const float decay = decay_of(in.x * a[n]);
-                                state[n] = fmaf(weighted(n, in, decay), b[n], decayed(decay, state[n]));
+                                const float decay = exp2_fast(in.x * a[n]);
+                                state[n] = fmaf(weighted(n, in, decay), b[n], decay * state[n]);
                             }
                         }
                         coefficients(c, 1, tile * TILE + t);
                         const float d_y = shared.d_y[t][own];
 #pragma unroll
                         for (int n = 0; n < STATES; n++) {
-                            const float decay = decay_of(in.x * a[n]);
+                            const float decay = exp2_fast(in.x * a[n]);
                             again[n] = fmaf(c[n], d_y, again[n]);
                             d_b[n] = again[n] * weighted(n, in, decay);
                             d_c[n] = d_y * state[n];
-                            again[n] = decayed(decay, again[n]);
+                            again[n] = decayed(n, in.x, decay, again[n]);
                         }
                         const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
                         const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;

@@ -154,7 +154,8 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             is_first = false;
         }
 
-        float h[OWN][STATES], total[OWN] = {};
+        float h[OWN][STATES];
+        [[maybe_unused]] DeltaSum delta_sum;
         for (int turn = 0; turn < turns; turn++) {
             if (TURNS) read_a(turn);
             if (from_zero) {
@@ -198,6 +199,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                     if (ragged && row + k * ROWS >= left) steps[k][c] = 0.0f;
                     in[c] = hold ? tile_u[k][c] : steps[k][c] * tile_u[k][c];
                 }
+                if (SUMMARY) delta_sum.add(steps[k]);
                 staged.write(row + k * ROWS, column / QUAD, steps[k], in);
             }
             if (!GENERAL) next.store(&projections[0][0][0]);
@@ -291,19 +293,22 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                         if (!SUMMARY && turn > 0) read_shared(y, outputs.of(t, sub, quad, part));
 #pragma unroll
                         for (int k = 0; k < OWN; k++) {
-                            if (SUMMARY && turn == 0) total[k] += now.step[i][k];
 #pragma unroll
                             for (int n = 0; n < STATES; n++) {
                                 const float x = now.step[i][k] * a[k][n];
                                 if (GENERAL && (hold || compensate)) {
-                                    const float minus_one = exp2_minus_one(x);
+                                    const Decay<true> decay(x);
                                     float weighted = now.in[i][k];
-                                    if (hold) weighted *= inverse_a[n] == 0.0f ? now.step[i][k] : minus_one * inverse_a[n];
-                                    // What rounding takes from the state is given back in the next step.
-                                    const float change = fmaf(minus_one, h[k][n], weighted * now.b[i][n]) + lost[n];
-                                    const float sum = h[k][n] + change;
-                                    if (compensate) lost[n] = change - (sum - h[k][n]);
-                                    h[k][n] = sum;
+                                    if (hold) {
+                                        const float by_a = decay.minus_one() * inverse_a[n];
+                                        weighted *= inverse_a[n] == 0.0f ? now.step[i][k] : by_a;
+                                    }
+                                    // What rounding takes from the state is given back in the next step. It is a part of
+                                    // the state, and decays with it.
+                                    const float rest = decay.rest(h[k][n]);
+                                    const float change = fmaf(decay.value, h[k][n], weighted * now.b[i][n]) + decay.of(lost[n]);
+                                    h[k][n] = rest + change;
+                                    if (compensate) lost[n] = change - (h[k][n] - rest);
                                 } else {
                                     h[k][n] = Decay<ACCURATE>(x).advance(h[k][n], now.in[i][k] * now.b[i][n]);
                                 }
@@ -369,6 +374,9 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             }
         }
 
+        if constexpr (SUMMARY) {
+            delta_sum.write<COLUMNS, THREADS>(&staged.data[0][0][0][0], p.sums + segment.index * p.d_inner + d0, count);
+        }
         for (int turn = 0; turn < turns; turn++) {
             if (TURNS) read_shared(h[0], parked + turn * THREADS * STATES);
 #pragma unroll
@@ -376,7 +384,6 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                 const Lane lane = lane_of(c, turn);
                 if constexpr (SUMMARY) {
                     lane.write_dense<WHOLE>(p.reached + lane.at(p, segment.index), h[c]);
-                    if (turn == 0 && sub == 0 && lane.exists) p.sums[segment.index * p.d_inner + lane.channel] = total[c];
                 } else if (params.final_state && segment.ends_sequence()) {
                     lane.write(params.final_state + lane.at(p, segment.sequence), h[c]);
                 }

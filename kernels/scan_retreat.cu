@@ -33,7 +33,8 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat
         const Segment segment = p.segments.get(at);
         // What a sequence starts with is not handed on.
         if (segment.first == 0) continue;
-        float g[STATES] = {}, total = 0.0f;
+        float g[STATES] = {};
+        DeltaSum delta_sum;
         const int64_t tiles = (segment.steps + STEPS - 1) / STEPS;
         for (int64_t tile = tiles - 1; tile >= 0; tile--) {
             const int64_t i = segment.first + tile * STEPS;
@@ -46,14 +47,16 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat
             const Pack<T, QUAD> from = d_out.load(0, there);
             ProjectionWalk<T, STEPS, THREADS, WHOLE> walk(p, segment, block.group, i, first_state);
             walk.template load<true>(left);
-            float staged[2 * QUAD];
+            float staged[2 * QUAD], deltas[QUAD];
 #pragma unroll
             for (int c = 0; c < QUAD; c++) {
                 float x = step[c] + bias[c];
                 if (plus) x = softplus<T>(x);
-                staged[2 * c] = row < left ? x : 0.0f;
+                deltas[c] = row < left ? x : 0.0f;
+                staged[2 * c] = deltas[c];
                 staged[2 * c + 1] = gated ? from[c] * silu(gate[c]) : from[c];
             }
+            delta_sum.add(deltas);
             __syncthreads();
             write_shared(&steps[row][column].x, staged);
             walk.store(&projections[0][0][0]);
@@ -63,7 +66,6 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat
                 const float2 in = steps[t][own];
                 float c[STATES];
                 read_shared(c, &projections[t][1][sub * STATES]);
-                total += in.x;
 #pragma unroll
                 for (int n = 0; n < STATES; n++) {
                     if (GENERAL && p.c.constant) c[n] = constant_c[n];
@@ -72,7 +74,9 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void scan_retreat
             }
         }
         lane.write_dense<WHOLE>(p.reached + lane.at(p, segment.index), g);
-        if (first_state == 0 && sub == 0 && lane.exists) p.sums[segment.index * p.d_inner + lane.channel] = total;
+        __syncthreads();
+        // The same in each turn.
+        delta_sum.write<COLUMNS, THREADS>(&steps[0][0].x, p.sums + segment.index * p.d_inner + d0, count);
     }
 }
 

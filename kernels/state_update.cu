@@ -122,7 +122,7 @@ template <typename T, typename St> __device__ __forceinline__ void general(const
                         for (int i = 0; i < QUAD; i++) {
                             const Decay<true> decay(delta * quad.a[i]);
                             float weighted = in;
-                            if (hold) weighted *= quad.inverse_a[i] == 0.0f ? delta : decay.value * quad.inverse_a[i];
+                            if (hold) weighted *= quad.inverse_a[i] == 0.0f ? delta : decay.minus_one() * quad.inverse_a[i];
                             next[i] = decay.advance(h[i], weighted * b[i]);
                             const float longer = fmaf(c[i], next[i], y);
                             // An infinite Δ or u would make NaN of states that do not exist.

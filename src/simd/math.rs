@@ -7,9 +7,9 @@ use super::Lanes;
 
 /// A decay `2^y = (1 + w)·2^k` in parts, with `k` an integer.
 ///
-/// Multiplying by it as `(x + w·x)·2^k` rounds once. A decay rounded to one `f32` would be as exact in a single step but
-/// not in many: near 1 its own rounding, up to 2^-25 and always the same for a constant step size, is multiplied in at
-/// every step, and after 65,536 of them the state is wrong in the third digit.
+/// Multiplying by it as `(x + w·x)·2^k` rounds once. A decay rounded to one `f32` is as exact in a single step but not in
+/// many: near 1 its own rounding, up to 2^-25 and always the same for a constant step size, is multiplied in at every step,
+/// and after 65,536 of them the state is wrong in the third digit.
 #[derive(Clone, Copy)]
 pub(crate) struct Decay<V> {
     pub w: V,
@@ -26,17 +26,29 @@ impl<V: Copy> Decay<V> {
         Self { w, k }
     }
 
-    /// `2^y·x`.
+    /// `2^y·x`, however small `2^y`: beside a decay near zero, `1 + (2^y - 1)` would be off by 2^-25 of `x`.
     #[inline(always)]
     pub fn apply<S: Lanes<f32s = V>>(self, simd: S, x: V) -> V {
         simd.scale(simd.fma(self.w, x, x), self.k)
     }
 
+    /// `2^y`, rounded once.
+    #[inline(always)]
+    pub fn value<S: Lanes<f32s = V>>(self, simd: S) -> V {
+        simd.scale(simd.add_f32s(self.w, simd.splat_f32s(1.0)), self.k)
+    }
+
     /// `2^y - 1` without cancellation for small `y`; not a number where `2^y` is infinite.
     #[inline(always)]
     pub fn minus_one<S: Lanes<f32s = V>>(self, simd: S) -> V {
-        let power = simd.exp2_integer(self.k);
+        let power = self.power(simd);
         simd.fma(power, self.w, simd.sub_f32s(power, simd.splat_f32s(1.0)))
+    }
+
+    /// `2^k`.
+    #[inline(always)]
+    pub fn power<S: Lanes<f32s = V>>(self, simd: S) -> V {
+        simd.exp2_integer(self.k)
     }
 }
 

@@ -2,8 +2,10 @@
 //! [`pulp::Simd`] does not have.
 
 mod math;
+mod sum;
 
 pub(crate) use math::{Decay, hold_inverse, hold_weight, polynomial, silu, silu_grad, softplus};
+pub(crate) use sum::{Carried, Sum, SumRows, SumTile};
 
 use pulp::{NullaryFnOnce, Simd};
 
@@ -201,15 +203,13 @@ impl Lanes for pulp::x86::V4 {
         self.fma(estimate, error, estimate)
     }
 
-    // AVX-512 has these as instructions, which take any y: of an infinite one the rest is zero. Results below 2^-126
-    // are subnormal rather than zero.
+    // AVX-512 has the rest as an instruction, which takes any y: of an infinite one it is zero. (The integer has one too,
+    // which takes twice as long as the difference.) Results below 2^-126 are subnormal rather than zero.
     #[inline(always)]
     fn split(self, y: Self::f32s) -> (Self::f32s, Self::f32s) {
         const NEAREST_EVEN_QUIET: i32 = 0x08;
-        let y = bytemuck::cast(y);
-        let k = self.avx512f._mm512_roundscale_ps::<NEAREST_EVEN_QUIET>(y);
-        let f = self.avx512dq._mm512_reduce_ps::<NEAREST_EVEN_QUIET>(y);
-        (bytemuck::cast(k), bytemuck::cast(f))
+        let f = bytemuck::cast(self.avx512dq._mm512_reduce_ps::<NEAREST_EVEN_QUIET>(bytemuck::cast(y)));
+        (self.sub_f32s(y, f), f)
     }
 
     #[inline(always)]

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use crate::Element;
 use crate::sequences::{CHECKPOINT_STEPS, Sequence};
 use crate::shared::Shared;
-use crate::simd::{Decay, Isa, Kernel, Lanes, Row, silu_grad};
+use crate::simd::{Decay, Isa, Kernel, Lanes, Row, Sum, SumRows, SumTile, silu_grad};
 use crate::view::Ahead;
 
 use super::super::{GradientsMut, OutputGradients, Problem, ProjectionMut};
@@ -255,8 +255,9 @@ impl<T: Element> Pass<'_, '_, T> {
     }
 
     /// The gradient of the state behind a segment.
-    fn enter(&self, segment: &Segment, BlockGradients { block, d_h, .. }: &mut BlockGradients) {
+    fn enter(&self, segment: &Segment, BlockGradients { block, d_h, lost, .. }: &mut BlockGradients) {
         let block = *block;
+        lost.fill(Row::ZERO);
         match self.exit_gradients {
             Some(states) => state_rows(states, segment.index, self.reader.problem.dims.d_inner, block, d_h),
             None => self.reader.state(&self.d_outputs.d_final_state, segment.sequence, block, d_h),
@@ -293,9 +294,11 @@ impl<T: Element> Pass<'_, '_, T> {
         let rows = i * STRIDE..i * STRIDE + steps;
         Retreat {
             tile: parameters.tile(&scratch.b, &scratch.c, &scratch.delta[rows.clone()], &scratch.input[rows.clone()]),
+            delta_sum: self.isa.run(SumTile(&scratch.delta[rows.clone()])),
             d_y: &scratch.d_y[rows.clone()],
             h: &scratch.h,
             d_h: &mut sums.d_h,
+            lost: &mut sums.lost,
             y: &mut scratch.y[rows.clone()],
             d_input: &mut scratch.d_input[rows.clone()],
             d_delta: &mut scratch.d_delta[rows],
@@ -309,7 +312,7 @@ impl<T: Element> Pass<'_, '_, T> {
         // Where B or C is constant, what the tile gave is this block's alone.
         for (totals, tile) in [(&mut sums.b, &mut scratch.d_b), (&mut sums.c, &mut scratch.d_c)] {
             for (total, row) in totals.iter_mut().zip(tile) {
-                total.add(row);
+                self.isa.run(SumRows { rows: std::slice::from_ref(row), sum: total });
                 *row = Row::ZERO;
             }
         }
@@ -414,8 +417,8 @@ impl<T: Element> Kernel for Finish<'_, '_, '_, T> {
             }
         }
         for (total, (skip_sum, bias_sum)) in self.sums.iter_mut().zip(&sums) {
-            total.skip.add(skip_sum);
-            total.bias.add(bias_sum);
+            total.skip.add_row(simd, skip_sum);
+            total.bias.add_row(simd, bias_sum);
         }
     }
 }
@@ -434,19 +437,20 @@ fn softplus_slope<S: Lanes>(simd: S, delta: S::f32s) -> S::f32s {
 fn exit_gradients<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan, d_outputs: &OutputGradients<T>) -> Vec<f32> {
     let reader = Reader { problem };
     let summaries = Summaries::new(problem, plan, |parameters, segment, h| {
-        let mut scratch = Scratch::new(problem, 1);
-        let mut sum = Row::ZERO;
+        let (mut scratch, mut lost) = (Scratch::new(problem, 1), vec![Row::ZERO; h.len()]);
+        let mut sum = Sum::ZERO;
         if segment.first == 0 {
-            return sum;
+            return sum.total;
         }
         for (first, steps) in segment.tiles(TILE).rev() {
             scratch.stage(isa, &reader, d_outputs, segment, (first, steps), std::slice::from_ref(parameters));
             let delta = &scratch.delta[..steps];
             let tile = parameters.tile(&scratch.b, &scratch.c, delta, &scratch.input[..steps]);
-            RetreatStates { tile, d_y: &scratch.d_y[..steps], d_h: h }.on(isa);
-            delta.iter().for_each(|delta| sum.add(delta));
+            let delta_sum = isa.run(SumTile(delta));
+            RetreatStates { tile, delta_sum, d_y: &scratch.d_y[..steps], d_h: h, lost: &mut lost }.on(isa);
+            isa.run(SumRows { rows: delta, sum: &mut sum });
         }
-        sum
+        sum.total
     });
     summaries.chain(isa, plan.segments.iter().rev(), |segment, block, h| {
         reader.state(&d_outputs.d_final_state, segment.sequence, block, h);

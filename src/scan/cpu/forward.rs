@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::Element;
 use crate::sequences::{CHECKPOINT_STEPS, Sequence};
 use crate::shared::Shared;
-use crate::simd::{Isa, Kernel, Lanes, Row, silu};
+use crate::simd::{Isa, Kernel, Lanes, Row, Sum, SumRows, silu};
 use crate::view::Ahead;
 
 use super::kernels::Advance;
@@ -248,17 +248,17 @@ fn entry_states<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan) -> Vec<
     let reader = Reader { problem };
     let summaries = Summaries::new(problem, plan, |parameters, segment, h| {
         let mut scratch = Scratch::new(problem.dims.d_state, 1);
-        let (mut sum, mut states) = (Row::ZERO, States::new(h.len()));
+        let (mut sum, mut states) = (Sum::ZERO, States::new(h.len()));
         // What a sequence ends with is not handed on.
         if !segment.ends_sequence() {
             for (first, steps) in segment.tiles(TILE) {
                 scratch.stage(isa, &reader, segment, (first, steps), std::slice::from_ref(parameters));
                 scratch.advance(isa, parameters, 0, steps, &mut states, [Ahead::NONE; 3]);
-                scratch.delta[..steps].iter().for_each(|delta| sum.add(delta));
+                isa.run(SumRows { rows: &scratch.delta[..steps], sum: &mut sum });
             }
         }
         h.copy_from_slice(&states.h);
-        sum
+        sum.total
     });
     summaries.chain(isa, plan.segments.iter(), |segment, block, h| {
         reader.state(&problem.inputs.initial_state, segment.sequence, block, h);

@@ -4,7 +4,7 @@
 
 use std::array::from_fn;
 
-use crate::simd::{Decay, Isa, Kernel, Lanes, Row, hold_weight, polynomial};
+use crate::simd::{Carried, Decay, Isa, Kernel, Lanes, Row, Sum, hold_weight, polynomial};
 use crate::view::Ahead;
 
 /// B or C of a tile.
@@ -88,6 +88,20 @@ pub(super) struct Tile<'t> {
     pub input: &'t [Row],
 }
 
+/// Takes the gradient of a state and what rounding has cost it from tile to tile: past all steps of a tile at once, whose
+/// decays together are `2^exponent`, and with what the tile makes of zero added.
+///
+/// Within a tile rounded decays do, and roundings that are not made good. From tile to tile they would add up, to 2^-25 for
+/// each step of a sequence where all are rounded the same way. (Forward, states are compensated in each step: there this
+/// would take longer, here less long.)
+#[inline(always)]
+fn carry<S: Lanes>(simd: S, lane: usize, d_h: &mut Row, lost: &mut Row, exponent: S::f32s, local: S::f32s) {
+    let (d_h, lost) = (&mut d_h.vectors_mut::<S>()[lane], &mut lost.vectors_mut::<S>()[lane]);
+    let after = Carried { value: *d_h, lost: *lost };
+    let before = after.decayed(simd, Decay::exp2(simd, exponent)).plus(simd, local);
+    (*d_h, *lost) = (before.value, before.lost);
+}
+
 /// Calls `$run::<S, B, C, HOLD>` for the kinds of B and C and the discretization at hand.
 macro_rules! specialise {
     ($kernel:expr, $run:ident, $simd:expr) => {{
@@ -141,8 +155,9 @@ pub(super) struct Advance<'t> {
     pub tile: Tile<'t>,
     /// The states, advanced to the end of the tile.
     pub h: &'t mut [Row],
-    /// What rounding has cost each state in its last step, to be made good in the next (compensated summation). Without
-    /// it a state that forgets nothing would be off by 2^-25 times the root of the number of steps, 1e-5 after 65,536.
+    /// What rounding has cost each state in its last step, to be made good in the next (compensated summation). Without it
+    /// a state that forgets nothing would be off by 2^-25 for each step where all are rounded the same way. It is a part
+    /// of the state, and decays with it.
     pub lost: &'t mut [Row],
     /// `Σ_n C h` is added to this at each step.
     pub y: &'t mut [Row],
@@ -201,9 +216,11 @@ fn advance_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
             } else {
                 input
             };
-            // h = 2^k·h + (w·2^k·h + B̄u + lost), of which all but the first addition is small where h changes little.
-            let scaled = simd.scale(h[i], decay.k);
-            let change = simd.fma(decay.w, scaled, simd.fma(weighted, b[i], lost[i]));
+            // h = 2^k·h + (w·2^k·h + B̄u + 2^k·lost), of which all but the first term is small where h changes little. (Of
+            // 2^k·(1 + w)·lost, w·lost is less than the rounding of this step.)
+            let power = decay.power(simd);
+            let scaled = simd.mul_f32s(power, h[i]);
+            let change = simd.fma(decay.w, scaled, simd.fma(weighted, b[i], simd.mul_f32s(power, lost[i])));
             h[i] = simd.add_f32s(scaled, change);
             lost[i] = simd.sub_f32s(change, simd.sub_f32s(h[i], scaled));
             sum = simd.fma(c[i], h[i], sum);
@@ -217,12 +234,16 @@ fn advance_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
 /// Takes the gradient of the states backwards through a tile, recomputing the states on the way there.
 pub(super) struct Retreat<'t> {
     pub tile: Tile<'t>,
+    /// ΣΔ.
+    pub delta_sum: Row,
     /// The gradient of y at each step.
     pub d_y: &'t [Row],
     /// The states before the tile.
     pub h: &'t [Row],
-    /// The gradient of the states behind the tile; of those before it, on return.
+    /// The gradient of the states after the tile; of those before it, on return.
     pub d_h: &'t mut [Row],
+    /// What rounding has cost each of these, see [`carry`].
+    pub lost: &'t mut [Row],
     /// `Σ_n C h` is added to this.
     pub y: &'t mut [Row],
     /// Receives the gradient of [`Tile::input`].
@@ -230,7 +251,7 @@ pub(super) struct Retreat<'t> {
     /// Receives log2(e) times the gradient of Δ, what it gets through `input` left out.
     pub d_delta: &'t mut [Row],
     /// The gradients of A, B and C, added to; of B and C a row for each step and state if they vary.
-    pub d_a: &'t mut [Row],
+    pub d_a: &'t mut [Sum],
     pub d_b: &'t mut [Row],
     pub d_c: &'t mut [Row],
     pub history: &'t mut History,
@@ -238,20 +259,18 @@ pub(super) struct Retreat<'t> {
     pub ahead: [Ahead; 4],
 }
 
-/// What the way back needs of each step: `exp(ΔA) h` and `exp(ΔA) - 1`.
-///
-/// The decay is kept less 1 because a rounded decay drifts, see [`Decay`]. A gradient that is multiplied by it gets an
-/// error of 2^-25 of what it was before the step, which is more than rounding alone would give only if the step all but
-/// erases it.
+/// What the way back needs of each step: the state before it, its decay and, with zero-order hold, that less 1. (Neither can
+/// be had from the other: the one has no digits left where it is near zero, the other near 1.)
 pub(super) struct History {
-    carried: Vec<Row>,
+    before: Vec<Row>,
+    decay: Vec<Row>,
     decay_minus_one: Vec<Row>,
 }
 
 impl History {
     pub fn new(steps: usize) -> Self {
-        let rows = || vec![Row::ZERO; steps * WIDEST_RETREAT];
-        Self { carried: rows(), decay_minus_one: rows() }
+        let rows = |steps| vec![Row::ZERO; steps * WIDEST_RETREAT];
+        Self { before: rows(steps + 1), decay: rows(steps), decay_minus_one: rows(steps) }
     }
 }
 
@@ -288,13 +307,15 @@ fn retreat_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
     let zero = simd.splat_f32s(0.0);
     let a = vectors::<S, NS>(&kernel.tile.a[n..], lane);
     let inverse_a = if HOLD { vectors::<S, NS>(&kernel.tile.inverse_a[n..], lane) } else { [zero; NS] };
-    let History { carried, decay_minus_one } = &mut *kernel.history;
-    let (carried, decay_minus_one) = (&mut carried[..steps * NS], &mut decay_minus_one[..steps * NS]);
+    let History { before, decay, decay_minus_one } = &mut *kernel.history;
+    let (before, decay) = (&mut before[..(steps + 1) * NS], &mut decay[..steps * NS]);
+    let decay_minus_one = &mut decay_minus_one[..steps * NS];
 
     let mut h = vectors::<S, NS>(&kernel.h[n..], lane);
-    let past = carried.chunks_exact_mut(NS).zip(decay_minus_one.chunks_exact_mut(NS));
+    let decays = decay.chunks_exact_mut(NS).zip(decay_minus_one.chunks_exact_mut(NS));
+    let past = before.chunks_exact_mut(NS).zip(decays);
     let rows = kernel.tile.delta.iter().zip(kernel.tile.input).zip(kernel.y.iter_mut());
-    for (t, (((delta, input), y), (carried, decay_minus_one))) in rows.zip(past).enumerate() {
+    for (t, (((delta, input), y), (before, (decay, decay_minus_one)))) in rows.zip(past).enumerate() {
         let (delta, input) = (delta.vectors::<S>()[lane], input.vectors::<S>()[lane]);
         let (b, c) = (b.get::<S, NS>(simd, t, n, lane), c.get::<S, NS>(simd, t, n, lane));
         if n + lane == 0 {
@@ -303,20 +324,27 @@ fn retreat_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
         let y = &mut y.vectors_mut::<S>()[lane];
         let mut sum = *y;
         for i in 0..NS {
-            let decay = Decay::exp2(simd, simd.mul_f32s(delta, a[i]));
-            let minus_one = decay.minus_one(simd);
-            decay_minus_one[i].vectors_mut::<S>()[lane] = minus_one;
-            h[i] = decay.apply(simd, h[i]);
-            carried[i].vectors_mut::<S>()[lane] = h[i];
-            let weighted =
-                if HOLD { simd.mul_f32s(input, hold_weight(simd, minus_one, inverse_a[i], delta)) } else { input };
-            h[i] = simd.fma(weighted, b[i], h[i]);
+            let parts = Decay::exp2(simd, simd.mul_f32s(delta, a[i]));
+            let value = parts.value(simd);
+            before[i].vectors_mut::<S>()[lane] = h[i];
+            decay[i].vectors_mut::<S>()[lane] = value;
+            let weighted = if HOLD {
+                let minus_one = parts.minus_one(simd);
+                decay_minus_one[i].vectors_mut::<S>()[lane] = minus_one;
+                simd.mul_f32s(input, hold_weight(simd, minus_one, inverse_a[i], delta))
+            } else {
+                input
+            };
+            h[i] = simd.fma(weighted, b[i], simd.mul_f32s(value, h[i]));
             sum = simd.fma(c[i], h[i], sum);
         }
         *y = sum;
     }
+    store::<S, NS>(&mut before[steps * NS..], lane, h);
 
     let mut g = vectors::<S, NS>(&kernel.d_h[n..], lane);
+    // What the tile makes of a zero gradient after it.
+    let mut local = [zero; NS];
     let mut d_a = [zero; NS];
     for t in (0..steps).rev() {
         let (delta, input) = (kernel.tile.delta[t].vectors::<S>()[lane], kernel.tile.input[t].vectors::<S>()[lane]);
@@ -326,46 +354,55 @@ fn retreat_states<S: Lanes, B: Coefficient, C: Coefficient, const HOLD: bool, co
         let at = c.gradient_row(t, n);
         let d_c = &mut kernel.d_c[at..at + NS];
         let (b, c) = (b.get::<S, NS>(simd, t, n, lane), c.get::<S, NS>(simd, t, n, lane));
-        let (carried, decay_minus_one) = (&carried[t * NS..][..NS], &decay_minus_one[t * NS..][..NS]);
+        let (before, decay) = (&before[t * NS..][..2 * NS], &decay[t * NS..][..NS]);
+        let decay_minus_one = &decay_minus_one[t * NS..][..NS];
         let d_input_row = &mut kernel.d_input[t].vectors_mut::<S>()[lane];
         let d_delta_row = &mut kernel.d_delta[t].vectors_mut::<S>()[lane];
         let (mut d_input, mut d_delta) = if n == 0 { (zero, zero) } else { (*d_input_row, *d_delta_row) };
         for i in 0..NS {
-            let (carried, minus_one) = (carried[i].vectors::<S>()[lane], decay_minus_one[i].vectors::<S>()[lane]);
-            let weight = if HOLD { hold_weight(simd, minus_one, inverse_a[i], delta) } else { zero };
+            let (before, after) = (before[i].vectors::<S>()[lane], before[NS + i].vectors::<S>()[lane]);
+            let decay = decay[i].vectors::<S>()[lane];
+            let weight = if HOLD {
+                hold_weight(simd, decay_minus_one[i].vectors::<S>()[lane], inverse_a[i], delta)
+            } else {
+                zero
+            };
             let weighted = if HOLD { simd.mul_f32s(weight, input) } else { input };
-            g[i] = simd.fma(c[i], d_y, g[i]);
+            let d_state = simd.fma(c[i], d_y, g[i]);
 
             let d_c = &mut d_c[i].vectors_mut::<S>()[lane];
-            *d_c = simd.fma(d_y, simd.fma(weighted, b[i], carried), *d_c);
+            *d_c = simd.fma(d_y, after, *d_c);
             let d_b = &mut d_b[i].vectors_mut::<S>()[lane];
-            *d_b = simd.fma(g[i], weighted, *d_b);
+            *d_b = simd.fma(d_state, weighted, *d_b);
 
-            // The gradient of log(exp(ΔA)) = ΔA.
-            let d_log = simd.mul_f32s(g[i], carried);
+            // The gradient of the state before the step, and with it that of log(exp(ΔA)) = ΔA.
+            g[i] = simd.mul_f32s(decay, d_state);
+            local[i] = simd.mul_f32s(decay, simd.fma(c[i], d_y, local[i]));
+            let d_log = simd.mul_f32s(g[i], before);
             d_a[i] = simd.fma(delta, d_log, d_a[i]);
             d_delta = simd.fma(a[i], d_log, d_delta);
 
             if HOLD {
-                let d_weighted = simd.mul_f32s(g[i], b[i]);
+                let d_weighted = simd.mul_f32s(d_state, b[i]);
                 d_input = simd.fma(d_weighted, weight, d_input);
                 let d_weight = simd.mul_f32s(d_weighted, input);
-                let decay = simd.add_f32s(minus_one, simd.splat_f32s(1.0));
                 let slope = hold_weight_slope(simd, a[i], inverse_a[i], delta, weight, decay);
                 d_a[i] = simd.fma(d_weight, slope, d_a[i]);
                 let by_delta = simd.mul_f32s(decay, simd.splat_f32s(std::f32::consts::LOG2_E));
                 d_delta = simd.fma(d_weight, by_delta, d_delta);
             } else {
-                d_input = simd.fma(g[i], b[i], d_input);
+                d_input = simd.fma(d_state, b[i], d_input);
             }
-            g[i] = simd.fma(minus_one, g[i], g[i]);
         }
         (*d_input_row, *d_delta_row) = (d_input, d_delta);
     }
-    store::<S, NS>(&mut kernel.d_h[n..], lane, g);
+    let (d_h, lost) = (&mut kernel.d_h[n..n + NS], &mut kernel.lost[n..n + NS]);
+    for (i, (d_h, lost)) in d_h.iter_mut().zip(lost).enumerate() {
+        let exponent = simd.mul_f32s(kernel.delta_sum.vectors::<S>()[lane], a[i]);
+        carry(simd, lane, d_h, lost, exponent, local[i]);
+    }
     for (total, d_a) in kernel.d_a[n..][..NS].iter_mut().zip(d_a) {
-        let total = &mut total.vectors_mut::<S>()[lane];
-        *total = simd.add_f32s(*total, d_a);
+        total.add(simd, lane, d_a);
     }
 }
 
@@ -390,8 +427,12 @@ fn hold_weight_slope<S: Lanes>(
 /// Takes the gradient of the states backwards through a tile and computes nothing else.
 pub(super) struct RetreatStates<'t> {
     pub tile: Tile<'t>,
+    /// ΣΔ.
+    pub delta_sum: Row,
     pub d_y: &'t [Row],
     pub d_h: &'t mut [Row],
+    /// See [`Retreat::lost`].
+    pub lost: &'t mut [Row],
 }
 
 impl Kernel for RetreatStates<'_> {
@@ -400,16 +441,19 @@ impl Kernel for RetreatStates<'_> {
     #[inline(always)]
     fn run<S: Lanes>(self, simd: S) {
         for lane in 0..Row::ZERO.vectors::<S>().len() {
-            for (n, (d_h, a)) in self.d_h.iter_mut().zip(self.tile.a).enumerate() {
-                let (g, a) = (&mut d_h.vectors_mut::<S>()[lane], a.vectors::<S>()[lane]);
+            let states = self.d_h.iter_mut().zip(self.lost.iter_mut()).zip(self.tile.a);
+            for (n, ((d_h, lost), a)) in states.enumerate() {
+                let (a, mut local) = (a.vectors::<S>()[lane], simd.splat_f32s(0.0));
                 for t in (0..self.tile.delta.len()).rev() {
                     let [c] = match self.tile.c {
                         Coefficients::PerStep(c) => c.get::<S, 1>(simd, t, n, lane),
                         Coefficients::PerChannel(c) => c.get::<S, 1>(simd, t, n, lane),
                     };
                     let decay = Decay::exp2(simd, simd.mul_f32s(self.tile.delta[t].vectors::<S>()[lane], a));
-                    *g = decay.apply(simd, simd.fma(c, self.d_y[t].vectors::<S>()[lane], *g));
+                    local = decay.apply(simd, simd.fma(c, self.d_y[t].vectors::<S>()[lane], local));
                 }
+                let exponent = simd.mul_f32s(self.delta_sum.vectors::<S>()[lane], a);
+                carry(simd, lane, d_h, lost, exponent, local);
             }
         }
     }

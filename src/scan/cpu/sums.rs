@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use crate::Element;
-use crate::simd::{Kernel, Lanes, Row};
+use crate::simd::{Kernel, Lanes, Row, Sum};
 
 use super::{Block, BlockParameters};
 
@@ -28,26 +28,29 @@ pub(super) fn add_partial<T: Element>(partial: &[f32], out: &mut [T]) {
 pub(super) struct BlockGradients {
     pub block: Block,
     pub d_h: Vec<Row>,
-    pub a: Vec<Row>,
+    /// What rounding has cost `d_h`.
+    pub lost: Vec<Row>,
+    pub a: Vec<Sum>,
     /// Of B and C where they are constant; else empty.
-    pub b: Vec<Row>,
-    pub c: Vec<Row>,
-    pub skip: Row,
-    pub bias: Row,
+    pub b: Vec<Sum>,
+    pub c: Vec<Sum>,
+    pub skip: Sum,
+    pub bias: Sum,
 }
 
 impl BlockGradients {
     pub fn zero(parameters: &BlockParameters) -> Self {
-        let rows = || vec![Row::ZERO; parameters.a.len()];
-        let if_constant = |constant: &[Row]| if constant.is_empty() { Vec::new() } else { rows() };
+        let (rows, sums) = (|| vec![Row::ZERO; parameters.a.len()], || vec![Sum::ZERO; parameters.a.len()]);
+        let if_constant = |constant: &[Row]| if constant.is_empty() { Vec::new() } else { sums() };
         Self {
             block: parameters.block,
             d_h: rows(),
-            a: rows(),
+            lost: rows(),
+            a: sums(),
             b: if_constant(&parameters.b),
             c: if_constant(&parameters.c),
-            skip: Row::ZERO,
-            bias: Row::ZERO,
+            skip: Sum::ZERO,
+            bias: Sum::ZERO,
         }
     }
 }
@@ -60,23 +63,23 @@ pub(super) struct Totals<'t> {
 
 impl Totals<'_> {
     /// A `(d_inner, d_state)` gradient.
-    pub fn states(&self, out: &mut [f32], part: impl Fn(&BlockGradients) -> &Vec<Row>) {
+    pub fn states(&self, out: &mut [f32], part: impl Fn(&BlockGradients) -> &Vec<Sum>) {
         out.fill(0.0);
         for sum in self.sums.iter().flatten() {
-            for (n, row) in part(sum).iter().enumerate() {
+            for (n, part) in part(sum).iter().enumerate() {
                 for i in 0..sum.block.width {
-                    out[(sum.block.first + i) * self.d_state + n] += row.0[i];
+                    out[(sum.block.first + i) * self.d_state + n] += part.total.0[i];
                 }
             }
         }
     }
 
     /// A `(d_inner)` gradient.
-    pub fn channels(&self, out: &mut [f32], part: impl Fn(&BlockGradients) -> &Row) {
+    pub fn channels(&self, out: &mut [f32], part: impl Fn(&BlockGradients) -> &Sum) {
         out.fill(0.0);
         for sum in self.sums.iter().flatten() {
             let channels = sum.block.first..sum.block.first + sum.block.width;
-            for (out, x) in out[channels].iter_mut().zip(part(sum).0) {
+            for (out, x) in out[channels].iter_mut().zip(part(sum).total.0) {
                 *out += x;
             }
         }
