@@ -99,6 +99,12 @@ template <bool Accurate> struct Decay {
     __device__ __forceinline__ float advance(float h, float input) const {
         return Accurate ? rest(h) + fmaf(value, h, input) : fmaf(value, h, input);
     }
+    // The same, and what rounding takes from h is given back the next time. It is a part of h, and decays with it.
+    __device__ __forceinline__ void advance(float &h, float &lost, float input) const {
+        const float unchanged = rest(h), change = fmaf(value, h, input) + of(lost);
+        h = unchanged + change;
+        lost = change - (h - unchanged);
+    }
     // decay - 1
     __device__ __forceinline__ float minus_one() const { return is_less_one ? value : value - 1.0f; }
 };

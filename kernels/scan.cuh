@@ -307,12 +307,20 @@ __device__ __forceinline__ void enter(const ScanInputs &p, const Segment &segmen
                                       const float (&a)[STATES], float (&h)[STATES]) {
     lane.initial(h, p.initial_state, segment.sequence);
     if (!p.reached || !lane.exists) return;
+    [[maybe_unused]] float lost[STATES] = {};
 #pragma unroll 8
     for (int64_t before = segment.index - segment.rank; before < segment.index; before++) {
         const float sum = p.sums[before * p.d_inner + lane.channel];
         float reached[STATES];
         lane.read_dense<WHOLE>(reached, p.reached + lane.at(p, before));
 #pragma unroll
-        for (int i = 0; i < STATES; i++) h[i] = Decay<ACCURATE>(sum * a[i]).advance(h[i], reached[i]);
+        for (int i = 0; i < STATES; i++) {
+            const Decay<ACCURATE> decay(sum * a[i]);
+            if constexpr (ACCURATE) {
+                decay.advance(h[i], lost[i], reached[i]);
+            } else {
+                h[i] = decay.advance(h[i], reached[i]);
+            }
+        }
     }
 }

@@ -113,6 +113,7 @@ __device__ __forceinline__ void leave(const ScanBackward &params, const Segment 
     const ScanInputs &p = params.in;
     if (segment.ends_sequence() || p.reached) lane.initial(g, params.d_final_state, segment.sequence);
     if (!p.reached || !lane.exists) return;
+    [[maybe_unused]] float lost[STATES] = {};
     // The last first.
     const int64_t last = segment.index + (p.segments.packed ? p.segments.packed[segment.index].behind
                                                              : p.segments.per_row - 1 - segment.rank);
@@ -122,6 +123,13 @@ __device__ __forceinline__ void leave(const ScanBackward &params, const Segment 
         float reached[STATES];
         lane.read_dense<WHOLE>(reached, p.reached + lane.at(p, after));
 #pragma unroll
-        for (int n = 0; n < STATES; n++) g[n] = Decay<ACCURATE>(sum * a[n]).advance(g[n], reached[n]);
+        for (int n = 0; n < STATES; n++) {
+            const Decay<ACCURATE> decay(sum * a[n]);
+            if constexpr (ACCURATE) {
+                decay.advance(g[n], lost[n], reached[n]);
+            } else {
+                g[n] = decay.advance(g[n], reached[n]);
+            }
+        }
     }
 }

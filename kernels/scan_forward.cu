@@ -303,12 +303,12 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                                         const float by_a = decay.minus_one() * inverse_a[n];
                                         weighted *= inverse_a[n] == 0.0f ? now.step[i][k] : by_a;
                                     }
-                                    // What rounding takes from the state is given back in the next step. It is a part of
-                                    // the state, and decays with it.
-                                    const float rest = decay.rest(h[k][n]);
-                                    const float change = fmaf(decay.value, h[k][n], weighted * now.b[i][n]) + decay.of(lost[n]);
-                                    h[k][n] = rest + change;
-                                    if (compensate) lost[n] = change - (h[k][n] - rest);
+                                    const float input = weighted * now.b[i][n];
+                                    if (compensate) {
+                                        decay.advance(h[k][n], lost[n], input);
+                                    } else {
+                                        h[k][n] = decay.advance(h[k][n], input);
+                                    }
                                 } else {
                                     h[k][n] = Decay<ACCURATE>(x).advance(h[k][n], now.in[i][k] * now.b[i][n]);
                                 }

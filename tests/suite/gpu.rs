@@ -14,7 +14,7 @@ use selective_scan::scan::{
 use selective_scan::{Element, Projection, View, ViewMut, state_update};
 
 use crate::case::{Case, Device, Flags, Shape, seeded};
-use crate::properties;
+use crate::{extremes, properties};
 
 thread_local! {
     /// Another stream that this thread is to work on.
@@ -322,6 +322,32 @@ fn model_widths() {
     }
     for d_inner in [1536, 1537, 2044] {
         check::<bf16>(Plan::default(), Shape { batch: 1, len: 18, d_inner, d_state: 16 }, Flags::mamba());
+    }
+}
+
+/// Through the fast kernels and the general one, whole, split and with lanes that carry parts of a channel.
+#[test]
+fn extremes() {
+    let Some(stream) = stream() else { return };
+    for plan in [WHOLE, SPLIT, QUARTER, HALF] {
+        let device = Device::Cuda(plan);
+        for d_inner in [36, 37] {
+            extremes::what_is_forgotten_takes_its_rounding_along(device, 5, d_inner);
+            extremes::large_states_before_a_segment(device, d_inner);
+            extremes::states_that_grow_and_are_erased(device, d_inner);
+        }
+        for hold in [false, true] {
+            extremes::a_decay_near_zero_keeps_its_digits::<f32>(device, hold);
+            extremes::a_decay_near_zero_keeps_its_digits::<f16>(device, hold);
+            extremes::a_decay_near_zero_keeps_its_digits::<bf16>(device, hold);
+        }
+    }
+    // A long one is compensated, which a sequence that is not split needs.
+    extremes::what_is_forgotten_takes_its_rounding_along(Device::Cuda(WHOLE), 16_448, 4);
+    let lens = if is_simulated(&stream) { [1024, 1024] } else { [1 << 16, 1 << 22] };
+    for (len, steps) in [(lens[0], 64), (lens[1], 1024)] {
+        let plan = Plan { segment_steps: Some(steps), per_lane: None };
+        extremes::equal_steps(Device::Cuda(plan), len, 4, steps);
     }
 }
 

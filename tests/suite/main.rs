@@ -7,6 +7,7 @@ mod candle;
 mod case;
 mod common;
 mod conv;
+mod extremes;
 mod finite_differences;
 #[cfg(feature = "cuda")]
 mod gpu;

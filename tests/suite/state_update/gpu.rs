@@ -8,6 +8,7 @@ use selective_scan::{Element, View, ViewMut};
 use super::{against_reference, tokens_at_once};
 use crate::case::Device;
 use crate::common::{Draw, bits};
+use crate::extremes::an_update_forgets_as_well;
 use crate::gpu::{Copies, stream};
 
 /// Runs an update on the device, on copies of all that it reads and writes.
@@ -48,6 +49,17 @@ fn device(_: &mut Draw) -> Device {
 fn f32_is_as_the_reference() {
     if stream().is_some() {
         against_reference::<f32, f32>(&device, 0..60, &[1, 2, 5]);
+    }
+}
+
+#[test]
+fn a_decay_near_zero_keeps_its_digits() {
+    if stream().is_some() {
+        for hold in [false, true] {
+            an_update_forgets_as_well::<f32>(hold, update);
+            an_update_forgets_as_well::<f16>(hold, update);
+            an_update_forgets_as_well::<bf16>(hold, update);
+        }
     }
 }
 
