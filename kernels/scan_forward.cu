@@ -156,6 +156,8 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 
         float h[OWN][STATES];
         [[maybe_unused]] DeltaSum delta_sum;
+        // What rounding has taken from the states, where they are compensated. (Those that take turns start each tile anew.)
+        [[maybe_unused]] float lost[STATES] = {};
         for (int turn = 0; turn < turns; turn++) {
             if (TURNS) read_a(turn);
             if (from_zero) {
@@ -254,7 +256,10 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                         if (more) next.template load<false>(STEPS);
                     }
                 }
-                float lost[STATES] = {};
+                if (turns > 1) {
+#pragma unroll
+                    for (int n = 0; n < STATES; n++) lost[n] = 0.0f;
+                }
                 // What is read from shared memory for one step, or two.
                 struct Operands {
                     float step[Steps::TOGETHER][OWN], in[Steps::TOGETHER][OWN];

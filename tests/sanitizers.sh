@@ -18,9 +18,9 @@ sanitized() {
 # Leaks are not looked for: the thread pool lives until the end of the program. Wild arguments ask for allocations that
 # nothing can satisfy, and must be told so rather than be stopped.
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
-# `memory` counts what the allocator gives out, and the sanitizer puts an allocator of its own in its place; `accuracy` and
-# `vectors` are many numbers through the code that the rest runs too.
-sanitized address -- --skip memory:: --skip accuracy:: --skip vectors::
+# `memory` counts what the allocator gives out, and the sanitizer puts an allocator of its own in its place; `accuracy`,
+# `extremes` and `vectors` are many numbers through the code that the rest runs too.
+sanitized address -- --skip memory:: --skip accuracy:: --skip extremes:: --skip vectors::
 
 # The standard library is built along: it would otherwise pass memory between threads in ways that the sanitizer does not
 # see, which look like races.
