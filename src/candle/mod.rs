@@ -60,7 +60,9 @@
 //!
 //! `detach` alone is not enough: it gives another tensor over the *same* storage, which candle no longer tracks, so that
 //! the operator cannot tell and overwrites what the graph still reads. The same is true of every clone and view that was
-//! made before: all of them see what is written. Whoever detaches a state, copies it.
+//! made before: all of them see what is written. Whoever detaches a state, copies it. Nor can it be told that an untracked
+//! pool is still to be read, such as one that was the initial state of a scan over variables: it may be updated after the
+//! backward pass, or copied before.
 //!
 //! # Errors
 //! Whatever goes wrong comes as a [`candle_core::Error`]. A bad argument is an [`Error`](crate::Error) inside it, whose
