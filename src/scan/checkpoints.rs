@@ -130,9 +130,9 @@ const ROWS_PER_TASK: usize = 256;
 ///
 /// It has to cost little beside a backward pass, which does `d_state` states of work for every element of a row. So of each
 /// row (the last dimension) [`SAMPLE`] elements are looked at, evenly spread, and others in the next row. With 1,536
-/// channels of 16 states that is about 0.1 µs for a step of u, delta and B, beside 14 µs for a step backward on one core and 4
-/// forward; for A, or an initial state, about as much as two steps forward. All elements would cost a quarter of the
-/// forward pass.
+/// channels of 16 states that is a dozen reads for a step of u, delta and B, some tenths of a microsecond, beside 14 µs for a
+/// step backward on one core and 4 forward; for A, or an initial state, about as much as a few steps. All elements would be
+/// read from memory once more, a good part of what a forward pass takes.
 fn fingerprint<T: Element, const R: usize>(view: &View<T, R>) -> u64 {
     let width = view.shape[R - 1];
     // Checked, with all other shapes, to be countable.
