@@ -59,15 +59,16 @@ pub(crate) struct Dims {
 }
 
 impl Dims {
-    /// Checks the sizes that `u`, `a`, `b` and `c` give, and the shapes and extents of the last three.
+    /// Checks the sizes that `u`, `a`, `b` and `c` give, and the shapes and extents of the last three. `activation` are the
+    /// names of the dimensions of `u`.
     pub fn check<T: Element, M: Memory>(
-        names: [&'static str; 4],
+        activation: &str,
         u: &View<T, 3, M>,
         a: &View<f32, 2, M>,
         b: &Projection<T, M>,
         c: &Projection<T, M>,
     ) -> Result<Self> {
-        let [u_name, a_name, b_name, c_name] = names;
+        let [u_name, a_name, b_name, c_name] = ["u", "a", "b", "c"];
         let [batch, len, d_inner] = u.shape;
         check_count(u_name, u)?;
         let d_state = a.shape[1];
@@ -75,7 +76,13 @@ impl Dims {
             let expected = format_args!("d_state from 1 to {MAX_D_STATE} as its last dimension").to_string();
             return Err(Error::argument(a_name, expected, format_args!("shape {:?}", a.shape)));
         }
+        check_channels(u_name, activation, u, a_name, a.shape[0])?;
         a.check(a_name, "(d_inner, d_state)", [d_inner, d_state])?;
+        for (name, projection) in [(b_name, b), (c_name, c)] {
+            if let Projection::Varying(view) = projection {
+                check_order(name, view.shape, [batch, len, d_inner, d_state])?;
+            }
+        }
         let groups = match (b, c) {
             (Projection::Varying(b), _) => Some((b_name, b.shape[2])),
             (_, Projection::Varying(c)) => Some((c_name, c.shape[2])),
@@ -117,15 +124,75 @@ pub(crate) fn check_count<T: Element, M: Memory>(argument: &'static str, view: &
     Ok(())
 }
 
+/// What to do with a tensor whose last two dimensions have changed places.
+const EXCHANGE: &str = "which fits with its last two dimensions exchanged (without a copy, by `permuted([0, 2, 1])` of a \
+                        view or `transpose(1, 2)` of a tensor)";
+
+/// Checks an activation's channels against the rows of a parameter, if they fit the other way round: as mamba_ssm has it,
+/// `(batch, d_inner, length)`. The parameter then fits no channels, but it is not what is wrong.
+pub(crate) fn check_channels<T: Element, M: Memory>(
+    argument: &'static str,
+    names: &str,
+    view: &View<T, 3, M>,
+    parameter: &str,
+    rows: usize,
+) -> Result<()> {
+    let [_, len, d_inner] = view.shape;
+    if d_inner == rows || len != rows {
+        return Ok(());
+    }
+    let expected = format_args!("shape {names} with d_inner = {rows}, as `{parameter}` has it").to_string();
+    Err(Error::argument(argument, expected, format_args!("{:?}, {EXCHANGE}", view.shape)))
+}
+
+/// [`View::check`] that says so if the last two dimensions have changed places.
+pub(crate) fn check_exchanged<T: Element, M: Memory>(
+    argument: &'static str,
+    names: &str,
+    view: &View<T, 3, M>,
+    shape: [usize; 3],
+) -> Result<()> {
+    let [first, second, third] = shape;
+    if view.shape != shape && view.shape == [first, third, second] {
+        let expected = format_args!("shape {names} = {shape:?}").to_string();
+        return Err(Error::argument(argument, expected, format_args!("{:?}, {EXCHANGE}", view.shape)));
+    }
+    view.check(argument, names, shape)
+}
+
+/// Refuses a varying projection whose dimensions come in mamba_ssm's order, `(batch, groups, d_state, length)` or, for one
+/// group, `(batch, d_state, length)`, which tensors of three dimensions are read as `(batch, length, 1, d_state)` from.
+fn check_order(argument: &'static str, shape: [usize; 4], sizes: [usize; 4]) -> Result<()> {
+    let [batch, len, d_inner, d_state] = sizes;
+    if shape[0] != batch || (shape[1] == len && shape[3] == d_state) || shape[3] != len {
+        return Ok(());
+    }
+    let how = if shape[2] == d_state && shape[1] != 0 && d_inner % shape[1] == 0 {
+        "(batch, groups, d_state, length): give `permuted([0, 3, 1, 2])` of a view or `permute((0, 3, 1, 2))` of a tensor"
+    } else if shape[1] == d_state && shape[2] == 1 {
+        "(batch, d_state, length): give `permuted([0, 3, 2, 1])` of a view or `transpose(1, 2)` of a tensor"
+    } else {
+        return Ok(());
+    };
+    let expected =
+        format_args!("shape (batch, length, groups, d_state) with length {len}, d_state {d_state}").to_string();
+    Err(Error::argument(argument, expected, format_args!("{shape:?}, which seems to be {how} (nothing is copied)")))
+}
+
 /// A zeroed vector, or an error that names the argument whose shape asks for more than there is.
+///
+/// The system gives memory that is zero already, page by page as it is used, so that a call that asks for several and is
+/// refused one has not spent time on the others.
 pub(crate) fn zeroed<T: Pod>(argument: &'static str, shape: &[usize]) -> Result<Vec<T>> {
     let len = shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
-    let mut data = Vec::new();
-    match len {
-        Some(len) if data.try_reserve_exact(len).is_ok() => {
-            data.resize(len, T::zeroed());
-            Ok(data)
-        }
-        _ => Err(Error::argument(argument, "a shape that fits in memory", format_args!("{shape:?}"))),
-    }
+    len.and_then(|len| bytemuck::try_zeroed_vec(len).ok())
+        .ok_or_else(|| Error::argument(argument, "a shape that fits in memory", format_args!("{shape:?}")))
+}
+
+/// Room for `count` things of our own that the shape of an argument makes necessary, or an error that names it.
+pub(crate) fn reserved<T>(argument: &'static str, shape: &[usize], count: usize) -> Result<Vec<T>> {
+    let mut room = Vec::new();
+    room.try_reserve_exact(count)
+        .map_err(|_| Error::argument(argument, "a shape that fits in memory", format_args!("{shape:?}")))?;
+    Ok(room)
 }

@@ -64,6 +64,20 @@ impl<'a, T: Element, const R: usize, M: Memory> View<'a, T, R, M> {
         Self { offset, strides, ..self }
     }
 
+    /// The same elements with their dimensions in another order: dimension `i` of the result is dimension `order[i]` of
+    /// this view. Nothing is copied. `(batch, d_inner, length)`, as mamba_ssm has its activations, becomes
+    /// `(batch, length, d_inner)` by `[0, 2, 1]`.
+    ///
+    /// # Errors
+    /// An order that does not name every dimension once.
+    pub fn permuted(self, order: [usize; R]) -> Result<Self> {
+        if !(0..R).all(|dim| order.contains(&dim)) {
+            let expected = format_args!("each dimension from 0 to {} once", R - 1).to_string();
+            return Err(Error::argument("order", expected, format_args!("{order:?}")));
+        }
+        Ok(Self { shape: order.map(|dim| self.shape[dim]), strides: order.map(|dim| self.strides[dim]), ..self })
+    }
+
     /// Checks the shape and that all elements lie inside the storage.
     pub(crate) fn check(&self, argument: &'static str, names: &str, shape: [usize; R]) -> Result<()> {
         check_shape(argument, names, shape, self.shape)?;

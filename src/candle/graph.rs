@@ -7,6 +7,9 @@
 //! inputs, by threes  ->  leaves, a token of one element each  ->  hub, which is the output  ->  final state
 //! ```
 //!
+//! The hub too takes three tokens at most: where there are more, joints between them take tokens by threes and give one
+//! each, as many levels of them as it needs. So an operator may have any number of inputs.
+//!
 //! The results are computed before any node is made; a node only hands out what it was given. candle walks the nodes from
 //! a loss backwards, each after all that depend on it. The final state's node leaves its gradient for the hub, the hub
 //! computes all gradients at once and leaves them for the leaves, and these hand them out. What is left lies in a cell
@@ -74,32 +77,51 @@ pub(super) fn attach(
     final_state: Option<Computed>,
     operator: impl Backward,
 ) -> Result<(Tensor, Option<Tensor>)> {
-    let tracked: Vec<usize> = (0..inputs.len()).filter(|&i| inputs[i].track_op()).collect();
+    let tracked: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
     let cells = Arc::new(Cells::default());
-    let mut tokens = Vec::new();
-    for indices in tracked.chunks(3) {
-        // Places that are left over get the first input again, and no gradient.
-        let input = |k: usize| inputs[*indices.get(k).unwrap_or(&indices[0])];
-        let leaf = Leaf { name, indices: [0, 1, 2].map(|k| indices.get(k).copied()), cells: cells.clone() };
-        tokens.push(input(0).apply_op3(input(1), input(2), leaf)?);
+    let indices: Vec<usize> = (0..inputs.len()).filter(|&i| tracked[i]).collect();
+    let mut tokens = indices
+        .chunks(3)
+        .map(|indices| {
+            let inputs: Vec<_> = indices.iter().map(|&i| inputs[i]).collect();
+            let indices = [0, 1, 2].map(|k| indices.get(k).copied());
+            apply(&inputs, Token { name, of: Of::Inputs { indices, cells: cells.clone() } })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    while tokens.len() > 3 {
+        tokens = tokens
+            .chunks(3)
+            .map(|tokens| {
+                let tokens: Vec<_> = tokens.iter().collect();
+                apply(&tokens, Token { name, of: Of::Tokens(tokens.len()) })
+            })
+            .collect::<Result<_>>()?;
     }
-    let Some(first) = tokens.first() else {
+    if tokens.is_empty() {
         return Ok((out.untracked(), final_state.map(Computed::untracked)));
-    };
-    let token = |k: usize| tokens.get(k).unwrap_or(first);
-    let hub = Hub {
-        name,
-        tokens: tokens.len(),
-        tracked,
-        out: Given::new(out),
-        cells: cells.clone(),
-        operator: Box::new(operator),
-    };
-    let out = token(0).apply_op3(token(1), token(2), hub)?;
+    }
+    let tokens: Vec<_> = tokens.iter().collect();
+    let (out, operator) = (Given::new(out), Box::new(operator));
+    let hub = Hub { name, tokens: tokens.len(), tracked, out, cells: cells.clone(), operator };
+    let out = apply(&tokens, hub)?;
     let final_state = final_state
         .map(|state| out.apply_op1(FinalState { name, final_state: Given::new(state), cells }))
         .transpose()?;
     Ok((out, final_state))
+}
+
+/// Applies a node to one, two or three arguments. Places that are left over get the first again, to which the node gives
+/// no gradient there.
+fn apply(arguments: &[&Tensor], node: impl CustomOp3 + Send + Sync + 'static) -> Result<Tensor> {
+    let argument = |k: usize| arguments.get(k).copied().unwrap_or(arguments[0]);
+    argument(0).apply_op3(argument(1), argument(2), node)
+}
+
+/// The gradients of a node's `count` arguments that are tokens.
+fn of_tokens(token: &Tensor, count: usize) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    let zero = token.zeros_like()?;
+    let [first, second, third] = [0, 1, 2].map(|k| (k < count).then(|| zero.clone()));
+    Ok((first, second, third))
 }
 
 /// A result.
@@ -184,14 +206,21 @@ fn check_once(name: &'static str, gradient: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// A node between inputs and their hub.
-struct Leaf {
+/// A node between inputs and their hub, which gives a token.
+struct Token {
     name: &'static str,
-    indices: [Option<usize>; 3],
-    cells: Arc<Cells>,
+    of: Of,
 }
 
-impl CustomOp3 for Leaf {
+/// What a token stands for.
+enum Of {
+    /// A leaf: the inputs of these indices, whose gradients it hands out.
+    Inputs { indices: [Option<usize>; 3], cells: Arc<Cells> },
+    /// A joint: this many other tokens.
+    Tokens(usize),
+}
+
+impl CustomOp3 for Token {
     fn name(&self) -> &'static str {
         self.name
     }
@@ -223,14 +252,19 @@ impl CustomOp3 for Leaf {
 
     fn bwd(
         &self,
-        _: &Tensor,
+        first: &Tensor,
         _: &Tensor,
         _: &Tensor,
         _: &Tensor,
         _: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [first, second, third] = self.indices.map(|index| self.cells.take(index?));
-        Ok((first, second, third))
+        match &self.of {
+            Of::Inputs { indices, cells } => {
+                let [first, second, third] = indices.map(|index| cells.take(index?));
+                Ok((first, second, third))
+            }
+            Of::Tokens(count) => of_tokens(first, *count),
+        }
     }
 }
 
@@ -239,8 +273,8 @@ struct Hub {
     name: &'static str,
     /// How many of the arguments are tokens of their own.
     tokens: usize,
-    /// The inputs that have leaves.
-    tracked: Vec<usize>,
+    /// By input, whether it has a leaf.
+    tracked: Vec<bool>,
     out: Given,
     cells: Arc<Cells>,
     operator: Box<dyn Backward>,
@@ -286,12 +320,14 @@ impl CustomOp3 for Hub {
         check_once(self.name, d_out)?;
         let thread = thread::current().id();
         let d_final_state = lock(&self.cells.d_final_state).remove(&thread);
-        let mut all: Vec<_> = self.operator.backward(d_out, d_final_state.as_ref())?.into_iter().map(Some).collect();
-        let kept = (0..all.len()).map(|i| all[i].take().filter(|_| self.tracked.contains(&i))).collect();
+        let all = self.operator.backward(d_out, d_final_state.as_ref())?;
+        let (got, expected) = (all.len(), self.tracked.len());
+        if got != expected {
+            return Err(Error::Msg(format!("{}: {got} gradients for {expected} inputs", self.name)));
+        }
+        let kept = all.into_iter().zip(&self.tracked).map(|(gradient, tracked)| tracked.then_some(gradient)).collect();
         lock(&self.cells.gradients).insert(thread, kept);
-        let zero = token.zeros_like()?;
-        let [first, second, third] = [0, 1, 2].map(|k| (k < self.tokens).then(|| zero.clone()));
-        Ok((first, second, third))
+        of_tokens(token, self.tokens)
     }
 }
 
@@ -319,5 +355,135 @@ impl CustomOp1 for FinalState {
         check_once(self.name, d_final_state)?;
         lock(&self.cells.d_final_state).insert(thread::current().id(), d_final_state.clone());
         Ok(Some(out.zeros_like()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use candle_core::{Device, TensorId, Var};
+
+    use super::*;
+
+    /// `out = x_0·x_1·…` and `final_state = Σ (i + 1) x_i²`: every gradient depends on its own input, so that one that
+    /// goes astray is seen.
+    struct Made(Vec<Tensor>);
+
+    impl Made {
+        fn out(inputs: &[&Tensor]) -> Result<Tensor> {
+            let mut out = inputs[0].clone();
+            for input in &inputs[1..] {
+                out = (out * *input)?;
+            }
+            Ok(out)
+        }
+
+        fn final_state(inputs: &[&Tensor]) -> Result<Tensor> {
+            let mut sum = inputs[0].sqr()?;
+            for (i, input) in inputs.iter().enumerate().skip(1) {
+                sum = (sum + (input.sqr()? * (i + 1) as f64)?)?;
+            }
+            Ok(sum)
+        }
+
+        fn run(inputs: &[&Tensor]) -> Result<(Tensor, Tensor)> {
+            let detached: Vec<_> = inputs.iter().map(|input| input.detach()).collect();
+            let parts: Vec<_> = detached.iter().collect();
+            let computed = |tensor: Tensor| -> Result<Computed> {
+                Ok(Computed::new(Storage::Cpu(CpuStorage::F32(tensor.to_vec1()?)), [tensor.elem_count()]))
+            };
+            let (out, state) = (computed(Self::out(&parts)?)?, computed(Self::final_state(&parts)?)?);
+            let (out, state) = attach("made-up", inputs, out, Some(state), Self(detached))?;
+            Ok((out, state.expect("it was given")))
+        }
+    }
+
+    impl Backward for Made {
+        fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Tensor>> {
+            let gradient = |i: usize| {
+                let others: Vec<_> = (0..self.0.len()).filter(|&k| k != i).map(|k| &self.0[k]).collect();
+                let mut gradient = if others.is_empty() { d_out.clone() } else { (d_out * Self::out(&others)?)? };
+                if let Some(d_state) = d_final_state {
+                    gradient = (gradient + ((d_state * &self.0[i])? * (2 * (i + 1)) as f64)?)?;
+                }
+                Ok(gradient)
+            };
+            (0..self.0.len()).map(gradient).collect()
+        }
+    }
+
+    /// Two applications in one graph, the second of the results of the first: the loss.
+    fn loss(inputs: &[Tensor], run: impl Fn(&[&Tensor]) -> Result<(Tensor, Tensor)>) -> Result<Tensor> {
+        let all: Vec<_> = inputs.iter().collect();
+        let (out, state) = run(&all)?;
+        let mut again = all.clone();
+        again[0] = &out;
+        let last = again.len() - 1;
+        again[last] = &state;
+        let (out, state) = run(&again)?;
+        (out.sum_all()? + (state.sum_all()? * 0.01)?)?.sqr()
+    }
+
+    fn gradients(loss: &Tensor, inputs: &[Tensor]) -> HashMap<TensorId, Vec<f32>> {
+        let store = loss.backward().expect("a loss");
+        let get = |input: &Tensor| Some((input.id(), store.get(input)?.to_vec1().expect("floats")));
+        inputs.iter().filter_map(get).collect()
+    }
+
+    /// 3 leaves are one hub's, 10 inputs want a level of joints, and 28 a second.
+    #[test]
+    fn any_number_of_inputs() {
+        for count in [1, 2, 3, 4, 9, 10, 12, 14, 27, 28, 30, 85] {
+            // All, none, one in two, all but the first ten, the last alone.
+            let subsets: [fn(usize, usize) -> bool; 5] =
+                [|_, _| true, |_, _| false, |i, _| i % 2 == 1, |i, _| i >= 10, |i, count| i + 1 == count];
+            for (subset, is_tracked) in subsets.into_iter().enumerate() {
+                let input = |i: usize| {
+                    // Near 1, so that products of many stay so.
+                    let values: Vec<f32> = (0..3).map(|k| 1.0 + ((i * 3 + k) % 7) as f32 * 0.02 - 0.06).collect();
+                    let tensor = Tensor::new(values, &Device::Cpu).expect("floats");
+                    match is_tracked(i, count) {
+                        true => Var::from_tensor(&tensor).expect("a copy").into_inner(),
+                        false => tensor,
+                    }
+                };
+                let inputs: Vec<_> = (0..count).map(input).collect();
+                let what = format!("{count} inputs, subset {subset}");
+                let ours = loss(&inputs, Made::run).expect(&what);
+                let plain = loss(&inputs, |inputs| Ok((Made::out(inputs)?, Made::final_state(inputs)?))).expect(&what);
+                assert_eq!(ours.track_op(), (0..count).any(|i| is_tracked(i, count)), "{what}");
+                let (first, expected) = (gradients(&ours, &inputs), gradients(&plain, &inputs));
+                assert_eq!(gradients(&ours, &inputs), first, "backward again, {what}");
+                for (i, input) in inputs.iter().enumerate() {
+                    // candle's plain operators store a gradient for untracked arguments too.
+                    assert_eq!(first.contains_key(&input.id()), is_tracked(i, count), "input {i}, {what}");
+                    let Some(ours) = first.get(&input.id()) else { continue };
+                    for (ours, expected) in ours.iter().zip(&expected[&input.id()]) {
+                        // Products and sums of up to 85 f32 in two orders: a few hundred roundings of 6e-8.
+                        assert!(
+                            (ours - expected).abs() <= 5e-5 * expected.abs(),
+                            "input {i}: {ours}, {expected}, {what}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    /// An operator whose backward pass does not give each input its gradient is told of.
+    #[test]
+    fn gradients_are_counted() {
+        struct Short;
+        impl Backward for Short {
+            fn backward(&self, d_out: &Tensor, _: Option<&Tensor>) -> Result<Vec<Tensor>> {
+                Ok(vec![d_out.clone()])
+            }
+        }
+        let x = Var::new(&[1f32, 2.0], &Device::Cpu).expect("floats");
+        let out = Computed::new(Storage::Cpu(CpuStorage::F32(vec![0.0; 2])), [2]);
+        let (out, _) = attach("short", &[&x, &x], out, None, Short).expect("two inputs");
+        let error = out.sum_all().and_then(|loss| loss.backward()).expect_err("one gradient").to_string();
+        assert!(error.contains("short: 1 gradients for 2 inputs"), "{error}");
     }
 }

@@ -38,6 +38,10 @@
 //! narrowed and transposed tensors and broadcast ones are read where they lie. All tensors of a call must be on one
 //! device, the processor or, with the feature `cuda`, an NVIDIA GPU, on which work goes to the stream that candle uses.
 //!
+//! Activations are `(batch, length, d_inner)`; mamba_ssm's `(batch, d_inner, length)` is `transpose(1, 2)` of that, which
+//! copies nothing. Where the length equals `d_inner` a tensor that should have been transposed cannot be told from one that
+//! is right.
+//!
 //! # Gradients
 //! The scan and the convolution are differentiable in all of their tensors, from the output as well as from the final
 //! state. What a backward pass needs, the inputs and for the scan one state of each channel for every 64 steps, is kept
@@ -49,10 +53,22 @@
 //!   the final state may have been left behind.
 //! - The updates in place have no gradients.
 //!
+//! # Updates in place
+//! The updates and [`rollback()`] overwrite the pool that they are given. A pool that candle tracks, a `Var` or the final
+//! state of a scan over variables, is refused: a backward pass would read what was overwritten and give wrong gradients
+//! without a word. Decoding goes on from such a state with a copy, `state.detach().copy()?`.
+//!
+//! `detach` alone is not enough: it gives another tensor over the *same* storage, which candle no longer tracks, so that
+//! the operator cannot tell and overwrites what the graph still reads. The same is true of every clone and view that was
+//! made before: all of them see what is written. Whoever detaches a state, copies it. Nor can it be told that an untracked
+//! pool is still to be read, such as one that was the initial state of a scan over variables: it may be updated after the
+//! backward pass, or copied before.
+//!
 //! # Errors
 //! Whatever goes wrong comes as a [`candle_core::Error`]. A bad argument is an [`Error`](crate::Error) inside it, whose
-//! message names the argument, what was expected and what came; nothing has been written then. (With `RUST_BACKTRACE` set,
-//! candle prints a backtrace after the message.)
+//! message names the argument, what was expected and what came; nothing has been written then.
+//! [`Error::of`](crate::Error::of) finds it there, so that a server can tell a request that does not fit from a device that
+//! fails. The models of [`nn`](crate::nn) give the same.
 
 mod conv;
 #[cfg(feature = "cuda")]
@@ -63,12 +79,61 @@ mod scan;
 mod tensors;
 mod update;
 
+use std::io;
+
 pub use conv::CausalConv;
 pub use scan::Scan;
+pub(crate) use update::check_pool;
 pub use update::{ConvUpdate, StateUpdate, rollback};
 
 impl From<crate::Error> for candle_core::Error {
     fn from(error: crate::Error) -> Self {
-        Self::wrap(error)
+        // Of candle's errors that hold another, this one gives it back as a value, shows its message and nothing else.
+        let kind = match error {
+            crate::Error::Argument { .. } => io::ErrorKind::InvalidInput,
+            _ => io::ErrorKind::Other,
+        };
+        Self::Io(io::Error::new(kind, error))
+    }
+}
+
+impl crate::Error {
+    /// The error of this crate that came as one of candle's, from [`candle`](crate::candle) or [`nn`](crate::nn), also
+    /// where context, a path or a backtrace has been added; none if something else went wrong.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use selective_scan::Error;
+    /// use selective_scan::candle::CausalConv;
+    ///
+    /// let x = Tensor::zeros((1, 3, 4), DType::F32, &Device::Cpu)?;
+    /// let weight = Tensor::zeros((4, 9), DType::F32, &Device::Cpu)?;
+    /// let error = CausalConv::new(&x, &weight).forward().unwrap_err();
+    /// assert!(matches!(Error::of(&error), Some(Error::Argument { argument: "weight", .. })));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn of(error: &candle_core::Error) -> Option<&Self> {
+        use candle_core::Error::{Context, Io, WithBacktrace, WithPath};
+        match error {
+            Io(error) => error.get_ref()?.downcast_ref(),
+            Context { inner, .. } | WithBacktrace { inner, .. } | WithPath { inner, .. } => Self::of(inner),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::Error;
+
+    #[test]
+    fn an_error_is_found_inside_candles() {
+        let ours = Error::argument("u", "a", "b");
+        let error = candle_core::Error::from(ours.clone());
+        assert_eq!(error.to_string(), "`u`: expected a, got b");
+        let wrapped = error.with_path("a path").context("a context").bt();
+        assert_eq!(Error::of(&wrapped), Some(&ours));
+        assert_eq!(Error::of(&candle_core::Error::Msg("another".into())), None);
+        assert_eq!(Error::of(&std::io::Error::other("another").into()), None);
     }
 }

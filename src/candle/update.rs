@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result, Tensor};
+use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp1, Layout, Result, Tensor};
 
 use super::device::{Backend, Cpu, Value, for_dtype};
 use super::graph;
@@ -53,7 +53,8 @@ impl<'a> StateUpdate<'a> {
     ///
     /// # Errors
     /// An argument that does not fit, which the message names; then nothing is written. `state` must not share its
-    /// storage with another argument. What the device refuses.
+    /// storage with another argument, nor be a variable or part of candle's graph: see
+    /// [the module](super#updates-in-place). What the device refuses.
     pub fn update(&self, state: &Tensor) -> Result<Tensor> {
         Ok(in_place(self, state, false)?.0)
     }
@@ -99,7 +100,8 @@ impl<'a> ConvUpdate<'a> {
     ///
     /// # Errors
     /// An argument that does not fit, which the message names; then nothing is written. `state` must not share its
-    /// storage with another argument. What the device refuses.
+    /// storage with another argument, nor be a variable or part of candle's graph: see
+    /// [the module](super#updates-in-place). What the device refuses.
     pub fn update(&self, state: &Tensor) -> Result<Tensor> {
         Ok(in_place(self, state, false)?.0)
     }
@@ -122,7 +124,8 @@ impl<'a> ConvUpdate<'a> {
 ///
 /// # Errors
 /// An argument that does not fit, which the message names; then nothing is written. `state` must not share its storage
-/// with `token_states`. What the device refuses.
+/// with `token_states`, nor be a variable or part of candle's graph: see [the module](self#updates-in-place). What the
+/// device refuses.
 pub fn rollback(state: &Tensor, token_states: &Tensor, slots: Option<&[i32]>, accepted: &[usize]) -> Result<()> {
     in_place(&Rollback { token_states, slots, accepted }, state, false)?;
     Ok(())
@@ -159,11 +162,7 @@ fn in_place<O: InPlace>(operator: &O, state: &Tensor, with_token_states: bool) -
     let mut all = arguments.clone();
     all.push(("state", state));
     check_devices(&all)?;
-    // candle refuses this too, but does not say which argument it is about.
-    if state.layout().has_internal_overlap() {
-        let got = format_args!("shape {:?} with strides {:?}", state.dims(), state.stride());
-        return Err(Error::argument("state", "strides that give every element a place of its own", got).into());
-    }
+    check_pool("state", O::STATE, state)?;
     let (keyed, written) = (keyed(&arguments), storage_of(state));
     if let Some(argument) = keyed.iter().find(|argument| argument.storage == written) {
         let got = format_args!("the storage of `{}`", argument.name);
@@ -177,6 +176,33 @@ fn in_place<O: InPlace>(operator: &O, state: &Tensor, with_token_states: bool) -
         Some(updated) => Ok(updated),
         None => unreachable!("candle ran the operator"),
     }
+}
+
+/// Checks that a tensor can be a pool of states, whatever its sizes, and gives its shape: that it has three dimensions,
+/// `names`, and a type that states may have, that no two elements share a place, and that writing to it changes nothing
+/// that candle keeps for a backward pass.
+///
+/// What is not seen is another tensor over the same storage: `detach` makes one, and so does every view and clone.
+pub(crate) fn check_pool(argument: &'static str, names: &str, pool: &Tensor) -> crate::Result<[usize; 3]> {
+    let shape = pool
+        .dims()
+        .try_into()
+        .map_err(|_| Error::argument(argument, format_args!("shape {names}"), format_args!("{:?}", pool.dims())))?;
+    if !matches!(pool.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+        return Err(super::device::unsupported(argument, pool.dtype()));
+    }
+    // candle refuses this too, but does not say which argument it is about.
+    if pool.layout().has_internal_overlap() {
+        let got = format_args!("shape {:?} with strides {:?}", pool.dims(), pool.stride());
+        return Err(Error::argument(argument, "strides that give every element a place of its own", got));
+    }
+    if pool.track_op() {
+        let expected = "a tensor outside of candle's graph, since it is overwritten (detach and copy it: \
+                        `state.detach().copy()`)";
+        let got = if pool.is_variable() { "a variable" } else { "one that candle tracks for a backward pass" };
+        return Err(Error::argument(argument, expected, got));
+    }
+    Ok(shape)
 }
 
 /// An operator while candle runs it.
@@ -193,6 +219,7 @@ impl<O: InPlace> Running<'_, O> {
     fn run<B: Backend>(&self, backend: &B, storage: &mut B::Storage, layout: &Layout) -> Result<()> {
         let behind = Locked::new(self.keyed, |storage| storage > self.written);
         let reader = Reader::new(self.keyed, &self.before).and(&behind);
+        // `check_pool` has seen to it.
         let rank = || Error::argument("state", format_args!("shape {}", O::STATE), format_args!("{:?}", layout.dims()));
         let shape: [usize; 3] = layout.dims().try_into().map_err(|_| rank())?;
         let strides: [usize; 3] = layout.stride().try_into().map_err(|_| rank())?;

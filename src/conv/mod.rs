@@ -26,7 +26,7 @@ pub use update::UpdateInputs;
 
 use std::ops::RangeInclusive;
 
-use crate::arguments::{check_count, zeroed};
+use crate::arguments::{check_channels, check_count, check_exchanged, zeroed};
 use crate::sequences::Sequences;
 use crate::view::{check_len, check_optional};
 use crate::{Element, Error, Host, Memory, Result, View};
@@ -80,29 +80,31 @@ impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
 
     /// Checks every argument. This is the only place that does; all implementations read what it returns.
     pub(crate) fn check(&self) -> Result<Problem<'a, T, M>> {
-        let width = check_filter(&self.x, &self.weight, &self.bias)?;
+        let width = check_filter(ACTIVATION_NAMES, &self.x, &self.weight, &self.bias)?;
         let [batch, len, d_inner] = self.x.shape;
         let sequences = Sequences::check(batch, len, self.cu_seqlens)?;
         if let Some(view) = &self.initial_state {
-            view.check("initial_state", STATE_NAMES, [sequences.count(), width - 1, d_inner])?;
+            check_exchanged("initial_state", STATE_NAMES, view, [sequences.count(), width - 1, d_inner])?;
         }
         Ok(Problem { inputs: *self, width, sequences })
     }
 }
 
-/// Checks an input and its filters, and gives their width.
+/// Checks an input, whose dimensions have these names, and its filters, and gives their width.
 fn check_filter<T: Element, M: Memory>(
+    names: &str,
     x: &View<T, 3, M>,
     weight: &View<f32, 2, M>,
     bias: &Option<View<f32, 1, M>>,
 ) -> Result<usize> {
     check_count("x", x)?;
-    x.check("x", ACTIVATION_NAMES, x.shape)?;
+    x.check("x", names, x.shape)?;
     let (d_inner, width) = (x.shape[2], weight.shape[1]);
     if !WIDTHS.contains(&width) {
         let expected = format_args!("a width from {} to {} as its last dimension", WIDTHS.start(), WIDTHS.end());
         return Err(Error::argument("weight", expected.to_string(), format_args!("shape {:?}", weight.shape)));
     }
+    check_channels("x", names, x, "weight", weight.shape[0])?;
     weight.check("weight", "(d_inner, width)", [d_inner, width])?;
     if let Some(bias) = bias {
         bias.check("bias", "(d_inner)", [d_inner])?;
@@ -154,7 +156,7 @@ impl<T: Element, M: Memory> Problem<'_, T, M> {
 
     /// Checks the gradients that flow into a backward pass.
     pub fn check_output_gradients(&self, d_outputs: &OutputGradients<T, M>) -> Result<()> {
-        d_outputs.d_out.check("d_out", ACTIVATION_NAMES, self.inputs.x.shape)?;
+        check_exchanged("d_out", ACTIVATION_NAMES, &d_outputs.d_out, self.inputs.x.shape)?;
         match &d_outputs.d_final_state {
             Some(view) => view.check("d_final_state", STATE_NAMES, self.state_shape()),
             None => Ok(()),

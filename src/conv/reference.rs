@@ -45,6 +45,10 @@ pub fn backward<'a, T: Element>(
     problem.check_output_gradients(&d_outputs)?;
     let ([_, len, d_inner], width) = (inputs.x.shape, problem.width);
     let mut grad: Gradients<f64, f64> = Gradients::zeroed_for(&problem)?;
+    // As in the scan's reference.
+    if len == 0 && grad.initial_state.is_none() {
+        return Ok(grad);
+    }
     for sequence in problem.sequences.iter() {
         for d in 0..d_inner {
             let filter = Filter::read(&inputs.weight, &inputs.bias, d);
@@ -92,7 +96,8 @@ pub fn update<T: Element, St: Element>(inputs: &UpdateInputs<T>, state: View<St,
     let slots = Slots::check(inputs.slots, batch, state.shape[0])?;
     let mut output =
         UpdateOutput { out: zeroed("x", &inputs.x.shape)?, token_states: zeroed("x", &problem.token_state_shape())? };
-    let rows = (0..batch).filter_map(|row| Some((row, slots.get(row)?)));
+    // Without tokens there may be more rows than can be counted through.
+    let rows = (0..if tokens == 0 { 0 } else { batch }).filter_map(|row| Some((row, slots.get(row)?)));
     for (row, slot) in rows {
         for d in 0..d_inner {
             let filter = Filter::read(&inputs.weight, &inputs.bias, d);

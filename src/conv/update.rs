@@ -53,7 +53,10 @@ impl<'a, T: Element, M: Memory> UpdateInputs<'a, T, M> {
 
     /// Checks every argument but those of [`UpdateProblem::check_outputs`].
     pub(crate) fn check(&self) -> Result<UpdateProblem<'a, T, M>> {
-        Ok(UpdateProblem { inputs: *self, width: check_filter(&self.x, &self.weight, &self.bias)? })
+        Ok(UpdateProblem {
+            inputs: *self,
+            width: check_filter("(batch, tokens, d_inner)", &self.x, &self.weight, &self.bias)?,
+        })
     }
 }
 

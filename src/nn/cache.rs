@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::{MambaConfig, argument, wrap};
+use crate::candle::check_pool;
 use crate::pool::Slots;
 
 /// The states of one block for a number of sequences, each in a slot of its own.
@@ -32,7 +33,8 @@ impl LayerCache {
 
     /// The number of sequences that it holds.
     pub fn slots(&self) -> usize {
-        self.ssm.dims()[0]
+        // One that was made by hand may be of no dimensions.
+        self.ssm.dims().first().copied().unwrap_or(0)
     }
 
     /// Zeroes the states of these slots, or of all, so that new sequences can begin there.
@@ -52,7 +54,31 @@ impl LayerCache {
         Ok(())
     }
 
+    /// Checks that both pools can be written, before either is, and gives their shapes.
+    fn check_pools(&self) -> Result<[[usize; 3]; 2]> {
+        let check = |name, names, pool: &Tensor| {
+            let shape = check_pool(name, names, pool)?;
+            if !pool.is_contiguous() {
+                let got = format_args!("shape {:?} with strides {:?}", pool.dims(), pool.stride());
+                return Err(crate::Error::argument(name, "a contiguous tensor", got));
+            }
+            Ok(shape)
+        };
+        let conv = check("cache.conv", "(slots, d_conv - 1, d_inner)", &self.conv).map_err(wrap)?;
+        let ssm = check("cache.ssm", "(slots, d_inner, d_state)", &self.ssm).map_err(wrap)?;
+        if conv[0] != ssm[0] {
+            return Err(argument("cache.conv", format_args!("{} slots, as `cache.ssm`", ssm[0]), conv[0]));
+        }
+        let devices = [&self.conv, &self.ssm].map(|pool| pool.device().location());
+        if devices[0] != devices[1] {
+            let expected = format_args!("a tensor on {:?}, as `cache.ssm`", devices[1]);
+            return Err(argument("cache.conv", expected, format_args!("one on {:?}", devices[0])));
+        }
+        Ok([conv, ssm])
+    }
+
     fn check_reset(&self, slots: Option<&[usize]>) -> Result<()> {
+        self.check_pools()?;
         match slots.into_iter().flatten().find(|&&slot| slot >= self.slots()) {
             Some(slot) => Err(argument("slots", format_args!("slots below {}", self.slots()), slot)),
             None => Ok(()),
@@ -66,11 +92,12 @@ impl LayerCache {
         sequences: usize,
         slots: Option<&'s [i32]>,
     ) -> Result<Slots<'s>> {
-        let pool = self.slots();
+        let got = self.check_pools()?;
+        let pool = got[1][0];
         let expected = [[pool, config.d_conv - 1, config.d_inner], [pool, config.d_inner, config.d_state]];
-        if self.conv.dims() != expected[0] || self.ssm.dims() != expected[1] {
+        if got != expected {
             let expected = format_args!("states of shapes {:?} and {:?}", expected[0], expected[1]);
-            return Err(argument("cache", expected, format_args!("{:?} and {:?}", self.conv.dims(), self.ssm.dims())));
+            return Err(argument("cache", expected, format_args!("{:?} and {:?}", got[0], got[1])));
         }
         Slots::check(slots, sequences, pool).map_err(wrap)
     }

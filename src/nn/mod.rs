@@ -78,7 +78,7 @@ use std::fmt::Display;
 
 /// This crate's error as candle's.
 fn wrap(error: crate::Error) -> candle_core::Error {
-    candle_core::Error::wrap(error)
+    error.into()
 }
 
 /// An argument that does not fit.

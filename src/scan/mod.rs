@@ -12,15 +12,25 @@
 //! Equations, names and symbols are those of Gu and Dao, *Mamba* (2023), arXiv 2312.00752. Only the state of one step is
 //! ever held: neither `exp(ΔA)` nor `h` is stored for all steps, forward or backward.
 //!
+//! Activations are `(batch, length, d_inner)`. mamba_ssm's are `(batch, d_inner, length)`: such a tensor is read where it lies
+//! through [`View::permuted`]. One that is passed as it is gives an error that says so, except where the length equals
+//! `d_inner`: there nothing can tell, and the results are wrong. The page `docs/from-mamba-ssm.md` of the repository has all
+//! arguments side by side.
+//!
 //! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, [`reference`](mod@reference) is the same written plainly in
 //! `f64`. [`Inputs::forward`] and [`Inputs::backward`] allocate their results.
 
+mod checkpoints;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod reference;
 
-use crate::arguments::{Dims, zeroed};
+pub use checkpoints::Checkpoints;
+
+use bytemuck::Pod;
+
+use crate::arguments::{Dims, check_exchanged, zeroed};
 use crate::sequences::{CHECKPOINT_STEPS, Sequences};
 use crate::view::{check_len, check_optional};
 use crate::{Discretization, Element, Error, Host, Memory, Projection, Result, View};
@@ -102,18 +112,20 @@ impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
     pub fn checkpoint_len(&self) -> Result<usize> {
         let dims = self.check()?.dims;
         let slots = dims.batch * dims.len / CHECKPOINT_STEPS;
-        slots.checked_mul(dims.d_inner * dims.d_state).ok_or_else(|| {
-            Error::argument("u", "a shape whose checkpoints can be counted", format!("{:?}", self.u.shape))
+        // `d_inner` and `d_state` may belong to views with strides of zero, so that nothing has counted their product.
+        slots.checked_mul(dims.d_inner).and_then(|n| n.checked_mul(dims.d_state)).ok_or_else(|| {
+            let got = format_args!("shape {:?} with d_state {}", self.u.shape, dims.d_state).to_string();
+            Error::argument("u", "a shape whose checkpoints can be counted", got)
         })
     }
 
     /// Checks every argument. This is the only place that does; all implementations read what it returns.
     pub(crate) fn check(&self) -> Result<Problem<'a, T, M>> {
-        let dims = Dims::check(["u", "a", "b", "c"], &self.u, &self.a, &self.b, &self.c)?;
+        let dims = Dims::check(ACTIVATION_NAMES, &self.u, &self.a, &self.b, &self.c)?;
         let Dims { batch, len, d_inner, d_state, .. } = dims;
         let activations = [Some(("u", &self.u)), Some(("delta", &self.delta)), self.z.as_ref().map(|z| ("z", z))];
         for (name, view) in activations.into_iter().flatten() {
-            view.check(name, "(batch, length, d_inner)", [batch, len, d_inner])?;
+            check_exchanged(name, ACTIVATION_NAMES, view, [batch, len, d_inner])?;
         }
         for (name, view) in [("d", &self.d), ("delta_bias", &self.delta_bias)] {
             if let Some(view) = view {
@@ -128,6 +140,8 @@ impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
     }
 }
 
+const ACTIVATION_NAMES: &str = "(batch, length, d_inner)";
+
 /// Inputs that have passed [`Inputs::check`].
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Problem<'a, T: Element, M: Memory = Host> {
@@ -137,6 +151,12 @@ pub(crate) struct Problem<'a, T: Element, M: Memory = Host> {
 }
 
 impl<T: Element, M: Memory> Problem<'_, T, M> {
+    /// Whether a forward pass has nothing to write, whatever the number of channels or batch rows, which then can be more
+    /// than could be counted through.
+    pub fn is_nothing(&self, with_state: bool) -> bool {
+        self.dims.batch * self.dims.len == 0 && !(with_state && self.sequences.count() > 0)
+    }
+
     fn activation_shape(&self) -> [usize; 3] {
         [self.dims.batch, self.dims.len, self.dims.d_inner]
     }
@@ -151,7 +171,7 @@ impl<T: Element, M: Memory> Problem<'_, T, M> {
 
     /// Checks what a forward pass writes.
     pub fn check_outputs(&self, outputs: &OutputMut<T, M>) -> Result<()> {
-        check_len("out", "(batch, length, d_inner)", &self.activation_shape(), M::len(outputs.out))?;
+        check_len("out", ACTIVATION_NAMES, &self.activation_shape(), M::len(outputs.out))?;
         if let Some(state) = &outputs.final_state {
             check_len("final_state", "(sequences, d_inner, d_state)", &self.state_shape(), M::len(state))?;
         }
@@ -172,7 +192,7 @@ impl<T: Element, M: Memory> Problem<'_, T, M> {
         self.check_output_gradients(d_outputs)?;
         let (inputs, activation) = (&self.inputs, &self.activation_shape());
         let Dims { d_inner, d_state, .. } = self.dims;
-        let names = "(batch, length, d_inner)";
+        let names = ACTIVATION_NAMES;
         check_len("gradients.u", names, activation, M::len(gradients.u))?;
         check_len("gradients.delta", names, activation, M::len(gradients.delta))?;
         check_len("gradients.a", "(d_inner, d_state)", &[d_inner, d_state], M::len(gradients.a))?;
@@ -191,7 +211,7 @@ impl<T: Element, M: Memory> Problem<'_, T, M> {
 
     /// Checks the gradients that flow into a backward pass.
     pub fn check_output_gradients(&self, d_outputs: &OutputGradients<T, M>) -> Result<()> {
-        d_outputs.d_out.check("d_out", "(batch, length, d_inner)", self.activation_shape())?;
+        check_exchanged("d_out", ACTIVATION_NAMES, &d_outputs.d_out, self.activation_shape())?;
         match &d_outputs.d_final_state {
             Some(view) => view.check("d_final_state", "(sequences, d_inner, d_state)", self.state_shape()),
             None => Ok(()),
@@ -231,7 +251,8 @@ pub struct OutputMut<'a, T: Element, M: Memory = Host> {
     /// The state behind the last step, `(sequences, d_inner, d_state)`.
     pub final_state: Option<&'a mut M::Buffer<f32>>,
     /// What a backward pass needs to recompute the states: [`Inputs::checkpoint_len`] elements, of which only that pass
-    /// makes sense.
+    /// makes sense. A bare buffer does not say whose they are, and no backward pass can tell: whoever keeps it keeps it
+    /// with its inputs and options. ([`Inputs::forward_with_checkpoints`] does.)
     pub checkpoints: Option<&'a mut M::Buffer<f32>>,
 }
 
@@ -314,14 +335,16 @@ pub enum ProjectionGradient<T, P = f32> {
     Constant(Vec<P>),
 }
 
-impl<T: Element> ProjectionGradient<T> {
-    fn zeroed(name: &'static str, input: &Projection<T>, problem: &Problem<T>) -> Result<Self> {
+impl<T: Pod, P: Pod> ProjectionGradient<T, P> {
+    fn zeroed_for<X: Element>(name: &'static str, input: &Projection<X>, problem: &Problem<X>) -> Result<Self> {
         Ok(match input {
             Projection::Varying(_) => Self::Varying(zeroed(name, &problem.varying_shape())?),
             Projection::Constant(view) => Self::Constant(zeroed(name, &view.shape)?),
         })
     }
+}
 
+impl<T: Element> ProjectionGradient<T> {
     /// The buffers, to be written.
     pub fn as_mut(&mut self) -> ProjectionMut<'_, T> {
         match self {
@@ -331,22 +354,31 @@ impl<T: Element> ProjectionGradient<T> {
     }
 }
 
-impl<T: Element> Gradients<T> {
-    /// Zeros for every input that is given.
-    pub fn zeroed(inputs: &Inputs<T>) -> Result<Self> {
-        let problem = inputs.check()?;
+impl<T: Pod, P: Pod> Gradients<T, P> {
+    fn zeroed_for<X: Element>(problem: &Problem<X>) -> Result<Self> {
+        let inputs = &problem.inputs;
         let (activation, d_inner) = (problem.activation_shape(), problem.dims.d_inner);
         Ok(Self {
             u: zeroed("u", &activation)?,
             delta: zeroed("delta", &activation)?,
             a: zeroed("a", &inputs.a.shape)?,
-            b: ProjectionGradient::zeroed("b", &inputs.b, &problem)?,
-            c: ProjectionGradient::zeroed("c", &inputs.c, &problem)?,
+            b: ProjectionGradient::zeroed_for("b", &inputs.b, problem)?,
+            c: ProjectionGradient::zeroed_for("c", &inputs.c, problem)?,
             z: inputs.z.map(|_| zeroed("z", &activation)).transpose()?,
             d: inputs.d.map(|_| zeroed("d", &[d_inner])).transpose()?,
             delta_bias: inputs.delta_bias.map(|_| zeroed("delta_bias", &[d_inner])).transpose()?,
             initial_state: inputs.initial_state.map(|_| zeroed("initial_state", &problem.state_shape())).transpose()?,
         })
+    }
+}
+
+impl<T: Element> Gradients<T> {
+    /// Zeros for every input that is given.
+    ///
+    /// # Errors
+    /// Inputs that do not fit each other, and one whose gradient does not fit in memory.
+    pub fn zeroed(inputs: &Inputs<T>) -> Result<Self> {
+        Self::zeroed_for(&inputs.check()?)
     }
 
     /// The buffers, to be written.
@@ -365,6 +397,15 @@ impl<T: Element> Gradients<T> {
     }
 }
 
+impl<T: Pod, P: Pod> Output<T, P> {
+    fn zeroed_for<X: Element>(problem: &Problem<X>) -> Result<Self> {
+        Ok(Self {
+            out: zeroed("u", &problem.activation_shape())?,
+            final_state: zeroed("initial_state", &problem.state_shape())?,
+        })
+    }
+}
+
 impl<T: Element> Inputs<'_, T> {
     /// Runs the scan on the CPU. Keeps nothing for a backward pass.
     pub fn forward(&self) -> Result<Output<T>> {
@@ -372,31 +413,32 @@ impl<T: Element> Inputs<'_, T> {
     }
 
     /// Runs the scan on the CPU and also returns the checkpoints that [`Inputs::backward`] needs.
-    pub fn forward_with_checkpoints(&self) -> Result<(Output<T>, Vec<f32>)> {
-        let mut checkpoints = zeroed("u", &[self.checkpoint_len()?])?;
-        Ok((self.run(Some(&mut checkpoints))?, checkpoints))
+    pub fn forward_with_checkpoints(&self) -> Result<(Output<T>, Checkpoints)> {
+        let mut states = zeroed("u", &[self.checkpoint_len()?])?;
+        let output = self.run(Some(&mut states))?;
+        Ok((output, Checkpoints::new(states, &self.check()?)))
     }
 
     fn run(&self, checkpoints: Option<&mut [f32]>) -> Result<Output<T>> {
-        let problem = self.check()?;
-        let mut output = Output {
-            out: zeroed("u", &problem.activation_shape())?,
-            final_state: zeroed("initial_state", &problem.state_shape())?,
-        };
+        let mut output = Output::zeroed_for(&self.check()?)?;
         let (out, final_state) = (&mut output.out[..], Some(&mut output.final_state[..]));
         cpu::forward(self, OutputMut { out, final_state, checkpoints })?;
         Ok(output)
     }
 
     /// The gradient of every input that was given, on the CPU. `checkpoints` are those of a forward pass over the same
-    /// inputs.
+    /// inputs with the same options.
+    ///
+    /// # Errors
+    /// An argument that does not fit, and checkpoints of other inputs or options: see [`Checkpoints`] for what is compared.
     pub fn backward<'a>(
         &self,
-        checkpoints: &[f32],
+        checkpoints: &Checkpoints,
         d_outputs: impl Into<OutputGradients<'a, T>>,
     ) -> Result<Gradients<T>> {
+        checkpoints.check(&self.check()?)?;
         let mut gradients = Gradients::zeroed(self)?;
-        cpu::backward(self, checkpoints, d_outputs.into(), gradients.as_mut())?;
+        cpu::backward(self, &checkpoints.states, d_outputs.into(), gradients.as_mut())?;
         Ok(gradients)
     }
 }

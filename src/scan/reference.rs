@@ -3,25 +3,23 @@
 //! Everything else in the crate is held to this; this is held to finite differences and to PyTorch.
 
 use super::{Gradients, Inputs, Output, OutputGradients, Problem, ProjectionGradient};
-use crate::arguments::Dims;
+use crate::arguments::{Dims, zeroed};
+use crate::reference::{silu, silu_slope, softplus};
 use crate::sequences::Sequence;
 use crate::{Discretization, Element, Projection, Result};
 
 /// Runs the scan. The results are what exact arithmetic on the inputs would give, to about 15 digits.
 pub fn forward<T: Element>(inputs: &Inputs<T>) -> Result<Output<f64, f64>> {
     let problem = inputs.check()?;
-    let Dims { batch, len, d_inner, d_state, .. } = problem.dims;
-    let mut output = Output {
-        out: vec![0.0; batch * len * d_inner],
-        final_state: vec![0.0; problem.sequences.count() * d_inner * d_state],
-    };
+    let Dims { d_inner, d_state, .. } = problem.dims;
+    let mut output = Output::zeroed_for(&problem)?;
     for sequence in problem.sequences.iter() {
         for d in 0..d_inner {
             let channel = Channel { problem: &problem, sequence, d };
             let mut h = channel.initial_state();
             for t in channel.steps() {
                 let step = channel.step(t);
-                let mut y = step.skip * step.u;
+                let mut y = step.skip();
                 for (n, h) in h.iter_mut().enumerate() {
                     *h = step.decay(n) * *h + step.input_weight(n) * step.b[n] * step.u;
                     y += step.c[n] * *h;
@@ -42,54 +40,46 @@ pub fn backward<'a, T: Element>(
     let d_outputs = d_outputs.into();
     let problem = inputs.check()?;
     problem.check_output_gradients(&d_outputs)?;
-    let Dims { batch, len, d_inner, d_state, groups } = problem.dims;
-    let activation = || vec![0.0; batch * len * d_inner];
-    let projection = |input: &Projection<T>| match input {
-        Projection::Varying(_) => ProjectionGradient::Varying(vec![0.0; batch * len * groups * d_state]),
-        Projection::Constant(_) => ProjectionGradient::Constant(vec![0.0; d_inner * d_state]),
-    };
-    let mut grad = Gradients {
-        u: activation(),
-        delta: activation(),
-        a: vec![0.0; d_inner * d_state],
-        b: projection(&inputs.b),
-        c: projection(&inputs.c),
-        z: inputs.z.map(|_| activation()),
-        d: inputs.d.map(|_| vec![0.0; d_inner]),
-        delta_bias: inputs.delta_bias.map(|_| vec![0.0; d_inner]),
-        initial_state: inputs.initial_state.map(|_| vec![0.0; problem.sequences.count() * d_inner * d_state]),
-    };
+    let Dims { len, d_inner, d_state, .. } = problem.dims;
+    let mut grad: Gradients<f64, f64> = Gradients::zeroed_for(&problem)?;
+    // Without steps only the gradient of an initial state is not zero, and without one there may be more sequences than can
+    // be counted through.
+    if len == 0 && grad.initial_state.is_none() {
+        return Ok(grad);
+    }
     for sequence in problem.sequences.iter() {
         for d in 0..d_inner {
             let channel = Channel { problem: &problem, sequence, d };
 
-            // The states of this one channel before every step, which the adjoint recurrence reads backwards.
-            let mut before = vec![channel.initial_state()];
-            for t in channel.steps() {
+            // The states of this one channel before every step and after the last, which the adjoint recurrence reads
+            // backwards.
+            let mut states: Vec<f64> = zeroed("u", &[sequence.len + 1, d_state])?;
+            states[..d_state].copy_from_slice(&channel.initial_state());
+            for (i, t) in channel.steps().enumerate() {
                 let step = channel.step(t);
-                let h = before.last().expect("it starts with the initial state");
-                let next =
-                    (0..d_state).map(|n| step.decay(n) * h[n] + step.input_weight(n) * step.b[n] * step.u).collect();
-                before.push(next);
+                let (before, after) = states[i * d_state..].split_at_mut(d_state);
+                for n in 0..d_state {
+                    after[n] = step.decay(n) * before[n] + step.input_weight(n) * step.b[n] * step.u;
+                }
             }
 
             // d_h is the gradient of the state behind the step at hand.
             let mut d_h: Vec<f64> = (0..d_state)
                 .map(|n| d_outputs.d_final_state.map_or(0.0, |view| view.at([sequence.index, d, n]).into()))
                 .collect();
-            for (i, t) in channel.steps().enumerate().collect::<Vec<_>>().into_iter().rev() {
+            for (i, t) in channel.steps().enumerate().rev() {
                 let step = channel.step(t);
-                let (h_before, h) = (&before[i], &before[i + 1]);
+                let (h_before, h) = states[i * d_state..].split_at(d_state);
                 let d_out = f64::from(d_outputs.d_out.at([sequence.batch, t, d]));
 
                 let mut d_y = d_out;
                 if let (Some(z), Some(grad_z)) = (step.gate, &mut grad.z) {
-                    let y: f64 = step.skip * step.u + (0..d_state).map(|n| step.c[n] * h[n]).sum::<f64>();
+                    let y: f64 = step.skip() + (0..d_state).map(|n| step.c[n] * h[n]).sum::<f64>();
                     grad_z[channel.index(t)] = d_out * y * silu_slope(z);
                     d_y = d_out * silu(z);
                 }
 
-                let mut d_u = step.skip * d_y;
+                let mut d_u = step.d.map_or(0.0, |d| d * d_y);
                 let mut d_delta = 0.0;
                 for n in 0..d_state {
                     d_h[n] += step.c[n] * d_y;
@@ -100,9 +90,17 @@ pub fn backward<'a, T: Element>(
                     d_u += d_h[n] * weight * step.b[n];
 
                     let (d_decay, d_weight) = (d_h[n] * h_before[n], d_h[n] * step.b[n] * step.u);
-                    let (weight_by_delta, weight_by_a) = step.input_weight_slopes(n);
-                    d_delta += d_decay * step.a[n] * step.decay(n) + d_weight * weight_by_delta;
-                    grad.a[d * d_state + n] += d_decay * step.delta * step.decay(n) + d_weight * weight_by_a;
+                    d_delta += d_decay * step.a[n] * step.decay(n);
+                    let d_a = &mut grad.a[d * d_state + n];
+                    *d_a += d_decay * step.delta * step.decay(n);
+                    match step.discretization {
+                        // The input's weight does not depend on A: not even infinity times zero comes from there.
+                        Discretization::Euler => d_delta += d_weight,
+                        Discretization::ZeroOrderHold => {
+                            d_delta += d_weight * step.decay(n);
+                            *d_a += d_weight * hold_slope(step.delta, step.a[n]);
+                        }
+                    }
 
                     d_h[n] *= step.decay(n);
                 }
@@ -140,14 +138,14 @@ struct Step {
     a: Vec<f64>,
     b: Vec<f64>,
     c: Vec<f64>,
-    skip: f64,
+    d: Option<f64>,
     gate: Option<f64>,
     discretization: Discretization,
 }
 
 impl<T: Element> Channel<'_, '_, T> {
     /// The steps of the batch row in the direction of the scan.
-    fn steps(&self) -> impl ExactSizeIterator<Item = usize> {
+    fn steps(&self) -> impl ExactSizeIterator<Item = usize> + DoubleEndedIterator {
         let (sequence, reverse) = (self.sequence, self.problem.inputs.options.reverse);
         (0..sequence.len).map(move |i| sequence.step(i, reverse))
     }
@@ -177,7 +175,7 @@ impl<T: Element> Channel<'_, '_, T> {
             a: states.clone().map(|n| f64::from(inputs.a.at([d, n]))).collect(),
             b: projection(&inputs.b),
             c: projection(&inputs.c),
-            skip: inputs.d.map_or(0.0, |v| v.at([d]).into()),
+            d: inputs.d.map(|v| v.at([d]).into()),
             gate: inputs.z.map(|v| v.at([batch, t, d]).into()),
             discretization: inputs.options.discretization,
         }
@@ -219,31 +217,27 @@ impl Step {
         crate::reference::input_weight(self.discretization, self.delta, self.a[n])
     }
 
-    /// The derivatives of [`Step::input_weight`] by Δ and by A.
-    fn input_weight_slopes(&self, n: usize) -> (f64, f64) {
-        match self.discretization {
-            Discretization::Euler => (1.0, 0.0),
-            Discretization::ZeroOrderHold => {
-                (self.decay(n), self.delta * self.delta * phi_slope(self.delta * self.a[n]))
-            }
-        }
+    /// What goes past the states. Without D nothing does, not even the NaN of zero times infinity.
+    fn skip(&self) -> f64 {
+        self.d.map_or(0.0, |d| d * self.u)
     }
 }
 
-use crate::reference::{silu, silu_slope, softplus};
-
-/// φ'(x) for φ(x) = (e^x - 1)/x.
-fn phi_slope(x: f64) -> f64 {
-    if x.abs() < 0.25 {
-        // Σ x^k/(k! (k + 2)): the closed form cancels for small x.
+/// The derivative of (exp(ΔA) - 1)/A by A, which is Δ² φ'(ΔA) for φ(x) = (e^x - 1)/x.
+fn hold_slope(delta: f64, a: f64) -> f64 {
+    let x = delta * a;
+    if x.abs() < 1.0 {
+        // φ'(x) = Σ x^k/(k! (k + 2)): the closed form cancels for small x.
         let mut term = 1.0;
         let mut sum = 0.0;
-        for k in 0..16 {
+        for k in 0..20 {
             sum += term / f64::from(k + 2);
             term *= x / f64::from(k + 1);
         }
-        sum
+        delta * delta * sum
     } else {
-        (x.exp() - x.exp_m1() / x) / x
+        // Where e^x is 0, so is its product, also if x is infinite.
+        let product = if x < -800.0 { 0.0 } else { (x - 1.0) * x.exp() };
+        (product + 1.0) / (a * a)
     }
 }

@@ -26,7 +26,7 @@ pub mod reference;
 
 pub use crate::pool::{UpdateMut, UpdateOutput, rollback};
 
-use crate::arguments::{Dims, zeroed};
+use crate::arguments::{Dims, check_exchanged, zeroed};
 use crate::pool::Slots;
 use crate::{Discretization, Element, Host, Memory, Projection, Result, View, ViewMut};
 
@@ -99,11 +99,11 @@ impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
 
     /// Checks every argument but those of [`Problem::check_outputs`].
     pub(crate) fn check(&self) -> Result<Problem<'a, T, M>> {
-        let dims = Dims::check(["u", "a", "b", "c"], &self.u, &self.a, &self.b, &self.c)?;
+        let dims = Dims::check(ACTIVATION_NAMES, &self.u, &self.a, &self.b, &self.c)?;
         let Dims { batch, len, d_inner, .. } = dims;
         let activations = [Some(("u", &self.u)), Some(("dt", &self.dt)), self.z.as_ref().map(|z| ("z", z))];
         for (name, view) in activations.into_iter().flatten() {
-            view.check(name, "(batch, tokens, d_inner)", [batch, len, d_inner])?;
+            check_exchanged(name, ACTIVATION_NAMES, view, [batch, len, d_inner])?;
         }
         for (name, view) in [("d", &self.d), ("dt_bias", &self.dt_bias)] {
             if let Some(view) = view {
@@ -113,6 +113,8 @@ impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
         Ok(Problem { inputs: *self, dims })
     }
 }
+
+const ACTIVATION_NAMES: &str = "(batch, tokens, d_inner)";
 
 /// The names of the dimensions of the pool and of the states behind each token.
 pub(crate) const STATE_NAMES: [&str; 2] = ["(slots, d_inner, d_state)", "(batch, tokens, d_inner, d_state)"];

@@ -19,7 +19,8 @@ pub fn update<T: Element, St: Element>(inputs: &Inputs<T>, state: View<St, 3>) -
         out: zeroed("u", &[batch, tokens, d_inner])?,
         token_states: zeroed("u", &[batch, tokens, d_inner, d_state])?,
     };
-    let rows = (0..batch).filter_map(|row| Some((row, slots.get(row)?)));
+    // Without tokens there may be more rows than can be counted through.
+    let rows = (0..if tokens == 0 { 0 } else { batch }).filter_map(|row| Some((row, slots.get(row)?)));
     for (row, slot) in rows {
         for d in 0..d_inner {
             let group = d / problem.dims.group_channels();
@@ -30,12 +31,13 @@ pub fn update<T: Element, St: Element>(inputs: &Inputs<T>, state: View<St, 3>) -
                     Projection::Varying(view) => f64::from(view.at([row, t, group, n])),
                     Projection::Constant(view) => f64::from(view.at([d, n])),
                 };
-                let parameter = |view: &Option<View<f32, 1>>| view.map_or(0.0, |view| f64::from(view.at([d])));
                 let u = f64::from(inputs.u.at([row, t, d]));
-                let raw = f64::from(inputs.dt.at([row, t, d])) + parameter(&inputs.dt_bias);
+                let raw =
+                    f64::from(inputs.dt.at([row, t, d])) + inputs.dt_bias.map_or(0.0, |view| f64::from(view.at([d])));
                 let delta = if inputs.options.dt_softplus { softplus(raw).0 } else { raw };
 
-                let mut y = parameter(&inputs.d) * u;
+                // Without D nothing goes past the states, not even the NaN of zero times infinity.
+                let mut y = inputs.d.map_or(0.0, |view| f64::from(view.at([d])) * u);
                 for (n, h) in h.iter_mut().enumerate() {
                     let a = f64::from(inputs.a.at([d, n]));
                     let weight = input_weight(inputs.options.discretization, delta, a);

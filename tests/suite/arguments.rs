@@ -1,8 +1,9 @@
 //! Bad arguments to the scan: an error that names the argument, and nothing written; never a panic, whatever they are.
 
 use proptest::prelude::*;
+use rand::Rng;
 use selective_scan::scan::{self, Gradients, Inputs, OutputGradients, OutputMut, ProjectionMut, cpu};
-use selective_scan::{Error, View};
+use selective_scan::{Discretization, Error, View};
 
 use crate::case::{Case, Flags, Shape, seeded};
 
@@ -20,6 +21,7 @@ fn all() -> Flags {
 fn assert_names(inputs: &Inputs<f32>, argument: &str) {
     const UNTOUCHED: f32 = 123.0;
     let case = case(all());
+    let (_, kept) = case.inputs().forward_with_checkpoints().expect("valid");
     let mut out = vec![UNTOUCHED; 2 * 70 * 6];
     let mut checkpoints = vec![UNTOUCHED; 2 * 70 / 64 * 6 * 4];
     let to = OutputMut { out: &mut out[..], final_state: None, checkpoints: Some(&mut checkpoints[..]) };
@@ -27,7 +29,7 @@ fn assert_names(inputs: &Inputs<f32>, argument: &str) {
         cpu::forward(inputs, to).expect_err("forward accepts it"),
         scan::reference::forward(inputs).expect_err("the reference accepts it"),
         scan::reference::backward(inputs, case.d_outputs()).expect_err("the reference's backward accepts it"),
-        inputs.backward(&[UNTOUCHED; 2 * 24], case.d_outputs()).expect_err("backward accepts it"),
+        inputs.backward(&kept, case.d_outputs()).expect_err("backward accepts it"),
     ] {
         let Error::Argument { argument: named, expected, got } = &error else { panic!("{error}") };
         assert_eq!(*named, argument, "{error}");
@@ -120,11 +122,12 @@ fn output_buffers() {
 fn gradient_buffers() {
     let case = case(all());
     let inputs = case.inputs();
-    let checkpoints = vec![0.0; inputs.checkpoint_len().expect("valid")];
+    let (_, kept) = inputs.forward_with_checkpoints().expect("valid");
+    let checkpoints = kept.as_slice();
     let run = |change: &dyn Fn(&mut Gradients<f32>)| {
         let mut gradients = Gradients::zeroed(&inputs).expect("valid");
         change(&mut gradients);
-        match cpu::backward(&inputs, &checkpoints, case.d_outputs(), gradients.as_mut()) {
+        match cpu::backward(&inputs, checkpoints, case.d_outputs(), gradients.as_mut()) {
             Err(Error::Argument { argument, .. }) => argument,
             other => panic!("{other:?}"),
         }
@@ -141,16 +144,139 @@ fn gradient_buffers() {
 
     let without = Inputs { z: None, ..inputs };
     let mut gradients = Gradients::zeroed(&inputs).expect("valid");
-    let error = cpu::backward(&without, &checkpoints, case.d_outputs(), gradients.as_mut());
+    let error = cpu::backward(&without, checkpoints, case.d_outputs(), gradients.as_mut());
     assert!(matches!(error, Err(Error::Argument { argument: "gradients.z", .. })));
-    let error = inputs.backward(&checkpoints[1..], case.d_outputs());
+    let error = cpu::backward(&inputs, &checkpoints[1..], case.d_outputs(), gradients.as_mut());
     assert!(matches!(error, Err(Error::Argument { argument: "checkpoints", .. })));
     let d_out = View::new(&case.a, [2, 70, 5]);
-    let error = inputs.backward(&checkpoints, OutputGradients { d_out, ..case.d_outputs() });
+    let error = inputs.backward(&kept, OutputGradients { d_out, ..case.d_outputs() });
     assert!(matches!(error, Err(Error::Argument { argument: "d_out", .. })));
     let d_final_state = Some(View::new(&case.a, [2, 4, 6]));
-    let error = inputs.backward(&checkpoints, OutputGradients { d_final_state, ..case.d_outputs() });
+    let error = inputs.backward(&kept, OutputGradients { d_final_state, ..case.d_outputs() });
     assert!(matches!(error, Err(Error::Argument { argument: "d_final_state", .. })));
+}
+
+/// Checkpoints of another forward pass are refused, whatever it is that differs; what the states do not depend on may.
+#[test]
+fn checkpoints_of_others() {
+    let (mut rng, seed) = seeded();
+    let case = Case::<f32>::new(&mut rng, SHAPE, all());
+    let inputs = case.inputs();
+    let (_, checkpoints) = inputs.forward_with_checkpoints().expect("valid");
+    let right = inputs.backward(&checkpoints, case.d_outputs()).expect("these are their own");
+    let refused = |inputs: &Inputs<f32>, got: &str| {
+        let error = inputs.backward(&checkpoints, case.d_outputs()).expect_err(got).to_string();
+        let expected =
+            "`checkpoints`: expected those of a forward pass over the same inputs with the same options, got those of";
+        assert_eq!(error, format!("{expected} {got}"), "SEED={seed}");
+    };
+    // The case that was found: all other values of the same shape.
+    let other = Case::<f32>::new(&mut rng, SHAPE, all());
+    let others = other.inputs();
+    let error = others.backward(&checkpoints, case.d_outputs()).expect_err("others").to_string();
+    assert!(error.ends_with("got those of other values of `u`"), "{error}");
+    refused(&Inputs { u: others.u, ..inputs }, "other values of `u`");
+    refused(&Inputs { delta: others.delta, ..inputs }, "other values of `delta`");
+    refused(&Inputs { a: others.a, ..inputs }, "other values of `a`");
+    refused(&Inputs { b: others.b, ..inputs }, "other values of `b`");
+    refused(&Inputs { delta_bias: others.delta_bias, ..inputs }, "other values of `delta_bias`");
+    refused(&Inputs { initial_state: others.initial_state, ..inputs }, "other values of `initial_state`");
+    refused(&Inputs { initial_state: None, ..inputs }, "inputs with `initial_state`");
+    let bare = Inputs { delta_bias: None, ..inputs };
+    let (_, without) = bare.forward_with_checkpoints().expect("valid");
+    let error = inputs.backward(&without, case.d_outputs()).expect_err("others").to_string();
+    assert!(error.ends_with("got those of inputs without `delta_bias`"), "{error}");
+    for options in [
+        scan::Options { delta_softplus: false, ..inputs.options },
+        scan::Options { reverse: true, ..inputs.options },
+        scan::Options { discretization: Discretization::ZeroOrderHold, ..inputs.options },
+    ] {
+        let got = format!("{:?}, where the inputs have {options:?}", inputs.options);
+        refused(&Inputs { options, ..inputs }, &got);
+    }
+    // One token of one row, as an embedding has another one for it: every channel of a step.
+    for _ in 0..20 {
+        let (batch, step) = (rng.random_range(0..2), rng.random_range(0..70));
+        let mut changed = case.clone();
+        (0..6).for_each(|d| changed.u.set([batch, step, d], rng.random_range(3.0..4.0)));
+        refused(&Inputs { u: changed.u.view(), ..inputs }, "other values of `u`");
+    }
+    // As many checkpoints of other shapes.
+    let flat = Inputs { initial_state: None, ..inputs };
+    let (_, dense) = flat.forward_with_checkpoints().expect("valid");
+    let data = vec![0.25f32; 4096];
+    let three = |shape: [usize; 3]| View::new(&data, shape);
+    let projection = View::new(&data, [1, 140, 1, 4]);
+    let bare = Inputs::new(three([1, 140, 6]), three([1, 140, 6]), inputs.a, projection, projection);
+    assert_eq!(bare.checkpoint_len(), flat.checkpoint_len());
+    let error = bare.backward(&dense, three([1, 140, 6])).expect_err("another shape").to_string();
+    let got = "(batch, length, d_inner, d_state) = [2, 70, 6, 4], where the inputs have [1, 140, 6, 4]";
+    assert!(error.contains(got), "{error}");
+    let packed = Inputs { cu_seqlens: Some(&[0, 70, 140]), ..bare };
+    let (_, checkpoints_of_packed) = packed.forward_with_checkpoints().expect("valid");
+    let moved = Inputs { cu_seqlens: Some(&[0, 71, 140]), ..bare };
+    let error = moved.backward(&checkpoints_of_packed, three([1, 140, 6])).expect_err("other sequences").to_string();
+    assert!(error.ends_with("got those of other `cu_seqlens`"), "{error}");
+
+    // The same values lie elsewhere in another order, and C, D and z are others: the states are the same.
+    let time_contiguous = |view: View<f32, 3>| -> Vec<f32> {
+        let at = |i: usize| view.data[view.offset + i / 420 * view.strides[0] + i % 70 * view.strides[1] + i / 70 % 6];
+        (0..840).map(at).collect()
+    };
+    let u = time_contiguous(inputs.u);
+    let moved = Inputs { u: three_of(&u, [2, 6, 70]).permuted([0, 2, 1]).expect("an order"), ..inputs };
+    assert_eq!(moved.backward(&checkpoints, case.d_outputs()).as_ref(), Ok(&right), "SEED={seed}");
+    let changed = Inputs { c: others.c, d: others.d, z: others.z, ..inputs };
+    let (_, own) = changed.forward_with_checkpoints().expect("valid");
+    let gradients = changed.backward(&checkpoints, case.d_outputs()).expect("the states do not depend on these");
+    assert_eq!(gradients, changed.backward(&own, case.d_outputs()).expect("their own"), "SEED={seed}");
+    assert_eq!(own, checkpoints);
+}
+
+fn three_of(data: &[f32], shape: [usize; 3]) -> View<'_, f32, 3> {
+    View::new(data, shape)
+}
+
+/// A view's dimensions in another order, and orders that are none.
+#[test]
+fn permutations() {
+    let data: Vec<f32> = (0..24).map(|i| i as f32).collect();
+    let view = View::new(&data, [2, 3, 4]).with_layout(0, [12, 4, 1]);
+    let permuted = view.permuted([2, 0, 1]).expect("an order");
+    assert_eq!((permuted.offset, permuted.shape, permuted.strides), (0, [4, 2, 3], [1, 12, 4]));
+    for order in [[0, 1, 1], [0, 1, 3], [1, 2, usize::MAX]] {
+        let error = view.permuted(order).expect_err("not an order").to_string();
+        assert_eq!(error, format!("`order`: expected each dimension from 0 to 2 once, got {order:?}"));
+    }
+}
+
+/// mamba_ssm's order, (batch, d_inner, length): the error names what is in it, not `a`.
+#[test]
+fn another_order() {
+    let data = vec![0.5f32; 2 * 32 * 37];
+    let (x, a) = (View::new(&data, [2, 32, 37]), View::new(&data, [32, 16]));
+    let b = View::new(&data, [2, 37, 1, 16]);
+    let error = Inputs::new(x, x, a, b, b).forward().expect_err("another order").to_string();
+    assert_eq!(
+        error,
+        "`u`: expected shape (batch, length, d_inner) with d_inner = 32, as `a` has it, got [2, 32, 37], which fits with its \
+         last two dimensions exchanged (without a copy, by `permuted([0, 2, 1])` of a view or `transpose(1, 2)` of a tensor)"
+    );
+    let permuted = x.permuted([0, 2, 1]).expect("an order");
+    let right = Inputs::new(permuted, permuted, a, b, b);
+    right.forward().expect("as the message says");
+    for error in [
+        Inputs { delta: x, ..right }.forward().expect_err("delta is not transposed"),
+        Inputs { z: Some(x), ..right }.forward().expect_err("z is not transposed"),
+    ] {
+        assert!(
+            error.to_string().contains("[2, 32, 37], which fits with its last two dimensions exchanged"),
+            "{error}"
+        );
+    }
+    // What fits neither way is not guessed at.
+    let error = Inputs { a: View::new(&data, [31, 16]), ..right }.forward().expect_err("a does not fit").to_string();
+    assert_eq!(error, "`a`: expected shape (d_inner, d_state) = [32, 16], got [31, 16]");
 }
 
 /// A batch of any size is no work if it has no steps.
@@ -162,7 +288,8 @@ fn endless_empty_batch() {
     let inputs = Inputs::new(activation, activation, View::new(&data, [6, 1]), projection, projection);
     let to = OutputMut { out: &mut [][..], final_state: None, checkpoints: None };
     assert_eq!(cpu::forward(&inputs, to), Ok(()));
-    let gradients = inputs.backward(&[], activation).expect("there is nothing to refuse");
+    let mut gradients = Gradients::zeroed(&inputs).expect("six channels");
+    assert_eq!(cpu::backward(&inputs, &[], OutputGradients::from(activation), gradients.as_mut()), Ok(()));
     assert_eq!(gradients.a, [0.0; 6]);
 }
 

@@ -1,5 +1,6 @@
 //! The correctness suite: one program with a module per property, because each program that links GPU code is large.
 
+mod absurd;
 mod accuracy;
 mod arguments;
 #[cfg(feature = "candle")]
@@ -15,6 +16,7 @@ mod interpreted;
 mod memory;
 #[cfg(feature = "candle")]
 mod nn;
+mod nonfinite;
 mod properties;
 mod state_update;
 mod vectors;

@@ -20,15 +20,28 @@ static PEAK: AtomicUsize = AtomicUsize::new(0);
 
 struct Counting;
 
+impl Counting {
+    fn add(size: usize) {
+        HELD_HERE.set(HELD_HERE.get().wrapping_add(size));
+        if COUNTED.get() {
+            PEAK.fetch_max(HELD.fetch_add(size, Relaxed) + size, Relaxed);
+        }
+    }
+}
+
 // SAFETY: every call is handed to the system's allocator as it came.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        HELD_HERE.set(HELD_HERE.get().wrapping_add(layout.size()));
-        if COUNTED.get() {
-            PEAK.fetch_max(HELD.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
-        }
+        Self::add(layout.size());
         // SAFETY: the caller keeps the contract of `alloc`.
         unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        Self::add(layout.size());
+        // SAFETY: the caller keeps the contract of `alloc_zeroed`, which is that of `alloc`. (Without this method zeros
+        // would be written where the system has pages of them.)
+        unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {

@@ -14,9 +14,9 @@
 
 use rayon::prelude::*;
 
-use crate::Element;
 use crate::shared::Shared;
 use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, silu_grad};
+use crate::{Element, Result};
 
 use super::{
     BLOCKS, Filters, GradientsMut, MOST_BEFORE, OutputGradients, Problem, TILE, Tile, Unit, channels, channels_mut,
@@ -28,8 +28,8 @@ pub(super) fn run<T: Element>(
     problem: &Problem<T>,
     d_outputs: OutputGradients<T>,
     mut gradients: GradientsMut<T>,
-) {
-    let tiles = tiles(problem, gradients.initial_state.is_some());
+) -> Result<()> {
+    let tiles = tiles(problem, gradients.initial_state.is_some())?;
     let (runs, units) = (runs(&tiles), units(problem.d_inner()));
     let pass = Pass {
         isa,
@@ -70,6 +70,7 @@ pub(super) fn run<T: Element>(
             }
         }
     }
+    Ok(())
 }
 
 struct Pass<'p, 'a, T: Element> {
@@ -239,8 +240,16 @@ fn spread<S: Lanes, const SILU: bool, const W: usize>(simd: S, tile: Spread) {
             for r in if whole { 0 } else { W - 1 }..own + W - 1 {
                 let window = &mut g[r * BLOCKS + i..][..(W - 1) * BLOCKS + 1];
                 let mut sum = simd.splat_f32s(0.0);
-                for k in 0..W {
-                    sum = simd.fma(weight[k], window[(W - 1 - k) * BLOCKS].vectors::<S>()[lane], sum);
+                if (W - 1..steps).contains(&r) {
+                    for k in 0..W {
+                        sum = simd.fma(weight[k], window[(W - 1 - k) * BLOCKS].vectors::<S>()[lane], sum);
+                    }
+                } else {
+                    // The window reaches out of the sequence, where no weight has been: not even an infinite one, whose
+                    // product with a zero there would be NaN.
+                    for k in (0..W).filter(|k| (W - 1..W - 1 + steps).contains(&(r + W - 1 - k))) {
+                        sum = simd.fma(weight[k], window[(W - 1 - k) * BLOCKS].vectors::<S>()[lane], sum);
+                    }
                 }
                 // No later row of the line reads this g.
                 window[0].vectors_mut::<S>()[lane] = sum;

@@ -2,17 +2,21 @@
 
 use rayon::prelude::*;
 
-use crate::Element;
 use crate::shared::Shared;
 use crate::simd::{Isa, Kernel, Lanes, Row, silu};
+use crate::{Element, Result};
 
 use super::{
     BLOCKS, Filters, MOST_BEFORE, OutputMut, Problem, TILE, Tile, Unit, channels, channels_mut, runs, tiles, unit_rows,
     units, with_width,
 };
 
-pub(super) fn run<T: Element>(isa: Isa, problem: &Problem<T>, outputs: OutputMut<T>) {
-    let tiles = tiles(problem, outputs.final_state.is_some());
+pub(super) fn run<T: Element>(isa: Isa, problem: &Problem<T>, outputs: OutputMut<T>) -> Result<()> {
+    let tiles = tiles(problem, outputs.final_state.is_some())?;
+    if tiles.is_empty() {
+        // There may be more channels than can be counted through.
+        return Ok(());
+    }
     let (runs, units) = (runs(&tiles), units(problem.d_inner()));
     let out = Shared::new(outputs.out);
     let final_state = outputs.final_state.map(Shared::new);
@@ -36,6 +40,7 @@ pub(super) fn run<T: Element>(isa: Isa, problem: &Problem<T>, outputs: OutputMut
             }
         },
     );
+    Ok(())
 }
 
 /// Reads the rows of the line that a tile needs.

@@ -16,7 +16,8 @@ mod backward;
 mod forward;
 mod update;
 
-use crate::sequences::{self, Sequence};
+use crate::arguments::reserved;
+use crate::sequences::{self, Sequence, Sequences};
 use crate::simd::{BLOCK, Isa, Row};
 use crate::{Element, Result, View};
 
@@ -47,8 +48,7 @@ pub fn forward<T: Element>(inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<
 pub fn forward_with<T: Element>(isa: Isa, inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<()> {
     let problem = inputs.check()?;
     problem.check_outputs(&outputs)?;
-    forward::run(isa, &problem, outputs);
-    Ok(())
+    forward::run(isa, &problem, outputs)
 }
 
 /// Computes the gradient of every input that was given.
@@ -72,8 +72,7 @@ pub fn backward_with<T: Element>(
 ) -> Result<()> {
     let problem = inputs.check()?;
     problem.check_backward(&d_outputs, &gradients)?;
-    backward::run(isa, &problem, d_outputs, gradients);
-    Ok(())
+    backward::run(isa, &problem, d_outputs, gradients)
 }
 
 /// Runs an update with the widest instructions of this processor, on the threads of the current rayon pool.
@@ -130,19 +129,27 @@ fn units(d_inner: usize) -> Vec<Unit> {
 }
 
 /// The tiles of all sequences. One without steps has an empty tile if `keep_empty`, to hand its state on.
-fn tiles<T: Element>(problem: &Problem<T>, keep_empty: bool) -> Vec<Tile> {
+fn tiles<T: Element>(problem: &Problem<T>, keep_empty: bool) -> Result<Vec<Tile>> {
     // Batch rows without a step could be more than can be counted.
     if problem.inputs.x.shape[1] == 0 && !keep_empty {
-        return Vec::new();
+        return Ok(Vec::new());
     }
     let least = usize::from(keep_empty);
+    let count = match problem.sequences {
+        Sequences::Dense { batch, len } => batch * len.max(least).div_ceil(TILE),
+        Sequences::Packed(offsets) => {
+            offsets.windows(2).map(|pair| (pair[1] - pair[0]).max(least).div_ceil(TILE)).sum()
+        }
+    };
+    let mut all = reserved("x", &problem.inputs.x.shape, count)?;
     let tiles = |sequence: Sequence| {
         (0..sequence.len.max(least)).step_by(TILE).map(move |first| {
             let len = TILE.min(sequence.len - first);
             Tile { sequence, first, len }
         })
     };
-    problem.sequences.iter().flat_map(tiles).collect()
+    all.extend(problem.sequences.iter().flat_map(tiles));
+    Ok(all)
 }
 
 fn runs(tiles: &[Tile]) -> Vec<&[Tile]> {

@@ -36,12 +36,17 @@ pub fn forward<T: Element>(inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<
 pub fn forward_with<T: Element>(isa: Isa, inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<()> {
     let problem = inputs.check()?;
     problem.check_outputs(&outputs)?;
-    forward::run(isa, &problem, outputs);
+    if !problem.is_nothing(outputs.final_state.is_some()) {
+        forward::run(isa, &problem, outputs);
+    }
     Ok(())
 }
 
-/// Computes the gradient of every input that was given. `checkpoints` are those that [`forward`] kept for the same
-/// inputs.
+/// Computes the gradient of every input that was given. `checkpoints` are those that [`forward`] kept.
+///
+/// The caller must see to it that they are those of the same inputs and options: of a bare buffer nothing but its length
+/// can be checked, and with other states in it the gradients are wrong without an error. (Memory is safe whatever it
+/// holds.) [`Inputs::backward`] checks.
 pub fn backward<T: Element>(
     inputs: &Inputs<T>,
     checkpoints: &[f32],

@@ -14,7 +14,10 @@ use crate::scan::ProjectionMut;
 use crate::{Element, Result};
 
 /// Computes the gradient of every input that was given on the stream's device. `checkpoints` are those that a forward pass
-/// on a GPU kept for the same inputs.
+/// on a GPU kept.
+///
+/// The caller must see to it that they are those of the same inputs and options: of a bare buffer nothing but its length can
+/// be checked, and with other states in it the gradients are wrong without an error.
 ///
 /// # Errors
 /// An argument that does not fit, or lies on another device; nothing is written then. What the driver refuses.

@@ -65,6 +65,7 @@ on_the_device! {
     };
     updates_continue_a_scan: |device| update::continues_a_scan(device);
     a_pool_that_is_an_input_is_refused: |device| update::aliasing(device);
+    states_of_the_graph_are_refused: |device| update::states_of_the_graph(device);
     agrees_with_pytorch: |device| {
         crate::vectors::candle::scan(device);
         crate::vectors::candle::conv(device);

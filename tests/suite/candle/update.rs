@@ -1,6 +1,6 @@
 //! Updates in place.
 
-use candle_core::{DType, Device, Tensor, WithDType};
+use candle_core::{DType, Device, Tensor, Var, WithDType};
 use half::{bf16, f16};
 use selective_scan::candle::{CausalConv, ConvUpdate, Scan, StateUpdate, rollback};
 use selective_scan::{Element, View, ViewMut, conv, scan, state_update};
@@ -239,4 +239,58 @@ fn threads_that_cross_do_not_lock_up() {
             });
         }
     });
+}
+
+/// An update of a state that a backward pass will read would change gradients without a word (6.07 for 3.68 here): it is
+/// refused, and nothing is written. A copy outside of the graph goes on from there.
+pub fn states_of_the_graph(device: &Device) {
+    let tensor = |values: &[f32], shape: &[usize]| dense(values, shape, device);
+    let u = Var::from_tensor(&tensor(&[0.5, -1.0, 2.0], &[1, 3, 1])).expect("a copy");
+    let (delta, a, b) = (tensor(&[0.3; 3], &[1, 3, 1]), tensor(&[-0.7], &[1, 1]), tensor(&[1.0; 3], &[1, 3, 1]));
+    let gradient = |refuse: bool| {
+        let (out, state) = Scan::new(&u, &delta, &a, &b, &b).forward_with_state().expect("valid");
+        // The gradient of a square reads the state.
+        let loss =
+            (state.sqr().and_then(|x| x.sum_all()).expect("a sum") + out.sum_all().expect("a sum")).expect("two");
+        let (token, b) = (tensor(&[4.0], &[1, 1, 1]), tensor(&[1.0], &[1, 1, 1]));
+        let update = StateUpdate::new(&token, &token, &a, &b, &b);
+        let weight = tensor(&[1.0, 1.0], &[1, 2]);
+        let conv = ConvUpdate::new(&token, &weight);
+        let variable = Var::from_tensor(&state.detach()).expect("a copy");
+        let tokens = tensor(&[9.0], &[1, 1, 1, 1]);
+        if refuse {
+            let (before, before_variable) = (values(&state), values(&variable));
+            for (state, got) in [(&state, "one that candle tracks for a backward pass"), (&variable, "a variable")] {
+                let narrowed = state.narrow(2, 0, 1).expect("a range");
+                for state in [state, &narrowed] {
+                    for result in [
+                        update.update(state).map(|_| ()),
+                        update.update_with_token_states(state).map(|_| ()),
+                        conv.update(state).map(|_| ()),
+                        conv.update_with_token_states(state).map(|_| ()),
+                        rollback(state, &tokens, None, &[1]),
+                    ] {
+                        let error = result.expect_err("it is part of the graph").to_string();
+                        let expected = "`state`: expected a tensor outside of candle's graph, since it is overwritten (detach \
+                                        and copy it: `state.detach().copy()`), got ";
+                        assert!(error.starts_with(expected), "{error}");
+                        // A part of a variable is what candle has computed from it.
+                        assert!(error.ends_with(got) || error.ends_with("tracks for a backward pass"), "{error}");
+                    }
+                }
+            }
+            assert_eq!((values(&state), values(&variable)), (before, before_variable), "nothing is written");
+        }
+        let copied = state.detach().copy().expect("a copy");
+        let before = values(&copied);
+        update.update(&copied).expect("outside of the graph");
+        assert_ne!(values(&copied), before, "the copy is brought up to date");
+        values(loss.backward().expect("a loss").get(&u).expect("a variable"))
+    };
+    assert_eq!(gradient(true), gradient(false));
+}
+
+#[test]
+fn states_of_the_graph_are_refused() {
+    states_of_the_graph(&Device::Cpu);
 }
