@@ -31,7 +31,7 @@ pub fn run(arguments: &GenerateArguments) -> Result<()> {
         return Err(format!("the model has {vocab} tokens, and is none of bytes").into());
     }
     let &GenerateArguments { temperature, top_k, top_p, seed, .. } = arguments;
-    let sampler = Sampler::new(Sampling { temperature, top_k, top_p, seed })?;
+    let sampler = Sampler::new(Sampling { temperature, top_k, top_p, seed, ..Sampling::default() })?;
 
     let mut to = io::stdout().lock();
     to.write_all(&prompt)?;

@@ -69,7 +69,7 @@ mod sampler;
 
 pub use block::Mamba;
 pub use cache::{Cache, LayerCache};
-pub use checkpoint::{Checkpoint, Naming};
+pub use checkpoint::{Checkpoint, Format, Naming, SaveOptions};
 pub use config::{LanguageModelConfig, MambaConfig, Norms};
 pub use language_model::LanguageModel;
 pub use sampler::{Sampler, Sampling};

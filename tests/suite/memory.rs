@@ -13,6 +13,8 @@ thread_local! {
     static COUNTED: Cell<bool> = const { Cell::new(false) };
     /// What this thread has allocated and not freed, counted always.
     static HELD_HERE: Cell<usize> = const { Cell::new(0) };
+    /// The most that this has been since it was last set.
+    static PEAK_HERE: Cell<usize> = const { Cell::new(0) };
 }
 
 static HELD: AtomicUsize = AtomicUsize::new(0);
@@ -24,6 +26,10 @@ struct Counting;
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         HELD_HERE.set(HELD_HERE.get().wrapping_add(layout.size()));
+        // As a difference, which may be below zero: what another thread allocated is freed here too.
+        if (HELD_HERE.get().wrapping_sub(PEAK_HERE.get()) as isize) > 0 {
+            PEAK_HERE.set(HELD_HERE.get());
+        }
         if COUNTED.get() {
             PEAK.fetch_max(HELD.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
         }
@@ -50,6 +56,15 @@ pub fn held_by<R>(f: impl FnOnce() -> R) -> (usize, R) {
     let before = HELD_HERE.get();
     let result = f();
     (HELD_HERE.get().wrapping_sub(before), result)
+}
+
+/// The most bytes that `f` holds at a time, all of which this thread must allocate.
+#[cfg(feature = "candle")]
+pub fn peak_of<R>(f: impl FnOnce() -> R) -> (usize, R) {
+    let before = HELD_HERE.get();
+    PEAK_HERE.set(before);
+    let result = f();
+    (PEAK_HERE.get().wrapping_sub(before), result)
 }
 
 #[test]

@@ -1,5 +1,9 @@
 //! Models in files: what is saved is what is loaded, and what is wrong with a file is said.
 
+mod atomic;
+mod keys;
+mod reading;
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -46,6 +50,12 @@ impl Folder {
         let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
         edit(&mut tensors);
         candle_core::safetensors::save(&tensors, path).unwrap();
+    }
+
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(&self.0).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names.into_iter().map(|name| name.into_string().unwrap()).collect()
     }
 
     /// The message with which loading fails.
@@ -253,14 +263,17 @@ fn what_is_wrong_with_a_checkpoint_is_said() {
     replaced("state_spaces", r#""n_layer": 3,"#, "", &["n_layer"]);
     replaced("state_spaces", r#""ssm_cfg": {}"#, r#""ssm_cfg": {"layer": "Mamba2"}"#, &["layer", "Mamba2"]);
     replaced("state_spaces", r#""ssm_cfg": {}"#, r#""ssm_cfg": {"headdim": 64}"#, &["headdim"]);
-    replaced("state_spaces", r#""ssm_cfg": {}"#, r#""ssm_cfg": {"expand": 1.3}"#, &["expand", "1.3"]);
+    replaced("state_spaces", r#""ssm_cfg": {}"#, r#""ssm_cfg": {"expand": 0.01}"#, &["expand", "0.01"]);
     replaced("state_spaces", r#""rms_norm": true"#, r#""rms_norm": false"#, &["rms_norm"]);
     replaced("state_spaces", r#""rms_norm""#, r#""attn_layer_idx": [1], "rms_norm""#, &["attn_layer_idx"]);
     replaced("state_spaces", r#""rms_norm""#, r#""d_intermediate": 64, "rms_norm""#, &["d_intermediate"]);
     replaced("state_spaces", r#""pad_vocab_size_multiple": 8"#, r#""pad_vocab_size_multiple": 0"#, &["pad_vocab"]);
     let jamba = fs::read_to_string(checkpoint("jamba").join("config.json")).unwrap();
     assert!(refusal(LanguageModelConfig::from_json(&jamba)).contains("jamba"));
-    assert!(refusal(MambaConfig::from_json(&jamba.replace("mamba_d_conv", "d_conv"))).contains("mamba_d_conv"));
+    assert!(
+        refusal(MambaConfig::from_json(&jamba.replace(r#""mamba_d_conv": 4"#, r#""mamba_d_conv": 12"#)))
+            .contains("d_conv")
+    );
 }
 
 /// What the keys leave open is as the libraries have it.
