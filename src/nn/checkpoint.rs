@@ -148,6 +148,14 @@ impl Checkpoint {
         Ok(Self { config, naming, folder: folder.as_ref().into(), tensors })
     }
 
+    /// The type of the matrices, by that of the embeddings: in half checkpoints a few vectors are `f32`.
+    pub fn dtype(&self) -> DType {
+        match self.tensors.get(EMBEDDINGS).map(Tensor::dtype) {
+            Some(dtype @ (DType::F16 | DType::BF16)) => dtype,
+            _ => DType::F32,
+        }
+    }
+
     /// The model, of type `dtype`, whatever that of the file.
     ///
     /// # Errors

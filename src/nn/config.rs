@@ -140,7 +140,7 @@ pub struct LanguageModelConfig {
     pub rescale_prenorm_residual: bool,
     /// What else a config.json says, key by key: the ids of special tokens, what other programs have left there. It is
     /// written again where the naming has room for it, see [`to_json`](Self::to_json). Keys that the other fields stand
-    /// for are ignored here.
+    /// for are ignored here, and a special token that is not here is none.
     pub extra: Map<String, Value>,
 }
 

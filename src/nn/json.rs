@@ -27,8 +27,8 @@ impl LanguageModelConfig {
     ///
     /// Hugging Face's keys have words for every model. What transformers does not know is written with the `model_type`
     /// `selective_scan`, which this crate alone reads: `bidirectional`, time-invariant, Jamba's norms, and a `d_inner` that
-    /// is no whole multiple of `d_model`. All of [`extra`](Self::extra) is kept, and of the ids of special tokens those
-    /// that it lacks are written as `null`, as transformers would take token 0 for them.
+    /// is no whole multiple of `d_model`. All of [`extra`](Self::extra) is kept. A special token that is not there is
+    /// written as `null`, as transformers takes token 0 where nothing is said.
     ///
     /// state-spaces/mamba takes no key that it does not know: of [`extra`](Self::extra) only `fused_add_norm` and `attn_cfg`
     /// are written, and of its `ssm_cfg` only `dt_init` and `use_fast_path`.

@@ -14,7 +14,7 @@ pub(super) const TYPES: [&str; 3] = ["mamba", "falcon_mamba", OURS];
 
 /// The special tokens, for which transformers takes token 0 where nothing is said.
 const TOKENS: [&str; 3] = ["bos_token_id", "eos_token_id", "pad_token_id"];
-/// The type of the weights. Newer versions of transformers write the second, and read both.
+/// The type of the weights, in older versions of transformers and in newer ones.
 const DTYPES: [&str; 2] = ["torch_dtype", "dtype"];
 
 /// The keys of [`HuggingFace`].
@@ -135,9 +135,13 @@ impl HuggingFace {
         if config.extra.contains_key(PADDING[0]) {
             config.extra = others(&config.extra, &PADDING);
         }
-        if keys["model_type"] != OURS {
-            for token in TOKENS {
-                config.extra.entry(token).or_insert(0.into());
+        config.extra = others(&config.extra, &DTYPES);
+        for token in TOKENS {
+            // A token that is none is not in `extra`.
+            match config.extra.get(token) {
+                Some(Value::Null) => drop(config.extra.remove(token)),
+                None if keys["model_type"] != OURS => drop(config.extra.insert(token.into(), 0.into())),
+                _ => {}
             }
         }
         Ok(config)
@@ -155,10 +159,7 @@ impl HuggingFace {
                 DType::BF16 => "bfloat16",
                 _ => "float32",
             };
-            let said = DTYPES.into_iter().filter(|key| keys.contains_key(*key)).collect::<Vec<_>>();
-            for key in if said.is_empty() { vec![DTYPES[0]] } else { said } {
-                keys.insert(key.into(), name.into());
-            }
+            keys.extend(DTYPES.map(|key| (key.to_string(), name.into())));
         }
         Ok(keys)
     }

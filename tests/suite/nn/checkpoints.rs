@@ -282,13 +282,15 @@ fn defaults_of_either_library() {
     let theirs = LanguageModelConfig::from_json(r#"{"model_type": "mamba"}"#).unwrap();
     let mut ours = LanguageModelConfig::new(50_280, 32, 768);
     ours.rescale_prenorm_residual = false;
+    ours.extra.extend(["bos_token_id", "eos_token_id", "pad_token_id"].map(|token| (token.into(), 0.into())));
     assert_eq!(theirs, ours);
     let falcon = r#"{"model_type": "falcon_mamba", "hidden_size": 64, "expand": 16, "intermediate_size": 128}"#;
     let falcon = LanguageModelConfig::from_json(falcon).unwrap().mamba;
     assert_eq!((falcon.d_inner, falcon.norms), (128, Norms::Unweighted { eps: 1e-6 }));
     let theirs =
         r#"{"d_model": 768, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {"dt_rank": "auto", "d_state": 8}}"#;
-    let mut ours = LanguageModelConfig::new(50_280, 24, 768);
+    let mut ours = LanguageModelConfig::new(50_277, 24, 768);
+    ours.pad_vocab_size_multiple = 8;
     ours.mamba.d_state = 8;
     assert_eq!(LanguageModelConfig::from_json(theirs).unwrap(), ours);
 }

@@ -93,9 +93,10 @@ fn killed_at_any_moment() {
     save(&folder.0, 1).unwrap();
     let mut last = 1;
     for _ in 0..30 {
-        let child = start("nn::checkpoints::atomic::program_that_saves", &folder.0, last + 1).spawn().unwrap();
+        let mut child = start("nn::checkpoints::atomic::program_that_saves", &folder.0, last + 1).spawn().unwrap();
         // Until it has begun. It is killed at a moment of its own in every round.
         while load(&folder.0) == last {
+            assert!(child.try_wait().unwrap().is_none(), "it has ended by itself");
             std::thread::sleep(Duration::from_millis(1));
         }
         std::thread::sleep(Duration::from_micros(random.random_range(0..20_000)));
@@ -110,7 +111,7 @@ fn killed_at_any_moment() {
 }
 
 /// The moments of a save one by one, made by hand: between any two of its steps, this crate finds one checkpoint, and
-/// other programs find one or none.
+/// other programs find the old one, none, or the new one.
 #[test]
 fn killed_between_any_two_steps() {
     for (old, new) in [(1, 3), (2, 3), (3, 2), (2, 5), (1, 4), (4, 1), (1, 1)] {
@@ -166,7 +167,8 @@ fn killed_between_any_two_steps() {
                 fs::copy(folder.0.join(name), plain.0.join(name)).unwrap();
             }
             if plain.0.join("config.json").exists() {
-                assert_eq!(load(&plain.0), expected, "{old} to {new}, stopped before step {stop}, for others");
+                let found = load(&plain.0);
+                assert!([old, new].contains(&found), "{old} to {new}, stopped before step {stop}: {found} for others");
             }
             // And the next save begins from there.
             save(&folder.0, 6).unwrap();

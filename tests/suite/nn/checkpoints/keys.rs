@@ -94,13 +94,13 @@ fn what_a_config_says_beside_is_kept() {
     assert_eq!((config.eos_token_ids(), config.bos_token_id(), config.pad_token_id()), (vec![7, 9], Some(3), None));
     model.save(&target.0, Naming::HuggingFace).unwrap();
     let mut after = keys(&target);
-    assert_eq!(after.remove("dtype").unwrap(), "bfloat16");
-    for (key, value) in &before {
-        if key != "dtype" {
-            assert_eq!(after.get(key).unwrap_or(&Value::Null), value, "{key}");
-        }
-    }
     // Which type the weights have is said to the transformers of any version.
+    for key in ["dtype", "torch_dtype"] {
+        assert_eq!(after.remove(key).unwrap(), "bfloat16");
+    }
+    for (key, value) in &before {
+        assert!(key == "dtype" || after.get(key) == Some(value), "{key}: {value}, then {:?}", after.get(key));
+    }
     let text = LanguageModelConfig::new(11, 1, 8).to_json(Naming::HuggingFace).unwrap();
     assert!(!text.contains("dtype"), "{text}");
 
@@ -183,8 +183,8 @@ fn embeddings_without_the_padding() {
     super::super::assert_close(&model.forward(&ids).unwrap(), &logits, super::super::SAME, "logits");
     // Neither is a padding that no matrix can have.
     let mut config = LanguageModelConfig::new(61, 1, 8);
-    for multiple in [0, usize::MAX - 1] {
-        config.pad_vocab_size_multiple = multiple;
+    for (tokens, multiple) in [(61, 0), (usize::MAX, 8)] {
+        (config.vocab_size, config.pad_vocab_size_multiple) = (tokens, multiple);
         let message = refusal(config.to_json(Naming::StateSpaces));
         assert!(message.contains("vocab_size"), "{message}");
     }
