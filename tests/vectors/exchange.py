@@ -9,8 +9,8 @@ several, and compares logits. It is `.ci/run`'s step "exchange", needs no GPU, a
     transformers           the version that this Python has
     transformers 4.40      the last that refuses safetensors without metadata; installed into target/exchange
     mamba_ssm              its loader, model and reference scan, read from the sources on PyPI, which are fetched into
-                           target/exchange. They need a GPU for Triton's and CUDA's code alone; that is left out here, and
-                           the sources' own `selective_scan_ref` and `rms_norm_ref` stand in its place.
+                           target/exchange. Its kernels need a GPU; the sources' own `selective_scan_ref` and
+                           `rms_norm_ref` stand in their place.
 
 The crate is driven by `examples/convert.rs`. What cannot be had is skipped with a line; the exit status is 1 if anything
 that was compared differs.
@@ -209,6 +209,7 @@ def with_transformers(judge, work):
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     kinds = [kind for kind, names in TYPES.items() if hasattr(transformers, names[0])]
     version = transformers.__version__
     combinations = list(itertools.product(kinds, range(len(VARIANTS)), DTYPES, (False, True), (False, True)))
@@ -288,40 +289,18 @@ def mamba_ssm_sources():
 
 
 class Absent(types.ModuleType):
-    """A module that is not there: whatever is taken from it does nothing, and must not be called for a result."""
+    """A module that is not there: its sources ask for names, which nothing here may use."""
 
     __path__ = []
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return Nothing()
-
-
-class Nothing:
-    def __call__(self, *arguments, **keywords):
-        # As a decorator it gives back what it decorates.
-        return arguments[0] if len(arguments) == 1 and callable(arguments[0]) and not keywords else Nothing()
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Nothing()
-
-    def __mro_entries__(self, bases):
-        return ()
-
-    def __getitem__(self, key):
-        return Nothing()
-
-    def __or__(self, other):
-        return other
-
-    __ror__ = __or__
+        return None
 
 
 class AbsentFinder:
-    """Finds what needs a GPU or a compiler."""
+    """Finds what is compiled, and what a language model of Mamba-1 does not need."""
 
     def __init__(self, keep):
         self.keep = keep
@@ -330,7 +309,7 @@ class AbsentFinder:
         import importlib.machinery
 
         top = name.split(".")[0]
-        absent = top in ("triton", "selective_scan_cuda", "tilelang", "cutlass", "cuda", "tvm", "apache_tvm_ffi", "quack")
+        absent = top == "selective_scan_cuda"
         absent |= name.startswith("mamba_ssm.ops.") and name not in self.keep
         absent |= name in ("mamba_ssm.modules.mamba2", "mamba_ssm.modules.mamba3")
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if absent else None
@@ -387,9 +366,9 @@ def with_mamba_ssm(judge, work):
     import torch
 
     try:
-        import einops  # noqa: F401, which its sources import
-    except ImportError:
-        print("mamba_ssm needs einops, which this Python does not have: skipped")
+        import einops, triton  # noqa: E401, F401, which its sources import
+    except ImportError as error:
+        print(f"mamba_ssm needs a module that this Python does not have: skipped ({error})")
         return
     sources = mamba_ssm_sources()
     if sources is None:

@@ -3,7 +3,7 @@
 //! Files are opened and their directories read; a tensor's elements are read only when they are wanted, straight to where
 //! they stay.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -100,7 +100,7 @@ struct Index {
 impl Stored {
     /// Opens the files of a checkpoint, of the first format and number that are there.
     pub fn open(snapshot: &Snapshot) -> Result<Self> {
-        for format in [Format::Safetensors, Format::PyTorch] {
+        for format in Format::ALL {
             if let Some((file, path)) = snapshot.open(&format.weights())? {
                 let mut stored = Self { files: Vec::new(), tensors: BTreeMap::new() };
                 let tensors = stored.add(format, file, &path)?;
@@ -111,7 +111,7 @@ impl Stored {
                 return Self::open_shards(snapshot, format, &text);
             }
         }
-        let names: Vec<_> = [Format::Safetensors, Format::PyTorch]
+        let names: Vec<_> = Format::ALL
             .iter()
             .flat_map(|format| [format.weights(), format.index()])
             .map(|name| format!("`{name}`"))
@@ -119,47 +119,41 @@ impl Stored {
         Err(at(snapshot.folder(), format_args!("there is neither of {}", names.join(", "))))
     }
 
+    /// Opens the files that an index names. It decides which of them a tensor is taken from.
     fn open_shards(snapshot: &Snapshot, format: Format, index: &str) -> Result<Self> {
         let index_path = snapshot.folder().join(format.index());
         let Index { weight_map } = serde_json::from_str(index).map_err(|error| at(&index_path, error))?;
         let mut stored = Self { files: Vec::new(), tensors: BTreeMap::new() };
-        let mut shards: BTreeMap<&str, BTreeMap<String, Entry>> = BTreeMap::new();
-        for name in weight_map.values() {
-            if shards.contains_key(name.as_str()) {
-                continue;
+        let mut places: BTreeMap<String, Vec<(&str, Entry)>> = BTreeMap::new();
+        for shard in weight_map.values().map(String::as_str).collect::<BTreeSet<_>>() {
+            if !is_plain(shard) {
+                return Err(at(&index_path, format_args!("`{shard}` is no file beside it")));
             }
-            if !is_plain(name) {
-                return Err(at(&index_path, format_args!("`{name}` is no file beside it")));
-            }
-            let Some((file, path)) = snapshot.open(name)? else {
-                return Err(at(&snapshot.folder().join(name), format_args!("`{}` names this file", format.index())));
+            let Some((file, path)) = snapshot.open(shard)? else {
+                let message = format_args!("there is no such file, though `{}` names it", format.index());
+                return Err(at(&snapshot.folder().join(shard), message));
             };
-            let tensors = stored.add(format, file, &path)?;
-            shards.insert(name, tensors.into_iter().map(|entry| (entry.name.clone(), entry)).collect());
-        }
-        for (tensor, shard) in &weight_map {
-            if !shards[shard.as_str()].contains_key(tensor) {
-                return Err(at(&index_path, format_args!("`{tensor}` should be in `{shard}`, and is not")));
+            for entry in stored.add(format, file, &path)? {
+                places.entry(entry.name.clone()).or_default().push((shard, entry));
             }
         }
-        for (shard, tensors) in &shards {
-            for (name, entry) in tensors {
-                // A name that the index lacks is taken from the only shard that has it.
-                let listed = weight_map.get(name).is_none_or(|listed| listed == shard);
-                let other = match stored.tensors.get(name) {
-                    Some(other) => other.clone(),
-                    None if listed => {
-                        stored.tensors.insert(name.clone(), entry.clone());
-                        continue;
-                    }
-                    None => shards[weight_map[name].as_str()][name].clone(),
-                };
-                if !stored.same(entry, &other)? {
-                    let first = stored.files[other.file].path.file_name().unwrap_or_default().to_string_lossy();
-                    let message = format_args!("`{name}` is in `{shard}` and in `{first}`, with different values");
+        for (name, shard) in &weight_map {
+            if !places.get(name).is_some_and(|places| places.iter().any(|(place, _)| place == shard)) {
+                return Err(at(&index_path, format_args!("`{name}` should be in `{shard}`, and is not")));
+            }
+        }
+        for (name, mut places) in places {
+            // One that the index does not list is where it is.
+            let listed =
+                places.iter().position(|(shard, _)| weight_map.get(&name).is_some_and(|listed| listed == shard));
+            let (shard, entry) = places.swap_remove(listed.unwrap_or(0));
+            for (other, duplicate) in places {
+                if !stored.same(&entry, &duplicate)? {
+                    let message = format_args!("`{name}` is in `{shard}` and in `{other}`, with different values");
                     return Err(at(&index_path, message));
                 }
             }
+            stored.tensors.insert(name, entry);
         }
         stored.renamed(&index_path)
     }
@@ -195,10 +189,7 @@ impl Stored {
         let bare = !plain.iter().any(|name| name.starts_with(BACKBONE));
         let mut renamed: BTreeMap<String, Entry> = BTreeMap::new();
         for (name, entry) in plain.into_iter().zip(std::mem::take(&mut self.tensors).into_values()) {
-            let name = match bare && name != super::HEAD {
-                true => format!("{BACKBONE}{name}"),
-                false => name,
-            };
+            let name = if bare && name != super::HEAD { format!("{BACKBONE}{name}") } else { name };
             let name = if name == super::EMBEDDING { super::EMBEDDINGS.to_string() } else { name };
             if let Some(other) = renamed.get(&name) {
                 return Err(at(path, format_args!("there are both `{}` and `{}`", other.name, entry.name)));
