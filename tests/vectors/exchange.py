@@ -442,7 +442,7 @@ def main():
     CACHE.mkdir(parents=True, exist_ok=True)
     CONVERT = arguments.convert
     if CONVERT is None:
-        subprocess.run(["cargo", "build", "--quiet", "--locked", "--example", "convert"], cwd=ROOT, check=True)
+        subprocess.run(["cargo", "build", "--quiet", "--locked", "--profile", "test", "--example", "convert"], cwd=ROOT, check=True)
         CONVERT = ROOT / "target" / "debug" / "examples" / "convert"
 
     if arguments.part:

@@ -74,9 +74,10 @@ fn tensor(value: Object) -> Option<Rebuilt> {
         "_rebuild_tensor_v2" => Some(Rebuilt(args)),
         "_rebuild_parameter" if !args.is_empty() => tensor(args.swap_remove(0)),
         // (function, class, arguments, state)
-        "_rebuild_from_type_v2" if args.len() > 2 => match (args.swap_remove(2), args.swap_remove(0)) {
-            (args, callable) => tensor(Object::Reduce { callable: Box::new(callable), args: Box::new(args) }),
-        },
+        "_rebuild_from_type_v2" if args.len() > 2 => {
+            let (args, callable) = (Box::new(args.swap_remove(2)), Box::new(args.swap_remove(0)));
+            tensor(Object::Reduce { callable, args })
+        }
         _ => None,
     }
 }

@@ -116,9 +116,12 @@ impl StateSpaces {
     pub fn read(keys: &Keys) -> Result<LanguageModelConfig> {
         let mut config = from_keys::<Self>(keys)?.into_config()?;
         config.extra = others(keys, &KEYS);
+        // What is as it always is need not be kept.
+        config.extra.retain(|key, value| key != "fused_add_norm" || *value == false);
         if let Some(Value::Object(ssm)) = keys.get("ssm_cfg") {
             let mut kept = Keys::new();
             copy(&SSM_OTHERS, ssm, &mut kept);
+            kept.retain(|_, value| *value != true && *value != "random");
             if !kept.is_empty() {
                 config.extra.insert("ssm_cfg".into(), kept.into());
             }
