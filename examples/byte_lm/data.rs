@@ -151,7 +151,7 @@ impl<'a> Windows<'a> {
     /// Windows of `length` bytes and the one behind them, from `position` on.
     pub fn new(text: &'a [u8], length: usize, seed: u64, position: Position) -> Result<Self> {
         // Wherever the first begins, one must fit.
-        if text.len() < 2 * length {
+        if text.len() / 2 < length {
             return Err(format!("there are {} bytes to learn from, too few for windows of {length}", text.len()).into());
         }
         let mut windows = Self { text, length, seed, position, starts: Vec::new() };

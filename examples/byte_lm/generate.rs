@@ -24,14 +24,13 @@ pub fn run(arguments: &GenerateArguments) -> Result<()> {
         Some(file) => fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?,
         None => arguments.prompt.clone().into_bytes(),
     };
-    let folder = checkpoint::newest(&arguments.from)?.unwrap_or_else(|| arguments.from.clone());
-    let model = LanguageModel::load(folder, DType::F32, &arguments.device.open()?)?;
+    let model = newest(arguments)?;
     let vocab = model.config().vocab_size;
     if vocab != 256 {
         return Err(format!("the model has {vocab} tokens, and is none of bytes").into());
     }
     let &GenerateArguments { temperature, top_k, top_p, seed, .. } = arguments;
-    let sampler = Sampler::new(Sampling { temperature, top_k, top_p, seed })?;
+    let sampler = Sampler::new(Sampling { temperature, top_k, top_p, seed, ..Sampling::default() })?;
 
     let mut to = io::stdout().lock();
     to.write_all(&prompt)?;
@@ -45,6 +44,19 @@ pub fn run(arguments: &GenerateArguments) -> Result<()> {
         speed.decode
     );
     Ok(())
+}
+
+/// Loads the newest model, again where training has put a newer one in its place meanwhile.
+fn newest(arguments: &GenerateArguments) -> Result<LanguageModel> {
+    let device = arguments.device.open()?;
+    loop {
+        let newest = checkpoint::newest(&arguments.from)?;
+        let folder = newest.as_ref().unwrap_or(&arguments.from);
+        match LanguageModel::load(folder, DType::F32, &device) {
+            Err(_) if checkpoint::newest(&arguments.from)? != newest => {}
+            result => return Ok(result?),
+        }
+    }
 }
 
 /// Writes `bytes` bytes that go on with `prompt`.

@@ -137,6 +137,24 @@ struct RunOptions {
     seed: u64,
 }
 
+impl RunOptions {
+    /// Checks options that come from a file as those of the command line are. The other numbers can be nothing else than
+    /// they may.
+    fn check(&self) -> Result<()> {
+        type Parser = fn(&str) -> std::result::Result<f64, String>;
+        let options: [(&str, f64, Parser); 4] = [
+            ("held_out", self.held_out, fraction),
+            ("learning_rate", self.learning_rate, positive),
+            ("weight_decay", self.weight_decay, not_negative),
+            ("clip", self.clip, positive),
+        ];
+        for (name, value, parser) in options {
+            parser(&value.to_string()).map_err(|expected| format!("{name}: {expected}, got {value}"))?;
+        }
+        Ok(())
+    }
+}
+
 #[derive(Debug, Clone, Args)]
 struct GenerateArguments {
     /// Folder of a run, or of a checkpoint of a model of bytes

@@ -65,12 +65,19 @@ fn a_resumed_run_has_the_bits_of_one_that_did_not_stop() {
 
     // Stops that fit neither the points of the curves nor the looks at the held-out text.
     train(&arguments(&format!("{SMALL} --until 37"), &in_parts.0), &corpus);
+    // What a process has left that was killed at its next checkpoint, or while it removed one.
+    for left in ["step-50.part", "step-2.part"] {
+        fs::create_dir(in_parts.0.join(left)).unwrap();
+        fs::write(in_parts.0.join(left).join("model.safetensors"), "half").unwrap();
+    }
     let (half, half_files) = train(&arguments("--resume --until 90", &in_parts.0), &corpus);
     assert_eq!(half.step, 90);
     assert_ne!(half_files, whole_files);
     let (resumed, resumed_files) = train(&arguments("--resume", &in_parts.0), &corpus);
     assert_eq!(resumed, whole);
     assert!(resumed_files == whole_files, "weights or moments differ");
+    let names: Vec<_> = fs::read_dir(&in_parts.0).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(names.iter().all(|name| !name.to_str().unwrap().ends_with(".part")), "{names:?}");
     // And something was learnt on the way.
     let held_out = &whole.curves.held_out;
     assert!(held_out.last().unwrap().1 < held_out[0].1, "{held_out:?}");
@@ -168,6 +175,60 @@ fn the_baseline_knows_what_it_has_counted() {
     // Order 1 has one pair seen once and one seen twice, so that D is 1 / (1 + 2).
     let expected = (2.0 - 1.0 / 3.0) / 3.0 + (2.0 / 3.0) / 3.0 / 256.0;
     assert!((model.probability(0, b'a') - expected).abs() < 1e-12);
+}
+
+#[test]
+fn one_process_trains_in_a_folder() {
+    let folder = Folder::new("locked");
+    let first = Training::open(&arguments(SMALL, &folder.0), &Device::Cpu).unwrap();
+    for line in [SMALL.to_string(), format!("{SMALL} --fresh"), "--resume".into()] {
+        let message = Training::open(&arguments(&line, &folder.0), &Device::Cpu).err().unwrap().to_string();
+        assert!(message.contains("another process"), "{message}");
+    }
+    drop(first);
+    Training::open(&arguments(SMALL, &folder.0), &Device::Cpu).unwrap();
+}
+
+/// A file that was edited is no way around the checks of the command line.
+#[test]
+fn a_resumed_run_is_checked_as_the_command_line() {
+    let folder = Folder::new("edited");
+    let corpus = Corpus::divide(pieces(), 0.2, 0).unwrap();
+    train(&arguments(&format!("{SMALL} --until 1"), &folder.0), &corpus);
+    let path = checkpoint::newest(&folder.0).unwrap().unwrap().join("run.json");
+    let text = fs::read_to_string(&path).unwrap();
+    for (from, to, word) in [
+        (r#""clip": 1.0"#, r#""clip": -1"#, "clip"),
+        (r#""weight_decay": 0.1"#, r#""weight_decay": -0.1"#, "weight_decay"),
+        (r#""learning_rate": 0.003"#, r#""learning_rate": 0"#, "learning_rate"),
+        (r#""held_out": 0.1"#, r#""held_out": 1"#, "held_out"),
+        (r#""batch": 3"#, r#""batch": 0"#, "nonzero"),
+        (r#""layers": 2"#, r#""layers": 3"#, "another model"),
+    ] {
+        let edited = text.replace(from, to);
+        assert_ne!(text, edited, "{from}");
+        fs::write(&path, edited).unwrap();
+        let message = Training::open(&arguments("--resume", &folder.0), &Device::Cpu).err().unwrap().to_string();
+        assert!(message.contains(word), "{message}");
+    }
+    fs::write(&path, text).unwrap();
+    Training::open(&arguments("--resume", &folder.0), &Device::Cpu).unwrap();
+}
+
+/// Sizes that no text has are an error, not an end of the program.
+#[test]
+fn absurd_sizes_are_refused() {
+    let corpus = Corpus::divide(pieces(), 0.2, 0).unwrap();
+    for size in
+        ["--length 9223372036854775808", "--batch 1000000000000", "--batch 18446744073709551615", "--length 9999"]
+    {
+        let folder = Folder::new("absurd");
+        let line = format!("--layers 1 --d-model 8 {size}");
+        let mut training = Training::open(&arguments(&line, &folder.0), &Device::Cpu).unwrap();
+        let message = training.check(&corpus).unwrap_err().to_string();
+        assert!(message.contains("--batch, --length"), "{message}");
+    }
+    assert!(Windows::new(&corpus.train, usize::MAX, 0, Position::default()).is_err());
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! A training run.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -63,13 +64,19 @@ pub struct Training {
     pub run: Run,
     pub model: LanguageModel,
     optimizer: AdamW,
+    /// Keeps other processes from training in the folder.
+    _lock: Option<File>,
 }
 
 impl Training {
     /// Begins a run, or takes up the newest checkpoint's.
     pub fn open(arguments: &TrainArguments, device: &Device) -> Result<Self> {
-        let (folder, found) = (arguments.out.display(), checkpoint::newest(&arguments.out)?);
-        match found {
+        let folder = arguments.out.display();
+        if arguments.resume && !arguments.out.exists() {
+            return Err(format!("{folder}: there is no run to resume").into());
+        }
+        let lock = checkpoint::lock(&arguments.out)?;
+        let training = match checkpoint::newest(&arguments.out)? {
             Some(found) if arguments.resume => Self::resume(&found, device),
             None if arguments.resume => Err(format!("{folder}: there is no run to resume").into()),
             Some(found) if !arguments.fresh => {
@@ -77,11 +84,14 @@ impl Training {
                 Err(format!("there is a run, {name}: --resume goes on with it, --fresh begins another in its place")
                     .into())
             }
-            _ => {
-                checkpoint::clear(&arguments.out)?;
-                Self::begin(&arguments.options, device)
-            }
+            // What the model is made of is checked before a run in its place is lost.
+            _ => Self::begin(&arguments.options, device),
+        };
+        let training = training?;
+        if !arguments.resume {
+            checkpoint::clear(&arguments.out)?;
         }
+        Ok(Self { _lock: Some(lock), ..training })
     }
 
     fn begin(options: &RunOptions, device: &Device) -> Result<Self> {
@@ -98,7 +108,7 @@ impl Training {
             seconds: 0.0,
             curves: Curves::default(),
         };
-        Ok(Self { optimizer: AdamW::new(&variables, options.weight_decay, options.clip)?, run, model })
+        Ok(Self { optimizer: AdamW::new(&variables, options.weight_decay, options.clip)?, run, model, _lock: None })
     }
 
     fn resume(checkpoint: &PathBuf, device: &Device) -> Result<Self> {
@@ -106,11 +116,26 @@ impl Training {
         let (model, variables) = Checkpoint::read(checkpoint, device)?.trainable(DType::F32)?;
         let mut optimizer = AdamW::new(&variables, run.options.weight_decay, run.options.clip)?;
         checkpoint::restore(checkpoint, &mut optimizer, run.step, device)?;
-        Ok(Self { run, model, optimizer })
+        let (config, options) = (model.config(), &run.options);
+        let got = [config.n_layer, config.mamba.d_model, config.mamba.d_state];
+        if got != [options.layers, options.d_model, options.d_state].map(NonZeroUsize::get) {
+            let name = checkpoint.display();
+            return Err(format!("{name}: run.json describes another model than config.json").into());
+        }
+        Ok(Self { run, model, optimizer, _lock: None })
     }
 
-    /// Checks that the text is the one that the run began with.
+    /// Checks that the text is the one that the run began with, and that a step can be read from it.
     pub fn check(&mut self, corpus: &Corpus) -> Result<()> {
+        let (batch, length) = (self.run.options.batch.get(), self.run.options.length.get());
+        if batch.checked_mul(length).is_none_or(|bytes| bytes > corpus.train.len()) {
+            let bytes = corpus.train.len();
+            return Err(format!(
+                "--batch, --length: expected a step that reads at most the {bytes} bytes to learn from, \
+                                got {batch} times {length}"
+            )
+            .into());
+        }
         if self.run.step > 0 && self.run.fingerprint != corpus.fingerprint {
             return Err("the text is not the one that the run began with".into());
         }

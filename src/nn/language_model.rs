@@ -21,7 +21,7 @@ use super::{Cache, LanguageModelConfig, LayerCache, Mamba, argument};
 pub struct LanguageModel {
     config: LanguageModelConfig,
     dtype: DType,
-    /// `(vocab_size, d_model)`.
+    /// `(padded_vocab_size, d_model)`.
     embeddings: Tensor,
     layers: Vec<Layer>,
     norm_f: Tensor,
@@ -46,7 +46,7 @@ impl LanguageModel {
         if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             return Err(argument("dtype", "f32, f16 or bf16", dtype.as_str()));
         }
-        let (d_model, vocab) = (config.mamba.d_model, config.vocab_size);
+        let (d_model, vocab) = (config.mamba.d_model, config.padded_vocab_size());
         let parameters = Parameters::new(vb, config.mamba.seed);
         let backbone = parameters.pp("backbone");
         let norm = |parameters: &Parameters| parameters.get(&[d_model], "weight", Initial::Constant(1.0));

@@ -45,15 +45,25 @@
 //! # Checkpoints
 //! ```no_run
 //! # use candle_core::{DType, Device};
-//! use selective_scan::nn::{Checkpoint, LanguageModel, Naming};
+//! use selective_scan::nn::{Checkpoint, Format, LanguageModel, Naming, SaveOptions};
 //!
-//! // A folder with config.json and model.safetensors (or several files and their index), of either naming.
+//! // A folder with config.json and model.safetensors or pytorch_model.bin (or several files and their index), of either
+//! // naming.
 //! let model = LanguageModel::load("mamba-130m-hf", DType::F32, &Device::Cpu)?;
 //! model.save("mamba-130m", Naming::StateSpaces)?;
-//! // To train it further:
-//! let (model, variables) = Checkpoint::read("mamba-130m", &Device::Cpu)?.trainable(DType::F32)?;
+//! // As state-spaces/mamba's own `from_pretrained` wants it:
+//! model.save_with("mamba-130m", &SaveOptions { format: Format::PyTorch, ..SaveOptions::new(Naming::StateSpaces) })?;
+//! // To train it further, and to keep the tokenizer beside it:
+//! let checkpoint = Checkpoint::read("mamba-130m-hf", &Device::Cpu)?;
+//! let (model, variables) = checkpoint.trainable(DType::F32)?;
+//! checkpoint.save(&model, "finetuned", &SaveOptions::new(Naming::HuggingFace))?;
 //! # Ok::<(), candle_core::Error>(())
 //! ```
+//! What a config.json says beside the model is kept in [`extra`](LanguageModelConfig::extra) and written again, the special
+//! tokens among it ([`eos_token_ids`](LanguageModelConfig::eos_token_ids)). A save replaces the checkpoint that is in a
+//! folder as one, see [`LanguageModel::save_with`]. transformers and mamba_ssm open what is written, and the other way
+//! round: `tests/vectors/exchange.py`. `examples/convert.rs` does this from the command line.
+//!
 //! `VarMap`'s own `save` and `load` keep the variables of a training run, by the same names.
 
 mod block;
@@ -69,7 +79,7 @@ mod sampler;
 
 pub use block::Mamba;
 pub use cache::{Cache, LayerCache};
-pub use checkpoint::{Checkpoint, Naming};
+pub use checkpoint::{Checkpoint, Format, Naming, SaveOptions};
 pub use config::{LanguageModelConfig, MambaConfig, Norms};
 pub use language_model::LanguageModel;
 pub use sampler::{Sampler, Sampling};

@@ -17,13 +17,16 @@ pub struct Sampling {
     /// Only the likeliest tokens that reach this probability together (Holtzman et al. 2020, arXiv 1904.09751), of those
     /// that `top_k` leaves.
     pub top_p: Option<f64>,
+    /// Only tokens below this: the vocabulary of a model whose logits are wider, see
+    /// [`LanguageModelConfig::padded_vocab_size`](super::LanguageModelConfig::padded_vocab_size).
+    pub vocab_size: Option<usize>,
     /// Where the random numbers begin.
     pub seed: u64,
 }
 
 impl Default for Sampling {
     fn default() -> Self {
-        Self { temperature: 1.0, top_k: None, top_p: None, seed: 0 }
+        Self { temperature: 1.0, top_k: None, top_p: None, vocab_size: None, seed: 0 }
     }
 }
 
@@ -43,14 +46,17 @@ pub struct Sampler {
 
 impl Sampler {
     /// # Errors
-    /// A temperature below 0, a `top_k` of 0, a `top_p` that is not above 0 and at most 1.
+    /// A temperature below 0, a `top_k` or `vocab_size` of 0, a `top_p` that is not above 0 and at most 1.
     pub fn new(sampling: Sampling) -> Result<Self> {
-        let Sampling { temperature, top_k, top_p, seed } = sampling;
+        let Sampling { temperature, top_k, top_p, vocab_size, seed } = sampling;
         if !(temperature >= 0.0 && temperature.is_finite()) {
             return Err(argument("temperature", "0 or more", temperature));
         }
         if top_k == Some(0) {
             return Err(argument("top_k", "at least 1", 0));
+        }
+        if vocab_size == Some(0) {
+            return Err(argument("vocab_size", "at least 1", 0));
         }
         if let Some(p) = top_p
             && !(p > 0.0 && p <= 1.0)
@@ -71,6 +77,7 @@ impl Sampler {
     }
 
     fn choose(&mut self, logits: &[f32]) -> Result<u32> {
+        let logits = &logits[..self.sampling.vocab_size.unwrap_or(usize::MAX).min(logits.len())];
         let (mut best, mut highest) = (0, f32::NEG_INFINITY);
         for (token, &logit) in logits.iter().enumerate() {
             if logit.is_nan() || logit == f32::INFINITY {

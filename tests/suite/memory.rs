@@ -13,6 +13,8 @@ thread_local! {
     static COUNTED: Cell<bool> = const { Cell::new(false) };
     /// What this thread has allocated and not freed, counted always.
     static HELD_HERE: Cell<usize> = const { Cell::new(0) };
+    /// The most that this has been since it was last set.
+    static PEAK_HERE: Cell<usize> = const { Cell::new(0) };
 }
 
 static HELD: AtomicUsize = AtomicUsize::new(0);
@@ -23,6 +25,10 @@ struct Counting;
 impl Counting {
     fn add(size: usize) {
         HELD_HERE.set(HELD_HERE.get().wrapping_add(size));
+        // As a difference, which may be below zero: what another thread allocated is freed here too.
+        if (HELD_HERE.get().wrapping_sub(PEAK_HERE.get()) as isize) > 0 {
+            PEAK_HERE.set(HELD_HERE.get());
+        }
         if COUNTED.get() {
             PEAK.fetch_max(HELD.fetch_add(size, Relaxed) + size, Relaxed);
         }
@@ -63,6 +69,15 @@ pub fn held_by<R>(f: impl FnOnce() -> R) -> (usize, R) {
     let before = HELD_HERE.get();
     let result = f();
     (HELD_HERE.get().wrapping_sub(before), result)
+}
+
+/// The most bytes that `f` holds at a time, all of which this thread must allocate.
+#[cfg(feature = "candle")]
+pub fn peak_of<R>(f: impl FnOnce() -> R) -> (usize, R) {
+    let before = HELD_HERE.get();
+    PEAK_HERE.set(before);
+    let result = f();
+    (PEAK_HERE.get().wrapping_sub(before), result)
 }
 
 #[test]

@@ -2,8 +2,9 @@
 
 use candle_core::Result;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{Auto, Rank, expanded};
+use super::{Auto, Keys, Rank, expand, expanded, from_keys, others, to_keys, whole};
 use crate::nn::{LanguageModelConfig, MambaConfig, Norms, argument};
 
 /// The keys of state-spaces/mamba.
@@ -37,6 +38,7 @@ struct SsmConfig {
     layer: String,
     d_state: usize,
     d_conv: usize,
+    #[serde(serialize_with = "whole")]
     expand: f64,
     dt_rank: Rank,
     dt_min: f64,
@@ -84,8 +86,61 @@ fn is_zero(value: &usize) -> bool {
 /// The epsilon of the norms, which that config.json does not have.
 const STATE_SPACES_EPS: f64 = 1e-5;
 
+/// Those of its keys that the configuration has fields for.
+const KEYS: [&str; 10] = [
+    "d_model",
+    "n_layer",
+    "vocab_size",
+    "ssm_cfg",
+    "rms_norm",
+    "residual_in_fp32",
+    "pad_vocab_size_multiple",
+    "tie_embeddings",
+    "d_intermediate",
+    "attn_layer_idx",
+];
+/// The others that it takes, at the top and in `ssm_cfg`.
+const OTHERS: [&str; 2] = ["fused_add_norm", "attn_cfg"];
+const SSM_OTHERS: [&str; 2] = ["dt_init", "use_fast_path"];
+
+/// Copies the keys that there are.
+fn copy(keys: &[&str], from: &Keys, to: &mut Keys) {
+    for &key in keys {
+        if let Some(value) = from.get(key) {
+            to.insert(key.into(), value.clone());
+        }
+    }
+}
+
 impl StateSpaces {
-    pub fn into_config(self) -> Result<LanguageModelConfig> {
+    pub fn read(keys: &Keys) -> Result<LanguageModelConfig> {
+        let mut config = from_keys::<Self>(keys)?.into_config()?;
+        config.extra = others(keys, &KEYS);
+        // What is as it always is need not be kept.
+        config.extra.retain(|key, value| key != "fused_add_norm" || *value == false);
+        if let Some(Value::Object(ssm)) = keys.get("ssm_cfg") {
+            let mut kept = Keys::new();
+            copy(&SSM_OTHERS, ssm, &mut kept);
+            kept.retain(|_, value| *value != true && *value != "random");
+            if !kept.is_empty() {
+                config.extra.insert("ssm_cfg".into(), kept.into());
+            }
+        }
+        Ok(config)
+    }
+
+    pub fn write(config: &LanguageModelConfig) -> Result<Keys> {
+        let mut keys = to_keys(&Self::from_config(config)?)?;
+        copy(&OTHERS, &config.extra, &mut keys);
+        if let (Some(Value::Object(from)), Some(Value::Object(to))) =
+            (config.extra.get("ssm_cfg"), keys.get_mut("ssm_cfg"))
+        {
+            copy(&SSM_OTHERS, from, to);
+        }
+        Ok(keys)
+    }
+
+    fn into_config(self) -> Result<LanguageModelConfig> {
         let ssm = self.ssm_cfg;
         if ssm.layer != "Mamba1" {
             return Err(argument("ssm_cfg.layer", "Mamba1", ssm.layer));
@@ -99,12 +154,10 @@ impl StateSpaces {
         if !self.attn_layer_idx.is_empty() {
             return Err(argument("attn_layer_idx", "no attention", format_args!("{:?}", self.attn_layer_idx)));
         }
-        if self.pad_vocab_size_multiple == 0 {
-            return Err(argument("pad_vocab_size_multiple", "at least 1", 0));
-        }
         let d_model = self.d_model;
         Ok(LanguageModelConfig {
-            vocab_size: self.vocab_size.next_multiple_of(self.pad_vocab_size_multiple),
+            vocab_size: self.vocab_size,
+            pad_vocab_size_multiple: self.pad_vocab_size_multiple,
             n_layer: self.n_layer,
             mamba: MambaConfig {
                 d_model,
@@ -127,10 +180,11 @@ impl StateSpaces {
             residual_in_f32: self.residual_in_fp32,
             tie_embeddings: self.tie_embeddings,
             rescale_prenorm_residual: true,
+            extra: Keys::new(),
         })
     }
 
-    pub fn from_config(config: &LanguageModelConfig) -> Result<Self> {
+    fn from_config(config: &LanguageModelConfig) -> Result<Self> {
         let mamba = &config.mamba;
         let refuse = |name, expected: &str, got: &dyn std::fmt::Debug| {
             Err(argument(
@@ -155,7 +209,7 @@ impl StateSpaces {
             ssm_cfg: SsmConfig {
                 d_state: mamba.d_state,
                 d_conv: mamba.d_conv,
-                expand: mamba.d_inner as f64 / mamba.d_model as f64,
+                expand: expand(mamba.d_inner, mamba.d_model),
                 dt_rank: Rank::Number(mamba.dt_rank),
                 dt_min: mamba.dt_min,
                 dt_max: mamba.dt_max,
@@ -168,7 +222,7 @@ impl StateSpaces {
             rms_norm: true,
             residual_in_fp32: config.residual_in_f32,
             fused_add_norm: true,
-            pad_vocab_size_multiple: 1,
+            pad_vocab_size_multiple: config.pad_vocab_size_multiple,
             tie_embeddings: config.tie_embeddings,
             d_intermediate: 0,
             attn_layer_idx: Vec::new(),

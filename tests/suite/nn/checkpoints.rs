@@ -1,5 +1,9 @@
 //! Models in files: what is saved is what is loaded, and what is wrong with a file is said.
 
+mod atomic;
+mod keys;
+mod reading;
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -46,6 +50,12 @@ impl Folder {
         let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
         edit(&mut tensors);
         candle_core::safetensors::save(&tensors, path).unwrap();
+    }
+
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(&self.0).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names.into_iter().map(|name| name.into_string().unwrap()).collect()
     }
 
     /// The message with which loading fails.
@@ -253,14 +263,17 @@ fn what_is_wrong_with_a_checkpoint_is_said() {
     replaced("state_spaces", r#""n_layer": 3,"#, "", &["n_layer"]);
     replaced("state_spaces", r#""ssm_cfg": {}"#, r#""ssm_cfg": {"layer": "Mamba2"}"#, &["layer", "Mamba2"]);
     replaced("state_spaces", r#""ssm_cfg": {}"#, r#""ssm_cfg": {"headdim": 64}"#, &["headdim"]);
-    replaced("state_spaces", r#""ssm_cfg": {}"#, r#""ssm_cfg": {"expand": 1.3}"#, &["expand", "1.3"]);
+    replaced("state_spaces", r#""ssm_cfg": {}"#, r#""ssm_cfg": {"expand": 0.01}"#, &["expand", "0.01"]);
     replaced("state_spaces", r#""rms_norm": true"#, r#""rms_norm": false"#, &["rms_norm"]);
     replaced("state_spaces", r#""rms_norm""#, r#""attn_layer_idx": [1], "rms_norm""#, &["attn_layer_idx"]);
     replaced("state_spaces", r#""rms_norm""#, r#""d_intermediate": 64, "rms_norm""#, &["d_intermediate"]);
     replaced("state_spaces", r#""pad_vocab_size_multiple": 8"#, r#""pad_vocab_size_multiple": 0"#, &["pad_vocab"]);
     let jamba = fs::read_to_string(checkpoint("jamba").join("config.json")).unwrap();
     assert!(refusal(LanguageModelConfig::from_json(&jamba)).contains("jamba"));
-    assert!(refusal(MambaConfig::from_json(&jamba.replace("mamba_d_conv", "d_conv"))).contains("mamba_d_conv"));
+    assert!(
+        refusal(MambaConfig::from_json(&jamba.replace(r#""mamba_d_conv": 4"#, r#""mamba_d_conv": 12"#)))
+            .contains("d_conv")
+    );
 }
 
 /// What the keys leave open is as the libraries have it.
@@ -269,13 +282,15 @@ fn defaults_of_either_library() {
     let theirs = LanguageModelConfig::from_json(r#"{"model_type": "mamba"}"#).unwrap();
     let mut ours = LanguageModelConfig::new(50_280, 32, 768);
     ours.rescale_prenorm_residual = false;
+    ours.extra.extend(["bos_token_id", "eos_token_id", "pad_token_id"].map(|token| (token.into(), 0.into())));
     assert_eq!(theirs, ours);
     let falcon = r#"{"model_type": "falcon_mamba", "hidden_size": 64, "expand": 16, "intermediate_size": 128}"#;
     let falcon = LanguageModelConfig::from_json(falcon).unwrap().mamba;
     assert_eq!((falcon.d_inner, falcon.norms), (128, Norms::Unweighted { eps: 1e-6 }));
     let theirs =
         r#"{"d_model": 768, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {"dt_rank": "auto", "d_state": 8}}"#;
-    let mut ours = LanguageModelConfig::new(50_280, 24, 768);
+    let mut ours = LanguageModelConfig::new(50_277, 24, 768);
+    ours.pad_vocab_size_multiple = 8;
     ours.mamba.d_state = 8;
     assert_eq!(LanguageModelConfig::from_json(theirs).unwrap(), ours);
 }
