@@ -151,6 +151,8 @@ struct HuggingFace {
     #[serde(skip_serializing_if = "Option::is_none")]
     bidirectional: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    average_directions: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     selective: Option<bool>,
     /// `none`, `weighted` or `unweighted`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -183,6 +185,7 @@ impl Default for HuggingFace {
             time_step_scale: 1.0,
             mixer_rms_eps: None,
             bidirectional: None,
+            average_directions: None,
             selective: None,
             mixer_norms: None,
         }
@@ -222,6 +225,7 @@ impl HuggingFace {
                 proj_bias: self.use_bias,
                 norms,
                 bidirectional: ours && self.bidirectional.unwrap_or(false),
+                average_directions: ours && self.average_directions.unwrap_or(false),
                 selective: !ours || self.selective.unwrap_or(true),
                 dt_min: self.time_step_min,
                 dt_max: self.time_step_max,
@@ -274,6 +278,7 @@ impl HuggingFace {
             time_step_scale: mamba.dt_scale,
             mixer_rms_eps: eps,
             bidirectional: ours.then_some(mamba.bidirectional),
+            average_directions: ours.then_some(mamba.average_directions),
             selective: ours.then_some(mamba.selective),
             mixer_norms: ours.then(|| norms.into()),
         }
