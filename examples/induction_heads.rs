@@ -163,12 +163,17 @@ impl Arguments {
     fn test(&self, trained: &Trained, settings: &Settings) -> candle_core::Result<Vec<usize>> {
         let mut random = Streams::new(settings.seed).test;
         let tests = self.tests();
-        let tokens: usize = tests.iter().map(|(length, count)| length * count).sum();
-        let bar = ProgressBar::new(tokens as u64).with_prefix(trained.kind.name());
+        let tokens = tests.iter().map(|&(length, count)| (length as u64).saturating_mul(count as u64));
+        let bar = ProgressBar::new(tokens.fold(0, u64::saturating_add)).with_prefix(trained.kind.name());
         bar.set_style(ProgressStyle::with_template("{prefix} tests [{bar:30}] {pos}/{len} tokens").expect("valid"));
         let mut all = Vec::with_capacity(tests.len());
         for (length, count) in tests {
-            let sequences = (0..count).map(|_| Sequence::new(&mut random, length, settings.vocab)).collect();
+            let mut sequences = Vec::new();
+            if sequences.try_reserve_exact(count).is_err() {
+                let message = "--test, --test-tokens: expected sequences that fit in memory";
+                return Err(candle_core::Error::msg(format_args!("{message}, got {count}")));
+            }
+            sequences.extend((0..count).map(|_| Sequence::new(&mut random, length, settings.vocab)));
             all.push(right(&trained.model, sequences, &bar)?);
         }
         bar.finish_and_clear();
@@ -176,7 +181,7 @@ impl Arguments {
     }
 
     fn run(&self) -> Result<(), Box<dyn Error>> {
-        let settings = self.options.settings(DEFAULT, PAPER);
+        let settings = self.options.settings(DEFAULT, PAPER)?;
         let Settings { length, vocab, layers, d_model, seed, .. } = settings;
         let shortest = length.min(settings.start);
         if shortest < 3 {

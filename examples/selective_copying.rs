@@ -109,7 +109,7 @@ impl Task for SelectiveCopying {
 
 impl Arguments {
     fn run(&self) -> Result<(), Box<dyn Error>> {
-        let settings = self.options.settings(DEFAULT, PAPER);
+        let settings = self.options.settings(DEFAULT, PAPER)?;
         let Settings { length, vocab, layers, d_model, .. } = settings;
         let tokens = self.tokens.map_or(if self.options.paper() { 16 } else { 8 }, NonZeroUsize::get);
         let shortest = length.min(settings.start);

@@ -63,8 +63,9 @@
 //! - Neither pass stores anything for every step, channel and state. Forward keeps one state of each channel for every
 //!   64 steps if a backward pass is to follow, else nothing; backward recomputes.
 //! - The same inputs give the same bits, on any number of threads, and in every run on the same GPU. What a sequence gets
-//!   does not depend on what it is packed with or, on processors, batched with; only the gradients of parameters sum over
-//!   the batch.
+//!   from an operator does not depend on what it is packed with or, on processors, batched with; only the gradients of
+//!   parameters sum over the batch. Of a model this holds within rounding, since candle's matrix products depend on the
+//!   number of rows.
 //! - Every argument is checked before any work starts. A bad one gives an [`Error`] that names it, and nothing is
 //!   written.
 

@@ -7,7 +7,7 @@
 mod options;
 mod training;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Error, Result, Tensor};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
@@ -27,7 +27,8 @@ pub trait Task {
 
     /// So many sequences of a length.
     fn batch(&self, [sequences, length]: [usize; 2], random: &mut StdRng, device: &Device) -> Result<Batch> {
-        let (mut ids, mut targets) = (Vec::new(), Vec::new());
+        let mut ids = room("--batch, --length", [sequences, length, self.answers()])?;
+        let mut targets = Vec::new();
         for _ in 0..sequences {
             self.draw(length, random, &mut ids, &mut targets);
         }
@@ -37,6 +38,19 @@ pub trait Task {
             ids: Tensor::from_vec(ids, (sequences, length), device)?,
             targets: Tensor::from_vec(targets, (sequences, self.answers()), device)?,
         })
+    }
+}
+
+/// An empty list that has room for so many sequences of `length` and the steps that ask; an error names the flags that
+/// want more than there is.
+pub fn room(flags: &str, [sequences, length, answers]: [usize; 3]) -> Result<Vec<u32>> {
+    let mut ids = Vec::new();
+    let count = length.checked_add(answers).and_then(|length| length.checked_mul(sequences));
+    match count {
+        Some(count) if ids.try_reserve_exact(count).is_ok() => Ok(ids),
+        _ => Err(Error::msg(format_args!(
+            "{flags}: expected sequences that fit in memory, got {sequences} of {length} tokens"
+        ))),
     }
 }
 

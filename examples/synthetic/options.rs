@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use candle_core::{Device, Result};
+use candle_core::{Device, Error, Result};
 use clap::{Args, ValueEnum};
 use selective_scan::nn::LanguageModelConfig;
 
@@ -135,10 +135,13 @@ impl Options {
     }
 
     /// The flags, and for what they leave open one of these.
-    pub fn settings(&self, default: Settings, paper: Settings) -> Settings {
+    ///
+    /// # Errors
+    /// A flag that means nothing, by name.
+    pub fn settings(&self, default: Settings, paper: Settings) -> Result<Settings> {
         let base = if self.paper { paper } else { default };
         let size = |flag: Option<NonZeroUsize>, size| flag.map_or(size, NonZeroUsize::get);
-        Settings {
+        let settings = Settings {
             steps: size(self.steps, base.steps),
             length: size(self.length, base.length),
             start: size(self.start, base.start),
@@ -154,7 +157,9 @@ impl Options {
             evaluate: size(self.evaluate, base.evaluate),
             target: self.target.unwrap_or(base.target),
             seed: self.seed,
-        }
+        };
+        settings.check()?;
+        Ok(settings)
     }
 
     pub fn device(&self) -> Result<Device> {
@@ -171,6 +176,20 @@ impl Options {
 }
 
 impl Settings {
+    fn check(&self) -> Result<()> {
+        if u32::try_from(self.vocab).is_err() {
+            return Err(Error::msg(format_args!("--vocab: expected less than 2^32, got {}", self.vocab)));
+        }
+        // Not `lr <= 0`, which NaN would pass.
+        if !(self.lr > 0.0 && self.lr.is_finite()) {
+            return Err(Error::msg(format_args!("--lr: expected a finite number above 0, got {}", self.lr)));
+        }
+        if self.target.is_nan() {
+            return Err(Error::msg("--target: expected a number, got NaN"));
+        }
+        Ok(())
+    }
+
     pub fn config(&self, kind: Kind) -> LanguageModelConfig {
         let mut config = LanguageModelConfig::new(self.vocab, self.layers, self.d_model);
         config.mamba.d_state = self.d_state;
@@ -182,7 +201,7 @@ impl Settings {
     /// The learning rate of a step, counted from 1.
     pub fn rate(&self, step: usize) -> f64 {
         let rise = step as f64 / self.warmup.max(1) as f64;
-        let fall = (self.steps + 1 - step) as f64 / self.decay.max(1) as f64;
+        let fall = (self.steps - step + 1) as f64 / self.decay.max(1) as f64;
         self.lr * rise.min(fall).min(1.0)
     }
 }

@@ -96,6 +96,8 @@ fn batches(
     device: &Device,
 ) -> Result<Vec<Batch>> {
     let &Settings { batch, length, .. } = settings;
+    // All are kept.
+    super::room("--test, --length", [sequences, length, task.answers()])?;
     let batch = |from: usize| task.batch([(sequences - from).min(batch), length], random, device);
     (0..sequences).step_by(settings.batch).map(batch).collect()
 }
@@ -139,7 +141,8 @@ impl Curriculum {
         self.recent.add(loss);
         let learned = self.steps.is_multiple_of(25) && self.recent.take() < 0.3;
         if learned || self.steps >= settings.stage {
-            *self = Self { length: (2 * self.length).min(settings.length), steps: 0, recent: Mean::default() };
+            *self =
+                Self { length: self.length.saturating_mul(2).min(settings.length), steps: 0, recent: Mean::default() };
         }
     }
 }

@@ -1,11 +1,15 @@
 //! The Mamba block.
 
+use std::borrow::Cow;
+
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::direction::Direction;
-use super::layers::{Linear, Parameters};
-use super::{LayerCache, MambaConfig, argument};
+use super::layers::Linear;
+use super::parameters::{Change, Parameter, Parameters, named};
+use super::{LayerCache, MambaConfig, argument, check_room, wrap};
+use crate::sequences::Sequences;
 
 /// The Mamba block of Gu and Dao, *Mamba* (2023), arXiv 2312.00752, figure 3:
 ///
@@ -23,7 +27,7 @@ use super::{LayerCache, MambaConfig, argument};
 /// With [`bidirectional`](MambaConfig::bidirectional) there is a second direction as in Vision Mamba (Zhu et al. 2024,
 /// arXiv 2401.09417): it shares `in_proj`, `z` and `out_proj`, and has a convolution, `x_proj`, `dt_proj`, A and D of its
 /// own (`conv1d_b`, `x_proj_b`, `dt_proj_b`, `A_b_log`, `D_b`), which run from the last step to the first. The outputs of
-/// the two scans are added.
+/// the two scans are added, and with [`average_directions`](MambaConfig::average_directions) halved.
 ///
 /// Without [`selective`](MambaConfig::selective), parameters `B`, `C` (each `(d_inner, d_state)`) and `dt_bias` stand in
 /// place of `x_proj` and `dt_proj`.
@@ -34,29 +38,37 @@ pub struct Mamba {
     out_proj: Linear,
     forwards: Direction,
     backwards: Option<Direction>,
+    /// Whether candle tracks a parameter.
+    tracked: bool,
 }
 
 impl Mamba {
-    /// A block with the parameters of `vb`. Those that a [`VarMap`](candle_nn::VarMap) does not have yet are drawn as in
-    /// the paper, from the configuration's seed and the parameters' names.
+    /// A block with the parameters of `vb`, which computes in its type. Those that a [`VarMap`](candle_nn::VarMap) does
+    /// not have yet are drawn as in the paper, from the configuration's seed and the parameters' names; variables of
+    /// another type that it has are trained as they are, see [types](super#types).
     ///
     /// # Errors
-    /// A size that makes no block; a parameter that is missing or of another shape, by name.
+    /// A size that makes no block, or one that does not fit in memory; a parameter that is missing or of another shape, by
+    /// name.
     pub fn new(config: &MambaConfig, vb: VarBuilder) -> Result<Self> {
-        Self::with_shrunk_output(config, &Parameters::new(vb, config.seed), 1.0)
+        config.check()?;
+        let parameters = Parameters::new(vb, config.seed);
+        parameters.pp("in_proj").check_room("weight", "d_model, d_inner", config.parameter_count()?)?;
+        Self::with_shrunk_output(config, &parameters, 1.0)
     }
 
     /// A block whose `out_proj` begins smaller.
     pub(super) fn with_shrunk_output(config: &MambaConfig, parameters: &Parameters, shrink: f64) -> Result<Self> {
-        config.check()?;
         let &MambaConfig { d_model, d_inner, proj_bias, .. } = config;
-        Ok(Self {
+        let block = Self {
+            tracked: false,
             in_proj: Linear::new(&parameters.pp("in_proj"), [d_model, 2 * d_inner], proj_bias, 1.0)?,
             forwards: Direction::new(config, parameters, false)?,
             backwards: config.bidirectional.then(|| Direction::new(config, parameters, true)).transpose()?,
             out_proj: Linear::new(&parameters.pp("out_proj"), [d_inner, d_model], proj_bias, shrink)?,
             config: config.clone(),
-        })
+        };
+        block.map("", &mut |_, parameter| Ok(parameter.clone()))
     }
 
     /// The block's sizes and variants.
@@ -64,7 +76,7 @@ impl Mamba {
         &self.config
     }
 
-    /// Runs whole sequences: `(batch, length, d_model)` to the same shape. Differentiable.
+    /// Runs whole sequences: `(batch, length, d_model)` to the same shape. Differentiable. Of no steps there are no outputs.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.run(x, None)
     }
@@ -76,10 +88,17 @@ impl Mamba {
     }
 
     fn run(&self, x: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
+        self.check_input(x, cu_seqlens)?;
+        if x.elem_count() == 0 {
+            return x.zeros_like();
+        }
         let (x, z) = self.project(x)?;
         let mut y = self.forwards.forward(&x, &z, cu_seqlens)?;
         if let Some(backwards) = &self.backwards {
             y = (y + backwards.forward(&x, &z, cu_seqlens)?)?;
+            if self.config.average_directions {
+                y = (y * 0.5)?;
+            }
         }
         self.out_proj.forward(&y)
     }
@@ -89,6 +108,8 @@ impl Mamba {
     ///
     /// Row `i` uses slot `slots[i]` of the cache, or slot `i` if there are no `slots`, the cache then having one for each
     /// row. A row whose slot is negative is padding: it touches no state, and what comes out of it means nothing.
+    ///
+    /// Not differentiable, since the states are written in place: candle tracks neither the result nor the states.
     ///
     /// # Errors
     /// A bidirectional block: its second direction needs what comes later. A cache of another shape, or slots that do not
@@ -117,29 +138,40 @@ impl Mamba {
         slots: Option<&[i32]>,
     ) -> Result<Tensor> {
         self.check_causal()?;
-        let sequences = match cu_seqlens {
-            Some(offsets) => offsets.len().saturating_sub(1),
-            None => x.dim(0)?,
-        };
-        let slots = cache.check(&self.config, sequences, slots)?;
-        let (x, z) = self.project(x)?;
+        let sequences = self.check_input(x, cu_seqlens)?;
+        let slots = cache.check(&self.config, x.device(), sequences, slots)?;
+        if x.elem_count() == 0 {
+            return x.zeros_like();
+        }
+        let block = self.untracked()?;
+        let (x, z) = block.project(&x.detach())?;
         let states = cache.load(&slots, sequences)?;
-        let (y, states) = self.forwards.extend(&x, &z, cu_seqlens, &states)?;
-        let out = self.out_proj.forward(&y)?;
+        let (y, states) = block.forwards.extend(&x, &z, cu_seqlens, &states)?;
+        let out = block.out_proj.forward(&y)?;
         cache.store(&states, &slots, sequences)?;
         Ok(out)
     }
 
     /// Carries the states of a cache through the next token of each row, or through a few: `x` is
-    /// `(batch, tokens, d_model)`. Slots are those of [`Mamba::prefill`].
+    /// `(batch, tokens, d_model)`. Slots are those of [`Mamba::prefill`]; not differentiable, as that.
     ///
     /// # Errors
     /// As [`Mamba::prefill`].
     pub fn step(&self, x: &Tensor, cache: &LayerCache, slots: Option<&[i32]>) -> Result<Tensor> {
         self.check_causal()?;
-        cache.check(&self.config, x.dim(0)?, slots)?;
-        let (x, z) = self.project(x)?;
-        self.out_proj.forward(&self.forwards.step(&x, &z, cache, slots)?)
+        let rows = self.check_input(x, None)?;
+        cache.check(&self.config, x.device(), rows, slots)?;
+        if x.elem_count() == 0 {
+            return x.zeros_like();
+        }
+        let block = self.untracked()?;
+        let (x, z) = block.project(&x.detach())?;
+        block.out_proj.forward(&block.forwards.step(&x, &z, cache, slots)?)
+    }
+
+    /// The block itself where candle tracks nothing, else one without gradients.
+    fn untracked(&self) -> Result<Cow<'_, Self>> {
+        Ok(if self.tracked { Cow::Owned(self.detach()?) } else { Cow::Borrowed(self) })
     }
 
     pub(super) fn check_causal(&self) -> Result<()> {
@@ -150,40 +182,64 @@ impl Mamba {
         Ok(())
     }
 
+    /// Checks an input and how it is divided into sequences, and gives their number.
+    fn check_input(&self, x: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<usize> {
+        let (d_model, d_inner, dtype) = (self.config.d_model, self.config.d_inner, self.in_proj.dtype());
+        let &[batch, length, width] = x.dims() else {
+            return Err(argument("x", format_args!("(batch, length, {d_model})"), format_args!("{:?}", x.dims())));
+        };
+        if width != d_model {
+            return Err(argument("x", format_args!("(batch, length, {d_model})"), format_args!("{:?}", x.dims())));
+        }
+        if x.dtype() != dtype {
+            return Err(argument("x", format_args!("type {}, as the block", dtype.as_str()), x.dtype().as_str()));
+        }
+        let sequences = Sequences::check(batch, length, cu_seqlens).map_err(wrap)?.count();
+        check_room("x", &[batch, length, 2, d_inner], dtype, x.device())?;
+        Ok(sequences)
+    }
+
     /// The scan's input and gate, views of what `in_proj` gives.
     fn project(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (d_model, d_inner) = (self.config.d_model, self.config.d_inner);
-        match x.dims() {
-            [_, _, width] if *width == d_model => {}
-            dims => return Err(argument("x", format_args!("(batch, length, {d_model})"), format_args!("{dims:?}"))),
-        }
+        let d_inner = self.config.d_inner;
         let xz = self.in_proj.forward(x)?;
         Ok((xz.narrow(2, 0, d_inner)?, xz.narrow(2, d_inner, d_inner)?))
     }
 
-    pub(super) fn map(&self, f: &impl Fn(&Tensor) -> Tensor) -> Result<Self> {
-        Ok(Self {
-            config: self.config.clone(),
-            in_proj: self.in_proj.map(f),
-            out_proj: self.out_proj.map(f),
-            forwards: self.forwards.map(f)?,
-            backwards: self.backwards.as_ref().map(|direction| direction.map(f)).transpose()?,
-        })
+    /// The block with other parameters, whose names begin with `prefix`.
+    pub(super) fn map(&self, prefix: &str, f: &mut Change) -> Result<Self> {
+        let mut tracked = false;
+        let mut f = |name: &str, parameter: &Parameter| {
+            let changed = f(&format!("{prefix}{name}"), parameter)?;
+            tracked |= changed.is_tracked();
+            Ok(changed)
+        };
+        let in_proj = self.in_proj.map("in_proj.", &mut f)?;
+        let forwards = self.forwards.map("", &mut f)?;
+        let backwards = self.backwards.as_ref().map(|direction| direction.map("", &mut f)).transpose()?;
+        let out_proj = self.out_proj.map("out_proj.", &mut f)?;
+        Ok(Self { config: self.config.clone(), in_proj, out_proj, forwards, backwards, tracked })
     }
 
-    /// The same block, sharing its parameters, without gradients: prefill and decoding with it record nothing. Where
-    /// training goes on, take a new one after a step, for A is computed here.
+    /// The same block, sharing its parameters, without gradients. Where training goes on, take a new one after a step, for
+    /// A, and what the block needs in another type, are computed here.
     pub fn detach(&self) -> Result<Self> {
-        self.map(&Tensor::detach)
+        self.map("", &mut |_, parameter| parameter.detach())
     }
 
-    /// Adds the parameters by name.
-    pub(super) fn name_tensors(&self, prefix: &str, to: &mut Vec<(String, Tensor)>) {
-        self.in_proj.name_tensors(&format!("{prefix}.in_proj"), to);
-        self.forwards.name_tensors(prefix, to);
-        if let Some(backwards) = &self.backwards {
-            backwards.name_tensors(prefix, to);
-        }
-        self.out_proj.name_tensors(&format!("{prefix}.out_proj"), to);
+    /// The same block with other parameters: `f` gets each with its name (`in_proj.weight`, `A_log`, …) and gives what
+    /// stands in its place, of the same shape and on the same device. See
+    /// [`LanguageModel::map_parameters`](super::LanguageModel::map_parameters).
+    ///
+    /// # Errors
+    /// Those of `f`; a tensor of another shape, on another device, or of a type that is none of `f32`, `f16`, `bf16` and
+    /// `f64`, by the parameter's name.
+    pub fn map_parameters(&self, mut f: impl FnMut(&str, &Tensor) -> Result<Tensor>) -> Result<Self> {
+        self.map("", &mut |name, parameter| parameter.replace(name, f(name, parameter.stored())?))
+    }
+
+    /// All parameters by name, in the order in which the block uses them.
+    pub fn named_tensors(&self) -> Vec<(String, Tensor)> {
+        named(|f| self.map("", f))
     }
 }

@@ -2,13 +2,16 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{MambaConfig, argument, wrap};
+use super::{MambaConfig, argument, check_room, wrap};
 use crate::candle::check_pool;
 use crate::pool::Slots;
 
 /// The states of one block for a number of sequences, each in a slot of its own.
 ///
-/// The tensors are written in place; a clone is another handle to the same states.
+/// The tensors are written in place. **A clone is another handle to the same states**, not a copy: what is written through
+/// one is seen through the other. [`Cache::snapshot`] copies.
+///
+/// One that is made by hand has tensors of `f32`, `f16` or `bf16`, dense, and outside of candle's graph.
 #[derive(Debug, Clone)]
 pub struct LayerCache {
     /// The last inputs of the convolution, oldest first, `(slots, d_conv - 1, d_inner)`.
@@ -22,13 +25,13 @@ impl LayerCache {
     /// the memory and round the state at every step.
     pub fn new(config: &MambaConfig, slots: usize, dtype: DType, device: &Device) -> Result<Self> {
         config.check()?;
-        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        if !is_state(dtype) {
             return Err(argument("dtype", "f32, f16 or bf16", dtype.as_str()));
         }
-        Ok(Self {
-            conv: Tensor::zeros((slots, config.d_conv - 1, config.d_inner), dtype, device)?,
-            ssm: Tensor::zeros((slots, config.d_inner, config.d_state), dtype, device)?,
-        })
+        let [conv, ssm] = shapes(config, slots);
+        check_room("slots", &conv, dtype, device)?;
+        check_room("slots", &ssm, dtype, device)?;
+        Ok(Self { conv: Tensor::zeros(&conv, dtype, device)?, ssm: Tensor::zeros(&ssm, dtype, device)? })
     }
 
     /// The number of sequences that it holds.
@@ -85,19 +88,27 @@ impl LayerCache {
         }
     }
 
-    /// Checks that these are states of a block with this configuration, and that each of `sequences` has a slot.
+    /// Checks that these are states of a block with this configuration on this device, and that each of `sequences` has a
+    /// slot.
     pub(crate) fn check<'s>(
         &self,
         config: &MambaConfig,
+        device: &Device,
         sequences: usize,
         slots: Option<&'s [i32]>,
     ) -> Result<Slots<'s>> {
         let got = self.check_pools()?;
         let pool = got[1][0];
-        let expected = [[pool, config.d_conv - 1, config.d_inner], [pool, config.d_inner, config.d_state]];
+        let expected = shapes(config, pool);
         if got != expected {
             let expected = format_args!("states of shapes {:?} and {:?}", expected[0], expected[1]);
             return Err(argument("cache", expected, format_args!("{:?} and {:?}", got[0], got[1])));
+        }
+        for pool in [&self.conv, &self.ssm] {
+            if !pool.device().same_device(device) {
+                let expected = format_args!("states on {:?}, as the input", device.location());
+                return Err(argument("cache", expected, format_args!("{:?}", pool.device().location())));
+            }
         }
         Slots::check(slots, sequences, pool).map_err(wrap)
     }
@@ -131,6 +142,16 @@ impl LayerCache {
     }
 }
 
+/// The types that states may have.
+fn is_state(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// The shapes of the states of the convolution and of the scan.
+fn shapes(config: &MambaConfig, slots: usize) -> [[usize; 3]; 2] {
+    [[slots, config.d_conv - 1, config.d_inner], [slots, config.d_inner, config.d_state]]
+}
+
 /// The states in front of or behind sequences, one row each, in `f32`.
 pub(crate) struct States {
     pub conv: Tensor,
@@ -138,6 +159,9 @@ pub(crate) struct States {
 }
 
 /// The states of a language model: those of each block.
+///
+/// They are written in place. **A clone is another handle to the same states**, not a copy: what is written through one is
+/// seen through the other. [`Cache::snapshot`] copies.
 #[derive(Debug, Clone)]
 pub struct Cache {
     pub(crate) layers: Vec<LayerCache>,

@@ -167,12 +167,13 @@ impl Checkpoint {
         Ok(model)
     }
 
-    /// The model to be trained further, with the variables that it is made of.
+    /// The model to be trained further, which computes in `dtype`, with the variables that it is made of. These are `f32`
+    /// whatever `dtype`: small steps of training are lost in a half type.
     ///
     /// # Errors
     /// As [`Checkpoint::model`].
     pub fn trainable(&self, dtype: DType) -> Result<(LanguageModel, VarMap)> {
-        let (fixed, variables) = (self.model(dtype)?, VarMap::new());
+        let (fixed, variables) = (self.model(DType::F32)?, VarMap::new());
         {
             let mut map = variables.data().lock().map_err(|_| Error::msg("the lock of the variables is poisoned"))?;
             for (name, tensor) in fixed.named_tensors() {

@@ -27,6 +27,9 @@ pub struct MambaConfig {
     /// A second convolution and scan that run from the last step to the first; their outputs are added before `out_proj`.
     /// See [`Mamba`](super::Mamba) for what the second direction has of its own. There is no decoding step then.
     pub bidirectional: bool,
+    /// Whether the outputs of the two directions are halved once they are added, as in the released models of Vision Mamba
+    /// (`if_divide_out` there). Only where there are two.
+    pub average_directions: bool,
     /// Whether the step size, B and C are projected from the input, which makes the scan selective. If not, they are
     /// parameters, the same at every step: a diagonal, real S4 (S4D) in the same block, for comparison.
     pub selective: bool,
@@ -64,7 +67,8 @@ impl MambaConfig {
     pub fn new(d_model: usize) -> Self {
         Self {
             d_model,
-            d_inner: 2 * d_model,
+            // What is too large for a model is refused when one is made of it.
+            d_inner: d_model.saturating_mul(2),
             d_state: 16,
             d_conv: 4,
             dt_rank: d_model.div_ceil(16),
@@ -72,6 +76,7 @@ impl MambaConfig {
             proj_bias: false,
             norms: Norms::None,
             bidirectional: false,
+            average_directions: false,
             selective: true,
             dt_min: 0.001,
             dt_max: 0.1,
@@ -107,14 +112,56 @@ impl MambaConfig {
         if !(self.dt_scale > 0.0 && self.dt_scale.is_finite()) {
             return Err(argument("dt_scale", "a factor above 0", self.dt_scale));
         }
+        if self.average_directions && !self.bidirectional {
+            return Err(argument("average_directions", "false where `bidirectional` is false", "true"));
+        }
         if let Norms::Weighted { eps } | Norms::Unweighted { eps } = self.norms {
             check_eps("norms", eps)?;
             if !self.selective {
                 return Err(argument("norms", "none where `selective` is false: nothing is projected", "some"));
             }
         }
-        Ok(())
+        self.parameter_count().map(|_| ())
     }
+
+    /// The number of parameters of a block.
+    ///
+    /// # Errors
+    /// More than can be counted.
+    pub(crate) fn parameter_count(&self) -> Result<usize> {
+        let &Self { d_model, d_inner, d_state, d_conv, dt_rank, .. } = self;
+        let given = |is: bool, size: usize| if is { size } else { 0 };
+        let weighted = matches!(self.norms, Norms::Weighted { .. });
+        let direction: &[[usize; 3]] = &[
+            [d_inner, d_conv, 1],
+            [d_inner, given(self.conv_bias, 1), 1],
+            // A; D and the bias of the step size.
+            [d_inner, d_state, 1],
+            [d_inner, 2, 1],
+            // B and C, or what projects to them and to the step size.
+            [d_inner, d_state, 2],
+            [d_inner, dt_rank, given(self.selective, 2)],
+            [given(weighted, 1), dt_rank, 1],
+            [given(weighted, 1), d_state, 2],
+        ];
+        let block =
+            [[d_model, d_inner, 3], [d_inner, given(self.proj_bias, 2), 1], [d_model, given(self.proj_bias, 1), 1]];
+        let direction = sum(direction).and_then(|count| count.checked_mul(1 + usize::from(self.bidirectional)));
+        let count = sum(&block).and_then(|count| count.checked_add(direction?));
+        count.filter(|count| *count <= COUNTABLE).ok_or_else(|| {
+            let got = format_args!("{d_model}, {d_inner} and {dt_rank}");
+            argument("d_model, d_inner, dt_rank", "sizes whose parameters can be counted", got)
+        })
+    }
+}
+
+/// So many parameters have an address each, in any type.
+const COUNTABLE: usize = isize::MAX as usize / 8;
+
+/// The elements of all shapes together, if they can be counted.
+fn sum(shapes: &[[usize; 3]]) -> Option<usize> {
+    let product = |shape: &[usize; 3]| shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
+    shapes.iter().try_fold(0usize, |total, shape| total.checked_add(product(shape)?))
 }
 
 /// A language model of Mamba blocks: embeddings, `n_layer` times a norm and a block around which the residual stream
@@ -202,7 +249,32 @@ impl LanguageModelConfig {
             return Err(argument("vocab_size", "a size that a matrix can have", got));
         }
         check_eps("norm_eps", self.norm_eps)?;
-        self.mamba.check()
+        self.mamba.check()?;
+        // Samplers give tokens as `u32`.
+        if u32::try_from(self.vocab_size).is_err() {
+            return Err(argument("vocab_size", "less than 2^32", self.vocab_size));
+        }
+        self.parameter_count().map(|_| ())
+    }
+
+    /// The number of parameters of a model.
+    ///
+    /// # Errors
+    /// More than can be counted.
+    pub(crate) fn parameter_count(&self) -> Result<usize> {
+        let d_model = self.mamba.d_model;
+        let matrices = if self.tie_embeddings { 1 } else { 2 };
+        let embeddings = sum(&[[self.padded_vocab_size(), d_model, matrices]]).filter(|count| *count <= COUNTABLE);
+        let embeddings = embeddings.ok_or_else(|| {
+            let got = format_args!("{} and {d_model}", self.vocab_size);
+            argument("vocab_size, d_model", "sizes whose parameters can be counted", got)
+        })?;
+        let layers =
+            sum(&[[self.n_layer, self.mamba.parameter_count()?, 1], [self.n_layer, d_model, 1], [d_model, 1, 1]]);
+        let count = layers.and_then(|layers| layers.checked_add(embeddings));
+        count
+            .filter(|count| *count <= COUNTABLE)
+            .ok_or_else(|| argument("n_layer", "layers whose parameters can be counted", self.n_layer))
     }
 }
 

@@ -3,8 +3,9 @@
 use candle_core::{Result, Tensor};
 
 use super::cache::States;
-use super::layers::{Initial, Linear, Parameters};
+use super::layers::Linear;
 use super::norm::rms_norm;
+use super::parameters::{Change, Initial, Parameter, Parameters};
 use super::{LayerCache, MambaConfig, Norms};
 use crate::candle::{CausalConv, ConvUpdate, Scan, StateUpdate};
 use crate::{conv, scan, state_update};
@@ -16,17 +17,15 @@ pub(super) struct Direction {
     /// Where to find `(dt_rank, d_state)` among the columns of `x_proj`.
     sizes: [usize; 2],
     /// `(d_inner, 1, d_conv)`, `f32`, as checkpoints have it.
-    conv_weight: Tensor,
+    conv_weight: Parameter,
     /// `(d_inner)`, `f32`.
-    conv_bias: Option<Tensor>,
-    /// `(d_inner, d_state)`, `f32`: A = -exp(A_log).
-    a_log: Tensor,
-    /// A, where A_log is no variable that training changes.
-    a: Option<Tensor>,
+    conv_bias: Option<Parameter>,
+    /// A, `(d_inner, d_state)`, `f32`, from `A_log`.
+    a: Parameter,
     /// `(d_inner)`, `f32`.
-    d: Tensor,
+    d: Parameter,
     /// `(d_inner)`, `f32`.
-    dt_bias: Tensor,
+    dt_bias: Parameter,
     dynamics: Dynamics,
 }
 
@@ -36,17 +35,27 @@ enum Dynamics {
     /// From the input.
     Selective { x_proj: Linear, dt_proj: Linear, norms: Option<ProjectionNorms> },
     /// B and C are parameters, `(d_inner, d_state)`, `f32`, and the step size is that of the bias alone.
-    Invariant { b: Tensor, c: Tensor },
+    Invariant { b: Parameter, c: Parameter },
 }
 
 /// The norms of the low-rank step size, B and C.
 #[derive(Debug, Clone)]
 struct ProjectionNorms {
-    weights: Option<[Tensor; 3]>,
+    weights: Option<[Parameter; 3]>,
     eps: f64,
 }
 
 const NORM_NAMES: [&str; 3] = ["dt_layernorm", "b_layernorm", "c_layernorm"];
+
+/// What the convolution and the scan compute with.
+struct Values {
+    /// `(d_inner, d_conv)`.
+    conv_weight: Tensor,
+    conv_bias: Option<Tensor>,
+    a: Tensor,
+    d: Tensor,
+    dt_bias: Tensor,
+}
 
 /// What the scan reads beside its input and parameters.
 struct Projected {
@@ -63,7 +72,7 @@ impl Direction {
         let within = |name: &str| parameters.pp(format!("{name}{suffix}"));
         let (conv, taps) = (within("conv1d"), Initial::linear(d_conv, 1.0));
         let steps = Initial::StepSizes { min: config.dt_min, max: config.dt_max, floor: config.dt_init_floor };
-        let a_log = parameters.get_f32(&[d_inner, d_state], a_name, Initial::LogOfIndex)?;
+        let a = parameters.get_a(&[d_inner, d_state], a_name)?;
         let (dynamics, dt_bias) = if config.selective {
             let x_proj = Linear::new(&within("x_proj"), [d_inner, dt_rank + 2 * d_state], false, 1.0)?;
             let dt = within("dt_proj");
@@ -94,8 +103,7 @@ impl Direction {
             sizes: [dt_rank, d_state],
             conv_weight: conv.get_f32(&[d_inner, 1, d_conv], "weight", taps)?,
             conv_bias: config.conv_bias.then(|| conv.get_f32(&[d_inner], "bias", taps)).transpose()?,
-            a: (!a_log.track_op()).then(|| a_log.exp()?.neg()).transpose()?,
-            a_log,
+            a,
             d: parameters.get_f32(&[d_inner], &format!("D{suffix}"), Initial::Constant(1.0))?,
             dt_bias,
             dynamics,
@@ -104,10 +112,10 @@ impl Direction {
 
     /// Runs whole sequences from zero states.
     pub fn forward(&self, x: &Tensor, z: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
-        let weight = self.conv_weight.squeeze(1)?;
-        let u = CausalConv { cu_seqlens, ..self.conv(x, &weight) }.forward()?;
-        let (projected, a) = (self.project(&u)?, self.a()?);
-        Scan { cu_seqlens, ..self.scan(&u, z, &projected, &a) }.forward()
+        let values = self.values()?;
+        let u = CausalConv { cu_seqlens, ..self.conv(x, &values) }.forward()?;
+        let projected = self.project(&u)?;
+        Scan { cu_seqlens, ..self.scan(&u, z, &projected, &values) }.forward()
     }
 
     /// Runs sequences on from given states, and also gives those behind them.
@@ -118,52 +126,57 @@ impl Direction {
         cu_seqlens: Option<&[usize]>,
         states: &States,
     ) -> Result<(Tensor, States)> {
-        let weight = self.conv_weight.squeeze(1)?;
-        let convolution = CausalConv { cu_seqlens, initial_state: Some(&states.conv), ..self.conv(x, &weight) };
+        let values = self.values()?;
+        let convolution = CausalConv { cu_seqlens, initial_state: Some(&states.conv), ..self.conv(x, &values) };
         let (u, conv) = convolution.forward_with_state()?;
-        let (projected, a) = (self.project(&u)?, self.a()?);
-        let scan = Scan { cu_seqlens, initial_state: Some(&states.ssm), ..self.scan(&u, z, &projected, &a) };
+        let projected = self.project(&u)?;
+        let scan = Scan { cu_seqlens, initial_state: Some(&states.ssm), ..self.scan(&u, z, &projected, &values) };
         let (y, ssm) = scan.forward_with_state()?;
         Ok((y, States { conv, ssm }))
     }
 
     /// Carries the states of a cache through a few tokens, in place.
     pub fn step(&self, x: &Tensor, z: &Tensor, cache: &LayerCache, slots: Option<&[i32]>) -> Result<Tensor> {
-        let weight = self.conv_weight.squeeze(1)?;
-        let update = ConvUpdate { bias: self.conv_bias.as_ref(), slots, silu: true, ..ConvUpdate::new(x, &weight) };
+        let values = self.values()?;
+        let weight = &values.conv_weight;
+        let update = ConvUpdate { bias: values.conv_bias.as_ref(), slots, silu: true, ..ConvUpdate::new(x, weight) };
         let u = update.update(&cache.conv)?;
-        let (Projected { delta, b, c }, a) = (self.project(&u)?, self.a()?);
+        let Projected { delta, b, c } = self.project(&u)?;
         StateUpdate {
             z: Some(z),
-            d: Some(&self.d),
-            dt_bias: Some(&self.dt_bias),
+            d: Some(&values.d),
+            dt_bias: Some(&values.dt_bias),
             slots,
             options: state_update::Options { dt_softplus: true, ..Default::default() },
-            ..StateUpdate::new(&u, &delta, &a, &b, &c)
+            ..StateUpdate::new(&u, &delta, &values.a, &b, &c)
         }
         .update(&cache.ssm)
     }
 
-    fn conv<'a>(&'a self, x: &'a Tensor, weight: &'a Tensor) -> CausalConv<'a> {
-        let options = conv::Options { silu: true, reverse: self.reverse };
-        CausalConv { bias: self.conv_bias.as_ref(), options, ..CausalConv::new(x, weight) }
+    /// What the convolution and the scan compute with.
+    fn values(&self) -> Result<Values> {
+        Ok(Values {
+            conv_weight: self.conv_weight.tensor()?.squeeze(1)?,
+            conv_bias: self.conv_bias.as_ref().map(Parameter::tensor).transpose()?,
+            a: self.a.tensor()?,
+            d: self.d.tensor()?,
+            dt_bias: self.dt_bias.tensor()?,
+        })
     }
 
-    fn scan<'a>(&'a self, u: &'a Tensor, z: &'a Tensor, projected: &'a Projected, a: &'a Tensor) -> Scan<'a> {
+    fn conv<'a>(&'a self, x: &'a Tensor, values: &'a Values) -> CausalConv<'a> {
+        let options = conv::Options { silu: true, reverse: self.reverse };
+        CausalConv { bias: values.conv_bias.as_ref(), options, ..CausalConv::new(x, &values.conv_weight) }
+    }
+
+    fn scan<'a>(&'a self, u: &'a Tensor, z: &'a Tensor, projected: &'a Projected, values: &'a Values) -> Scan<'a> {
         let Projected { delta, b, c } = projected;
         Scan {
             z: Some(z),
-            d: Some(&self.d),
-            delta_bias: Some(&self.dt_bias),
+            d: Some(&values.d),
+            delta_bias: Some(&values.dt_bias),
             options: scan::Options { delta_softplus: true, reverse: self.reverse, ..Default::default() },
-            ..Scan::new(u, delta, a, b, c)
-        }
-    }
-
-    fn a(&self) -> Result<Tensor> {
-        match &self.a {
-            Some(a) => Ok(a.clone()),
-            None => self.a_log.exp()?.neg(),
+            ..Scan::new(u, delta, &values.a, b, c)
         }
     }
 
@@ -180,68 +193,53 @@ impl Direction {
                 let mut c = activations.narrow(2, dt_rank + d_state, d_state)?;
                 if let Some(norms) = norms {
                     for (i, x) in [&mut dt, &mut b, &mut c].into_iter().enumerate() {
-                        *x = rms_norm(x, norms.weights.as_ref().map(|weights| &weights[i]), norms.eps, x.dtype())?;
+                        let weight = norms.weights.as_ref().map(|weights| weights[i].tensor()).transpose()?;
+                        *x = rms_norm(x, weight.as_ref(), norms.eps, x.dtype())?;
                     }
                 }
                 Ok(Projected { delta: dt_proj.forward(&dt)?.reshape((batch, length, d_inner))?, b, c })
             }
             Dynamics::Invariant { b, c } => {
                 let zero = Tensor::zeros((1, 1, d_inner), u.dtype(), u.device())?;
-                Ok(Projected { delta: zero.broadcast_as(u.shape())?, b: b.clone(), c: c.clone() })
+                Ok(Projected { delta: zero.broadcast_as(u.shape())?, b: b.tensor()?, c: c.tensor()? })
             }
         }
     }
 
-    pub fn map(&self, f: &impl Fn(&Tensor) -> Tensor) -> Result<Self> {
-        let a_log = f(&self.a_log);
-        Ok(Self {
-            reverse: self.reverse,
-            sizes: self.sizes,
-            conv_weight: f(&self.conv_weight),
-            conv_bias: self.conv_bias.as_ref().map(f),
-            a: (!a_log.track_op()).then(|| a_log.exp()?.neg()).transpose()?,
-            a_log,
-            d: f(&self.d),
-            dt_bias: f(&self.dt_bias),
-            dynamics: match &self.dynamics {
-                Dynamics::Selective { x_proj, dt_proj, norms } => Dynamics::Selective {
-                    x_proj: x_proj.map(f),
-                    dt_proj: dt_proj.map(f),
-                    norms: norms.as_ref().map(|ProjectionNorms { weights, eps }| ProjectionNorms {
-                        weights: weights.as_ref().map(|weights| weights.each_ref().map(f)),
-                        eps: *eps,
-                    }),
-                },
-                Dynamics::Invariant { b, c } => Dynamics::Invariant { b: f(b), c: f(c) },
-            },
-        })
-    }
-
-    pub fn name_tensors(&self, prefix: &str, to: &mut Vec<(String, Tensor)>) {
+    /// The direction with other parameters, whose names begin with `prefix`.
+    pub fn map(&self, prefix: &str, f: &mut Change) -> Result<Self> {
         let (suffix, a_name) = if self.reverse { ("_b", "A_b_log") } else { ("", "A_log") };
-        let mut add = |name: String, tensor: &Tensor| to.push((format!("{prefix}.{name}"), tensor.clone()));
-        add(a_name.into(), &self.a_log);
-        add(format!("D{suffix}"), &self.d);
-        add(format!("conv1d{suffix}.weight"), &self.conv_weight);
-        if let Some(bias) = &self.conv_bias {
-            add(format!("conv1d{suffix}.bias"), bias);
-        }
-        match &self.dynamics {
+        let mut f = |name: &str, parameter: &Parameter| f(&format!("{prefix}{name}"), parameter);
+        let a = f(a_name, &self.a)?;
+        let d = f(&format!("D{suffix}"), &self.d)?;
+        let conv_weight = f(&format!("conv1d{suffix}.weight"), &self.conv_weight)?;
+        let conv_bias = self.conv_bias.as_ref().map(|bias| f(&format!("conv1d{suffix}.bias"), bias)).transpose()?;
+        let (dynamics, dt_bias) = match &self.dynamics {
             Dynamics::Selective { x_proj, dt_proj, norms } => {
-                add(format!("x_proj{suffix}.weight"), &x_proj.weight);
-                add(format!("dt_proj{suffix}.weight"), &dt_proj.weight);
-                add(format!("dt_proj{suffix}.bias"), &self.dt_bias);
-                for weights in norms.iter().filter_map(|norms| norms.weights.as_ref()) {
-                    for (name, weight) in NORM_NAMES.iter().zip(weights) {
-                        add(format!("{name}{suffix}.weight"), weight);
-                    }
-                }
+                let x_proj = x_proj.map(&format!("x_proj{suffix}."), &mut f)?;
+                let dt_proj = dt_proj.map(&format!("dt_proj{suffix}."), &mut f)?;
+                let dt_bias = f(&format!("dt_proj{suffix}.bias"), &self.dt_bias)?;
+                let norms = norms.as_ref().map(|norms| norms.map(suffix, &mut f)).transpose()?;
+                (Dynamics::Selective { x_proj, dt_proj, norms }, dt_bias)
             }
             Dynamics::Invariant { b, c } => {
-                add(format!("B{suffix}"), b);
-                add(format!("C{suffix}"), c);
-                add(format!("dt_bias{suffix}"), &self.dt_bias);
+                let dynamics = Dynamics::Invariant { b: f(&format!("B{suffix}"), b)?, c: f(&format!("C{suffix}"), c)? };
+                (dynamics, f(&format!("dt_bias{suffix}"), &self.dt_bias)?)
             }
-        }
+        };
+        Ok(Self { reverse: self.reverse, sizes: self.sizes, conv_weight, conv_bias, a, d, dt_bias, dynamics })
+    }
+}
+
+impl ProjectionNorms {
+    fn map(&self, suffix: &str, f: &mut Change) -> Result<Self> {
+        let weights = match &self.weights {
+            None => None,
+            Some([dt, b, c]) => {
+                let mut f = |index: usize, weight| f(&format!("{}{suffix}.weight", NORM_NAMES[index]), weight);
+                Some([f(0, dt)?, f(1, b)?, f(2, c)?])
+            }
+        };
+        Ok(Self { weights, eps: self.eps })
     }
 }

@@ -37,10 +37,35 @@
 //! ```
 //!
 //! # Types
-//! A model is `f32`, `f16` or `bf16`: the type of activations and of the matrices. The convolution, A, D and the bias of
-//! the step size are `f32` always, and so is the residual stream if asked for
+//! A model computes in `f32`, `f16` or `bf16`, the type of its `VarBuilder`: activations and matrices have it. The
+//! convolution, A, D and the bias of the step size are `f32` always, and so is the residual stream if asked for
 //! ([`residual_in_f32`](LanguageModelConfig::residual_in_f32)). On processors candle multiplies no `bf16` matrices; there
 //! they are widened for each product, which is slow.
+//!
+//! What is trained has a type of its own: variables that are there already stay as they are, are brought into the type of
+//! the model in every pass, and get its gradients. Small steps of training are lost in a half type, so a half model is best
+//! trained on `f32` variables, which [`Checkpoint::trainable`] gives for a checkpoint, and for a new model a builder of
+//! that type:
+//! ```
+//! # use candle_core::{DType, Device};
+//! # use candle_nn::{VarBuilder, VarMap};
+//! # use selective_scan::nn::{LanguageModel, LanguageModelConfig};
+//! # let (config, device) = (LanguageModelConfig::new(16, 2, 32), Device::Cpu);
+//! let variables = VarMap::new();
+//! LanguageModel::new(&config, VarBuilder::from_varmap(&variables, DType::F32, &device))?; // draws them
+//! let model = LanguageModel::new(&config, VarBuilder::from_varmap(&variables, DType::BF16, &device))?;
+//! assert!(model.dtype() == DType::BF16 && variables.all_vars().iter().all(|v| v.dtype() == DType::F32));
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//! Sums over rows, of the gradients of embeddings, norms and biases, are `f32` or wider in a model of any type, and are
+//! rounded once.
+//!
+//! # The same bits
+//! The same call on the same machine gives the same bits. But the number of rows decides how candle multiplies
+//! matrices, and so in which order their sums are taken: a sequence that is batched or packed with others, or read in other
+//! chunks, gets its own result within rounding (some 1e-6 in `f32`), not its bits. The operators under the model
+//! ([`scan`](crate::scan), [`conv`](crate::conv), [`state_update`](crate::state_update)) do give the same bits then. A
+//! server that promises the same text for the same seed must run a sequence in the same company.
 //!
 //! # Checkpoints
 //! ```no_run
@@ -71,10 +96,12 @@ mod cache;
 mod checkpoint;
 mod config;
 mod direction;
+mod embedding;
 mod json;
 mod language_model;
 mod layers;
 mod norm;
+mod parameters;
 mod sampler;
 
 pub use block::Mamba;
@@ -86,6 +113,8 @@ pub use sampler::{Sampler, Sampling};
 
 use std::fmt::Display;
 
+use candle_core::{DType, Device, Result, Tensor};
+
 /// This crate's error as candle's.
 fn wrap(error: crate::Error) -> candle_core::Error {
     error.into()
@@ -94,4 +123,36 @@ fn wrap(error: crate::Error) -> candle_core::Error {
 /// An argument that does not fit.
 fn argument(name: &'static str, expected: impl Display, got: impl Display) -> candle_core::Error {
     wrap(crate::Error::argument(name, expected, got))
+}
+
+/// Refuses what does not fit in memory, by the name of the argument that asks for it: candle would panic or end the
+/// program. The tensors of a device tell of this by themselves.
+fn check_room(name: &'static str, shape: &[usize], dtype: DType, device: &Device) -> Result<()> {
+    let bytes = shape.iter().try_fold(dtype.size_in_bytes(), |bytes, &size| bytes.checked_mul(size));
+    let fits = match (bytes, device) {
+        (Some(bytes), Device::Cpu) => {
+            let mut room = Vec::<u8>::new();
+            let fits = room.try_reserve_exact(bytes).is_ok();
+            // Or the compiler leaves out what nobody uses.
+            std::hint::black_box(&mut room);
+            fits
+        }
+        (Some(bytes), _) => bytes <= isize::MAX as usize,
+        (None, _) => false,
+    };
+    if fits {
+        return Ok(());
+    }
+    let got = format_args!("{shape:?} of {}", dtype.as_str());
+    Err(argument(name, "sizes that fit in memory", got))
+}
+
+/// Refuses to be differentiated twice: the gradients of our own operators are computed outside of candle's graph.
+fn check_once(name: &'static str, gradient: &Tensor) -> Result<()> {
+    if gradient.track_op() {
+        return Err(candle_core::Error::Msg(format!(
+            "{name}: cannot be differentiated twice, and its gradient is itself tracked (CANDLE_GRAD_DO_NOT_DETACH)"
+        )));
+    }
+    Ok(())
 }

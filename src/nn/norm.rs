@@ -6,8 +6,13 @@
 use candle_core::{Context, CpuStorage, CustomOp2, CustomOp3, D, DType, Device, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::check_once;
+
 /// The RMS norm over the last dimension, times `weight` if there is one, computed in `f32` and given in `dtype`.
 pub(super) fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f64, dtype: DType) -> Result<Tensor> {
+    if x.elem_count() == 0 {
+        return Tensor::zeros(x.shape(), dtype, x.device());
+    }
     let x = x.to_dtype(DType::F32)?;
     let weight = weight.map(|weight| weight.to_dtype(DType::F32)).transpose()?;
     let out = match (&weight, x.device()) {
@@ -76,6 +81,7 @@ impl CustomOp2 for RmsNorm {
     }
 
     fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        check_once(self.name(), grad)?;
         let grad = grad.contiguous()?;
         let to_input = x.apply_op3_no_bwd(weight, &grad, &InputGradient(*self))?;
         Ok((Some(to_input), Some(x.apply_op2_no_bwd(&grad, &WeightGradient(*self))?)))

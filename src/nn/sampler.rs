@@ -46,11 +46,12 @@ pub struct Sampler {
 
 impl Sampler {
     /// # Errors
-    /// A temperature below 0, a `top_k` or `vocab_size` of 0, a `top_p` that is not above 0 and at most 1.
+    /// A temperature that is below 0 or not finite, a `top_k` or `vocab_size` of 0, a `top_p` that is not above 0 and at
+    /// most 1.
     pub fn new(sampling: Sampling) -> Result<Self> {
         let Sampling { temperature, top_k, top_p, vocab_size, seed } = sampling;
         if !(temperature >= 0.0 && temperature.is_finite()) {
-            return Err(argument("temperature", "0 or more", temperature));
+            return Err(argument("temperature", "a finite number, 0 or more", temperature));
         }
         if top_k == Some(0) {
             return Err(argument("top_k", "at least 1", 0));
@@ -70,36 +71,41 @@ impl Sampler {
     /// none if the temperature is 0.
     ///
     /// # Errors
-    /// Logits that are NaN or positive infinity, or all negative infinity: they say nothing of what is likely.
+    /// Logits that are NaN or positive infinity, or all negative infinity: they say nothing of what is likely. No random
+    /// number is taken then.
     pub fn sample(&mut self, logits: &Tensor) -> Result<Vec<u32>> {
-        let rows = logits.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-        rows.iter().map(|row| self.choose(row)).collect()
-    }
-
-    fn choose(&mut self, logits: &[f32]) -> Result<u32> {
-        let logits = &logits[..self.sampling.vocab_size.unwrap_or(usize::MAX).min(logits.len())];
-        let (mut best, mut highest) = (0, f32::NEG_INFINITY);
-        for (token, &logit) in logits.iter().enumerate() {
-            if logit.is_nan() || logit == f32::INFINITY {
-                return Err(argument("logits", "finite numbers or negative infinity", logit));
-            }
-            if logit > highest {
-                (best, highest) = (token, logit);
-            }
+        let &[rows, vocab_size] = logits.dims() else {
+            return Err(argument("logits", "shape (batch, vocab_size)", format_args!("{:?}", logits.dims())));
+        };
+        if rows == 0 {
+            return Ok(Vec::new());
         }
-        if highest == f32::NEG_INFINITY {
+        if vocab_size == 0 {
             return Err(argument("logits", "a token that is possible", "none"));
         }
+        let rows = logits.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+        // Rows of padding stand last, and are no tokens.
+        let tokens = self.sampling.vocab_size.unwrap_or(vocab_size).min(vocab_size);
+        let rows: Vec<_> = rows.iter().map(|row| &row[..tokens]).collect();
+        let likeliest: Vec<_> = rows.iter().map(|row| likeliest(row)).collect::<Result<_>>()?;
+        Ok(rows.iter().zip(likeliest).map(|(row, best)| self.choose(row, best)).collect())
+    }
+
+    /// A token of one row, of which `best` is the likeliest.
+    fn choose(&mut self, logits: &[f32], best: usize) -> u32 {
         let Sampling { temperature, top_k, top_p, .. } = self.sampling;
         if temperature == 0.0 {
-            return Ok(best as u32);
+            return best as u32;
         }
+        let highest = logits[best];
         // exp of the distance to the highest: a token of that weight is 1, and none overflows.
         let weight = |logit: f32| ((f64::from(logit) - f64::from(highest)) / temperature).exp();
         let mut tokens: Vec<_> = logits.iter().enumerate().map(|(token, &logit)| (token, weight(logit))).collect();
         if top_k.is_some() || top_p.is_some() {
-            // Of equally likely tokens the first comes first, here too.
-            tokens.sort_by(|(_, a), (_, b)| b.total_cmp(a));
+            // By logits, as a high temperature makes weights equal that are not. Of equally likely tokens the first comes
+            // first, here too; -0 and 0 are equally likely, which `total_cmp` alone would not say.
+            let key = |token: usize| logits[token] + 0.0;
+            tokens.sort_by(|&(a, _), &(b, _)| key(b).total_cmp(&key(a)));
             tokens.truncate(top_k.unwrap_or(usize::MAX));
         }
         let mut total: f64 = tokens.iter().map(|(_, weight)| weight).sum();
@@ -116,10 +122,27 @@ impl Sampler {
         for &(token, weight) in &tokens {
             left -= weight;
             if left < 0.0 {
-                return Ok(token as u32);
+                return token as u32;
             }
         }
         // Rounding has left a little over.
-        Ok(best as u32)
+        best as u32
     }
+}
+
+/// The likeliest token of a row, of several the first.
+fn likeliest(logits: &[f32]) -> Result<usize> {
+    let (mut best, mut highest) = (0, f32::NEG_INFINITY);
+    for (token, &logit) in logits.iter().enumerate() {
+        if logit.is_nan() || logit == f32::INFINITY {
+            return Err(argument("logits", "finite numbers or negative infinity", logit));
+        }
+        if logit > highest {
+            (best, highest) = (token, logit);
+        }
+    }
+    if highest == f32::NEG_INFINITY {
+        return Err(argument("logits", "a token that is possible", "none"));
+    }
+    Ok(best)
 }

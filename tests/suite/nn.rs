@@ -3,8 +3,10 @@
 mod checkpoints;
 mod decoding;
 mod initial;
+mod mixed;
 mod packed;
 mod parity;
+mod refusals;
 mod sampler;
 mod variants;
 
@@ -51,6 +53,7 @@ fn all_blocks() -> Vec<(&'static str, MambaConfig)> {
         ("bidirectional", both(&blocks[0].1)),
         ("bidirectional with norms", both(&blocks[2].1)),
         ("bidirectional and time-invariant", both(&blocks[4].1)),
+        ("bidirectional, averaged", MambaConfig { average_directions: true, ..both(&blocks[0].1) }),
     ]);
     blocks
 }

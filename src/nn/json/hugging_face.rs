@@ -18,7 +18,7 @@ const TOKENS: [&str; 3] = ["bos_token_id", "eos_token_id", "pad_token_id"];
 const DTYPES: [&str; 2] = ["torch_dtype", "dtype"];
 
 /// The keys of [`HuggingFace`].
-const KEYS: [&str; 25] = [
+const KEYS: [&str; 26] = [
     "model_type",
     "architectures",
     "vocab_size",
@@ -42,6 +42,7 @@ const KEYS: [&str; 25] = [
     "time_step_scale",
     "mixer_rms_eps",
     "bidirectional",
+    "average_directions",
     "selective",
     "mixer_norms",
 ];
@@ -82,6 +83,8 @@ pub(super) struct HuggingFace {
     #[serde(skip_serializing_if = "Option::is_none")]
     bidirectional: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    average_directions: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     selective: Option<bool>,
     /// `none`, `weighted` or `unweighted`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -120,6 +123,7 @@ impl Default for HuggingFace {
             time_step_scale: 1.0,
             mixer_rms_eps: None,
             bidirectional: None,
+            average_directions: None,
             selective: None,
             mixer_norms: None,
             unpadded_vocab_size: None,
@@ -198,6 +202,7 @@ impl HuggingFace {
                 proj_bias: self.use_bias,
                 norms,
                 bidirectional: ours && self.bidirectional.unwrap_or(false),
+                average_directions: ours && self.average_directions.unwrap_or(false),
                 selective: !ours || self.selective.unwrap_or(true),
                 dt_min: self.time_step_min,
                 dt_max: self.time_step_max,
@@ -270,6 +275,7 @@ impl HuggingFace {
             time_step_scale: mamba.dt_scale,
             mixer_rms_eps: eps,
             bidirectional: ours.then_some(mamba.bidirectional),
+            average_directions: ours.then_some(mamba.average_directions),
             selective: ours.then_some(mamba.selective),
             mixer_norms: ours.then(|| norms.into()),
             unpadded_vocab_size: padded.then_some(config.vocab_size),

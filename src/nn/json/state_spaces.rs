@@ -169,6 +169,7 @@ impl StateSpaces {
                 proj_bias: ssm.bias,
                 norms: Norms::None,
                 bidirectional: false,
+                average_directions: false,
                 selective: true,
                 dt_min: ssm.dt_min,
                 dt_max: ssm.dt_max,

@@ -1,6 +1,6 @@
 //! Which tokens are chosen, and how often.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 use rand::rngs::StdRng;
 use selective_scan::nn::{Sampler, Sampling};
@@ -110,6 +110,53 @@ fn top_k_and_top_p_leave_the_likeliest() {
     check(Sampling { top_k: Some(5), top_p: Some(0.8), ..Sampling::default() }, kept, "both");
 }
 
+/// A high temperature makes the weights of all tokens equal, but not the tokens.
+#[test]
+fn top_k_leaves_the_likeliest_at_any_temperature() {
+    let mut random = random();
+    let (logits, draws) = (logits(&mut random, 30), 2_000);
+    let order = order(&logits);
+    for temperature in [1e-3, 1.0, 1e8, 1e16, f64::MAX] {
+        let sampling = Sampling { temperature, top_k: Some(4), seed: random.random(), ..Sampling::default() };
+        let all = counts(sampling, &logits, draws);
+        assert!(order[4..].iter().all(|&token| all[token] == 0), "temperature {temperature}: {all:?}");
+        if temperature >= 1e8 {
+            assert_frequencies(&order[..4].iter().map(|&token| all[token]).collect::<Vec<_>>(), &[0.25; 4], "four");
+        }
+        // Of equal weights, half of the probability is half of the tokens.
+        if temperature >= 1e16 {
+            let sampling = Sampling { top_k: None, top_p: Some(0.5), ..sampling };
+            let all = counts(sampling, &logits, draws);
+            assert!(order[15..].iter().all(|&token| all[token] == 0), "temperature {temperature}: {all:?}");
+        }
+    }
+    // Equally likely tokens come in their order, and -0 is 0.
+    let sampling = Sampling { top_k: Some(2), ..Sampling::default() };
+    let counts = counts(sampling, &[-1.0, -0.0, 0.0, 0.0], 100);
+    assert!(counts[0] == 0 && counts[3] == 0, "{counts:?}");
+}
+
+#[test]
+fn what_is_refused_takes_no_random_number() {
+    let mut random = random();
+    let logits = rows(&logits(&mut random, 50), 2);
+    let sampling = Sampling { seed: random.random(), ..Sampling::default() };
+    let (mut first, mut second) = (Sampler::new(sampling).unwrap(), Sampler::new(sampling).unwrap());
+    let bad = Tensor::new(&[[0f32, 1.0], [0.0, f32::NAN]], &Device::Cpu).unwrap();
+    refusal(first.sample(&bad));
+    let draw = |sampler: &mut Sampler| (0..8).map(|_| sampler.sample(&logits).unwrap()).collect::<Vec<_>>();
+    assert_eq!(draw(&mut first), draw(&mut second));
+}
+
+#[test]
+fn no_rows_have_no_tokens() {
+    let mut sampler = Sampler::new(Sampling::default()).unwrap();
+    let empty = |rows: usize, tokens: usize| Tensor::zeros((rows, tokens), DType::F32, &Device::Cpu).unwrap();
+    assert!(sampler.sample(&empty(0, 5)).unwrap().is_empty());
+    assert!(refusal(sampler.sample(&empty(2, 0))).contains("a token that is possible"));
+    assert!(refusal(sampler.sample(&empty(1, 5).squeeze(0).unwrap())).contains("(batch, vocab_size)"));
+}
+
 #[test]
 fn a_seed_is_a_sequence() {
     let mut random = random();
@@ -130,8 +177,10 @@ fn what_says_nothing_is_refused() {
     let new = |sampling| Sampler::new(sampling).map(|_| ());
     let base = Sampling::default();
     for temperature in [-0.1, f64::NAN, f64::INFINITY] {
-        assert!(refusal(new(Sampling { temperature, ..base })).contains("temperature"));
+        let message = refusal(new(Sampling { temperature, ..base }));
+        assert!(message.contains("`temperature`: expected a finite number, 0 or more"), "{message}");
     }
+    assert!(Sampler::new(Sampling { temperature: -0.0, ..base }).is_ok(), "minus zero is zero");
     assert!(refusal(new(Sampling { top_k: Some(0), ..base })).contains("top_k"));
     for p in [0.0, 1.1, f64::NAN] {
         assert!(refusal(new(Sampling { top_p: Some(p), ..base })).contains("top_p"));

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss};
-use selective_scan::nn::{LanguageModel, LanguageModelConfig, Mamba, MambaConfig, Norms};
+use selective_scan::nn::{LanguageModel, LanguageModelConfig, Mamba, MambaConfig, Naming, Norms};
 
 use super::{SAME, all_blocks, assert_close, bits, block, ids, model, random, refusal, relative_error, tensor, values};
 
@@ -76,6 +76,43 @@ fn the_second_direction_is_the_first_reversed() {
         assert!(relative_error(&first(2), &first(3)) > 1e-4, "{name}");
         assert!(relative_error(&swapped.forward(&x).unwrap(), &out) > 1e-4, "{name}");
     }
+}
+
+/// Two directions are two blocks of one direction, of which the second reads from the end, added and, if asked for, halved.
+#[test]
+fn two_directions_are_two_blocks() {
+    let mut random = random();
+    for (name, config) in all_blocks().into_iter().filter(|(_, config)| config.bidirectional) {
+        let (block, variables) = block(&config, &mut random);
+        let tensors: HashMap<_, _> =
+            variables.data().lock().unwrap().iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
+        let second = |name: &str| match name.split_once('.') {
+            _ if name == "A_log" => "A_b_log".to_string(),
+            Some(("in_proj" | "out_proj", _)) => name.to_string(),
+            Some((first, rest)) => format!("{first}_b.{rest}"),
+            None => format!("{name}_b"),
+        };
+        let one = MambaConfig { bidirectional: false, average_directions: false, ..config.clone() };
+        let build = |tensors| Mamba::new(&one, VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu)).unwrap();
+        let swapped = tensors.keys().filter_map(|name| Some((name.clone(), tensors.get(&second(name))?.clone())));
+        let (first, second) = (build(tensors.clone()), build(swapped.collect()));
+        let x = tensor(&mut random, &[2, 13, 12], 1.0);
+        let turned = second.forward(&x.flip(&[1]).unwrap()).unwrap().flip(&[1]).unwrap();
+        let sum = (first.forward(&x).unwrap() + turned).unwrap();
+        let expected = if config.average_directions { (sum / 2.0).unwrap() } else { sum };
+        assert_close(&block.forward(&x).unwrap(), &expected, SAME, name);
+    }
+}
+
+#[test]
+fn averaging_is_written_and_read() {
+    let mamba = MambaConfig { bidirectional: true, average_directions: true, ..MambaConfig::new(8) };
+    let config = LanguageModelConfig { mamba, ..LanguageModelConfig::new(5, 1, 8) };
+    let text = config.to_json(Naming::HuggingFace).unwrap();
+    assert_eq!(LanguageModelConfig::from_json(&text).unwrap(), config);
+    let without: String = text.lines().filter(|line| !line.contains("average_directions")).collect();
+    assert!(!LanguageModelConfig::from_json(&without).unwrap().mamba.average_directions, "off where it is not said");
+    refusal(config.to_json(Naming::StateSpaces));
 }
 
 /// A time-invariant block is the convolution with the kernel Σ_n C_n exp(Δ A_n)^t Δ B_n of its input, written here with
@@ -183,6 +220,7 @@ fn sizes_that_make_no_model_are_refused() {
     refused(MambaConfig { dt_min: f64::NAN, ..base.clone() }, "dt_min <= dt_max");
     refused(MambaConfig { dt_init_floor: 0.0, ..base.clone() }, "`dt_init_floor`");
     refused(MambaConfig { dt_scale: -1.0, ..base.clone() }, "`dt_scale`");
+    refused(MambaConfig { average_directions: true, ..base.clone() }, "`average_directions`");
     let norms = Norms::Weighted { eps: 1e-6 };
     refused(MambaConfig { norms, selective: false, ..base.clone() }, "`norms`");
     refused(MambaConfig { norms: Norms::Unweighted { eps: -1.0 }, ..base }, "`norms`");
