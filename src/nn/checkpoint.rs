@@ -214,7 +214,8 @@ impl Opened {
         if config.tie_embeddings {
             stored.tie()?;
         }
-        if stored.shape(EMBEDDINGS).and_then(|shape| shape.first()) == Some(&config.vocab_size) {
+        let rows = stored.shape(EMBEDDINGS).and_then(|shape| shape.first());
+        if rows == Some(&config.vocab_size) && config.padded_vocab_size() != config.vocab_size {
             config.pad_vocab_size_multiple = 1;
         }
         Ok(opened)
