@@ -215,7 +215,8 @@ impl Opened {
         if config.tie_embeddings {
             stored.tie()?;
         }
-        if stored.shape(EMBEDDINGS).and_then(|shape| shape.first()) == Some(&config.vocab_size) {
+        let rows = stored.shape(EMBEDDINGS).and_then(|shape| shape.first());
+        if rows == Some(&config.vocab_size) && config.padded_vocab_size() != config.vocab_size {
             config.pad_vocab_size_multiple = 1;
         }
         Ok(opened)
@@ -284,8 +285,10 @@ fn save(model: &LanguageModel, folder: &Path, options: &SaveOptions, companions:
     if options.max_shard_size == Some(0) {
         return Err(argument("max_shard_size", "at least 1", 0));
     }
-    let config = json::write(model.config(), options.naming, Some(model.dtype()))?;
     let tensors = named(model, options.naming)?;
+    // The type of what is stored, which need not be the one that the model computes in.
+    let matrix = tensors.iter().find(|(name, _)| [EMBEDDINGS, EMBEDDING].contains(&name.as_str()));
+    let config = json::write(model.config(), options.naming, matrix.map(|(_, tensor)| tensor.dtype()))?;
     let write = |to: &Path| {
         for from in companions {
             let path = to.join(from.file_name().unwrap_or_default());

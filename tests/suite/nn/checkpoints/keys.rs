@@ -177,6 +177,11 @@ fn embeddings_without_the_padding() {
     });
     let model = LanguageModel::load(&folder.0, DType::F32, &Device::Cpu).unwrap();
     assert_eq!((model.config().vocab_size, model.config().padded_vocab_size()), (61, 61));
+    // Where nothing has to be padded, what it would be padded to is kept.
+    let whole = Folder::copy_of(&checkpoint("state_spaces"), "whole");
+    whole.edit("config.json", |text| text.replace(r#""vocab_size": 61"#, r#""vocab_size": 64"#));
+    let config = LanguageModel::load(&whole.0, DType::F32, &Device::Cpu).unwrap().config().clone();
+    assert_eq!((config.vocab_size, config.pad_vocab_size_multiple), (64, 8));
     let padded = LanguageModel::load(checkpoint("state_spaces"), DType::F32, &Device::Cpu).unwrap();
     let ids = Tensor::new(&[[1u32, 60, 3]], &Device::Cpu).unwrap();
     let logits = padded.forward(&ids).unwrap().narrow(2, 0, 61).unwrap();
