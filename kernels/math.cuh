@@ -35,7 +35,8 @@ __device__ __forceinline__ float exp2_minus_one_near(float x) {
 
 // 2^x - 1 without cancellation for small x.
 __device__ __forceinline__ float exp2_minus_one(float x) {
-    return is_near_one(x) ? exp2_minus_one_near(x) : exp2_fast(x) - 1.0f;
+    const float near = exp2_minus_one_near(x), far = exp2_fast(x) - 1.0f;
+    return is_near_one(x) ? near : far;
 }
 
 // ln(1 + e^x), exact to the type that it is computed for: a minimax polynomial of ln(1 + e)/e on [0, 1] with a relative
@@ -84,27 +85,34 @@ __device__ __forceinline__ float silu_slope(float x, float s) { return s * fmaf(
 // elsewhere: less 1, a decay near zero would have no digits left.
 template <bool Accurate> struct Decay {
     float value;
-    bool is_less_one;
+    // 1 where `value` is less 1, else 0. As a number, because predicates are few: those of several states could not wait
+    // for the states.
+    float one;
 
     __device__ __forceinline__ explicit Decay(float x) : Decay(x, exp2_fast(x)) {}
     // The same where 2^x is known.
-    __device__ __forceinline__ Decay(float x, float power)
-        : value(Accurate && is_near_one(x) ? exp2_minus_one_near(x) : power), is_less_one(Accurate && is_near_one(x)) {}
+    __device__ __forceinline__ Decay(float x, float power) : value(power), one(0.0f) {
+        if constexpr (Accurate) {
+            // Before the choice, which then needs no branch.
+            const float near = exp2_minus_one_near(x);
+            value = is_near_one(x) ? near : power;
+            one = is_near_one(x) ? 1.0f : 0.0f;
+        }
+    }
 
-    // What is added to value · h for decay · h.
-    __device__ __forceinline__ float rest(float h) const { return is_less_one ? h : 0.0f; }
     // decay · h
-    __device__ __forceinline__ float of(float h) const { return Accurate ? fmaf(value, h, rest(h)) : value * h; }
+    __device__ __forceinline__ float of(float h) const { return Accurate ? fmaf(value, h, one * h) : value * h; }
     // decay · h + input, h rounded once.
     __device__ __forceinline__ float advance(float h, float input) const {
-        return Accurate ? rest(h) + fmaf(value, h, input) : fmaf(value, h, input);
+        const float change = fmaf(value, h, input);
+        return Accurate ? fmaf(one, h, change) : change;
     }
     // The same, and what rounding takes from h is given back the next time. It is a part of h, and decays with it.
     __device__ __forceinline__ void advance(float &h, float &lost, float input) const {
-        const float unchanged = rest(h), change = fmaf(value, h, input) + of(lost);
+        const float unchanged = one * h, change = fmaf(value, h, input) + of(lost);
         h = unchanged + change;
         lost = change - (h - unchanged);
     }
     // decay - 1
-    __device__ __forceinline__ float minus_one() const { return is_less_one ? value : value - 1.0f; }
+    __device__ __forceinline__ float minus_one() const { return value + (one - 1.0f); }
 };
