@@ -23,14 +23,15 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
-// Whether 2^x is near 1, where a rounded decay drifts: it would be multiplied in at every step, always with the same error
-// where the step size is constant, and after 65,536 steps the third digit would be wrong.
-__device__ __forceinline__ bool is_near_one(float x) { return fabsf(x) < 0.125f; }
+// Whether 2^x is so near 1 that a rounded decay drifts: it is multiplied in at every step, always with the same error where
+// the step size is constant, and after 65,536 steps the third digit would be wrong. (Where it is not, a state is forgotten
+// before 2^-22 for each step has added up to more than 2^-17.)
+__device__ __forceinline__ bool is_near_one(float x) { return fabsf(x) < 0.0625f; }
 
-// 2^x - 1 for an x whose power is near 1: a polynomial (tests/vectors/minimax.py) whose relative error is 2^-23 and vanishes
+// 2^x - 1 for an x whose power is near 1: a polynomial (tests/vectors/minimax.py) whose relative error is 2^-20 and vanishes
 // with x.
 __device__ __forceinline__ float exp2_minus_one_near(float x) {
-    return x * fmaf(fmaf(fmaf(0.009621138f, x, 0.055519737f), x, 0.24022649f), x, LN_2);
+    return x * fmaf(fmaf(0.055509318f, x, 0.2402544f), x, LN_2);
 }
 
 // 2^x - 1 without cancellation for small x.
@@ -107,9 +108,9 @@ template <bool Accurate> struct Decay {
         const float change = fmaf(value, h, input);
         return Accurate ? fmaf(one, h, change) : change;
     }
-    // The same, and what rounding takes from h is given back the next time. It is a part of h, and decays with it.
+    // The same, and what rounding takes from h is given back the next time: all of it where little is forgotten, else none.
     __device__ __forceinline__ void advance(float &h, float &lost, float input) const {
-        const float unchanged = one * h, change = fmaf(value, h, input) + of(lost);
+        const float unchanged = one * h, change = fmaf(value, h, fmaf(one, lost, input));
         h = unchanged + change;
         lost = change - (h - unchanged);
     }

@@ -1,4 +1,4 @@
-"""The polynomial coefficients of src/simd/math.rs, by Remez' exchange. Needs numpy and mpmath."""
+"""The polynomial coefficients of src/simd/math.rs, and of kernels/math.cuh for decays near 1, by Remez' exchange. Needs numpy and mpmath."""
 
 import numpy as np
 from mpmath import atanh, cos, log, lu_solve, matrix, mp, mpf, nstr, pi, sqrt
@@ -56,5 +56,7 @@ if __name__ == "__main__":
         weight = lambda f: sqrt(f**4 + mpf("0.0004")) / mpf(2) ** f
         c, e = remez(exp2m1_rest, -0.5, 0.5, degree, weight)
         show(f"EXP2M1, ln 2 and then, degree {degree}", c, e)
+    weight = lambda f: sqrt(f**2 + mpf("0.0001"))
+    show("EXP2M1 near 1, ln 2 and then", *remez(exp2m1_rest, -1 / mpf(16), 1 / mpf(16), 1, weight))
     for degree in (3, 4):
         show(f"ATANH, degree {degree}", *remez(atanh_ratio, 0, mpf(1) / 9, degree, lambda v: 1 / atanh_ratio(v)))
