@@ -385,11 +385,11 @@ fn what_does_not_fit_is_named() {
     let width = "`weight`: expected a width from 2 to 8 as its last dimension";
     forward(Inputs::new(x, View::new(&data[..4], [4, 1])), sizes, width);
     forward(Inputs::new(x, View::new(&data[..36], [4, 9])), sizes, width);
-    forward(
-        Inputs::new(x, View::new(&data[..12], [3, 4])),
-        sizes,
-        "`weight`: expected shape (d_inner, width) = [4, 4]",
-    );
+    forward(Inputs::new(x, View::new(&data[..8], [2, 4])), sizes, "`weight`: expected shape (d_inner, width) = [4, 4]");
+    // As many filters as there are steps: the input comes in the order (batch, d_inner, length).
+    let text =
+        "`x`: expected shape (batch, length, d_inner) with d_inner = 3, as `weight` has it, got [2, 3, 4], which fits";
+    forward(Inputs::new(x, View::new(&data[..12], [3, 4])), sizes, text);
     forward(Inputs::new(View::new(&data[..24], [2, 4, 4]), weight), sizes, "`x`: expected a storage");
     forward(Inputs::new(View::new(&data[..0], [2, 3, 0]), weight), sizes, "`x`: expected at least one channel");
     let endless = View::new(&data[..1], [usize::MAX, usize::MAX, 4]).with_layout(0, [0; 3]);

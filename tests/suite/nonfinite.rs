@@ -323,9 +323,9 @@ fn of_the_convolution() {
     check(convolutions);
 }
 
-/// Infinity is multiplied by no zero that stands for what is not there: the slope by A of Euler's input, an absent D.
+/// Infinity is multiplied by no zero that stands for what is not there: the slope by A of Euler's input.
 #[test]
-fn of_what_is_absent() {
+fn of_an_input_that_is_not_the_decay() {
     let (one, u) = ([1.0f32; 2], [1.0f32, f32::INFINITY]);
     let (activation, varying) = ([1, 2, 1], View::new(&one, [1, 2, 1, 1]));
     let inputs = scan::Inputs::new(
@@ -339,39 +339,44 @@ fn of_what_is_absent() {
     let gradients = scan::reference::backward(&inputs, d_out).expect("valid");
     // Only the first input reaches A, by the decay of the second step: e^-1.
     assert!((gradients.a[0] - (-1f64).exp()).abs() < 1e-15, "{:?}", gradients.a);
-    // Without D nothing goes past the states: what comes of them is infinite and not NaN, forward, backward, in a step.
+}
+
+/// Without D nothing goes past the states: what comes of them is infinite and not NaN, forward, backward and in an update.
+#[test]
+fn of_an_absent_skip_connection() {
+    let (one, u) = ([1.0f32; 2], [1.0f32, f32::INFINITY]);
+    let (activation, varying) = ([1, 2, 1], View::new(&one, [1, 2, 1, 1]));
+    let (a, z) = (View::new(&[-1.0], [1, 1]), View::new(&[0.0f32], [1, 1, 1]));
+    let update = state_update::Inputs::new(View::new(&u, activation), View::new(&one, activation), a, varying, varying);
+    assert_eq!(state_update::reference::update(&update, z).expect("valid").out, [1.0, f64::INFINITY]);
+    let inputs = scan::Inputs::new(View::new(&u, activation), View::new(&one, activation), a, varying, varying);
     assert_eq!(scan::reference::forward(&inputs).expect("valid").out, [1.0, f64::INFINITY]);
     let d_out = [f32::INFINITY, 1.0];
     let finite = scan::Inputs { u: View::new(&one, activation), ..inputs };
     let gradients = scan::reference::backward(&finite, View::new(&d_out, activation)).expect("valid");
     assert_eq!(gradients.u, [f64::INFINITY, 1.0]);
-    let (a, z) = (View::new(&[-1.0], [1, 1]), View::new(&[0.0f32], [1, 1, 1]));
-    let update = state_update::Inputs::new(View::new(&u, activation), View::new(&one, activation), a, varying, varying);
-    assert_eq!(state_update::reference::update(&update, z).expect("valid").out, [1.0, f64::INFINITY]);
 }
 
-/// The slope of the hold's weight by A, where ΔA is infinite: (exp(ΔA) - 1)/A is -1/A then, and its slope 1/A².
+/// Zero-order hold where ΔA is infinite: the input's weight (exp(ΔA) - 1)/A is -1/A then, and its slope by A 1/A².
 #[test]
 fn of_a_hold_that_never_ends() {
     let one = [1.0f32];
     let (activation, varying) = ([1, 1, 1], View::new(&one, [1, 1, 1, 1]));
-    let inputs = scan::Inputs {
-        options: scan::Options { discretization: Discretization::ZeroOrderHold, ..Default::default() },
-        ..scan::Inputs::new(
-            View::new(&one, activation),
-            View::new(&[f32::INFINITY], activation),
-            View::new(&[-2.0], [1, 1]),
-            varying,
-            varying,
-        )
+    let hold = |delta: &[f32], a: &[f32]| {
+        let inputs = scan::Inputs {
+            options: scan::Options { discretization: Discretization::ZeroOrderHold, ..Default::default() },
+            ..scan::Inputs::new(
+                View::new(&one, activation),
+                View::new(delta, activation),
+                View::new(a, [1, 1]),
+                varying,
+                varying,
+            )
+        };
+        let gradients = scan::reference::backward(&inputs, View::new(&one, activation)).expect("valid");
+        (scan::reference::forward(&inputs).expect("valid").out[0], gradients.a[0])
     };
-    assert_eq!(scan::reference::forward(&inputs).expect("valid").out, [0.5]);
-    let h = [0.0f32];
-    let state = scan::Inputs {
-        delta: View::new(&[400.0], activation),
-        initial_state: Some(View::new(&h, [1, 1, 1])),
-        ..inputs
-    };
-    let gradients = scan::reference::backward(&state, View::new(&one, activation)).expect("valid");
-    assert_eq!(gradients.a, [0.25]);
+    assert_eq!(hold(&[f32::INFINITY], &[-2.0]).0, 0.5);
+    assert_eq!(hold(&[400.0], &[-2.0]), (0.5, 0.25));
+    assert_eq!(hold(&[1.0], &[f32::NEG_INFINITY]), (0.0, 0.0));
 }
