@@ -84,36 +84,45 @@ __device__ __forceinline__ float silu_slope(float x, float s) { return s * fmaf(
 
 // What a state is multiplied by in a step, from x = log2(e) Δ A. `Accurate` keeps it less 1 where it is near 1, and as it is
 // elsewhere: less 1, a decay near zero would have no digits left.
-template <bool Accurate> struct Decay {
+//
+// `Rest` is how it is known which of them it is: as a number, 1 or 0, where decays wait for states, for predicates are few;
+// else as a bool, which takes no register.
+template <bool Accurate, typename Rest = float> struct Decay {
     float value;
-    // 1 where `value` is less 1, else 0. As a number, because predicates are few: those of several states could not wait
-    // for the states.
-    float one;
+    // Whether `value` is less 1.
+    Rest one;
 
     __device__ __forceinline__ explicit Decay(float x) : Decay(x, exp2_fast(x)) {}
     // The same where 2^x is known.
-    __device__ __forceinline__ Decay(float x, float power) : value(power), one(0.0f) {
+    __device__ __forceinline__ Decay(float x, float power) : value(power), one(0) {
         if constexpr (Accurate) {
             // Before the choice, which then needs no branch.
             const float near = exp2_minus_one_near(x);
             value = is_near_one(x) ? near : power;
-            one = is_near_one(x) ? 1.0f : 0.0f;
+            one = is_near_one(x) ? Rest(1) : Rest(0);
         }
     }
 
+    // What is added to value · x for decay · x.
+    __device__ __forceinline__ float rest(float x) const {
+        if constexpr (sizeof(Rest) == 1) return one ? x : 0.0f;
+        return one * x;
+    }
     // decay · h
-    __device__ __forceinline__ float of(float h) const { return Accurate ? fmaf(value, h, one * h) : value * h; }
+    __device__ __forceinline__ float of(float h) const { return Accurate ? fmaf(value, h, rest(h)) : value * h; }
     // decay · h + input, h rounded once.
     __device__ __forceinline__ float advance(float h, float input) const {
         const float change = fmaf(value, h, input);
-        return Accurate ? fmaf(one, h, change) : change;
+        if constexpr (!Accurate) return change;
+        if constexpr (sizeof(Rest) == 1) return rest(h) + change;
+        return fmaf(one, h, change);
     }
     // The same, and what rounding takes from h is given back the next time: all of it where little is forgotten, else none.
     __device__ __forceinline__ void advance(float &h, float &lost, float input) const {
-        const float unchanged = one * h, change = fmaf(value, h, fmaf(one, lost, input));
+        const float unchanged = rest(h), change = fmaf(value, h, input + rest(lost));
         h = unchanged + change;
         lost = change - (h - unchanged);
     }
     // decay - 1
-    __device__ __forceinline__ float minus_one() const { return value + (one - 1.0f); }
+    __device__ __forceinline__ float minus_one() const { return value + (static_cast<float>(one) - 1.0f); }
 };

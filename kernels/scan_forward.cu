@@ -302,7 +302,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                             for (int n = 0; n < STATES; n++) {
                                 const float x = now.step[i][k] * a[k][n];
                                 if (GENERAL && (hold || compensate)) {
-                                    const Decay<true> decay(x);
+                                    const Decay<true, bool> decay(x);
                                     float weighted = now.in[i][k];
                                     if (hold) {
                                         const float by_a = decay.minus_one() * inverse_a[n];
@@ -315,7 +315,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                                         h[k][n] = decay.advance(h[k][n], input);
                                     }
                                 } else {
-                                    h[k][n] = Decay<ACCURATE>(x).advance(h[k][n], now.in[i][k] * now.b[i][n]);
+                                    h[k][n] = Decay<ACCURATE, bool>(x).advance(h[k][n], now.in[i][k] * now.b[i][n]);
                                 }
                                 if (!SUMMARY) y[k] = n || turn ? fmaf(now.c[i][n], h[k][n], y[k]) : now.c[i][n] * h[k][n];
                             }
