@@ -23,8 +23,9 @@ use super::{Cache, LanguageModelConfig, LayerCache, Mamba, argument, check_room}
 /// `backbone.layers.N.norm.weight`, `backbone.layers.N.mixer.…`, `backbone.norm_f.weight`, `lm_head.weight`.
 ///
 /// # Token ids
-/// `ids` are integers of any type that candle has, each below [`vocab_size`](LanguageModelConfig::vocab_size); every call
-/// looks at all of them before it does anything, and an error names the first that is none. They may lie on the processor
+/// `ids` are integers of any type that candle has, each below
+/// [`padded_vocab_size`](LanguageModelConfig::padded_vocab_size); every call looks at all of them before it does anything,
+/// and an error names the first that is none. They may lie on the processor
 /// whatever the model's device: there the look costs nothing. Ids that lie on a GPU are copied from it, for which the call
 /// waits until the device has done all that comes before them, once in a call.
 #[derive(Debug, Clone)]
@@ -227,7 +228,7 @@ impl LanguageModel {
         let ((batch, length), d_model) = (check_ids(ids)?, self.config.mamba.d_model);
         let shape = [batch, length, d_model];
         check_room("ids", &shape, DType::F32, self.device())?;
-        let tokens = Tokens::read(ids, self.config.vocab_size)?;
+        let tokens = Tokens::read(ids, self.config.padded_vocab_size())?;
         let stream_dtype = if self.config.residual_in_f32 { DType::F32 } else { self.dtype };
         if tokens.len() == 0 {
             // Nothing is computed, for candle's operators do not all take it, but the mixers check their arguments.

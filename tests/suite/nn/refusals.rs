@@ -289,30 +289,30 @@ fn caches_that_do_not_fit_are_refused() {
             refusal(block.step(&x, &cache, None)),
             refusal(block.prefill_packed(&x.reshape((1, 2, 12)).unwrap(), &[0, 1, 2], &cache, None)),
         ] {
-            assert!(message.contains("`cache`") && message.contains(word), "{message}");
+            assert!(message.contains("`cache") && message.contains(word), "{message}");
         }
         assert_eq!(before, (bits(&cache.conv), bits(&cache.ssm)));
     };
     for dtype in [DType::I64, DType::F64, DType::U8] {
-        refused(LayerCache { ssm: good.ssm.to_dtype(dtype).unwrap(), ..good.clone() }, "`ssm`");
-        refused(LayerCache { conv: good.conv.to_dtype(dtype).unwrap(), ..good.clone() }, "`conv`");
+        refused(LayerCache { ssm: good.ssm.to_dtype(dtype).unwrap(), ..good.clone() }, "`cache.ssm`");
+        refused(LayerCache { conv: good.conv.to_dtype(dtype).unwrap(), ..good.clone() }, "`cache.conv`");
     }
     let scalar = Tensor::new(1f32, &Device::Cpu).unwrap();
     refused(LayerCache { ssm: scalar.clone(), ..good.clone() }, "(slots, d_inner, d_state)");
-    refused(LayerCache { conv: scalar.clone(), ssm: scalar.clone() }, "(slots, d_inner, d_state)");
+    refused(LayerCache { conv: scalar.clone(), ssm: scalar.clone() }, "(slots, d_conv - 1, d_inner)");
     assert_eq!(LayerCache { conv: scalar.clone(), ssm: scalar }.slots(), 0);
     let turned = |t: &Tensor| t.transpose(1, 2).unwrap().contiguous().unwrap().transpose(1, 2).unwrap();
-    refused(LayerCache { ssm: turned(&good.ssm), ..good.clone() }, "dense");
-    refused(LayerCache { conv: turned(&good.conv), ..good.clone() }, "dense");
+    refused(LayerCache { ssm: turned(&good.ssm), ..good.clone() }, "contiguous");
+    refused(LayerCache { conv: turned(&good.conv), ..good.clone() }, "contiguous");
     let half = LayerCache { ssm: turned(&good.ssm), ..good.clone() };
     let before = bits(&half.conv);
-    assert!(refusal(half.reset(Some(&[0]))).contains("dense"));
+    assert!(refusal(half.reset(Some(&[0]))).contains("contiguous"));
     assert_eq!(before, bits(&half.conv));
     let variable = Var::from_tensor(&good.ssm).unwrap();
     refused(LayerCache { ssm: variable.as_tensor().clone(), ..good.clone() }, "detach");
     refused(LayerCache { ssm: (variable.as_tensor() * 1.0).unwrap(), ..good.clone() }, "detach");
     let narrow = LayerCache { ssm: good.ssm.narrow(0, 0, 1).unwrap(), ..good.clone() };
-    refused(narrow, "(slots, d_inner, d_state)");
+    refused(narrow, "slots");
     // States of two types are two types.
     let mixed = LayerCache { ssm: good.ssm.to_dtype(DType::BF16).unwrap(), ..good };
     block.step(&x, &mixed, None).unwrap();

@@ -183,7 +183,8 @@ fn untie(model: &LanguageModel, variables: &VarMap, tie: bool, dtype: DType) -> 
     let config = LanguageModelConfig { tie_embeddings: tie, ..model.config().clone() };
     let vb = candle_nn::VarBuilder::from_varmap(variables, DType::F32, &Device::Cpu);
     let wide = LanguageModel::new(&config, vb).unwrap();
-    let tensors = wide.named_tensors().into_iter().collect();
+    // No variables, which would keep their own type.
+    let tensors = wide.named_tensors().into_iter().map(|(name, tensor)| (name, tensor.detach())).collect();
     LanguageModel::new(&config, candle_nn::VarBuilder::from_tensors(tensors, dtype, &Device::Cpu)).unwrap()
 }
 
