@@ -124,7 +124,7 @@ impl<'a> ConvUpdate<'a> {
 ///
 /// # Errors
 /// An argument that does not fit, which the message names; then nothing is written. `state` must not share its storage
-/// with `token_states`, nor be a variable or part of candle's graph: see [the module](self#updates-in-place). What the
+/// with `token_states`, nor be a variable or part of candle's graph: see [`StateUpdate::update`]. What the
 /// device refuses.
 pub fn rollback(state: &Tensor, token_states: &Tensor, slots: Option<&[i32]>, accepted: &[usize]) -> Result<()> {
     in_place(&Rollback { token_states, slots, accepted }, state, false)?;
