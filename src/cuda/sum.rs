@@ -144,7 +144,14 @@ mod tests {
                 let place = |i: usize| (i * 64 * size_of::<f32>()) as u64;
                 let sum = |i: usize| {
                     let (parts, m) = shape(i);
-                    Sum { from: from + place(i), parts, m, stride: m + 1, to: to + place(i), is_full: i % 2 == 0 }
+                    Sum {
+                        from: from + place(i),
+                        parts,
+                        m,
+                        stride: m + 1,
+                        to: to + place(i),
+                        is_full: i.is_multiple_of(2),
+                    }
                 };
                 let sums: Vec<_> = (0..12).map(sum).collect();
                 // SAFETY: sum `i` reads up to 6·57 elements from `64·i` on, at most 704 + 342 of 4,000, and writes up to 56
