@@ -96,7 +96,12 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
                         d_line[c] = 0.0f;
 #pragma unroll
                         for (int k = 0; k < MOST; k++) {
-                            if (filter.has(k)) d_line[c] = fmaf(filter.weight[k][c], g[BEFORE + t - k][c], d_line[c]);
+                            // Beyond the ends of the sequence no weight has been met: not even an infinite one, whose
+                            // product with a zero there would be NaN.
+                            const bool met = inner.value || (i + t - k >= 0 && i + t - k < there);
+                            if (filter.has(k) && met) {
+                                d_line[c] = fmaf(filter.weight[k][c], g[BEFORE + t - k][c], d_line[c]);
+                            }
                         }
                     }
                     // Of this position from the run's start on, where weights that there are not would have come first.

@@ -79,6 +79,12 @@ __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp
 
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
+// 1/A, which zero-order hold divides by: zero where A is as good as zero, and never zero where it is not.
+__device__ __forceinline__ float hold_inverse(float a) {
+    if (fabsf(a) < 1e-30f) return 0.0f;
+    return fabsf(a) == INFINITY ? copysignf(0x1p-126f, a) : 1.0f / a;
+}
+
 // The slope of silu at `x`, whose sigmoid is `s`.
 __device__ __forceinline__ float silu_slope(float x, float s) { return s * fmaf(x, 1.0f - s, 1.0f); }
 

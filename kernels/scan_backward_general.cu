@@ -100,7 +100,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
     lane.parameter<false>(a, p.a);
 #pragma unroll
     for (int n = 0; n < STATES; n++) {
-        inverse_a[n] = fabsf(a[n]) < 1e-30f ? 0.0f : 1.0f / a[n];
+        inverse_a[n] = hold_inverse(a[n]);
         a[n] *= LOG2_E;
     }
     if (p.b.constant) lane.constant(constant_b, p.b);

@@ -234,7 +234,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 #pragma unroll
                     for (int n = 0; n < STATES; n++) {
                         // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
-                        inverse_a[n] = fabsf(inverse_a[n]) < 1e-30f ? 0.0f : 1.0f / inverse_a[n];
+                        inverse_a[n] = hold_inverse(inverse_a[n]);
                     }
                     if (p.b.constant) lane.constant(constant_b, p.b);
                     if (p.c.constant) lane.constant(constant_c, p.c);

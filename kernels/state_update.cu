@@ -52,7 +52,7 @@ template <typename T> struct Quad {
         for (int i = 0; i < QUAD; i++) {
             a[i] = row[i] * LOG2_E;
             // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
-            inverse_a[i] = fabsf(row[i]) < 1e-30f ? 0.0f : 1.0f / row[i];
+            inverse_a[i] = hold_inverse(row[i]);
         }
     }
 

@@ -54,12 +54,16 @@ impl<V: Copy> Decay<V> {
 
 const LN_2: f32 = std::f32::consts::LN_2;
 
-/// `1/a` for [`hold_weight`], and zero where `a` is too small to divide by.
+/// `1/a` for [`hold_weight`]: zero where `a` is too small to divide by, and never zero where it is not.
 #[inline(always)]
 pub(crate) fn hold_inverse(a: f32) -> f32 {
     // Below this, (exp(Δa) - 1)/a is Δ to more digits than an f32 has.
     const TINY: f32 = 1e-30;
-    if a.abs() < TINY { 0.0 } else { 1.0 / a }
+    match a.abs() {
+        size if size < TINY => 0.0,
+        f32::INFINITY => f32::MIN_POSITIVE.copysign(a),
+        _ => 1.0 / a,
+    }
 }
 
 /// `(exp(Δa) - 1)/a`, what zero-order hold multiplies the input by; Δ where `a` is as good as zero.

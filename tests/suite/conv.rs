@@ -113,6 +113,36 @@ impl<T: Element> Case<T> {
     }
 }
 
+/// An infinite weight reaches the gradients of the inputs that it has met, and no others.
+fn infinite_weights(device: Device) {
+    for (width, d) in (2..=8).flat_map(|width| [5, 8].map(move |d| (width, d))) {
+        for (len, k) in [1, 3, 40].into_iter().flat_map(|len| (0..width).map(move |k| (len, k))) {
+            let draw = &mut Draw::new(8);
+            let x = draw.uniform::<f32>(len * d, 0.5, 1.0);
+            let mut weight = draw.uniform::<f32>(d * width, 0.5, 1.0);
+            weight.iter_mut().skip(k).step_by(width).for_each(|weight| *weight = f32::INFINITY);
+            let initial = vec![1.0f32; (width - 1) * d];
+            let inputs = Inputs {
+                initial_state: Some(View::new(&initial[..], [1, width - 1, d])),
+                ..Inputs::new(View::new(&x, [1, len, d]), View::new(&weight, [d, width]))
+            };
+            let d_out = View::new(&x[..], [1, len, d]);
+            let (ours, exact) = (backward(device, &inputs, d_out.into()), reference::backward(&inputs, d_out).unwrap());
+            let finite = |values: &[f32]| values.iter().map(|x| x.is_finite()).collect::<Vec<_>>();
+            let expected = |values: &[f64]| values.iter().map(|x| x.is_finite()).collect::<Vec<_>>();
+            let what = format!("{device:?}: weight {k} of {width}, {len} steps, {d} channels");
+            assert_eq!(finite(&ours.x), expected(&exact.x), "{what}: x");
+            let states = (ours.initial_state.unwrap(), exact.initial_state.unwrap());
+            assert_eq!(finite(&states.0), expected(&states.1), "{what}: initial_state");
+        }
+    }
+}
+
+#[test]
+fn infinite_weights_stay_where_they_are_met() {
+    Device::all().into_iter().for_each(infinite_weights);
+}
+
 fn on_cpu(draw: &mut Draw) -> Device {
     Device::Cpu(draw.isa())
 }

@@ -186,6 +186,22 @@ pub fn large_states_before_a_segment(device: Device, d_inner: usize) {
     assert_entries(&ours, &exact, &["out", "final_state"], |_| 40.0 * EPSILON, &format!("{device:?}"));
 }
 
+/// An infinite rate of decay forgets at once, and what is held for ever so fast brings nothing in.
+pub fn an_infinite_rate(device: Device, d_inner: usize) {
+    let mut case = plain::<f32>(&mut seeded().0, 3, d_inner);
+    case.flags.hold = true;
+    case.a.fill(f32::NEG_INFINITY);
+    for (t, d) in (0..3).flat_map(|t| (0..d_inner).map(move |d| (t, d))) {
+        case.delta.set([0, t, d], 0.5);
+        case.u.set([0, t, d], 1.0);
+    }
+    let ours = case.run(device);
+    for name in ["out", "final_state"] {
+        // 1/A is as small as it can be without being nothing.
+        assert!(ours.get(name).iter().all(|x| x.abs() <= 1e-37), "{device:?}: {name} is {:?}", ours.get(name));
+    }
+}
+
 /// The steps between two checkpoints, which the backward pass on processors carries gradients through at a time.
 const TILE: usize = 64;
 
@@ -230,6 +246,30 @@ fn equal_steps_in_segments() {
 #[test]
 fn four_million_equal_steps() {
     equal_steps(Device::best(), 1 << 22, 1, TILE);
+}
+
+#[test]
+fn forgotten_at_once() {
+    on_all(|device| an_infinite_rate(device, 5));
+    let (one, a) = ([1.0f32; 4], [f32::NEG_INFINITY; 4]);
+    let activation = View::new(&one[..1], [1, 1, 1]);
+    let inputs = state_update::Inputs {
+        options: state_update::Options { discretization: Discretization::ZeroOrderHold, ..Default::default() },
+        ..state_update::Inputs::new(
+            activation,
+            activation,
+            View::new(&a, [1, 4]),
+            View::new(&one, [1, 1, 1, 4]),
+            View::new(&one, [1, 1, 1, 4]),
+        )
+    };
+    for isa in Isa::available() {
+        let (mut state, mut out) = ([1.0f32; 4], [7.0f32]);
+        let pool = ViewMut::new(&mut state, [1, 1, 4]);
+        let outputs = UpdateMut { state: pool, out: &mut out, token_states: None };
+        state_update::cpu::update_with(isa, &inputs, outputs).expect("the case is valid");
+        assert!(out[0].abs() <= 1e-37 && state.iter().all(|h| h.abs() <= 1e-37), "{isa:?}: {out:?} {state:?}");
+    }
 }
 
 /// An infinite step forgets everything and, held, brings the input to its limit `-B u/A`; nothing of it is left in the sums

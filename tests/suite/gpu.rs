@@ -335,6 +335,7 @@ fn extremes() {
             extremes::what_is_forgotten_takes_its_rounding_along(device, 5, d_inner);
             extremes::large_states_before_a_segment(device, d_inner);
             extremes::states_that_grow_and_are_erased(device, d_inner);
+            extremes::an_infinite_rate(device, d_inner);
         }
         for hold in [false, true] {
             extremes::a_decay_near_zero_keeps_its_digits::<f32>(device, hold);
@@ -344,7 +345,7 @@ fn extremes() {
     }
     // A long one is compensated, which a sequence that is not split needs.
     extremes::what_is_forgotten_takes_its_rounding_along(Device::Cuda(WHOLE), 16_448, 4);
-    let lens = if is_simulated(&stream) { [1024, 1024] } else { [1 << 16, 1 << 22] };
+    let lens = if is_simulated(&stream) { [16_448, 16_448] } else { [1 << 16, 1 << 22] };
     for (len, steps) in [(lens[0], 64), (lens[1], 1024)] {
         let plan = Plan { segment_steps: Some(steps), per_lane: None };
         extremes::equal_steps(Device::Cuda(plan), len, 4, steps);

@@ -267,7 +267,8 @@ impl HuggingFace {
             hidden_act: "silu".into(),
             layer_norm_epsilon: config.norm_eps,
             residual_in_fp32: config.residual_in_f32,
-            rescale_prenorm_residual: config.rescale_prenorm_residual,
+            // transformers 5.24 would shrink what it has just loaded.
+            rescale_prenorm_residual: ours && config.rescale_prenorm_residual,
             tie_word_embeddings: config.tie_embeddings,
             time_step_min: mamba.dt_min,
             time_step_max: mamba.dt_max,

@@ -8,7 +8,7 @@ use selective_scan::scan::cuda::Plan;
 use selective_scan::{Element, View, ViewMut, cuda::Cuda};
 
 use super::update::{tokens_at_once, update_against_reference};
-use super::{Case, against_reference, chunks, packed_alone};
+use super::{Case, against_reference, chunks, infinite_weights, packed_alone};
 use crate::case::Device;
 use crate::common::{Draw, assert_close, bits};
 use crate::gpu::{Copies, stream};
@@ -108,6 +108,13 @@ fn halves_are_as_the_reference() {
     if stream().is_some() {
         against_reference::<f16>(&device, 40);
         against_reference::<bf16>(&device, 40);
+    }
+}
+
+#[test]
+fn infinite_weights_stay_where_they_are_met() {
+    if stream().is_some() {
+        infinite_weights(gpu());
     }
 }
 

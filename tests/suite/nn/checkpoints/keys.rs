@@ -41,6 +41,19 @@ fn transformers_gets_an_integer_or_is_not_addressed() {
     }
 }
 
+/// transformers 5.24 rescales `out_proj` after it has loaded it, where config.json says that an initial one would be.
+#[test]
+fn loaded_weights_are_not_to_be_rescaled() {
+    for (norms, bidirectional) in [(Norms::None, false), (Norms::Unweighted { eps: 1e-6 }, false), (Norms::None, true)]
+    {
+        let mut config = LanguageModelConfig { rescale_prenorm_residual: true, ..of_width(8, 16) };
+        (config.mamba.norms, config.mamba.bidirectional) = (norms, bidirectional);
+        let text = config.to_json(Naming::HuggingFace).unwrap();
+        let keys: Map<String, Value> = serde_json::from_str(&text).unwrap();
+        assert_eq!(keys["rescale_prenorm_residual"], keys["model_type"] == "selective_scan", "{text}");
+    }
+}
+
 #[test]
 fn state_spaces_has_every_width() {
     let mut fractions = 0;
