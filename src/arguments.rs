@@ -10,6 +10,7 @@ pub const MAX_D_STATE: usize = 256;
 /// How the continuous system `h' = A h + B u` becomes a recurrence with step size `Δ`; `exp(ΔA)` multiplies the state
 /// in both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
 pub enum Discretization {
     /// The input is weighted by `Δ B`, Euler's rule for the input, which is what Mamba uses.
     #[default]

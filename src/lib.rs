@@ -72,6 +72,16 @@
 //!   number of rows.
 //! - Every argument is checked before any work starts. A bad one gives an [`Error`] that names it, and nothing is
 //!   written.
+//!
+//! # Versions
+//! Fields may be added in minor releases to the structs of inputs, outputs, options and configurations: end literals and
+//! patterns of them with `..`, as in `Options { reverse: true, ..Default::default() }`. The crates whose types stand in the API are exported
+//! again: [`half`], and with the features that bring them `candle_core`, `candle_nn` and `cudarc`.
+
+// The README's examples, which need `nn`. That for GPUs is the one of the module `cuda`.
+#[cfg(all(doctest, feature = "nn"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 mod arguments;
 #[cfg(feature = "candle")]
@@ -91,6 +101,14 @@ mod shared;
 mod simd;
 pub mod state_update;
 mod view;
+
+#[cfg(feature = "candle")]
+pub use candle_core;
+#[cfg(feature = "nn")]
+pub use candle_nn;
+#[cfg(feature = "cuda")]
+pub use cudarc;
+pub use half;
 
 pub use arguments::{Discretization, MAX_D_STATE, Projection};
 pub use element::{DType, Element};

@@ -17,7 +17,8 @@ use crate::sequences::Sequences;
 pub struct CausalConv<'a> {
     /// The input, `(batch, length, d_inner)` of `T`.
     pub x: &'a Tensor,
-    /// The filters, `(d_inner, width)` of `f32`, with a width from 2 to 8; the last weight meets the newest input.
+    /// The filters, `(d_inner, width)` of `f32`, or `(d_inner, 1, width)` as checkpoints have them, with a width from 2 to 8;
+    /// the last weight meets the newest input.
     pub weight: &'a Tensor,
     /// Added to every output before SiLU, `(d_inner)` of `f32`.
     pub bias: Option<&'a Tensor>,
@@ -62,6 +63,9 @@ impl<'a> CausalConv<'a> {
     }
 
     fn run(&self, with_state: bool) -> Result<(Tensor, Option<Tensor>)> {
+        if let Some(weight) = without_middle(self.weight)? {
+            return CausalConv { weight: &weight, ..*self }.run(with_state);
+        }
         let arguments = self.arguments();
         let tensors: Vec<_> = arguments.iter().map(|(_, tensor)| *tensor).collect();
         let (out, final_state) = {
@@ -81,6 +85,14 @@ impl<'a> CausalConv<'a> {
             options: self.options,
         };
         graph::attach(NAME, &tensors, out, final_state, kept)
+    }
+}
+
+/// Filters of shape `(d_inner, 1, width)` as `(d_inner, width)`; none if they have another.
+pub(super) fn without_middle(weight: &Tensor) -> Result<Option<Tensor>> {
+    match weight.dims() {
+        [_, 1, _] => weight.squeeze(1).map(Some),
+        _ => Ok(None),
     }
 }
 

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 
 use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp1, Layout, Result, Tensor};
 
+use super::conv::without_middle;
 use super::device::{Backend, Cpu, Value, for_dtype};
 use super::graph;
 use super::tensors::{Argument, Keyed, Locked, Reader, both, check_devices, given, keyed, storage_of};
@@ -78,7 +79,8 @@ impl<'a> StateUpdate<'a> {
 pub struct ConvUpdate<'a> {
     /// The input, `(batch, tokens, d_inner)` of `T`.
     pub x: &'a Tensor,
-    /// The filters, `(d_inner, width)` of `f32`; the last weight meets the newest input.
+    /// The filters, `(d_inner, width)` of `f32`, or `(d_inner, 1, width)` as checkpoints have them; the last weight meets the
+    /// newest input.
     pub weight: &'a Tensor,
     /// Added to every output before SiLU, `(d_inner)` of `f32`.
     pub bias: Option<&'a Tensor>,
@@ -103,7 +105,7 @@ impl<'a> ConvUpdate<'a> {
     /// storage with another argument, nor be a variable or part of candle's graph: see
     /// [the module](super#updates-in-place). What the device refuses.
     pub fn update(&self, state: &Tensor) -> Result<Tensor> {
-        Ok(in_place(self, state, false)?.0)
+        Ok(self.run(state, false)?.0)
     }
 
     /// [`update`](Self::update) that also gives the state behind each token, `(batch, tokens, width - 1, d_inner)` of the
@@ -112,7 +114,14 @@ impl<'a> ConvUpdate<'a> {
     /// # Errors
     /// As [`update`](Self::update).
     pub fn update_with_token_states(&self, state: &Tensor) -> Result<(Tensor, Tensor)> {
-        in_place(self, state, true).map(both)
+        self.run(state, true).map(both)
+    }
+
+    fn run(&self, state: &Tensor, with_token_states: bool) -> Result<Updated> {
+        if let Some(weight) = without_middle(self.weight)? {
+            return ConvUpdate { weight: &weight, ..*self }.run(state, with_token_states);
+        }
+        in_place(self, state, with_token_states)
     }
 }
 

@@ -172,6 +172,14 @@ pub struct OutputMut<'a, T: Element, M: Memory = Host> {
     pub final_state: Option<&'a mut M::Buffer<f32>>,
 }
 
+impl<'a, T: Element, M: Memory> OutputMut<'a, T, M> {
+    /// The output alone. Add more with struct update syntax:
+    /// `OutputMut { final_state: Some(&mut state), ..OutputMut::new(&mut out) }`.
+    pub fn new(out: &'a mut M::Buffer<T>) -> Self {
+        Self { out, final_state: None }
+    }
+}
+
 /// The gradients that flow into a backward pass.
 #[derive(Debug)]
 pub struct OutputGradients<'a, T: Element, M: Memory = Host> {
@@ -203,6 +211,14 @@ pub struct GradientsMut<'a, T: Element, M: Memory = Host> {
     pub weight: &'a mut M::Buffer<f32>,
     pub bias: Option<&'a mut M::Buffer<f32>>,
     pub initial_state: Option<&'a mut M::Buffer<f32>>,
+}
+
+impl<'a, T: Element, M: Memory> GradientsMut<'a, T, M> {
+    /// The gradients of the inputs that every convolution has. Those of the others are added with struct update syntax:
+    /// `GradientsMut { bias: Some(&mut bias), ..GradientsMut::new(&mut x, &mut weight) }`.
+    pub fn new(x: &'a mut M::Buffer<T>, weight: &'a mut M::Buffer<f32>) -> Self {
+        Self { x, weight, bias: None, initial_state: None }
+    }
 }
 
 /// The results of a forward pass: activations of type `T`, states of type `P`.

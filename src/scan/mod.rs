@@ -267,6 +267,14 @@ pub struct OutputMut<'a, T: Element, M: Memory = Host> {
     pub checkpoints: Option<&'a mut M::Buffer<f32>>,
 }
 
+impl<'a, T: Element, M: Memory> OutputMut<'a, T, M> {
+    /// The output alone. Add more with struct update syntax:
+    /// `OutputMut { final_state: Some(&mut state), ..OutputMut::new(&mut out) }`.
+    pub fn new(out: &'a mut M::Buffer<T>) -> Self {
+        Self { out, final_state: None, checkpoints: None }
+    }
+}
+
 /// The gradients that flow into a backward pass.
 #[derive(Debug)]
 pub struct OutputGradients<'a, T: Element, M: Memory = Host> {
@@ -303,6 +311,20 @@ pub struct GradientsMut<'a, T: Element, M: Memory = Host> {
     pub d: Option<&'a mut M::Buffer<f32>>,
     pub delta_bias: Option<&'a mut M::Buffer<f32>>,
     pub initial_state: Option<&'a mut M::Buffer<f32>>,
+}
+
+impl<'a, T: Element, M: Memory> GradientsMut<'a, T, M> {
+    /// The gradients of the inputs that every scan has. Those of the others are added with struct update syntax:
+    /// `GradientsMut { z: Some(&mut z), ..GradientsMut::new(&mut u, &mut delta, &mut a, b, c) }`.
+    pub fn new(
+        u: &'a mut M::Buffer<T>,
+        delta: &'a mut M::Buffer<T>,
+        a: &'a mut M::Buffer<f32>,
+        b: ProjectionMut<'a, T, M>,
+        c: ProjectionMut<'a, T, M>,
+    ) -> Self {
+        Self { u, delta, a, b, c, z: None, d: None, delta_bias: None, initial_state: None }
+    }
 }
 
 /// Where the gradient of a [`Projection`] goes.
@@ -344,6 +366,33 @@ pub enum ProjectionGradient<T, P = f32> {
     Varying(Vec<T>),
     /// `(d_inner, d_state)`.
     Constant(Vec<P>),
+}
+
+impl<T, P> ProjectionGradient<T, P> {
+    /// The gradient of a projection that varies, `(batch, length, groups, d_state)`.
+    pub fn varying(&self) -> Option<&[T]> {
+        match self {
+            Self::Varying(data) => Some(data),
+            Self::Constant(_) => None,
+        }
+    }
+
+    /// The gradient of a projection that is constant over time, `(d_inner, d_state)`.
+    pub fn constant(&self) -> Option<&[P]> {
+        match self {
+            Self::Varying(_) => None,
+            Self::Constant(data) => Some(data),
+        }
+    }
+}
+
+impl<T> ProjectionGradient<T, T> {
+    /// The gradient, of the projection's shape, where both kinds are of one type.
+    pub fn as_slice(&self) -> &[T] {
+        match self {
+            Self::Varying(data) | Self::Constant(data) => data,
+        }
+    }
 }
 
 impl<T: Pod, P: Pod> ProjectionGradient<T, P> {

@@ -18,6 +18,7 @@ mod memory;
 mod nn;
 mod nonfinite;
 mod properties;
+mod readme;
 mod state_update;
 mod vectors;
 mod wild;

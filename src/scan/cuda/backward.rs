@@ -49,7 +49,7 @@ pub fn backward_with<T: Element>(
     let steps = batch * len;
 
     let mut projection = |name, gradient| match gradient {
-        ProjectionMut::Varying(data) => Ok((arguments.write(name, data)?, 0)),
+        ProjectionMut::Varying(data) => Result::Ok((arguments.write(name, data)?, 0)),
         ProjectionMut::Constant(data) => Ok((0, arguments.write(name, data)?)),
     };
     let [(b, constant_b), (c, constant_c)] =

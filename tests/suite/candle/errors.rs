@@ -1,12 +1,13 @@
 //! What does not fit gives an error that names the argument.
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use selective_scan::Error;
 use selective_scan::candle::{CausalConv, ConvUpdate, Scan, StateUpdate, rollback};
 
 #[cfg(feature = "nn")]
 use {
     super::values,
+    candle_core::Var,
     candle_nn::{VarBuilder, VarMap},
     selective_scan::nn::{LayerCache, Mamba, MambaConfig},
 };
