@@ -77,6 +77,7 @@ pub mod conv;
 pub mod cuda;
 mod element;
 mod error;
+mod kinds;
 #[cfg(feature = "candle")]
 pub mod nn;
 mod pool;
@@ -91,5 +92,6 @@ mod view;
 pub use arguments::{Discretization, MAX_D_STATE, Projection};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
+pub use kinds::{Buffers, Kind, ProjectionOf, Vectors, Views};
 pub use simd::Isa;
 pub use view::{Host, Memory, View, ViewMut};

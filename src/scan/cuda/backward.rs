@@ -8,9 +8,9 @@ use cudarc::driver::{CudaSlice, CudaStream};
 use super::launch::{Kernel, LaunchShape, TURN, Undivided};
 use super::plan::Pass;
 use super::{GradientsMut, Inputs, OutputGradients, Plan};
+use crate::ProjectionOf;
 use crate::arguments::Dims;
 use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, Sum, lies_whole, params};
-use crate::scan::ProjectionMut;
 use crate::{Element, Result};
 
 /// Computes the gradient of every input that was given on the stream's device. `checkpoints` are those that a forward pass
@@ -49,8 +49,8 @@ pub fn backward_with<T: Element>(
     let steps = batch * len;
 
     let mut projection = |name, gradient| match gradient {
-        ProjectionMut::Varying(data) => Ok((arguments.write(name, data)?, 0)),
-        ProjectionMut::Constant(data) => Ok((0, arguments.write(name, data)?)),
+        ProjectionOf::Varying(data) => Ok((arguments.write(name, data)?, 0)),
+        ProjectionOf::Constant(data) => Ok((0, arguments.write(name, data)?)),
     };
     let [(b, constant_b), (c, constant_c)] =
         [projection("gradients.b", gradients.b)?, projection("gradients.c", gradients.c)?];
