@@ -7,15 +7,15 @@ use crate::arguments::zeroed;
 use crate::{Element, Error, Host, Memory, Result, ViewMut, conv, scan, state_update};
 
 /// An element type that both this crate and candle know.
-#[cfg(not(feature = "cuda"))]
+#[cfg(not(feature = "candle-cuda"))]
 pub(super) trait Value: Element + WithDType {}
-#[cfg(not(feature = "cuda"))]
+#[cfg(not(feature = "candle-cuda"))]
 impl<T: Element + WithDType> Value for T {}
 
 /// An element type that both this crate and candle know.
-#[cfg(feature = "cuda")]
+#[cfg(feature = "candle-cuda")]
 pub(super) trait Value: Element + WithDType + candle_core::cuda::CudaDType {}
-#[cfg(feature = "cuda")]
+#[cfg(feature = "candle-cuda")]
 impl<T: Element + WithDType + candle_core::cuda::CudaDType> Value for T {}
 
 /// A buffer in a device's memory.
@@ -237,7 +237,7 @@ macro_rules! on_device {
                 let $backend = &$crate::candle::device::Cpu;
                 $body
             }
-            #[cfg(feature = "cuda")]
+            #[cfg(feature = "candle-cuda")]
             candle_core::Device::Cuda(device) => {
                 let $backend = &$crate::candle::cuda::Gpu::new(device);
                 $body
@@ -251,6 +251,9 @@ pub(super) use {for_dtype, on_device};
 
 /// A device that the operators do not run on.
 pub(super) fn elsewhere(argument: &'static str, location: impl std::fmt::Display) -> Error {
-    let expected = if cfg!(feature = "cuda") { "the processor or an NVIDIA GPU" } else { "the processor" };
+    let expected = match cfg!(feature = "candle-cuda") {
+        true => "the processor or an NVIDIA GPU",
+        false => "the processor (or, with the feature `candle-cuda`, an NVIDIA GPU)",
+    };
     Error::argument(argument, expected, location)
 }

@@ -237,7 +237,7 @@ impl CustomOp3 for Token {
         Ok((CpuStorage::F32(vec![0.0]), 1.into()))
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "candle-cuda")]
     fn cuda_fwd(
         &self,
         input: &CudaStorage,

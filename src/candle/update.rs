@@ -243,16 +243,17 @@ impl<O: InPlace> InplaceOp1 for Running<'_, O> {
         self.run(&Cpu, storage, layout)
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "candle-cuda")]
     fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
         use candle_core::backend::BackendStorage;
         let backend = super::cuda::Gpu::new(storage.device());
         self.run(&backend, storage, layout)
     }
 
-    #[cfg(not(feature = "cuda"))]
+    #[cfg(not(feature = "candle-cuda"))]
     fn cuda_fwd(&self, _: &mut CudaStorage, _: &Layout) -> Result<()> {
-        Err(candle_core::Error::NotCompiledWithCudaSupport)
+        // candle may have been built for GPUs by another crate's wish.
+        Err(super::device::elsewhere("state", "an NVIDIA GPU").into())
     }
 
     fn metal_fwd(&self, _: &mut candle_core::MetalStorage, _: &Layout) -> Result<()> {

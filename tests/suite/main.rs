@@ -14,7 +14,7 @@ mod finite_differences;
 mod gpu;
 mod interpreted;
 mod memory;
-#[cfg(feature = "candle")]
+#[cfg(feature = "nn")]
 mod nn;
 mod nonfinite;
 mod properties;
