@@ -15,6 +15,8 @@
 //! plainly in `f64`. [`Inputs::forward`] and [`Inputs::backward`] allocate their results. [`UpdateInputs`] are those of
 //! the step of decoding, on a pool of states in place.
 
+#[cfg(feature = "candle")]
+mod candle;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;

@@ -223,7 +223,7 @@ macro_rules! tensors {
                 Self { $($r,)* $($o: None,)* $($s: $default,)* }
             }
 
-            pub(crate) fn tensors(&self) -> $Tensors<$crate::kinds::Ref<$a, $crate::candle::Tensors>> {
+            pub(crate) fn tensors(&self) -> $Tensors<$crate::kinds::Ref<$a, $crate::candle::tensors::CandleTensors>> {
                 $Tensors {
                     $($r: $crate::kinds::declare::of_candle!(self.$r, $rrole),)*
                     $($o: self.$o.map(|tensor| $crate::kinds::declare::of_candle!(tensor, $orole)),)*
@@ -372,7 +372,7 @@ pub(crate) use by;
 #[cfg(feature = "candle")]
 macro_rules! of_candle {
     ($tensor:expr, projection) => {
-        $crate::candle::projection($tensor)
+        $crate::candle::tensors::projection($tensor)
     };
     ($tensor:expr, $role:ident) => {
         $tensor

@@ -31,6 +31,8 @@
 //! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, [`reference`](mod@reference) is the same written plainly in
 //! `f64`. [`Inputs::forward`] and [`Inputs::backward`] allocate their results.
 
+#[cfg(feature = "candle")]
+mod candle;
 mod checkpoints;
 pub mod cpu;
 #[cfg(feature = "cuda")]

@@ -19,6 +19,8 @@
 //! [`Inputs`] says what the operator reads and [`UpdateMut`] what it writes; [`cpu`] runs it on slices,
 //! [`reference`](mod@reference) is the same written plainly in `f64`. [`Inputs::update`] allocates its result.
 
+#[cfg(feature = "candle")]
+mod candle;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
