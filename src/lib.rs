@@ -91,6 +91,7 @@ pub mod conv;
 pub mod cuda;
 mod element;
 mod error;
+mod kinds;
 #[cfg(feature = "nn")]
 pub mod nn;
 mod pool;
@@ -113,5 +114,6 @@ pub use half;
 pub use arguments::{Discretization, MAX_D_STATE, Projection};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
+pub use kinds::{Buffers, Kind, ProjectionOf, Vectors, Views};
 pub use simd::Isa;
 pub use view::{Host, Memory, View, ViewMut};

@@ -1,5 +1,7 @@
 //! Pools of states that are updated in place: which slot a batch row uses, and how slots are written and restored.
 
+#[cfg(feature = "candle")]
+pub(crate) mod candle;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 

@@ -297,19 +297,3 @@ pub(crate) fn check_len(argument: &'static str, names: &str, shape: &[usize], le
     }
     Err(Error::argument(argument, format_args!("{names} = {shape:?} elements"), format_args!("{len} elements")))
 }
-
-/// Checks that an optional gradient is there exactly when its input is, and its size.
-pub(crate) fn check_optional(
-    argument: &'static str,
-    names: &str,
-    given: bool,
-    shape: &[usize],
-    len: Option<usize>,
-) -> Result<()> {
-    match (given, len) {
-        (true, Some(len)) => check_len(argument, names, shape, len),
-        (false, None) => Ok(()),
-        (true, None) => Err(Error::argument(argument, "a buffer, since the input is given", "none")),
-        (false, Some(_)) => Err(Error::argument(argument, "none, since the input is absent", "a buffer")),
-    }
-}

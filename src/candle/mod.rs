@@ -70,22 +70,21 @@
 //! [`Error::of`](crate::Error::of) finds it there, so that a server can tell a request that does not fit from a device that
 //! fails. The models of the module `nn` give the same.
 
-mod conv;
 #[cfg(feature = "candle-cuda")]
-mod cuda;
-mod device;
-mod graph;
-mod scan;
-mod tensors;
-mod update;
+pub(crate) mod cuda;
+pub(crate) mod device;
+pub(crate) mod graph;
+pub(crate) mod in_place;
+pub(crate) mod tensors;
 
 use std::io;
 
-pub use conv::CausalConv;
-pub use scan::Scan;
+pub use crate::conv::{CausalConv, ConvUpdate};
+pub use crate::pool::candle::rollback;
+pub use crate::scan::Scan;
+pub use crate::state_update::StateUpdate;
 #[cfg(feature = "nn")]
-pub(crate) use update::check_pool;
-pub use update::{ConvUpdate, StateUpdate, rollback};
+pub(crate) use in_place::check_pool;
 
 impl From<crate::Error> for candle_core::Error {
     fn from(error: crate::Error) -> Self {
