@@ -46,12 +46,8 @@ impl Error {
         Self::Cuda { action: action.to_string(), message }
     }
 
-    /// An [`Error::Argument`]; the parts are turned into text here.
-    pub(crate) fn argument(
-        argument: &'static str,
-        expected: impl std::fmt::Display,
-        got: impl std::fmt::Display,
-    ) -> Self {
+    /// An [`Error::Argument`], also for operators and models that stand on this crate.
+    pub fn argument(argument: &'static str, expected: impl std::fmt::Display, got: impl std::fmt::Display) -> Self {
         Self::Argument { argument, expected: expected.to_string(), got: got.to_string() }
     }
 }

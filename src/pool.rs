@@ -87,13 +87,16 @@ pub(crate) fn check_pool<'s, St: Element, M: Memory>(
     Slots::check(slots, batch, state.shape[0])
 }
 
-/// The slot of each batch row: its own number, or what the caller's checked list says.
+/// The slot in a pool of states that each batch row has: its own number, or what a checked list says.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Slots<'a>(Option<&'a [i32]>);
+pub struct Slots<'a>(Option<&'a [i32]>);
 
 impl<'a> Slots<'a> {
-    /// Checks `slots` against a batch and a pool of `pool` slots. Two rows must not share one, for they are updated at
-    /// the same time.
+    /// Checks `slots` against `batch` rows and a pool of `pool` slots. Negative ones are padding.
+    ///
+    /// # Errors
+    /// Another number of slots than rows, or without `slots` a pool of another size; a slot that the pool does not have;
+    /// two rows with one slot, since they are updated at the same time.
     pub fn check(slots: Option<&'a [i32]>, batch: usize, pool: usize) -> Result<Self> {
         let Some(slots) = slots else {
             if pool != batch {

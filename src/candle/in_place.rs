@@ -72,7 +72,7 @@ pub(crate) fn in_place<O: Runs>(operator: &O, state: &Tensor, with_token_states:
 /// that candle keeps for a backward pass.
 ///
 /// What is not seen is another tensor over the same storage: `detach` makes one, and so does every view and clone.
-pub(crate) fn check_pool(argument: &'static str, names: &str, pool: &Tensor) -> crate::Result<[usize; 3]> {
+pub fn check_pool(argument: &'static str, names: &str, pool: &Tensor) -> crate::Result<[usize; 3]> {
     let shape = pool
         .dims()
         .try_into()

@@ -83,8 +83,7 @@ pub use crate::conv::{CausalConv, ConvUpdate};
 pub use crate::pool::candle::rollback;
 pub use crate::scan::Scan;
 pub use crate::state_update::StateUpdate;
-#[cfg(feature = "nn")]
-pub(crate) use in_place::check_pool;
+pub use in_place::check_pool;
 
 impl From<crate::Error> for candle_core::Error {
     fn from(error: crate::Error) -> Self {

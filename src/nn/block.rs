@@ -9,7 +9,7 @@ use super::direction::Direction;
 use super::layers::Linear;
 use super::parameters::{Change, Parameter, Parameters, named};
 use super::{LayerCache, MambaConfig, argument, check_room, wrap};
-use crate::sequences::Sequences;
+use crate::count_sequences;
 
 /// The Mamba block of Gu and Dao, *Mamba* (2023), arXiv 2312.00752, figure 3:
 ///
@@ -194,7 +194,7 @@ impl Mamba {
         if x.dtype() != dtype {
             return Err(argument("x", format_args!("type {}, as the block", dtype.as_str()), x.dtype().as_str()));
         }
-        let sequences = Sequences::check(batch, length, cu_seqlens).map_err(wrap)?.count();
+        let sequences = count_sequences(batch, length, cu_seqlens).map_err(wrap)?;
         check_room("x", &[batch, length, 2, d_inner], dtype, x.device())?;
         Ok(sequences)
     }

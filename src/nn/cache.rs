@@ -3,8 +3,8 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::{MambaConfig, argument, check_room, wrap};
+use crate::Slots;
 use crate::candle::check_pool;
-use crate::pool::Slots;
 
 /// The states of one block for a number of sequences, each in a slot of its own.
 ///
