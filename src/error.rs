@@ -27,6 +27,14 @@ pub enum Error {
     },
 }
 
+/// So that `?` takes cudarc's own calls beside those of this crate.
+#[cfg(feature = "cuda")]
+impl From<cudarc::driver::DriverError> for Error {
+    fn from(error: cudarc::driver::DriverError) -> Self {
+        Self::cuda("calling the CUDA driver", error)
+    }
+}
+
 impl Error {
     /// An [`Error::Cuda`].
     #[cfg(feature = "cuda")]

@@ -1,5 +1,7 @@
 //! Pools of states that are updated in place: which slot a batch row uses, and how slots are written and restored.
 
+#[cfg(feature = "candle")]
+pub(crate) mod candle;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 
@@ -24,6 +26,14 @@ pub struct UpdateMut<'a, T: Element, St: Element, M: Memory = Host> {
     /// The state behind each token, `(batch, tokens, ..state_shape)`, dense, overwritten whole: zeros for padding rows.
     /// [`rollback`] restores a state from it.
     pub token_states: Option<&'a mut M::Buffer<St>>,
+}
+
+impl<'a, T: Element, St: Element, M: Memory> UpdateMut<'a, T, St, M> {
+    /// The buffers that every update has; the states behind each token are not kept. Add their buffer with struct update
+    /// syntax: `UpdateMut { token_states: Some(&mut states), ..UpdateMut::new(state, &mut out) }`.
+    pub fn new(state: ViewMut<'a, St, 3, M>, out: &'a mut M::Buffer<T>) -> Self {
+        Self { state, out, token_states: None }
+    }
 }
 
 impl<T: Element, St: Element, M: Memory> fmt::Debug for UpdateMut<'_, T, St, M> {

@@ -164,8 +164,7 @@ def main():
     target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
     cost = pathlib.Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else target / "release/examples/cost"
     if len(sys.argv) == 1:
-        build = ["cargo", "build", "--release", "--locked", "--no-default-features", "--features", "cuda",
-                 "--example", "cost"]
+        build = ["cargo", "build", "--release", "--locked", "--features", "cuda", "--example", "cost"]
         subprocess.run(build, cwd=ROOT, check=True)
     operators = subprocess.run([cost, "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
     tables = ([], [], [])

@@ -47,6 +47,7 @@ pub struct MambaConfig {
 
 /// The RMS norms of the low-rank step size, B and C, before they are used.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Norms {
     /// None, as in Mamba.
     None,

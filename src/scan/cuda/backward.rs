@@ -8,9 +8,9 @@ use cudarc::driver::{CudaSlice, CudaStream};
 use super::launch::{Kernel, LaunchShape, TURN, Undivided};
 use super::plan::Pass;
 use super::{GradientsMut, Inputs, OutputGradients, Plan};
+use crate::ProjectionOf;
 use crate::arguments::Dims;
 use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, Sum, lies_whole, params};
-use crate::scan::ProjectionMut;
 use crate::{Element, Result};
 
 /// Computes the gradient of every input that was given on the stream's device. `checkpoints` are those that a forward pass
@@ -45,12 +45,14 @@ pub fn backward_with<T: Element>(
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let mut undivided = Undivided::new(&problem, &mut arguments)?;
-    let Dims { batch, len, d_inner, d_state, groups } = problem.dims;
+    let Dims { batch, len, d_inner, d_state, groups, .. } = problem.dims;
     let steps = batch * len;
 
-    let mut projection = |name, gradient| match gradient {
-        ProjectionMut::Varying(data) => Ok((arguments.write(name, data)?, 0)),
-        ProjectionMut::Constant(data) => Ok((0, arguments.write(name, data)?)),
+    let mut projection = |name, gradient| -> Result<_> {
+        Ok(match gradient {
+            ProjectionOf::Varying(data) => (arguments.write(name, data)?, 0),
+            ProjectionOf::Constant(data) => (0, arguments.write(name, data)?),
+        })
     };
     let [(b, constant_b), (c, constant_c)] =
         [projection("gradients.b", gradients.b)?, projection("gradients.c", gradients.c)?];

@@ -26,6 +26,7 @@ pub struct Plan {
 
 /// What a lane carries: 4 states each of this many channels, or a part of 4 states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum PerLane {
     /// One state: so few channels fill a device that sequences need not be split for it, and they are not, whatever
     /// [`Plan::segment_steps`] says. It takes 91 to 102 kB of shared memory; on a device whose blocks cannot have that,
