@@ -37,10 +37,10 @@ impl Device<'_> {
     /// # Safety
     /// Each `from` and `to` must be addresses of memory that is valid for that, and `to` of elements that nothing else uses.
     pub unsafe fn sum<T: Element>(&self, sums: &[Sum]) -> Result<()> {
-        let name = format!("sums_{}", suffix(T::DTYPE));
+        let name = format!("reduce_partials_{}", suffix(T::DTYPE));
         for (params, grid) in launches(sums, size_of::<T>()) {
             // SAFETY: as the caller promises.
-            unsafe { self.launch(Module::SUM, &name, [grid, 1], THREADS, [0, 0], &params) }?;
+            unsafe { self.launch(Module::REDUCE_PARTIALS, &name, [grid, 1], THREADS, [0, 0], &params) }?;
         }
         Ok(())
     }

@@ -237,7 +237,7 @@ impl Layout {
     }
 }
 
-/// The table that kernels find runs of packed sequences by; see `Runs` in kernels/conv.cuh.
+/// The table that kernels find runs of packed sequences by; see `Runs` in kernels/conv/params.cuh.
 fn upload_runs<T: Element>(
     device: &Device,
     problem: &Problem<T, Cuda>,

@@ -47,7 +47,7 @@ pub fn update<T: Element, St: Element>(
         return Ok(());
     }
     let whole = is_whole::<T, St>(&params);
-    params.flags = u64::from(inputs.silu) | u64::from(whole) << 1;
+    params.flags = u64::from(inputs.silu) | u64::from(whole) << 2;
     let lanes = 1 << params.lane_shift;
     let columns = blocks(quads, lanes).min(GRID_COLUMNS);
     // Rows share what a thread reads of the filters, once there are enough of them to fill the device.

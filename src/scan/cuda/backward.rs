@@ -87,12 +87,12 @@ pub fn backward_with<T: Element>(
     let shape =
         |variant, channels, threads, shared| LaunchShape { variant, channels, threads, rows, shared: [shared; 2] };
     let fast = |variant| (Module::SCAN_BACKWARD, shape(variant, FAST_CHANNELS, 128, fast_shared), "fast");
-    let (module, backward, retreat) = match scan.kernel {
+    let (module, backward, chunk_state) = match scan.kernel {
         Kernel::General => (Module::SCAN_BACKWARD_GENERAL, shape("general", 32, 128, 60_896), "general"),
-        Kernel::Turns => fast("turns"),
+        Kernel::Turns => fast("many_states"),
         Kernel::Fast(_) => fast("fast"),
     };
-    let retreat = shape(retreat, 64, 256, 0);
+    let chunk_state = shape(chunk_state, 64, 256, 0);
     let group_blocks = scan.group_blocks(backward.channels);
 
     let mut sums = Sums { device: &device, rows, workspaces: Vec::new(), sums: Vec::new() };
@@ -125,7 +125,15 @@ pub fn backward_with<T: Element>(
         // SAFETY (both): every address and extent has been checked by `Inputs::check` and `check_backward`, and the
         // workspaces have an element for each that the kernels write.
         if workspace.is_some() {
-            unsafe { scan.launch::<T, _>(&device, Module::SCAN_RETREAT, "scan_retreat", retreat, params) }?;
+            unsafe {
+                scan.launch::<T, _>(
+                    &device,
+                    Module::SCAN_BACKWARD_CHUNK_STATE,
+                    "scan_backward_chunk_state",
+                    chunk_state,
+                    params,
+                )
+            }?;
         }
         unsafe { scan.launch::<T, _>(&device, module, "scan_backward", backward, params) }?;
     }

@@ -46,21 +46,22 @@ pub fn forward_with<T: Element>(
     let scan = undivided.divide(&device, &problem, &plan, Pass::Forward)?;
     let workspace = scan.workspace(&device)?;
     for (kernel, segments) in scan.launches() {
-        let launch = |name, inputs| {
+        let launch = |module: Option<Module>, name, inputs| {
             let inputs = params::ScanInputs { segments, ..inputs };
             let params = params::ScanForward { inputs, out, final_state, checkpoints };
-            let (module, shape) = shape::<T>(kernel, &inputs);
+            let (forward, shape) = shape::<T>(kernel, &inputs);
+            let module = module.unwrap_or(forward);
             // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`, and the workspace
-            // has an element for each that the summaries write and the kernel after them reads.
+            // has an element for each that the chunk states' kernel writes and the kernel after them reads.
             unsafe { scan.launch::<T, _>(&device, module, name, shape, params) }
         };
         match &workspace {
             Some(workspace) if kernel == scan.kernel => {
                 let inputs = scan.split_inputs(&device, workspace);
-                launch("scan_summary", inputs)?;
-                launch("scan_forward", inputs)?;
+                launch(Some(Module::SCAN_CHUNK_STATE), "scan_chunk_state", inputs)?;
+                launch(None, "scan_forward", inputs)?;
             }
-            _ => launch("scan_forward", scan.inputs)?,
+            _ => launch(None, "scan_forward", scan.inputs)?,
         }
     }
     Ok(())
@@ -72,12 +73,12 @@ const STEPS_PER_BLOCK: usize = 64;
 
 fn shape<T: Element>(kernel: Kernel, inputs: &params::ScanInputs) -> (Module, LaunchShape) {
     let (variant, channels, threads, module) = match kernel {
-        Kernel::Fast(PerLane::Quarter) => ("quarter", 8, 384, Module::SCAN_FORWARD_FEW),
-        Kernel::Fast(PerLane::Half) => ("half", 16, 384, Module::SCAN_FORWARD_FEW),
+        Kernel::Fast(PerLane::Quarter) => ("few_channels_one", 8, 384, Module::SCAN_FORWARD_FEW_CHANNELS),
+        Kernel::Fast(PerLane::Half) => ("few_channels_two", 16, 384, Module::SCAN_FORWARD_FEW_CHANNELS),
         Kernel::Fast(PerLane::One) => ("one", 32, 128, Module::SCAN_FORWARD),
         Kernel::Fast(PerLane::Four) => ("four", 128, 128, Module::SCAN_FORWARD),
-        Kernel::Turns => ("turns", 32, 128, Module::SCAN_FORWARD),
-        Kernel::General => ("general", 64, 256, Module::SCAN_FORWARD),
+        Kernel::Turns => ("many_states", 32, 128, Module::SCAN_FORWARD),
+        Kernel::General => ("general", 64, 256, Module::SCAN_FORWARD_GENERAL),
     };
     let per_block = (STEPS_PER_BLOCK / inputs.segments.len.max(1) as usize).max(1);
     let rows = (inputs.segments.count as usize).div_ceil(per_block).min(GRID_ROWS);
