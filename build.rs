@@ -1,5 +1,5 @@
-//! Compiles the kernels, one fatbin for each `kernels/*/*.cu`, if the feature `cuda` is on; and a file that includes all
-//! headers, so that any kernel may include any of them together.
+//! Compiles the kernels, one fatbin for each `kernels/*/*.cu`, if the feature `cuda` is on, and writes for Rust what the files
+//! `params.cuh` there say that kernels take.
 //!
 //! A fatbin holds machine code for each architecture asked for, and PTX of the newest of them for later devices. The
 //! architectures are those of `CUDA_COMPUTE_CAP` (`90`, or a list: `80,90`), else that of the GPU that `nvidia-smi` finds,
@@ -11,6 +11,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 use std::{env, fs, thread};
+
+#[path = "kernels/params.rs"]
+mod params;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -25,6 +28,8 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let mut sources: Vec<_> =
         files("cu").into_iter().map(|path| Source { fatbin: fatbin(&out, &path), path }).collect();
+    let params = params();
+    write(&out.join("params.rs"), params.rust());
     for source in &sources {
         fs::create_dir_all(source.fatbin.parent().expect("it is in a folder")).expect("OUT_DIR is writable");
     }
@@ -37,7 +42,7 @@ fn main() {
         }
         return;
     }
-    sources.push(all_headers(&out));
+    sources.push(checks(&out, &params));
     let build = Build { nvcc: find_nvcc(), flags: flags(&architectures()) };
     let threads = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
     let (next, failed) = (AtomicUsize::new(0), AtomicUsize::new(0));
@@ -80,19 +85,36 @@ fn fatbin(out: &Path, source: &Path) -> PathBuf {
     out.join(source.strip_prefix("kernels").expect("it is a kernel")).with_extension("fatbin")
 }
 
-/// A source of no kernel that includes every header.
-fn all_headers(out: &Path) -> Source {
+/// What the files `params.cuh` declare, `common`'s first, which the others include.
+fn params() -> params::Params {
+    let mut sources: Vec<_> = files("cuh").into_iter().filter(|path| path.ends_with("params.cuh")).collect();
+    sources.sort_by_key(|path| (!path.ends_with("common/params.cuh"), path.clone()));
+    let mut params = params::Params::default();
+    for path in sources {
+        let text = fs::read_to_string(&path).expect("it is a text");
+        params.read(&text).unwrap_or_else(|message| panic!("{}, {message}", path.display()));
+    }
+    params
+}
+
+/// A source of no kernel that includes every header, so that any kernel may include any of them together, and asserts that
+/// what Rust takes the parameters' layout to be is what C++ has.
+fn checks(out: &Path, params: &params::Params) -> Source {
     let root = env::current_dir().expect("cargo runs this in the package's folder");
     let mut headers = files("cuh");
     headers.sort();
     let include = |header: &PathBuf| format!("#include \"{}\"\n", root.join(header).display());
-    let text: String = headers.iter().map(include).collect();
-    let path = out.join("all_headers.cu");
-    // Unchanged, it keeps its time, and need not be compiled again.
-    if fs::read_to_string(&path).ok().as_ref() != Some(&text) {
-        fs::write(&path, text).expect("OUT_DIR is writable");
-    }
+    let includes: String = headers.iter().map(include).collect();
+    let path = out.join("checks.cu");
+    write(&path, &format!("{includes}#include <stddef.h>\n\n{}", params.checks()));
     Source { fatbin: path.with_extension("fatbin"), path }
+}
+
+/// Writes a file, unless it has this text: then it keeps its time, and what was made of it need not be made again.
+fn write(path: &Path, text: &str) {
+    if !fs::read_to_string(path).is_ok_and(|old| old == text) {
+        fs::write(path, text).expect("OUT_DIR is writable");
+    }
 }
 
 /// What nvcc takes more flags from.
@@ -108,7 +130,10 @@ impl Build {
     fn compile(&self, Source { path, fatbin }: &Source) -> Result<(), String> {
         let (dependencies, stamp) = (fatbin.with_extension("d"), fatbin.with_extension("command"));
         let of_variables = FLAG_VARIABLES.map(|name| env::var(name).unwrap_or_default());
-        let command = format!("{} {} {}", self.nvcc.display(), self.flags.join(" "), of_variables.join(" "));
+        // What it is run in counts too: several checkouts can share a folder of builds.
+        let folder = env::current_dir().map_err(|error| error.to_string())?;
+        let (nvcc, flags) = (self.nvcc.display(), self.flags.join(" "));
+        let command = format!("{} {nvcc} {flags} {}", folder.display(), of_variables.join(" "));
         if fs::read_to_string(&stamp).is_ok_and(|old| old == command) && is_newer(fatbin, &dependencies) {
             return Ok(());
         }

@@ -158,14 +158,14 @@ __device__ __forceinline__ void run(const Backward &params) {
         run<T, LEAST, MOST, COUNT, VECTOR>(params);                                                                    \
     }
 
-// The usual widths exactly. Of wide filters there is room in the registers for two channels only.
+// The usual widths exactly.
 #define INSTANCES(SUFFIX, T, BLOCKS)                                                                                   \
-    INSTANCE(whole_2_##SUFFIX, T, 2, 2, 4, true, 4)                                                                    \
-    INSTANCE(whole_3_##SUFFIX, T, 3, 3, 4, true, 4)                                                                    \
-    INSTANCE(whole_4_##SUFFIX, T, 4, 4, 4, true, BLOCKS)                                                               \
-    INSTANCE(whole_8_##SUFFIX, T, 5, 8, 2, true, 3)                                                                    \
-    INSTANCE(strided_4_##SUFFIX, T, 2, 4, 4, false, 3)                                                                 \
-    INSTANCE(strided_8_##SUFFIX, T, 5, 8, 2, false, 3)
+    INSTANCE(whole_2_##SUFFIX, T, 2, 2, CHANNELS, true, 4)                                                             \
+    INSTANCE(whole_3_##SUFFIX, T, 3, 3, CHANNELS, true, 4)                                                             \
+    INSTANCE(whole_4_##SUFFIX, T, 4, 4, CHANNELS, true, BLOCKS)                                                        \
+    INSTANCE(whole_8_##SUFFIX, T, 5, 8, WIDE_CHANNELS, true, 3)                                                        \
+    INSTANCE(strided_4_##SUFFIX, T, 2, 4, CHANNELS, false, 3)                                                          \
+    INSTANCE(strided_8_##SUFFIX, T, 5, 8, WIDE_CHANNELS, false, 3)
 
 INSTANCES(f32, float, 3)
 INSTANCES(f16, __half, 4)

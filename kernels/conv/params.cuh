@@ -79,4 +79,9 @@ struct Update {
     Slots slots;
 };
 
+namespace backward {
+// Channels of a thread. Of filters wider than 4 there is room in the registers for fewer.
+constexpr int CHANNELS = 4, WIDE_CHANNELS = 2;
+}
+
 }
