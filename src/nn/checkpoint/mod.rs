@@ -1,7 +1,12 @@
 //! Models in files: a folder with tensors and a config.json beside them.
 
+mod config_json;
 mod folder;
+mod hugging_face;
+mod jamba;
+mod names;
 mod pytorch;
+mod state_spaces;
 mod stored;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -12,24 +17,25 @@ use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use serde_json::json;
 
-use super::{LanguageModel, LanguageModelConfig, argument, json};
+use super::{LanguageModel, LanguageModelConfig, argument};
 use folder::CONFIG;
+use names::EMBEDDINGS;
 use stored::Stored;
 
-/// By whose names and keys a checkpoint is written.
+/// Which library's checkpoint it is: by whose names tensors are stored, and by whose keys config.json is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Naming {
-    /// Those of Hugging Face's transformers.
+pub enum CheckpointFormat {
+    /// That of Hugging Face's transformers.
     HuggingFace,
-    /// Those of the repository state-spaces/mamba.
+    /// That of the repository state-spaces/mamba.
     StateSpaces,
 }
 
-/// What tensors are stored in.
+/// The kind of file in which tensors are stored.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Format {
+pub enum FileFormat {
     /// `model.safetensors`.
     #[default]
     Safetensors,
@@ -38,7 +44,7 @@ pub enum Format {
     PyTorch,
 }
 
-impl Format {
+impl FileFormat {
     const ALL: [Self; 2] = [Self::Safetensors, Self::PyTorch];
 
     /// The parts of a file's name.
@@ -78,10 +84,10 @@ impl Format {
 /// How a checkpoint is written. Fields may be added: begin with [`SaveOptions::new`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SaveOptions {
-    /// By whose names and keys.
-    pub naming: Naming,
-    /// In what kind of file.
-    pub format: Format,
+    /// Which library's checkpoint.
+    pub format: CheckpointFormat,
+    /// In what kind of file tensors are stored.
+    pub file: FileFormat,
     /// Above so many bytes, tensors are written to several files, with an index. A tensor is never divided.
     /// state-spaces/mamba reads one file only.
     pub max_shard_size: Option<usize>,
@@ -89,8 +95,8 @@ pub struct SaveOptions {
 
 impl SaveOptions {
     /// One file of safetensors.
-    pub fn new(naming: Naming) -> Self {
-        Self { naming, format: Format::default(), max_shard_size: None }
+    pub fn new(format: CheckpointFormat) -> Self {
+        Self { format, file: FileFormat::default(), max_shard_size: None }
     }
 }
 
@@ -99,18 +105,13 @@ impl SaveOptions {
 pub struct Checkpoint {
     /// What config.json says.
     pub config: LanguageModelConfig,
-    /// By whose keys it says it.
-    pub naming: Naming,
+    /// Which library's checkpoint it is.
+    pub format: CheckpointFormat,
     /// Where it was read.
     folder: PathBuf,
     /// By Hugging Face's names.
     tensors: HashMap<String, Tensor>,
 }
-
-/// The embedding matrix, the only tensor that the two name differently: Hugging Face's name, and state-spaces/mamba's.
-const EMBEDDINGS: &str = "backbone.embeddings.weight";
-const EMBEDDING: &str = "backbone.embedding.weight";
-const HEAD: &str = "lm_head.weight";
 
 /// What belongs to a checkpoint beside the model, where there is any.
 const COMPANIONS: [&str; 12] = [
@@ -132,7 +133,7 @@ impl Checkpoint {
     /// Reads a folder with `config.json` and, of these, the first that is there: `model.safetensors`, the files that
     /// `model.safetensors.index.json` names, `pytorch_model.bin`, the files that `pytorch_model.bin.index.json` names.
     ///
-    /// Either naming is read, also without `backbone.` (what transformers calls a `MambaModel`), with the `module.` and
+    /// Either library's is read, also without `backbone.` (what transformers calls a `MambaModel`), with the `module.` and
     /// `_orig_mod.` that PyTorch puts into names, and with one of the two names of a tied matrix. An embedding matrix that
     /// is not padded as `config.json` says is taken as it is.
     ///
@@ -142,10 +143,10 @@ impl Checkpoint {
     /// A file that is missing or is not what it should be, by name; a configuration of another model; tensors of integers,
     /// and quantised models; a tensor in several files with different values, or in another one than the index says.
     pub fn read(folder: impl AsRef<Path>, device: &Device) -> Result<Self> {
-        let Opened { config, naming, stored } = Opened::new(folder.as_ref())?;
+        let Opened { config, format, stored } = Opened::new(folder.as_ref())?;
         let tensors = stored.names().map(|name| Ok((name.clone(), stored.tensor(name, device)?)));
         let tensors = tensors.collect::<Result<_>>()?;
-        Ok(Self { config, naming, folder: folder.as_ref().into(), tensors })
+        Ok(Self { config, format, folder: folder.as_ref().into(), tensors })
     }
 
     /// The type of the matrices, by that of the embeddings: in half checkpoints a few vectors are `f32`.
@@ -199,7 +200,7 @@ impl Checkpoint {
 /// A checkpoint of which the tensors are still in their files.
 struct Opened {
     config: LanguageModelConfig,
-    naming: Naming,
+    format: CheckpointFormat,
     stored: Stored,
 }
 
@@ -208,8 +209,8 @@ impl Opened {
         let mut opened = folder::read(folder, |snapshot| {
             let path = snapshot.folder().join(CONFIG);
             let text = snapshot.read(CONFIG)?.ok_or_else(|| at(&path, "there is no such file"))?;
-            let (config, naming) = json::read(&text).map_err(|error| at(&path, error))?;
-            Ok(Self { config, naming, stored: Stored::open(snapshot)? })
+            let (config, format) = config_json::read(&text).map_err(|error| at(&path, error))?;
+            Ok(Self { config, format, stored: Stored::open(snapshot)? })
         })?;
         let Self { config, stored, .. } = &mut opened;
         if config.tie_embeddings {
@@ -245,8 +246,8 @@ impl LanguageModel {
     ///
     /// # Errors
     /// As there.
-    pub fn save(&self, folder: impl AsRef<Path>, naming: Naming) -> Result<()> {
-        self.save_with(folder, &SaveOptions::new(naming))
+    pub fn save(&self, folder: impl AsRef<Path>, format: CheckpointFormat) -> Result<()> {
+        self.save_with(folder, &SaveOptions::new(format))
     }
 
     /// Writes the model to a folder, which is made if it is not there.
@@ -274,7 +275,7 @@ impl LanguageModel {
     /// - Saves to one folder wait for each other, where the system has locks on folders (Unix).
     ///
     /// # Errors
-    /// A model that the naming has no words for, see [`LanguageModelConfig::to_json`]; an error of the file system. Nothing
+    /// A model that the format has no words for, see [`LanguageModelConfig::to_json`]; an error of the file system. Nothing
     /// is changed then, unless the message says that a file could not take its place.
     pub fn save_with(&self, folder: impl AsRef<Path>, options: &SaveOptions) -> Result<()> {
         save(self, folder.as_ref(), options, &[])
@@ -285,10 +286,11 @@ fn save(model: &LanguageModel, folder: &Path, options: &SaveOptions, companions:
     if options.max_shard_size == Some(0) {
         return Err(argument("max_shard_size", "at least 1", 0));
     }
-    let tensors = named(model, options.naming)?;
+    let tensors = names::in_file(model, options.format)?;
     // The type of what is stored, which need not be the one that the model computes in.
-    let matrix = tensors.iter().find(|(name, _)| [EMBEDDINGS, EMBEDDING].contains(&name.as_str()));
-    let config = json::write(model.config(), options.naming, matrix.map(|(_, tensor)| tensor.dtype()))?;
+    let mut dtype = None;
+    model.visit(&mut |name, tensor| dtype = if name == EMBEDDINGS { Some(tensor.dtype()) } else { dtype });
+    let config = config_json::write(model.config(), options.format, dtype)?;
     let write = |to: &Path| {
         for from in companions {
             let path = to.join(from.file_name().unwrap_or_default());
@@ -298,25 +300,8 @@ fn save(model: &LanguageModel, folder: &Path, options: &SaveOptions, companions:
         fs::write(to.join(CONFIG), config).map_err(|error| at(&to.join(CONFIG), error))
     };
     folder::write(folder, write, |name| {
-        Format::ALL.iter().any(|format| name == format.weights() || name == format.index() || format.is_shard(name))
+        FileFormat::ALL.iter().any(|file| name == file.weights() || name == file.index() || file.is_shard(name))
     })
-}
-
-/// The model's tensors as they are named in files, in the main memory.
-fn named(model: &LanguageModel, naming: Naming) -> Result<Vec<(String, Tensor)>> {
-    let mut tensors = Vec::new();
-    for (name, tensor) in model.named_tensors() {
-        let tensor = tensor.to_device(&Device::Cpu)?;
-        if naming == Naming::StateSpaces && name == EMBEDDINGS {
-            if model.config().tie_embeddings {
-                tensors.push((HEAD.into(), tensor.clone()));
-            }
-            tensors.push((EMBEDDING.into(), tensor));
-        } else {
-            tensors.push((name, tensor));
-        }
-    }
-    Ok(tensors)
 }
 
 /// Writes one file, or several and their index.
@@ -334,7 +319,7 @@ fn write_tensors(folder: &Path, tensors: Vec<(String, Tensor)>, options: &SaveOp
             _ => shards.push((vec![(name, tensor)], bytes)),
         }
     }
-    let (format, count) = (options.format, shards.len());
+    let (format, count) = (options.file, shards.len());
     let mut weight_map = BTreeMap::new();
     for (index, (shard, _)) in shards.iter().enumerate() {
         let name = if count == 1 { format.weights() } else { format.shard(index, count) };
@@ -349,21 +334,24 @@ fn write_tensors(folder: &Path, tensors: Vec<(String, Tensor)>, options: &SaveOp
     Ok(())
 }
 
-fn write_file(path: &Path, format: Format, tensors: &[(String, Tensor)]) -> Result<()> {
+fn write_file(path: &Path, format: FileFormat, tensors: &[(String, Tensor)]) -> Result<()> {
     match format {
-        Format::Safetensors => {
+        FileFormat::Safetensors => {
             // transformers wants to know from which library they come, and knows not this one.
             let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
             let tensors = tensors.iter().map(|(name, tensor)| (name, tensor));
             safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| at(path, error))
         }
-        Format::PyTorch => pytorch::write(path, tensors).map_err(|error| at(path, error)),
+        FileFormat::PyTorch => pytorch::write(path, tensors).map_err(|error| at(path, error)),
     }
 }
 
 /// Checks that the model has taken all that there was.
 fn check_known<'a>(names: impl IntoIterator<Item = &'a String>, model: &LanguageModel) -> Result<()> {
-    let known: HashSet<_> = model.named_tensors().into_iter().map(|(name, _)| name).collect();
+    let mut known = HashSet::new();
+    model.visit(&mut |name, _| {
+        known.insert(name.to_string());
+    });
     let mut unknown: Vec<_> = names.into_iter().filter(|name| !known.contains(*name)).collect();
     unknown.sort_unstable();
     match unknown.first() {

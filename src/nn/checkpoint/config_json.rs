@@ -1,17 +1,14 @@
-//! The schemes of config.json: Hugging Face's, and that of the repository state-spaces/mamba.
-
-mod hugging_face;
-mod jamba;
-mod state_spaces;
+//! config.json, by the keys of each library.
 
 use candle_core::{DType, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{LanguageModelConfig, MambaConfig, Naming, argument};
-use hugging_face::HuggingFace;
-use jamba::Jamba;
-use state_spaces::StateSpaces;
+use super::CheckpointFormat;
+use super::hugging_face::{self, HuggingFace};
+use super::jamba::Jamba;
+use super::state_spaces::StateSpaces;
+use crate::nn::{LanguageModelConfig, MambaConfig, argument};
 
 impl LanguageModelConfig {
     /// Reads a config.json, of Hugging Face's (`model_type` is `mamba` or `falcon_mamba`) or of state-spaces/mamba's. A key
@@ -26,17 +23,17 @@ impl LanguageModelConfig {
     /// Writes a config.json.
     ///
     /// Hugging Face's keys have words for every model. What transformers does not know is written with the `model_type`
-    /// `selective_scan`, which this crate alone reads: `bidirectional`, time-invariant, Jamba's norms, and a `d_inner` that
-    /// is no whole multiple of `d_model`. All of [`extra`](Self::extra) is kept. A special token that is not there is
+    /// `selective_scan`, which this crate alone reads: `bidirectional`, time-invariant, Jamba's norms, a `d_inner` that
+    /// is no whole multiple of `d_model`, and layers that differ from one another. All of [`extra`](Self::extra) is kept. A special token that is not there is
     /// written as `null`, as transformers takes token 0 where nothing is said.
     ///
     /// state-spaces/mamba takes no key that it does not know: of [`extra`](Self::extra) only `fused_add_norm` and `attn_cfg`
     /// are written, and of its `ssm_cfg` only `dt_init` and `use_fast_path`.
     ///
     /// # Errors
-    /// A model that the scheme has no words for; sizes that make no model.
-    pub fn to_json(&self, naming: Naming) -> Result<String> {
-        write(self, naming, None)
+    /// A model that the format has no words for; sizes that make no model.
+    pub fn to_json(&self, format: CheckpointFormat) -> Result<String> {
+        write(self, format, None)
     }
 }
 
@@ -54,22 +51,26 @@ impl MambaConfig {
             config.check()?;
             return Ok(config);
         }
-        Ok(LanguageModelConfig::from_json(text)?.mamba)
+        let config = LanguageModelConfig::from_json(text)?.backbone;
+        match (config.mixer.as_mamba(), config.layers.first_key_value()) {
+            (Some(mamba), None) => Ok(mamba.clone()),
+            _ => Err(argument("config.json", "Mamba blocks that are all alike", "layers that differ")),
+        }
     }
 }
 
-type Keys = Map<String, Value>;
+pub(super) type Keys = Map<String, Value>;
 
-/// The configuration, and by which scheme it was written.
-pub(super) fn read(text: &str) -> Result<(LanguageModelConfig, Naming)> {
+/// The configuration, and by whose keys it was written.
+pub(super) fn read(text: &str) -> Result<(LanguageModelConfig, CheckpointFormat)> {
     let keys = parse(text)?;
-    let (config, naming) = match keys.get("model_type").filter(|value| !value.is_null()) {
-        None if keys.contains_key("d_model") => (StateSpaces::read(&keys)?, Naming::StateSpaces),
+    let (config, format) = match keys.get("model_type").filter(|value| !value.is_null()) {
+        None if keys.contains_key("d_model") => (StateSpaces::read(&keys)?, CheckpointFormat::StateSpaces),
         None => {
             return Err(argument("config.json", "`model_type`, or `d_model` as state-spaces/mamba has it", "neither"));
         }
         Some(Value::String(name)) if hugging_face::TYPES.contains(&name.as_str()) => {
-            (HuggingFace::read(&keys)?, Naming::HuggingFace)
+            (HuggingFace::read(&keys)?, CheckpointFormat::HuggingFace)
         }
         Some(other) => {
             let expected =
@@ -78,15 +79,15 @@ pub(super) fn read(text: &str) -> Result<(LanguageModelConfig, Naming)> {
         }
     };
     config.check()?;
-    Ok((config, naming))
+    Ok((config, format))
 }
 
 /// A config.json of a model whose activations and matrices are of type `dtype`.
-pub(super) fn write(config: &LanguageModelConfig, naming: Naming, dtype: Option<DType>) -> Result<String> {
+pub(super) fn write(config: &LanguageModelConfig, format: CheckpointFormat, dtype: Option<DType>) -> Result<String> {
     config.check()?;
-    let keys = match naming {
-        Naming::HuggingFace => HuggingFace::write(config, dtype)?,
-        Naming::StateSpaces => StateSpaces::write(config)?,
+    let keys = match format {
+        CheckpointFormat::HuggingFace => HuggingFace::write(config, dtype)?,
+        CheckpointFormat::StateSpaces => StateSpaces::write(config)?,
     };
     Ok(serde_json::to_string_pretty(&keys).map_err(candle_core::Error::wrap)? + "\n")
 }
@@ -99,7 +100,7 @@ fn parse(text: &str) -> Result<Keys> {
     }
 }
 
-fn from_keys<T: for<'de> Deserialize<'de>>(keys: &Keys) -> Result<T> {
+pub(super) fn from_keys<T: for<'de> Deserialize<'de>>(keys: &Keys) -> Result<T> {
     serde_json::from_value(Value::Object(without_nulls(keys)))
         .map_err(|error| argument("config.json", "the keys of a Mamba model", error))
 }
@@ -113,7 +114,7 @@ fn without_nulls(keys: &Keys) -> Keys {
     keys.iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.clone(), inner(value))).collect()
 }
 
-fn to_keys(value: &impl Serialize) -> Result<Keys> {
+pub(super) fn to_keys(value: &impl Serialize) -> Result<Keys> {
     match serde_json::to_value(value).map_err(candle_core::Error::wrap)? {
         Value::Object(keys) => Ok(keys),
         other => Err(argument("config.json", "an object", other)),
@@ -121,7 +122,7 @@ fn to_keys(value: &impl Serialize) -> Result<Keys> {
 }
 
 /// The keys that are not among `known`.
-fn others(keys: &Keys, known: &[&str]) -> Keys {
+pub(super) fn others(keys: &Keys, known: &[&str]) -> Keys {
     keys.iter()
         .filter(|(key, _)| !known.contains(&key.as_str()))
         .map(|(key, value)| (key.clone(), value.clone()))
@@ -131,19 +132,19 @@ fn others(keys: &Keys, known: &[&str]) -> Keys {
 /// A rank: a number, or `"auto"`.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(untagged)]
-enum Rank {
+pub(super) enum Rank {
     Number(usize),
     Auto(Auto),
 }
 
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Auto {
+pub(super) enum Auto {
     Auto,
 }
 
 impl Rank {
-    fn number(&self, d_model: usize) -> usize {
+    pub fn number(&self, d_model: usize) -> usize {
         match self {
             Self::Number(rank) => *rank,
             Self::Auto(_) => d_model.div_ceil(16),
@@ -152,7 +153,7 @@ impl Rank {
 }
 
 /// The channels that a factor stands for, as both libraries compute them: a product in `f64`, cut to a whole number.
-fn expanded(expand: f64, d_model: usize) -> Result<usize> {
+pub(super) fn expanded(expand: f64, d_model: usize) -> Result<usize> {
     let d_inner = (expand * d_model as f64).trunc();
     if (1.0..1e15).contains(&d_inner) {
         Ok(d_inner as usize)
@@ -162,14 +163,14 @@ fn expanded(expand: f64, d_model: usize) -> Result<usize> {
 }
 
 /// The factor from which [`expanded`] makes `d_inner`.
-fn expand(d_inner: usize, d_model: usize) -> f64 {
+pub(super) fn expand(d_inner: usize, d_model: usize) -> f64 {
     let factor = d_inner as f64 / d_model as f64;
     // 15 / 11 * 11 is below 15, and would be cut to 14.
     if (factor * d_model as f64) < d_inner as f64 { factor.next_up() } else { factor }
 }
 
 /// A number, written without a point if it is whole: transformers wants `expand` as an integer.
-fn whole<S: serde::Serializer>(value: &f64, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+pub(super) fn whole<S: serde::Serializer>(value: &f64, serializer: S) -> std::result::Result<S::Ok, S::Error> {
     if value.fract() == 0.0 && value.abs() < 1e15 {
         serializer.serialize_i64(*value as i64)
     } else {

@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use super::parameters::{Change, Initial, Parameter, Parameters};
+use super::{Initial, Parameter, Parameters};
 
 /// A linear layer.
 #[derive(Debug, Clone)]
@@ -48,13 +48,6 @@ impl Linear {
             }
             None => Ok(out),
         }
-    }
-
-    /// The layer with other parameters, whose names begin with `prefix`.
-    pub fn map(&self, prefix: &str, f: &mut Change) -> Result<Self> {
-        let weight = f(&format!("{prefix}weight"), &self.weight)?;
-        let bias = self.bias.as_ref().map(|bias| f(&format!("{prefix}bias"), bias)).transpose()?;
-        Ok(Self { weight, bias })
     }
 }
 

@@ -3,7 +3,7 @@
 use candle_core::Result;
 use serde::Deserialize;
 
-use super::{Auto, Rank, expanded};
+use super::config_json::{Auto, Rank, expanded};
 use crate::nn::{MambaConfig, Norms, argument};
 
 /// The keys, and what transformers takes for those that are absent.

@@ -3,15 +3,14 @@
 use std::borrow::Cow;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_nn::VarBuilder;
+use candle_nn::{Module, VarBuilder};
 
-use super::embedding::Tokens;
-use super::layers::Linear;
-use super::norm::rms_norm;
-use super::parameters::{Change, Initial, Parameter, Parameters, named};
-use super::{Cache, LanguageModelConfig, LayerCache, Mamba, argument, check_room};
+use super::mixer::Pass;
+use super::{Backbone, LanguageModelConfig, Mixer};
+use crate::nn::layers::{Change, Initial, Linear, Parameter, ParameterList, Parameters, Tokens};
+use crate::nn::{Cache, argument, check_model_dtype, check_room};
 
-/// A language model of Mamba blocks.
+/// A language model.
 ///
 /// ```text
 /// stream  = embeddings(ids)
@@ -31,56 +30,47 @@ use super::{Cache, LanguageModelConfig, LayerCache, Mamba, argument, check_room}
 #[derive(Debug, Clone)]
 pub struct LanguageModel {
     config: LanguageModelConfig,
-    dtype: DType,
     /// `(padded_vocab_size, d_model)`.
     embeddings: Parameter,
-    layers: Vec<Layer>,
-    norm_f: Parameter,
+    backbone: Backbone,
     /// None if the embedding matrix is the head.
     head: Option<Linear>,
-    /// Whether candle tracks a parameter.
-    tracked: bool,
-}
-
-#[derive(Debug, Clone)]
-struct Layer {
-    norm: Parameter,
-    mixer: Mamba,
+    parameters: ParameterList,
 }
 
 impl LanguageModel {
     /// A model with the parameters of `vb`, which computes in its type (`f32`, `f16` or `bf16`) and on its device. Those
     /// that a [`VarMap`](candle_nn::VarMap) does not have yet are drawn, from the configuration's seed and their names;
-    /// variables of another type that it has are trained as they are, see [types](super#types).
+    /// variables of another type that it has are trained as they are, see [types](crate::nn#types).
     ///
     /// # Errors
     /// A size that makes no model, or one that does not fit in memory; a parameter that is missing or of another shape, by
     /// name.
     pub fn new(config: &LanguageModelConfig, vb: VarBuilder) -> Result<Self> {
         config.check()?;
-        let dtype = vb.dtype();
-        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-            return Err(argument("dtype", "f32, f16 or bf16", dtype.as_str()));
-        }
-        let (d_model, vocab) = (config.mamba.d_model, config.padded_vocab_size());
-        let parameters = Parameters::new(vb, config.mamba.seed);
+        let (dtype, device) = (check_model_dtype(vb.dtype())?, vb.device().clone());
+        let parameters = Parameters::new(vb, config.backbone.mixer.seed());
+        let embeddings = parameters.pp("backbone").pp("embeddings");
+        embeddings.check_room("weight", "n_layer, d_model, d_inner", config.parameter_count()?)?;
+        Self::build(config, dtype, &device, &parameters)
+    }
+
+    fn build(config: &LanguageModelConfig, dtype: DType, device: &Device, parameters: &Parameters) -> Result<Self> {
+        let (count, d_model, vocab) = (parameters.count(), config.d_model(), config.padded_vocab_size());
         let backbone = parameters.pp("backbone");
-        let norm = |parameters: &Parameters| parameters.get(&[d_model], "weight", Initial::Constant(1.0));
-        backbone.pp("embeddings").check_room("weight", "n_layer, d_model, d_inner", config.parameter_count()?)?;
         // The deviation that state-spaces/mamba begins with.
         let embeddings = backbone.pp("embeddings").get(&[vocab, d_model], "weight", Initial::Normal(0.02))?;
-        let shrink = if config.rescale_prenorm_residual { (config.n_layer as f64).sqrt() } else { 1.0 };
-        let layer = |index: usize| {
-            let parameters = backbone.pp("layers").pp(index);
-            let mixer = Mamba::with_shrunk_output(&config.mamba, &parameters.pp("mixer"), shrink)?;
-            Ok(Layer { norm: norm(&parameters.pp("norm"))?, mixer })
-        };
-        let layers = (0..config.n_layer).map(layer).collect::<Result<_>>()?;
-        let norm_f = norm(&backbone.pp("norm_f"))?;
+        let backbone = Backbone::build(&config.backbone, dtype, device, &backbone)?;
         let untied = || Linear::new(&parameters.pp("lm_head"), [d_model, vocab], false, 1.0);
         let head = (!config.tie_embeddings).then(untied).transpose()?;
-        let model = Self { config: config.clone(), dtype, embeddings, layers, norm_f, head, tracked: false };
-        model.map(&mut |_, parameter| Ok(parameter.clone()))
+        let parameters = parameters.taken_since(count);
+        Ok(Self { config: config.clone(), embeddings, backbone, head, parameters })
+    }
+
+    /// The same model, each parameter as `change` gives it.
+    fn changed(&self, change: &mut Change) -> Result<Self> {
+        let parameters = Parameters::changed(&self.parameters, change);
+        Self::build(&self.config, self.dtype(), self.device(), &parameters)
     }
 
     /// The model's sizes and variants.
@@ -91,50 +81,71 @@ impl LanguageModel {
     /// The type in which it computes: that of activations and matrices. The variables of one that is trained may be of
     /// another.
     pub fn dtype(&self) -> DType {
-        self.dtype
+        self.backbone.dtype()
     }
 
     /// Where it runs.
     pub fn device(&self) -> &Device {
-        self.embeddings.stored().device()
+        self.backbone.device()
     }
 
-    /// The blocks, first to last.
-    pub fn mixers(&self) -> impl ExactSizeIterator<Item = &Mamba> {
-        self.layers.iter().map(|layer| &layer.mixer)
+    /// The layers between embeddings and head.
+    pub fn backbone(&self) -> &Backbone {
+        &self.backbone
     }
 
-    /// The logits behind every token: `ids` `(batch, length)` to `(batch, length, vocab_size)` of `f32`. Differentiable.
-    /// Of no tokens there are no logits.
+    /// The mixers, first to last.
+    pub fn mixers(&self) -> impl ExactSizeIterator<Item = &Mixer> {
+        self.backbone.mixers()
+    }
+
+    /// The embeddings of tokens: `ids` `(batch, length)` to `(batch, length, d_model)` of `f32`. Differentiable.
+    pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let ((batch, length), d_model) = (check_ids(ids)?, self.config.d_model());
+        let shape = [batch, length, d_model];
+        check_room("ids", &shape, DType::F32, self.device())?;
+        let tokens = Tokens::read(ids, self.config.padded_vocab_size())?;
+        match tokens.len() {
+            // candle's operators do not all take tensors of no elements.
+            0 => Tensor::zeros(&shape, DType::F32, self.device()),
+            _ => tokens.embed(&self.embeddings)?.reshape(&shape),
+        }
+    }
+
+    /// The logits after every token: `ids` `(batch, length)` to `(batch, length, padded_vocab_size)` of `f32`.
+    /// Differentiable. Of no tokens there are no logits.
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let stream = self.run(ids, |mixer, _, x| mixer.forward(x), |_| ())?;
-        self.logits(&stream)
+        self.forward_embeddings(&self.embed(ids)?)
     }
 
-    /// The logits of sequences that lie one behind another: `ids` is `(1, length)`, and sequence `i` takes the tokens from
+    /// The logits of sequences that lie one after another: `ids` is `(1, length)`, and sequence `i` takes the tokens from
     /// `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Each gets what it would get alone. Differentiable.
     pub fn forward_packed(&self, ids: &Tensor, cu_seqlens: &[usize]) -> Result<Tensor> {
-        let stream = self.run(ids, |mixer, _, x| mixer.forward_packed(x, cu_seqlens), |_| ())?;
-        self.logits(&stream)
+        let pass = Pass::Forward { cu_seqlens: Some(cu_seqlens) };
+        self.logits(&self.backbone.run(&self.embed(ids)?, pass, |_| ())?)
     }
 
-    /// The residual stream behind each layer, and last the same normed, which the head reads: `n_layer + 1` tensors
+    /// The logits of what stands in the place of embeddings, such as [`embed`](Self::embed) gives and a learned prompt or an
+    /// image may be joined with: `(batch, length, d_model)` of `f32`, `f16` or `bf16` to
+    /// `(batch, length, padded_vocab_size)` of `f32`. Differentiable.
+    pub fn forward_embeddings(&self, embeddings: &Tensor) -> Result<Tensor> {
+        self.logits(&self.backbone.run(embeddings, Pass::Forward { cu_seqlens: None }, |_| ())?)
+    }
+
+    /// The residual stream after each layer, then the normalised stream that feeds the head: `n_layer + 1` tensors
     /// `(batch, length, d_model)`. Differentiable.
     pub fn hidden_states(&self, ids: &Tensor) -> Result<Vec<Tensor>> {
-        let mut states = Vec::with_capacity(self.layers.len() + 1);
-        let stream = self.run(ids, |mixer, _, x| mixer.forward(x), |stream| states.push(stream.clone()))?;
-        states.push(self.norm(&stream, &self.norm_f)?);
-        Ok(states)
+        self.backbone.hidden_states(&self.embed(ids)?)
     }
 
-    /// Zero states for `slots` sequences. `dtype` is that of the states, see [`LayerCache::new`].
+    /// Zero states for `slots` sequences. `dtype` is that of the states, see
+    /// [`MambaState::new`](crate::nn::MambaState::new).
     pub fn new_cache(&self, slots: usize, dtype: DType) -> Result<Cache> {
-        let layer = |_| LayerCache::new(&self.config.mamba, slots, dtype, self.device());
-        Ok(Cache { layers: (0..self.layers.len()).map(layer).collect::<Result<_>>()? })
+        self.backbone.new_cache(slots, dtype)
     }
 
-    /// Reads prompts, or the next chunks of them, from the states of a cache on, and leaves there the states behind them:
-    /// `ids` `(batch, length)` to the logits behind the last token of each, `(batch, vocab_size)` of `f32`.
+    /// Reads prompts, or the next chunks of them, from the states of a cache on, and leaves there the states after them:
+    /// `ids` `(batch, length)` to the logits after the last token of each, `(batch, vocab_size)` of `f32`.
     ///
     /// Row `i` uses slot `slots[i]` of the cache, or slot `i` if there are no `slots`, the cache then having one for each
     /// row. A row whose slot is negative is padding: it touches no state, and its logits mean nothing. [`Cache::reset`]
@@ -152,16 +163,17 @@ impl LanguageModel {
         if length == 0 && batch > 0 {
             return Err(argument("ids", "at least one token in every row", "none"));
         }
-        self.check_decoding(cache, batch, slots)?;
+        self.backbone.check_decoding(cache, batch, slots)?;
         let model = self.untracked()?;
-        let stream = model.run(ids, |mixer, layer, x| mixer.prefill(x, &cache.layers[layer], slots), |_| ())?;
+        let pass = Pass::Prefill { cu_seqlens: None, cache, slots };
+        let stream = model.backbone.run(&model.embed(ids)?, pass, |_| ())?;
         match batch {
             0 => model.no_logits(&[0]),
             _ => model.logits(&stream.narrow(1, length - 1, 1)?.squeeze(1)?),
         }
     }
 
-    /// As [`LanguageModel::prefill`], for prompts of several lengths that lie one behind another as in
+    /// As [`LanguageModel::prefill`], for prompts of several lengths that lie one after another as in
     /// [`LanguageModel::forward_packed`]; prompt `i` uses slot `slots[i]`. Gives `(prompts, vocab_size)`.
     pub fn prefill_packed(
         &self,
@@ -179,18 +191,17 @@ impl LanguageModel {
             last.push(ends[1] as i64 - 1);
         }
         // What else can be wrong with them is found before the first layer's states are written.
-        self.check_decoding(cache, last.len(), slots)?;
+        self.backbone.check_decoding(cache, last.len(), slots)?;
         let model = self.untracked()?;
-        let prefill =
-            |mixer: &Mamba, layer: usize, x: &Tensor| mixer.prefill_packed(x, cu_seqlens, &cache.layers[layer], slots);
-        let stream = model.run(ids, prefill, |_| ())?;
+        let pass = Pass::Prefill { cu_seqlens: Some(cu_seqlens), cache, slots };
+        let stream = model.backbone.run(&model.embed(ids)?, pass, |_| ())?;
         if last.is_empty() {
             return model.no_logits(&[0]);
         }
         model.logits(&stream.squeeze(0)?.index_select(&Tensor::new(last, self.device())?, 0)?)
     }
 
-    /// Reads the next token of each sequence: `ids` `(batch)` to the logits behind it, `(batch, vocab_size)` of `f32`.
+    /// Reads the next token of each sequence: `ids` `(batch)` to the logits after it, `(batch, vocab_size)` of `f32`.
     /// Cache and slots are those of [`LanguageModel::prefill`]; not differentiable, as that.
     ///
     /// # Errors
@@ -199,60 +210,10 @@ impl LanguageModel {
         let &[batch] = ids.dims() else {
             return Err(argument("ids", "shape (batch)", format_args!("{:?}", ids.dims())));
         };
-        self.check_decoding(cache, batch, slots)?;
+        self.backbone.check_decoding(cache, batch, slots)?;
         let (model, ids) = (self.untracked()?, ids.reshape((batch, 1))?);
-        let stream = model.run(&ids, |mixer, layer, x| mixer.step(x, &cache.layers[layer], slots), |_| ())?;
+        let stream = model.backbone.run(&model.embed(&ids)?, Pass::Step { cache, slots }, |_| ())?;
         model.logits(&stream.squeeze(1)?)
-    }
-
-    /// Checks a cache and slots for all layers, before the first one writes.
-    fn check_decoding(&self, cache: &Cache, sequences: usize, slots: Option<&[i32]>) -> Result<()> {
-        if cache.layers.len() != self.layers.len() {
-            let expected = format_args!("states of {} layers", self.layers.len());
-            return Err(argument("cache", expected, cache.layers.len()));
-        }
-        for (layer, cache) in self.layers.iter().zip(&cache.layers) {
-            layer.mixer.check_causal()?;
-            cache.check(&self.config.mamba, self.device(), sequences, slots)?;
-        }
-        Ok(())
-    }
-
-    /// Runs the layers with `mix` in the place of the mixer, and gives the residual stream, which `see` sees behind each.
-    fn run(
-        &self,
-        ids: &Tensor,
-        mix: impl Fn(&Mamba, usize, &Tensor) -> Result<Tensor>,
-        mut see: impl FnMut(&Tensor),
-    ) -> Result<Tensor> {
-        let ((batch, length), d_model) = (check_ids(ids)?, self.config.mamba.d_model);
-        let shape = [batch, length, d_model];
-        check_room("ids", &shape, DType::F32, self.device())?;
-        let tokens = Tokens::read(ids, self.config.padded_vocab_size())?;
-        let stream_dtype = if self.config.residual_in_f32 { DType::F32 } else { self.dtype };
-        if tokens.len() == 0 {
-            // Nothing is computed, for candle's operators do not all take it, but the mixers check their arguments.
-            let (x, stream) = (
-                Tensor::zeros(&shape, self.dtype, self.device())?,
-                Tensor::zeros(&shape, stream_dtype, self.device())?,
-            );
-            for (index, layer) in self.layers.iter().enumerate() {
-                mix(&layer.mixer, index, &x)?;
-                see(&stream);
-            }
-            return Ok(stream);
-        }
-        let mut stream = tokens.embed(&self.embeddings)?.reshape(&shape)?.to_dtype(stream_dtype)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let mixed = mix(&layer.mixer, index, &self.norm(&stream, &layer.norm)?)?;
-            stream = (stream + mixed.to_dtype(stream_dtype)?)?;
-            see(&stream);
-        }
-        Ok(stream)
-    }
-
-    fn norm(&self, x: &Tensor, weight: &Parameter) -> Result<Tensor> {
-        rms_norm(x, Some(&weight.tensor()?), self.config.norm_eps, self.dtype)
     }
 
     fn logits(&self, stream: &Tensor) -> Result<Tensor> {
@@ -261,7 +222,7 @@ impl LanguageModel {
             return self.no_logits(rows);
         }
         check_room("ids", &[rows, &[self.config.padded_vocab_size()]].concat(), DType::F32, self.device())?;
-        let normed = self.norm(stream, &self.norm_f)?;
+        let normed = self.backbone.norm_f(stream)?;
         let logits = match &self.head {
             Some(head) => head.forward(&normed)?,
             None => Linear::without_bias(self.embeddings.clone()).forward(&normed)?,
@@ -276,32 +237,13 @@ impl LanguageModel {
 
     /// The model itself where candle tracks nothing, else one without gradients.
     fn untracked(&self) -> Result<Cow<'_, Self>> {
-        Ok(if self.tracked { Cow::Owned(self.detach()?) } else { Cow::Borrowed(self) })
-    }
-
-    fn map(&self, f: &mut Change) -> Result<Self> {
-        let mut tracked = false;
-        let mut f = |name: &str, parameter: &Parameter| {
-            let changed = f(name, parameter)?;
-            tracked |= changed.is_tracked();
-            Ok(changed)
-        };
-        let embeddings = f("backbone.embeddings.weight", &self.embeddings)?;
-        let mut layers = Vec::with_capacity(self.layers.len());
-        for (index, Layer { norm, mixer }) in self.layers.iter().enumerate() {
-            let prefix = format!("backbone.layers.{index}");
-            let norm = f(&format!("{prefix}.norm.weight"), norm)?;
-            layers.push(Layer { norm, mixer: mixer.map(&format!("{prefix}.mixer."), &mut f)? });
-        }
-        let norm_f = f("backbone.norm_f.weight", &self.norm_f)?;
-        let head = self.head.as_ref().map(|head| head.map("lm_head.", &mut f)).transpose()?;
-        Ok(Self { config: self.config.clone(), dtype: self.dtype, embeddings, layers, norm_f, head, tracked })
+        Ok(if self.parameters.is_tracked() { Cow::Owned(self.detach()?) } else { Cow::Borrowed(self) })
     }
 
     /// The same model, sharing its parameters, without gradients. Where training goes on, take a new one after a step: A,
     /// and what the model needs in another type than the variables have, are computed here.
     pub fn detach(&self) -> Result<Self> {
-        self.map(&mut |_, parameter| parameter.detach())
+        self.changed(&mut |_, parameter| parameter.detach())
     }
 
     /// The same model with other parameters: `f` gets each with the name that [`named_tensors`](Self::named_tensors) gives
@@ -329,13 +271,24 @@ impl LanguageModel {
     /// Those of `f`; a tensor of another shape, on another device, or of a type that is none of `f32`, `f16`, `bf16` and
     /// `f64`, by the parameter's name.
     pub fn map_parameters(&self, mut f: impl FnMut(&str, &Tensor) -> Result<Tensor>) -> Result<Self> {
-        self.map(&mut |name, parameter| parameter.replace(name, f(name, parameter.stored())?))
+        self.changed(&mut |name, parameter| parameter.replace(name, f(name, parameter.stored())?))
+    }
+
+    /// Calls `f` with each parameter and its name, as [`named_tensors`](Self::named_tensors) gives them.
+    pub fn visit(&self, f: &mut dyn FnMut(&str, &Tensor)) {
+        self.parameters.visit(f);
     }
 
     /// All parameters by Hugging Face's names, in the order in which the model uses them; `lm_head.weight` only if it is
     /// not the embedding matrix. They are what the model was built on, of their own types.
     pub fn named_tensors(&self) -> Vec<(String, Tensor)> {
-        named(|f| self.map(f))
+        self.parameters.named_tensors()
+    }
+}
+
+impl Module for LanguageModel {
+    fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+        Self::forward(self, ids)
     }
 }
 

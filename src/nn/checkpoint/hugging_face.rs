@@ -1,11 +1,13 @@
 //! The config.json of Hugging Face's transformers.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Auto, Keys, Rank, expand, expanded, from_keys, others, to_keys, whole};
-use crate::nn::{LanguageModelConfig, MambaConfig, Norms, argument};
+use super::config_json::{Auto, Keys, Rank, expand, expanded, from_keys, others, to_keys, whole};
+use crate::nn::{BackboneConfig, LanguageModelConfig, MambaConfig, MixerConfig, Norms, argument};
 
 /// The `model_type` of what no other library knows.
 const OURS: &str = "selective_scan";
@@ -18,7 +20,7 @@ const TOKENS: [&str; 3] = ["bos_token_id", "eos_token_id", "pad_token_id"];
 const DTYPES: [&str; 2] = ["torch_dtype", "dtype"];
 
 /// The keys of [`HuggingFace`].
-const KEYS: [&str; 26] = [
+const KEYS: [&str; 27] = [
     "model_type",
     "architectures",
     "vocab_size",
@@ -36,6 +38,26 @@ const KEYS: [&str; 26] = [
     "residual_in_fp32",
     "rescale_prenorm_residual",
     "tie_word_embeddings",
+    "time_step_min",
+    "time_step_max",
+    "time_step_floor",
+    "time_step_scale",
+    "mixer_rms_eps",
+    "bidirectional",
+    "average_directions",
+    "selective",
+    "mixer_norms",
+    "layers",
+];
+/// Those of them that are about a mixer, which a layer may have of its own.
+const MIXER_KEYS: [&str; 16] = [
+    "state_size",
+    "conv_kernel",
+    "expand",
+    "intermediate_size",
+    "time_step_rank",
+    "use_bias",
+    "use_conv_bias",
     "time_step_min",
     "time_step_max",
     "time_step_floor",
@@ -89,6 +111,9 @@ pub(super) struct HuggingFace {
     /// `none`, `weighted` or `unweighted`.
     #[serde(skip_serializing_if = "Option::is_none")]
     mixer_norms: Option<String>,
+    /// By the number of a layer, the keys of its mixer that are not as the others'.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    layers: BTreeMap<usize, Keys>,
     /// The rows of the embedding matrix that are tokens, where `vocab_size` counts padding too. With it goes the multiple;
     /// alone that is somebody else's key.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -126,6 +151,7 @@ impl Default for HuggingFace {
             average_directions: None,
             selective: None,
             mixer_norms: None,
+            layers: BTreeMap::new(),
             unpadded_vocab_size: None,
             pad_vocab_size_multiple: None,
         }
@@ -134,7 +160,7 @@ impl Default for HuggingFace {
 
 impl HuggingFace {
     pub fn read(keys: &Keys) -> Result<LanguageModelConfig> {
-        let mut config = from_keys::<Self>(keys)?.into_config()?;
+        let mut config = from_keys::<Self>(keys)?.into_config(keys)?;
         config.extra = others(keys, &KEYS);
         if config.extra.contains_key(PADDING[0]) {
             config.extra = others(&config.extra, &PADDING);
@@ -153,7 +179,7 @@ impl HuggingFace {
 
     pub fn write(config: &LanguageModelConfig, dtype: Option<DType>) -> Result<Keys> {
         let mut keys = config.extra.clone();
-        keys.append(&mut to_keys(&Self::from_config(config))?);
+        keys.append(&mut to_keys(&Self::from_config(config)?)?);
         for token in TOKENS {
             keys.entry(token).or_insert(Value::Null);
         }
@@ -168,10 +194,37 @@ impl HuggingFace {
         Ok(keys)
     }
 
-    fn into_config(self) -> Result<LanguageModelConfig> {
+    /// `keys` are those from which `self` was read.
+    fn into_config(self, keys: &Keys) -> Result<LanguageModelConfig> {
         if !["silu", "swish"].contains(&self.hidden_act.as_str()) {
             return Err(argument("hidden_act", "silu", self.hidden_act));
         }
+        let mut layers = BTreeMap::new();
+        if self.model_type == OURS {
+            for (&index, own) in &self.layers {
+                let mut keys = keys.clone();
+                keys.extend(own.clone());
+                layers.insert(index, from_keys::<Self>(&keys)?.mamba()?.into());
+            }
+        }
+        let (vocab_size, pad_vocab_size_multiple) = self.padding()?;
+        Ok(LanguageModelConfig {
+            vocab_size,
+            pad_vocab_size_multiple,
+            backbone: BackboneConfig {
+                n_layer: self.num_hidden_layers,
+                mixer: self.mamba()?.into(),
+                layers,
+                norm_eps: self.layer_norm_epsilon,
+                residual_in_f32: self.residual_in_fp32,
+                rescale_prenorm_residual: self.rescale_prenorm_residual,
+            },
+            tie_embeddings: self.tie_word_embeddings,
+            extra: Keys::new(),
+        })
+    }
+
+    fn mamba(&self) -> Result<MambaConfig> {
         let eps = self.mixer_rms_eps.unwrap_or(1e-6);
         let ours = self.model_type == OURS;
         let norms = match (self.model_type.as_str(), self.mixer_norms.as_deref()) {
@@ -187,34 +240,23 @@ impl HuggingFace {
             Some(size) => size,
             None => expanded(self.expand, d_model)?,
         };
-        let (vocab_size, pad_vocab_size_multiple) = self.padding()?;
-        Ok(LanguageModelConfig {
-            vocab_size,
-            pad_vocab_size_multiple,
-            n_layer: self.num_hidden_layers,
-            mamba: MambaConfig {
-                d_model,
-                d_inner,
-                d_state: self.state_size,
-                d_conv: self.conv_kernel,
-                dt_rank: self.time_step_rank.number(d_model),
-                conv_bias: self.use_conv_bias,
-                proj_bias: self.use_bias,
-                norms,
-                bidirectional: ours && self.bidirectional.unwrap_or(false),
-                average_directions: ours && self.average_directions.unwrap_or(false),
-                selective: !ours || self.selective.unwrap_or(true),
-                dt_min: self.time_step_min,
-                dt_max: self.time_step_max,
-                dt_init_floor: self.time_step_floor,
-                dt_scale: self.time_step_scale,
-                seed: 0,
-            },
-            norm_eps: self.layer_norm_epsilon,
-            residual_in_f32: self.residual_in_fp32,
-            tie_embeddings: self.tie_word_embeddings,
-            rescale_prenorm_residual: self.rescale_prenorm_residual,
-            extra: Keys::new(),
+        Ok(MambaConfig {
+            d_model,
+            d_inner,
+            d_state: self.state_size,
+            d_conv: self.conv_kernel,
+            dt_rank: self.time_step_rank.number(d_model),
+            conv_bias: self.use_conv_bias,
+            proj_bias: self.use_bias,
+            norms,
+            bidirectional: ours && self.bidirectional.unwrap_or(false),
+            average_directions: ours && self.average_directions.unwrap_or(false),
+            selective: !ours || self.selective.unwrap_or(true),
+            dt_min: self.time_step_min,
+            dt_max: self.time_step_max,
+            dt_init_floor: self.time_step_floor,
+            dt_scale: self.time_step_scale,
+            seed: 0,
         })
     }
 
@@ -236,14 +278,29 @@ impl HuggingFace {
         }
     }
 
-    fn from_config(config: &LanguageModelConfig) -> Self {
-        let mamba = &config.mamba;
-        let known = !mamba.bidirectional && mamba.selective && mamba.d_inner.is_multiple_of(mamba.d_model);
+    fn from_config(config: &LanguageModelConfig) -> Result<Self> {
+        let MixerConfig::Mamba(mamba) = &config.backbone.mixer;
+        let known = !mamba.bidirectional
+            && mamba.selective
+            && mamba.d_inner.is_multiple_of(mamba.d_model)
+            && config.backbone.layers.is_empty();
         let (model_type, architecture) = match mamba.norms {
             Norms::None if known => ("mamba", Some("MambaForCausalLM")),
             Norms::Unweighted { .. } if known => ("falcon_mamba", Some("FalconMambaForCausalLM")),
             _ => (OURS, None),
         };
+        let mut all = Self::from_mixer(config, mamba, model_type);
+        all.architectures.extend(architecture.map(str::to_string));
+        let common = to_keys(&all)?;
+        for (&index, MixerConfig::Mamba(mamba)) in &config.backbone.layers {
+            let mut own = to_keys(&Self::from_mixer(config, mamba, model_type))?;
+            own.retain(|key, value| MIXER_KEYS.contains(&key.as_str()) && common.get(key) != Some(value));
+            all.layers.insert(index, own);
+        }
+        Ok(all)
+    }
+
+    fn from_mixer(config: &LanguageModelConfig, mamba: &MambaConfig, model_type: &str) -> Self {
         let (norms, eps) = match mamba.norms {
             Norms::None => ("none", None),
             Norms::Weighted { eps } => ("weighted", Some(eps)),
@@ -253,10 +310,10 @@ impl HuggingFace {
         let padded = config.padded_vocab_size() != config.vocab_size;
         Self {
             model_type: model_type.into(),
-            architectures: architecture.into_iter().map(str::to_string).collect(),
+            architectures: Vec::new(),
             vocab_size: config.padded_vocab_size(),
             hidden_size: mamba.d_model,
-            num_hidden_layers: config.n_layer,
+            num_hidden_layers: config.backbone.n_layer,
             state_size: mamba.d_state,
             conv_kernel: mamba.d_conv,
             expand: expand(mamba.d_inner, mamba.d_model),
@@ -265,10 +322,10 @@ impl HuggingFace {
             use_bias: mamba.proj_bias,
             use_conv_bias: mamba.conv_bias,
             hidden_act: "silu".into(),
-            layer_norm_epsilon: config.norm_eps,
-            residual_in_fp32: config.residual_in_f32,
+            layer_norm_epsilon: config.backbone.norm_eps,
+            residual_in_fp32: config.backbone.residual_in_f32,
             // transformers 5.24 would shrink what it has just loaded.
-            rescale_prenorm_residual: ours && config.rescale_prenorm_residual,
+            rescale_prenorm_residual: ours && config.backbone.rescale_prenorm_residual,
             tie_word_embeddings: config.tie_embeddings,
             time_step_min: mamba.dt_min,
             time_step_max: mamba.dt_max,
@@ -279,6 +336,7 @@ impl HuggingFace {
             average_directions: ours.then_some(mamba.average_directions),
             selective: ours.then_some(mamba.selective),
             mixer_norms: ours.then(|| norms.into()),
+            layers: BTreeMap::new(),
             unpadded_vocab_size: padded.then_some(config.vocab_size),
             pad_vocab_size_multiple: padded.then_some(config.pad_vocab_size_multiple),
         }

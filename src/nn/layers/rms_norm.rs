@@ -4,12 +4,80 @@
 //! threads; the rest, through candle's operators.
 
 use candle_core::{Context, CpuStorage, CustomOp2, CustomOp3, D, DType, Device, Error, Layout, Result, Shape, Tensor};
+use candle_nn::{Module, VarBuilder};
 use rayon::prelude::*;
 
-use super::check_once;
+use super::{Initial, Parameter, Parameters};
+use crate::nn::{argument, check_eps, check_model_dtype, check_once};
+
+/// The RMS norm over the last dimension, with a weight: `x / √(mean of x² + eps) · weight`. Unlike candle-nn's, it has
+/// gradients by [`forward`](Self::forward), and takes a residual stream of `f32` in a model of a half type.
+///
+/// ```
+/// # use candle_core::{DType, Device, Var};
+/// # use candle_nn::{VarBuilder, VarMap};
+/// use selective_scan::nn::RmsNorm;
+///
+/// let variables = VarMap::new();
+/// let norm = RmsNorm::new(8, 1e-5, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu))?;
+/// let x = Var::randn(0f32, 1.0, (2, 3, 8), &Device::Cpu)?;
+/// let gradients = norm.forward(&x)?.sqr()?.sum_all()?.backward()?;
+/// assert_eq!(gradients.get(&x).unwrap().dims(), [2, 3, 8]);
+/// assert_eq!(gradients.get(&variables.all_vars()[0]).unwrap().dims(), [8]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct RmsNorm {
+    /// `(size)`.
+    weight: Parameter,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// A norm of rows of `size`, with the parameter `weight` of `vb`, which begins as 1 where a
+    /// [`VarMap`](candle_nn::VarMap) does not have it yet. Its results are of the type of `vb`: `f32`, `f16` or `bf16`.
+    ///
+    /// # Errors
+    /// A size of 0; an `eps` that is negative or not finite; a parameter that is missing or of another shape.
+    pub fn new(size: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
+        if size == 0 {
+            return Err(argument("size", "at least 1", 0));
+        }
+        check_eps("eps", eps)?;
+        check_model_dtype(vb.dtype())?;
+        Self::build(size, eps, &Parameters::new(vb, 0))
+    }
+
+    pub(crate) fn build(size: usize, eps: f64, parameters: &Parameters) -> Result<Self> {
+        Ok(Self { weight: parameters.get(&[size], "weight", Initial::Constant(1.0))?, eps })
+    }
+
+    /// The weight, `(size)`, as the norm was built on it.
+    pub fn weight(&self) -> &Tensor {
+        self.weight.stored()
+    }
+
+    /// Normalises the rows of `x`, `(.., size)` of `f32`, `f16` or `bf16`, computed in `f32`. Differentiable.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let size = self.weight().elem_count();
+        if x.dims().last() != Some(&size) {
+            return Err(argument("x", format_args!("rows of {size}"), format_args!("{:?}", x.dims())));
+        }
+        if !matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+            return Err(argument("x", "f32, f16 or bf16", x.dtype().as_str()));
+        }
+        rms_norm(x, Some(&self.weight.tensor()?), self.eps, self.weight.dtype())
+    }
+}
+
+impl Module for RmsNorm {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Self::forward(self, x)
+    }
+}
 
 /// The RMS norm over the last dimension, times `weight` if there is one, computed in `f32` and given in `dtype`.
-pub(super) fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f64, dtype: DType) -> Result<Tensor> {
+pub(crate) fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f64, dtype: DType) -> Result<Tensor> {
     if x.elem_count() == 0 {
         return Tensor::zeros(x.shape(), dtype, x.device());
     }
@@ -17,7 +85,7 @@ pub(super) fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f64, dtype: DTy
     let weight = weight.map(|weight| weight.to_dtype(DType::F32)).transpose()?;
     let out = match (&weight, x.device()) {
         (Some(weight), Device::Cpu) if x.is_contiguous() && weight.is_contiguous() => {
-            x.apply_op2(weight, RmsNorm { eps: eps as f32 })?
+            x.apply_op2(weight, Rows { eps: eps as f32 })?
         }
         _ => {
             let mean_square = (x.sqr()?.sum_keepdim(D::Minus1)? / x.dim(D::Minus1)? as f64)?;
@@ -37,24 +105,24 @@ const ROWS: usize = 64;
 
 /// `(x, weight)` to `x weight / √(mean of x² + eps)`.
 #[derive(Clone, Copy)]
-struct RmsNorm {
+struct Rows {
     eps: f32,
 }
 
 /// `(x, weight, grad)` to the gradient of `x`.
-struct InputGradient(RmsNorm);
+struct InputGradient(Rows);
 
 /// `(x, grad)` to the gradient of the weight.
-struct WeightGradient(RmsNorm);
+struct WeightGradient(Rows);
 
-impl RmsNorm {
+impl Rows {
     /// What a row is multiplied by.
     fn scale(&self, x: &[f32]) -> f32 {
         1.0 / (dot(x, x) / x.len() as f32 + self.eps).sqrt()
     }
 }
 
-impl CustomOp2 for RmsNorm {
+impl CustomOp2 for Rows {
     fn name(&self) -> &'static str {
         "rms-norm"
     }
@@ -174,7 +242,7 @@ fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
 fn check_width(layout: &Layout, weight: &[f32]) -> Result<usize> {
     match layout.dims().last() {
         Some(&width) if width == weight.len() && width > 0 => Ok(width),
-        _ => Err(super::argument("x", format_args!("rows of {}", weight.len()), format_args!("{:?}", layout.dims()))),
+        _ => Err(argument("x", format_args!("rows of {}", weight.len()), format_args!("{:?}", layout.dims()))),
     }
 }
 

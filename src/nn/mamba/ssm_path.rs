@@ -1,18 +1,17 @@
-//! What a block does between its projections: the convolution, and the scan with what it reads.
+//! The path through the state space model (SSM), between the projections of a block: the convolution, and the scan with
+//! what it reads. A block has one for each direction.
 
 use candle_core::{Result, Tensor};
 
-use super::cache::States;
-use super::layers::Linear;
-use super::norm::rms_norm;
-use super::parameters::{Change, Initial, Parameter, Parameters};
-use super::{LayerCache, MambaConfig, Norms};
+use super::state::States;
+use super::{MambaConfig, MambaState, Norms};
 use crate::candle::{CausalConv, ConvUpdate, Scan, StateUpdate};
+use crate::nn::layers::{Initial, Linear, Parameter, Parameters, rms_norm};
 use crate::{conv, scan, state_update};
 
 /// The convolution and the scan of one direction, with their parameters.
 #[derive(Debug, Clone)]
-pub(super) struct Direction {
+pub(super) struct SsmPath {
     reverse: bool,
     /// Where to find `(dt_rank, d_state)` among the columns of `x_proj`.
     sizes: [usize; 2],
@@ -45,8 +44,6 @@ struct ProjectionNorms {
     eps: f64,
 }
 
-const NORM_NAMES: [&str; 3] = ["dt_layernorm", "b_layernorm", "c_layernorm"];
-
 /// What the convolution and the scan compute with.
 struct Values {
     /// `(d_inner, d_conv)`.
@@ -64,50 +61,34 @@ struct Projected {
     c: Tensor,
 }
 
-impl Direction {
+impl SsmPath {
     /// `reverse` also appends to the names what Vision Mamba does: `conv1d_b`, `A_b_log`, and so on.
     pub fn new(config: &MambaConfig, parameters: &Parameters, reverse: bool) -> Result<Self> {
         let &MambaConfig { d_inner, d_state, d_conv, dt_rank, .. } = config;
         let (suffix, a_name) = if reverse { ("_b", "A_b_log") } else { ("", "A_log") };
         let within = |name: &str| parameters.pp(format!("{name}{suffix}"));
         let (conv, taps) = (within("conv1d"), Initial::linear(d_conv, 1.0));
-        let steps = Initial::StepSizes { min: config.dt_min, max: config.dt_max, floor: config.dt_init_floor };
         let a = parameters.get_a(&[d_inner, d_state], a_name)?;
+        let d = parameters.get_f32(&[d_inner], &format!("D{suffix}"), Initial::Constant(1.0))?;
+        let conv_weight = conv.get_f32(&[d_inner, 1, d_conv], "weight", taps)?;
+        let conv_bias = config.conv_bias.then(|| conv.get_f32(&[d_inner], "bias", taps)).transpose()?;
+        let steps = Initial::StepSizes { min: config.dt_min, max: config.dt_max, floor: config.dt_init_floor };
         let (dynamics, dt_bias) = if config.selective {
             let x_proj = Linear::new(&within("x_proj"), [d_inner, dt_rank + 2 * d_state], false, 1.0)?;
             let dt = within("dt_proj");
             let weight = Initial::Uniform(config.dt_scale / (dt_rank as f64).sqrt());
             let dt_proj = Linear::without_bias(dt.get(&[d_inner, dt_rank], "weight", weight)?);
-            let norms = match config.norms {
-                Norms::None => None,
-                Norms::Unweighted { eps } => Some(ProjectionNorms { weights: None, eps }),
-                Norms::Weighted { eps } => {
-                    let weight = |name, size| within(name).get(&[size], "weight", Initial::Constant(1.0));
-                    let [dt, b, c] = NORM_NAMES;
-                    let weights = [weight(dt, dt_rank)?, weight(b, d_state)?, weight(c, d_state)?];
-                    Some(ProjectionNorms { weights: Some(weights), eps })
-                }
-            };
-            (Dynamics::Selective { x_proj, dt_proj, norms }, dt.get_f32(&[d_inner], "bias", steps)?)
+            let dt_bias = dt.get_f32(&[d_inner], "bias", steps)?;
+            let norms = ProjectionNorms::new(config, within)?;
+            (Dynamics::Selective { x_proj, dt_proj, norms }, dt_bias)
         } else {
             let parameter =
                 |name: &str, initial| parameters.get_f32(&[d_inner, d_state], &format!("{name}{suffix}"), initial);
-            let dynamics = Dynamics::Invariant {
-                b: parameter("B", Initial::Constant(1.0))?,
-                c: parameter("C", Initial::Normal(1.0))?,
-            };
-            (dynamics, parameters.get_f32(&[d_inner], &format!("dt_bias{suffix}"), steps)?)
+            let b = parameter("B", Initial::Constant(1.0))?;
+            let c = parameter("C", Initial::Normal(1.0))?;
+            (Dynamics::Invariant { b, c }, parameters.get_f32(&[d_inner], &format!("dt_bias{suffix}"), steps)?)
         };
-        Ok(Self {
-            reverse,
-            sizes: [dt_rank, d_state],
-            conv_weight: conv.get_f32(&[d_inner, 1, d_conv], "weight", taps)?,
-            conv_bias: config.conv_bias.then(|| conv.get_f32(&[d_inner], "bias", taps)).transpose()?,
-            a,
-            d: parameters.get_f32(&[d_inner], &format!("D{suffix}"), Initial::Constant(1.0))?,
-            dt_bias,
-            dynamics,
-        })
+        Ok(Self { reverse, sizes: [dt_rank, d_state], conv_weight, conv_bias, a, d, dt_bias, dynamics })
     }
 
     /// Runs whole sequences from zero states.
@@ -118,7 +99,7 @@ impl Direction {
         Scan { cu_seqlens, ..self.scan(&u, z, &projected, &values) }.forward()
     }
 
-    /// Runs sequences on from given states, and also gives those behind them.
+    /// Runs sequences on from given states, and also gives those after them.
     pub fn extend(
         &self,
         x: &Tensor,
@@ -135,12 +116,12 @@ impl Direction {
         Ok((y, States { conv, ssm }))
     }
 
-    /// Carries the states of a cache through a few tokens, in place.
-    pub fn step(&self, x: &Tensor, z: &Tensor, cache: &LayerCache, slots: Option<&[i32]>) -> Result<Tensor> {
+    /// Carries states through a few tokens, in place.
+    pub fn step(&self, x: &Tensor, z: &Tensor, state: &MambaState, slots: Option<&[i32]>) -> Result<Tensor> {
         let values = self.values()?;
         let weight = &values.conv_weight;
         let update = ConvUpdate { bias: values.conv_bias.as_ref(), slots, silu: true, ..ConvUpdate::new(x, weight) };
-        let u = update.update(&cache.conv)?;
+        let u = update.update(&state.conv)?;
         let Projected { delta, b, c } = self.project(&u)?;
         StateUpdate {
             z: Some(z),
@@ -150,7 +131,7 @@ impl Direction {
             options: state_update::Options { dt_softplus: true, ..Default::default() },
             ..StateUpdate::new(&u, &delta, &values.a, &b, &c)
         }
-        .update(&cache.ssm)
+        .update(&state.ssm)
     }
 
     /// What the convolution and the scan compute with.
@@ -205,41 +186,24 @@ impl Direction {
             }
         }
     }
-
-    /// The direction with other parameters, whose names begin with `prefix`.
-    pub fn map(&self, prefix: &str, f: &mut Change) -> Result<Self> {
-        let (suffix, a_name) = if self.reverse { ("_b", "A_b_log") } else { ("", "A_log") };
-        let mut f = |name: &str, parameter: &Parameter| f(&format!("{prefix}{name}"), parameter);
-        let a = f(a_name, &self.a)?;
-        let d = f(&format!("D{suffix}"), &self.d)?;
-        let conv_weight = f(&format!("conv1d{suffix}.weight"), &self.conv_weight)?;
-        let conv_bias = self.conv_bias.as_ref().map(|bias| f(&format!("conv1d{suffix}.bias"), bias)).transpose()?;
-        let (dynamics, dt_bias) = match &self.dynamics {
-            Dynamics::Selective { x_proj, dt_proj, norms } => {
-                let x_proj = x_proj.map(&format!("x_proj{suffix}."), &mut f)?;
-                let dt_proj = dt_proj.map(&format!("dt_proj{suffix}."), &mut f)?;
-                let dt_bias = f(&format!("dt_proj{suffix}.bias"), &self.dt_bias)?;
-                let norms = norms.as_ref().map(|norms| norms.map(suffix, &mut f)).transpose()?;
-                (Dynamics::Selective { x_proj, dt_proj, norms }, dt_bias)
-            }
-            Dynamics::Invariant { b, c } => {
-                let dynamics = Dynamics::Invariant { b: f(&format!("B{suffix}"), b)?, c: f(&format!("C{suffix}"), c)? };
-                (dynamics, f(&format!("dt_bias{suffix}"), &self.dt_bias)?)
-            }
-        };
-        Ok(Self { reverse: self.reverse, sizes: self.sizes, conv_weight, conv_bias, a, d, dt_bias, dynamics })
-    }
 }
 
 impl ProjectionNorms {
-    fn map(&self, suffix: &str, f: &mut Change) -> Result<Self> {
-        let weights = match &self.weights {
-            None => None,
-            Some([dt, b, c]) => {
-                let mut f = |index: usize, weight| f(&format!("{}{suffix}.weight", NORM_NAMES[index]), weight);
-                Some([f(0, dt)?, f(1, b)?, f(2, c)?])
-            }
+    /// `within` gives the parameters of a norm by its name.
+    fn new<'a>(config: &MambaConfig, within: impl Fn(&str) -> Parameters<'a>) -> Result<Option<Self>> {
+        let (eps, weighted) = match config.norms {
+            Norms::None => return Ok(None),
+            Norms::Unweighted { eps } => (eps, false),
+            Norms::Weighted { eps } => (eps, true),
         };
-        Ok(Self { weights, eps: self.eps })
+        let weight = |name, size| within(name).get(&[size], "weight", Initial::Constant(1.0));
+        let weights = || -> Result<_> {
+            Ok([
+                weight("dt_layernorm", config.dt_rank)?,
+                weight("b_layernorm", config.d_state)?,
+                weight("c_layernorm", config.d_state)?,
+            ])
+        };
+        Ok(Some(Self { weights: weighted.then(weights).transpose()?, eps }))
     }
 }

@@ -1,9 +1,9 @@
-//! What a block and a language model are made of: sizes and variants.
+//! What a Mamba block is made of: sizes and variants.
 
 use candle_core::Result;
-use serde_json::{Map, Value};
 
-use super::argument;
+use crate::nn::counting::{COUNTABLE, sum};
+use crate::nn::{argument, check_eps};
 
 /// A Mamba block. [`MambaConfig::new`] gives the paper's; change what differs.
 #[derive(Debug, Clone, PartialEq)]
@@ -154,135 +154,4 @@ impl MambaConfig {
             argument("d_model, d_inner, dt_rank", "sizes whose parameters can be counted", got)
         })
     }
-}
-
-/// So many parameters have an address each, in any type.
-const COUNTABLE: usize = isize::MAX as usize / 8;
-
-/// The elements of all shapes together, if they can be counted.
-fn sum(shapes: &[[usize; 3]]) -> Option<usize> {
-    let product = |shape: &[usize; 3]| shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
-    shapes.iter().try_fold(0usize, |total, shape| total.checked_add(product(shape)?))
-}
-
-/// A language model of Mamba blocks: embeddings, `n_layer` times a norm and a block around which the residual stream
-/// runs, a last norm, and the head.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LanguageModelConfig {
-    /// The number of tokens. Where the embedding matrix has more rows, see
-    /// [`padded_vocab_size`](Self::padded_vocab_size), those from here on are padding, and no token.
-    pub vocab_size: usize,
-    /// The embedding matrix has as many rows as the vocabulary rounded up to a multiple of this: 1 without padding.
-    pub pad_vocab_size_multiple: usize,
-    /// The number of blocks.
-    pub n_layer: usize,
-    /// The blocks.
-    pub mamba: MambaConfig,
-    /// Added to the mean square in the RMS norms between the blocks, 1e-5 in the paper.
-    pub norm_eps: f64,
-    /// Keep the residual stream in `f32` where the model is of a half type.
-    pub residual_in_f32: bool,
-    /// Use the embedding matrix as the head.
-    pub tie_embeddings: bool,
-    /// At initialization, shrink `out_proj` by `√n_layer`, so that the residual stream does not grow with depth.
-    pub rescale_prenorm_residual: bool,
-    /// What else a config.json says, key by key: the ids of special tokens, what other programs have left there. It is
-    /// written again where the naming has room for it, see [`to_json`](Self::to_json). Keys that the other fields stand
-    /// for are ignored here, and a special token that is not here is none.
-    pub extra: Map<String, Value>,
-}
-
-impl LanguageModelConfig {
-    /// A model of `n_layer` blocks as the paper has them.
-    pub fn new(vocab_size: usize, n_layer: usize, d_model: usize) -> Self {
-        Self {
-            vocab_size,
-            pad_vocab_size_multiple: 1,
-            n_layer,
-            mamba: MambaConfig::new(d_model),
-            norm_eps: 1e-5,
-            residual_in_f32: true,
-            tie_embeddings: true,
-            rescale_prenorm_residual: true,
-            extra: Map::new(),
-        }
-    }
-
-    /// The rows of the embedding matrix and of the head, and so the width of the logits: `vocab_size` rounded up to a
-    /// multiple of `pad_vocab_size_multiple`. What the rows from `vocab_size` on answer means nothing;
-    /// [`Sampling::vocab_size`](super::Sampling::vocab_size) keeps a sampler from choosing them.
-    pub fn padded_vocab_size(&self) -> usize {
-        // What overflows is refused by `check`.
-        self.vocab_size.checked_next_multiple_of(self.pad_vocab_size_multiple).unwrap_or(self.vocab_size)
-    }
-
-    /// The tokens that end a text, by the key `eos_token_id` of [`extra`](Self::extra), which has one or a list.
-    pub fn eos_token_ids(&self) -> Vec<u32> {
-        match self.extra.get("eos_token_id") {
-            Some(Value::Array(ids)) => ids.iter().filter_map(token).collect(),
-            id => id.and_then(token).into_iter().collect(),
-        }
-    }
-
-    /// The token that begins a text, by the key `bos_token_id` of [`extra`](Self::extra).
-    pub fn bos_token_id(&self) -> Option<u32> {
-        self.extra.get("bos_token_id").and_then(token)
-    }
-
-    /// The token that fills up shorter rows of a batch, by the key `pad_token_id` of [`extra`](Self::extra).
-    pub fn pad_token_id(&self) -> Option<u32> {
-        self.extra.get("pad_token_id").and_then(token)
-    }
-
-    pub(crate) fn check(&self) -> Result<()> {
-        let sizes = [
-            ("vocab_size", self.vocab_size),
-            ("pad_vocab_size_multiple", self.pad_vocab_size_multiple),
-            ("n_layer", self.n_layer),
-        ];
-        for (name, size) in sizes {
-            if size == 0 {
-                return Err(argument(name, "at least 1", size));
-            }
-        }
-        if self.vocab_size.checked_next_multiple_of(self.pad_vocab_size_multiple).is_none() {
-            let got = format_args!("{} rounded up to a multiple of {}", self.vocab_size, self.pad_vocab_size_multiple);
-            return Err(argument("vocab_size", "a size that a matrix can have", got));
-        }
-        check_eps("norm_eps", self.norm_eps)?;
-        self.mamba.check()?;
-        // Samplers give tokens as `u32`.
-        if u32::try_from(self.vocab_size).is_err() {
-            return Err(argument("vocab_size", "less than 2^32", self.vocab_size));
-        }
-        self.parameter_count().map(|_| ())
-    }
-
-    /// The number of parameters of a model.
-    ///
-    /// # Errors
-    /// More than can be counted.
-    pub(crate) fn parameter_count(&self) -> Result<usize> {
-        let d_model = self.mamba.d_model;
-        let matrices = if self.tie_embeddings { 1 } else { 2 };
-        let embeddings = sum(&[[self.padded_vocab_size(), d_model, matrices]]).filter(|count| *count <= COUNTABLE);
-        let embeddings = embeddings.ok_or_else(|| {
-            let got = format_args!("{} and {d_model}", self.vocab_size);
-            argument("vocab_size, d_model", "sizes whose parameters can be counted", got)
-        })?;
-        let layers =
-            sum(&[[self.n_layer, self.mamba.parameter_count()?, 1], [self.n_layer, d_model, 1], [d_model, 1, 1]]);
-        let count = layers.and_then(|layers| layers.checked_add(embeddings));
-        count
-            .filter(|count| *count <= COUNTABLE)
-            .ok_or_else(|| argument("n_layer", "layers whose parameters can be counted", self.n_layer))
-    }
-}
-
-fn token(id: &Value) -> Option<u32> {
-    id.as_u64()?.try_into().ok()
-}
-
-fn check_eps(name: &'static str, eps: f64) -> Result<()> {
-    if eps >= 0.0 && eps.is_finite() { Ok(()) } else { Err(argument(name, "an epsilon of 0 or more", eps)) }
 }

@@ -4,8 +4,8 @@ use candle_core::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Auto, Keys, Rank, expand, expanded, from_keys, others, to_keys, whole};
-use crate::nn::{LanguageModelConfig, MambaConfig, Norms, argument};
+use super::config_json::{Auto, Keys, Rank, expand, expanded, from_keys, others, to_keys, whole};
+use crate::nn::{BackboneConfig, LanguageModelConfig, MambaConfig, MixerConfig, Norms, argument};
 
 /// The keys of state-spaces/mamba.
 #[derive(Debug, Deserialize, Serialize)]
@@ -155,38 +155,35 @@ impl StateSpaces {
             return Err(argument("attn_layer_idx", "no attention", format_args!("{:?}", self.attn_layer_idx)));
         }
         let d_model = self.d_model;
+        let mamba = MambaConfig {
+            d_inner: expanded(ssm.expand, d_model)?,
+            d_state: ssm.d_state,
+            d_conv: ssm.d_conv,
+            dt_rank: ssm.dt_rank.number(d_model),
+            conv_bias: ssm.conv_bias,
+            proj_bias: ssm.bias,
+            dt_min: ssm.dt_min,
+            dt_max: ssm.dt_max,
+            dt_init_floor: ssm.dt_init_floor,
+            dt_scale: ssm.dt_scale,
+            ..MambaConfig::new(d_model)
+        };
         Ok(LanguageModelConfig {
             vocab_size: self.vocab_size,
             pad_vocab_size_multiple: self.pad_vocab_size_multiple,
-            n_layer: self.n_layer,
-            mamba: MambaConfig {
-                d_model,
-                d_inner: expanded(ssm.expand, d_model)?,
-                d_state: ssm.d_state,
-                d_conv: ssm.d_conv,
-                dt_rank: ssm.dt_rank.number(d_model),
-                conv_bias: ssm.conv_bias,
-                proj_bias: ssm.bias,
-                norms: Norms::None,
-                bidirectional: false,
-                average_directions: false,
-                selective: true,
-                dt_min: ssm.dt_min,
-                dt_max: ssm.dt_max,
-                dt_init_floor: ssm.dt_init_floor,
-                dt_scale: ssm.dt_scale,
-                seed: 0,
+            backbone: BackboneConfig {
+                norm_eps: STATE_SPACES_EPS,
+                residual_in_f32: self.residual_in_fp32,
+                ..BackboneConfig::with_mixer(self.n_layer, mamba)
             },
-            norm_eps: STATE_SPACES_EPS,
-            residual_in_f32: self.residual_in_fp32,
             tie_embeddings: self.tie_embeddings,
-            rescale_prenorm_residual: true,
             extra: Keys::new(),
         })
     }
 
     fn from_config(config: &LanguageModelConfig) -> Result<Self> {
-        let mamba = &config.mamba;
+        let backbone = &config.backbone;
+        let MixerConfig::Mamba(mamba) = &backbone.mixer;
         let refuse = |name, expected: &str, got: &dyn std::fmt::Debug| {
             Err(argument(
                 name,
@@ -200,12 +197,15 @@ impl StateSpaces {
             MambaConfig { norms, .. } if *norms != Norms::None => return refuse("norms", "none", norms),
             _ => {}
         }
-        if config.norm_eps != STATE_SPACES_EPS {
-            return refuse("norm_eps", "1e-5", &config.norm_eps);
+        if !backbone.layers.is_empty() {
+            return refuse("layers", "layers that are all alike", &backbone.layers.keys());
+        }
+        if backbone.norm_eps != STATE_SPACES_EPS {
+            return refuse("norm_eps", "1e-5", &backbone.norm_eps);
         }
         Ok(Self {
             d_model: mamba.d_model,
-            n_layer: config.n_layer,
+            n_layer: backbone.n_layer,
             vocab_size: config.vocab_size,
             ssm_cfg: SsmConfig {
                 d_state: mamba.d_state,
@@ -221,7 +221,7 @@ impl StateSpaces {
                 ..SsmConfig::default()
             },
             rms_norm: true,
-            residual_in_fp32: config.residual_in_f32,
+            residual_in_fp32: backbone.residual_in_f32,
             fused_add_norm: true,
             pad_vocab_size_multiple: config.pad_vocab_size_multiple,
             tie_embeddings: config.tie_embeddings,

@@ -3,13 +3,12 @@
 use std::borrow::Cow;
 
 use candle_core::{Result, Tensor};
-use candle_nn::VarBuilder;
+use candle_nn::{Module, VarBuilder};
 
-use super::direction::Direction;
-use super::layers::Linear;
-use super::parameters::{Change, Parameter, Parameters, named};
-use super::{LayerCache, MambaConfig, argument, check_room, wrap};
-use crate::sequences::Sequences;
+use super::ssm_path::SsmPath;
+use super::{MambaConfig, MambaState};
+use crate::nn::layers::{Change, Linear, ParameterList, Parameters};
+use crate::nn::{Sequences, argument, check_room, wrap};
 
 /// The Mamba block of Gu and Dao, *Mamba* (2023), arXiv 2312.00752, figure 3:
 ///
@@ -35,17 +34,18 @@ use crate::sequences::Sequences;
 pub struct Mamba {
     config: MambaConfig,
     in_proj: Linear,
+    /// From the first step to the last.
+    causal: SsmPath,
+    /// From the last step to the first, in a bidirectional block.
+    anticausal: Option<SsmPath>,
     out_proj: Linear,
-    forwards: Direction,
-    backwards: Option<Direction>,
-    /// Whether candle tracks a parameter.
-    tracked: bool,
+    parameters: ParameterList,
 }
 
 impl Mamba {
     /// A block with the parameters of `vb`, which computes in its type. Those that a [`VarMap`](candle_nn::VarMap) does
     /// not have yet are drawn as in the paper, from the configuration's seed and the parameters' names; variables of
-    /// another type that it has are trained as they are, see [types](super#types).
+    /// another type that it has are trained as they are, see [types](crate::nn#types).
     ///
     /// # Errors
     /// A size that makes no block, or one that does not fit in memory; a parameter that is missing or of another shape, by
@@ -54,21 +54,24 @@ impl Mamba {
         config.check()?;
         let parameters = Parameters::new(vb, config.seed);
         parameters.pp("in_proj").check_room("weight", "d_model, d_inner", config.parameter_count()?)?;
-        Self::with_shrunk_output(config, &parameters, 1.0)
+        Self::build(config, &parameters, 1.0)
     }
 
-    /// A block whose `out_proj` begins smaller.
-    pub(super) fn with_shrunk_output(config: &MambaConfig, parameters: &Parameters, shrink: f64) -> Result<Self> {
+    /// A block whose initial `out_proj` is scaled.
+    pub(crate) fn build(config: &MambaConfig, parameters: &Parameters, out_proj_scale: f64) -> Result<Self> {
         let &MambaConfig { d_model, d_inner, proj_bias, .. } = config;
-        let block = Self {
-            tracked: false,
-            in_proj: Linear::new(&parameters.pp("in_proj"), [d_model, 2 * d_inner], proj_bias, 1.0)?,
-            forwards: Direction::new(config, parameters, false)?,
-            backwards: config.bidirectional.then(|| Direction::new(config, parameters, true)).transpose()?,
-            out_proj: Linear::new(&parameters.pp("out_proj"), [d_inner, d_model], proj_bias, shrink)?,
-            config: config.clone(),
-        };
-        block.map("", &mut |_, parameter| Ok(parameter.clone()))
+        let count = parameters.count();
+        let in_proj = Linear::new(&parameters.pp("in_proj"), [d_model, 2 * d_inner], proj_bias, 1.0)?;
+        let causal = SsmPath::new(config, parameters, false)?;
+        let anticausal = config.bidirectional.then(|| SsmPath::new(config, parameters, true)).transpose()?;
+        let out_proj = Linear::new(&parameters.pp("out_proj"), [d_inner, d_model], proj_bias, out_proj_scale)?;
+        let parameters = parameters.taken_since(count);
+        Ok(Self { config: config.clone(), in_proj, causal, anticausal, out_proj, parameters })
+    }
+
+    /// The same block, each parameter as `change` gives it.
+    fn changed(&self, change: &mut Change) -> Result<Self> {
+        Self::build(&self.config, &Parameters::changed(&self.parameters, change), 1.0)
     }
 
     /// The block's sizes and variants.
@@ -81,21 +84,21 @@ impl Mamba {
         self.run(x, None)
     }
 
-    /// Runs sequences that lie one behind another: `x` is `(1, length, d_model)`, and sequence `i` takes the steps from
+    /// Runs sequences that lie one after another: `x` is `(1, length, d_model)`, and sequence `i` takes the steps from
     /// `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Each gets what it would get alone. Differentiable.
     pub fn forward_packed(&self, x: &Tensor, cu_seqlens: &[usize]) -> Result<Tensor> {
         self.run(x, Some(cu_seqlens))
     }
 
-    fn run(&self, x: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
+    pub(crate) fn run(&self, x: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
         self.check_input(x, cu_seqlens)?;
         if x.elem_count() == 0 {
             return x.zeros_like();
         }
         let (x, z) = self.project(x)?;
-        let mut y = self.forwards.forward(&x, &z, cu_seqlens)?;
-        if let Some(backwards) = &self.backwards {
-            y = (y + backwards.forward(&x, &z, cu_seqlens)?)?;
+        let mut y = self.causal.forward(&x, &z, cu_seqlens)?;
+        if let Some(anticausal) = &self.anticausal {
+            y = (y + anticausal.forward(&x, &z, cu_seqlens)?)?;
             if self.config.average_directions {
                 y = (y * 0.5)?;
             }
@@ -103,7 +106,7 @@ impl Mamba {
         self.out_proj.forward(&y)
     }
 
-    /// Runs sequences on from the states of a cache, and leaves there the states behind them: a prompt, whole or chunk by
+    /// Runs sequences on from the states of a cache, and leaves there the states after them: a prompt, whole or chunk by
     /// chunk. `x` is `(batch, length, d_model)`.
     ///
     /// Row `i` uses slot `slots[i]` of the cache, or slot `i` if there are no `slots`, the cache then having one for each
@@ -114,41 +117,41 @@ impl Mamba {
     /// # Errors
     /// A bidirectional block: its second direction needs what comes later. A cache of another shape, or slots that do not
     /// fit; nothing is written then.
-    pub fn prefill(&self, x: &Tensor, cache: &LayerCache, slots: Option<&[i32]>) -> Result<Tensor> {
-        self.extend(x, None, cache, slots)
+    pub fn prefill(&self, x: &Tensor, state: &MambaState, slots: Option<&[i32]>) -> Result<Tensor> {
+        self.extend(x, None, state, slots)
     }
 
-    /// As [`Mamba::prefill`], for sequences that lie one behind another as in [`Mamba::forward_packed`]; sequence `i` uses
+    /// As [`Mamba::prefill`], for sequences that lie one after another as in [`Mamba::forward_packed`]; sequence `i` uses
     /// slot `slots[i]`.
     pub fn prefill_packed(
         &self,
         x: &Tensor,
         cu_seqlens: &[usize],
-        cache: &LayerCache,
+        state: &MambaState,
         slots: Option<&[i32]>,
     ) -> Result<Tensor> {
-        self.extend(x, Some(cu_seqlens), cache, slots)
+        self.extend(x, Some(cu_seqlens), state, slots)
     }
 
-    fn extend(
+    pub(crate) fn extend(
         &self,
         x: &Tensor,
         cu_seqlens: Option<&[usize]>,
-        cache: &LayerCache,
+        state: &MambaState,
         slots: Option<&[i32]>,
     ) -> Result<Tensor> {
         self.check_causal()?;
         let sequences = self.check_input(x, cu_seqlens)?;
-        let slots = cache.check(&self.config, x.device(), sequences, slots)?;
+        let slots = state.check(&self.config, x.device(), sequences, slots)?;
         if x.elem_count() == 0 {
             return x.zeros_like();
         }
         let block = self.untracked()?;
         let (x, z) = block.project(&x.detach())?;
-        let states = cache.load(&slots, sequences)?;
-        let (y, states) = block.forwards.extend(&x, &z, cu_seqlens, &states)?;
+        let states = state.load(&slots, sequences)?;
+        let (y, states) = block.causal.extend(&x, &z, cu_seqlens, &states)?;
         let out = block.out_proj.forward(&y)?;
-        cache.store(&states, &slots, sequences)?;
+        state.store(&states, &slots, sequences)?;
         Ok(out)
     }
 
@@ -157,25 +160,25 @@ impl Mamba {
     ///
     /// # Errors
     /// As [`Mamba::prefill`].
-    pub fn step(&self, x: &Tensor, cache: &LayerCache, slots: Option<&[i32]>) -> Result<Tensor> {
+    pub fn step(&self, x: &Tensor, state: &MambaState, slots: Option<&[i32]>) -> Result<Tensor> {
         self.check_causal()?;
         let rows = self.check_input(x, None)?;
-        cache.check(&self.config, x.device(), rows, slots)?;
+        state.check(&self.config, x.device(), rows, slots)?;
         if x.elem_count() == 0 {
             return x.zeros_like();
         }
         let block = self.untracked()?;
         let (x, z) = block.project(&x.detach())?;
-        block.out_proj.forward(&block.forwards.step(&x, &z, cache, slots)?)
+        block.out_proj.forward(&block.causal.step(&x, &z, state, slots)?)
     }
 
     /// The block itself where candle tracks nothing, else one without gradients.
     fn untracked(&self) -> Result<Cow<'_, Self>> {
-        Ok(if self.tracked { Cow::Owned(self.detach()?) } else { Cow::Borrowed(self) })
+        Ok(if self.parameters.is_tracked() { Cow::Owned(self.detach()?) } else { Cow::Borrowed(self) })
     }
 
-    pub(super) fn check_causal(&self) -> Result<()> {
-        if self.backwards.is_some() {
+    pub(crate) fn check_causal(&self) -> Result<()> {
+        if self.anticausal.is_some() {
             let got = "a bidirectional block, whose second direction needs the whole sequence";
             return Err(argument("bidirectional", "false for prefill and decoding", got));
         }
@@ -206,40 +209,36 @@ impl Mamba {
         Ok((xz.narrow(2, 0, d_inner)?, xz.narrow(2, d_inner, d_inner)?))
     }
 
-    /// The block with other parameters, whose names begin with `prefix`.
-    pub(super) fn map(&self, prefix: &str, f: &mut Change) -> Result<Self> {
-        let mut tracked = false;
-        let mut f = |name: &str, parameter: &Parameter| {
-            let changed = f(&format!("{prefix}{name}"), parameter)?;
-            tracked |= changed.is_tracked();
-            Ok(changed)
-        };
-        let in_proj = self.in_proj.map("in_proj.", &mut f)?;
-        let forwards = self.forwards.map("", &mut f)?;
-        let backwards = self.backwards.as_ref().map(|direction| direction.map("", &mut f)).transpose()?;
-        let out_proj = self.out_proj.map("out_proj.", &mut f)?;
-        Ok(Self { config: self.config.clone(), in_proj, out_proj, forwards, backwards, tracked })
-    }
-
     /// The same block, sharing its parameters, without gradients. Where training goes on, take a new one after a step, for
     /// A, and what the block needs in another type, are computed here.
     pub fn detach(&self) -> Result<Self> {
-        self.map("", &mut |_, parameter| parameter.detach())
+        self.changed(&mut |_, parameter| parameter.detach())
     }
 
     /// The same block with other parameters: `f` gets each with its name (`in_proj.weight`, `A_log`, …) and gives what
     /// stands in its place, of the same shape and on the same device. See
-    /// [`LanguageModel::map_parameters`](super::LanguageModel::map_parameters).
+    /// [`LanguageModel::map_parameters`](crate::nn::LanguageModel::map_parameters).
     ///
     /// # Errors
     /// Those of `f`; a tensor of another shape, on another device, or of a type that is none of `f32`, `f16`, `bf16` and
     /// `f64`, by the parameter's name.
     pub fn map_parameters(&self, mut f: impl FnMut(&str, &Tensor) -> Result<Tensor>) -> Result<Self> {
-        self.map("", &mut |name, parameter| parameter.replace(name, f(name, parameter.stored())?))
+        self.changed(&mut |name, parameter| parameter.replace(name, f(name, parameter.stored())?))
+    }
+
+    /// Calls `f` with each parameter and its name, in the order in which the block uses them.
+    pub fn visit(&self, f: &mut dyn FnMut(&str, &Tensor)) {
+        self.parameters.visit(f);
     }
 
     /// All parameters by name, in the order in which the block uses them.
     pub fn named_tensors(&self) -> Vec<(String, Tensor)> {
-        named(|f| self.map("", f))
+        self.parameters.named_tensors()
+    }
+}
+
+impl Module for Mamba {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Self::forward(self, x)
     }
 }

@@ -7,11 +7,11 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Error, Layo
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::parameters::Parameter;
-use super::{argument, check_once, check_room};
+use super::Parameter;
+use crate::nn::{argument, check_once, check_room};
 
 /// Token ids that are all in the vocabulary.
-pub(super) struct Tokens(Arc<[u32]>);
+pub(crate) struct Tokens(Arc<[u32]>);
 
 impl Tokens {
     /// Reads ids of any integer type, and checks each: candle takes the greatest number of each type for "no token" and

@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::argument;
+use crate::nn::argument;
 
 /// How tokens are chosen. The default takes each with the probability that the model gives it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -12,13 +12,13 @@ pub struct Sampling {
     /// What logits are divided by: below 1 the likely become likelier, and 0 takes the likeliest token (of several, the
     /// first).
     pub temperature: f64,
-    /// Only the so many likeliest tokens.
+    /// Sample from the `k` most likely tokens.
     pub top_k: Option<usize>,
     /// Only the likeliest tokens that reach this probability together (Holtzman et al. 2020, arXiv 1904.09751), of those
     /// that `top_k` leaves.
     pub top_p: Option<f64>,
     /// Only tokens below this: the vocabulary of a model whose logits are wider, see
-    /// [`LanguageModelConfig::padded_vocab_size`](super::LanguageModelConfig::padded_vocab_size).
+    /// [`LanguageModelConfig::padded_vocab_size`](crate::nn::LanguageModelConfig::padded_vocab_size).
     pub vocab_size: Option<usize>,
     /// Where the random numbers begin.
     pub seed: u64,
@@ -118,10 +118,10 @@ impl Sampler {
             tokens.truncate(kept);
             total = sum;
         }
-        let mut left = self.random.random::<f64>() * total;
+        let mut remaining = self.random.random::<f64>() * total;
         for &(token, weight) in &tokens {
-            left -= weight;
-            if left < 0.0 {
+            remaining -= weight;
+            if remaining < 0.0 {
                 return token as u32;
             }
         }
