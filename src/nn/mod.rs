@@ -1,6 +1,6 @@
 //! The Mamba block and a language model of such blocks, on candle's tensors.
 //!
-//! [`Mamba`] is the block: for whole sequences, packed ones, prompts in chunks, and token by token on a [`LayerCache`].
+//! [`Mamba`] is the block: for whole sequences, packed ones, prompts in chunks, and token by token on a [`MambaState`].
 //! [`LanguageModel`] stacks blocks between embeddings and a head; it is initialised as in the paper, trains with
 //! candle-nn's `VarMap` and optimizers, and reads and writes the checkpoints of Hugging Face and of state-spaces/mamba.
 //! [`Sampler`] chooses tokens.
