@@ -305,7 +305,7 @@ __device__ __forceinline__ void run(const Forward &params) {
                             for (int n = 0; n < STATE_VEC; n++) {
                                 const float x = now.step[i][k] * a[k][n];
                                 if (GENERAL && (hold || compensate)) {
-                                    const Decay<true, bool> decay(x);
+                                    const Decay<true> decay(x);
                                     float weighted = now.in[i][k];
                                     if (hold) {
                                         const float by_a = decay.minus_one() * inverse_a[n];
