@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use candle_core::{DType, Device, Tensor};
 use clap::{Parser, ValueEnum};
-use selective_scan::nn::{Checkpoint, Format, LanguageModel, Naming, SaveOptions};
+use selective_scan::nn::{Checkpoint, CheckpointFormat, FileFormat, LanguageModel, SaveOptions};
 use serde_json::json;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -70,17 +70,17 @@ enum TypeKind {
 }
 
 impl Arguments {
-    fn save_options(&self, naming: Naming) -> SaveOptions {
+    fn save_options(&self, format: CheckpointFormat) -> SaveOptions {
         SaveOptions {
-            format: match self.format {
-                FormatKind::Safetensors => Format::Safetensors,
-                FormatKind::Pytorch => Format::PyTorch,
+            file: match self.format {
+                FormatKind::Safetensors => FileFormat::Safetensors,
+                FormatKind::Pytorch => FileFormat::PyTorch,
             },
             max_shard_size: self.max_shard_size,
             ..SaveOptions::new(match self.naming {
-                Some(NamingKind::HuggingFace) => Naming::HuggingFace,
-                Some(NamingKind::StateSpaces) => Naming::StateSpaces,
-                None => naming,
+                Some(NamingKind::HuggingFace) => CheckpointFormat::HuggingFace,
+                Some(NamingKind::StateSpaces) => CheckpointFormat::StateSpaces,
+                None => format,
             })
         }
     }
@@ -96,13 +96,13 @@ fn run(arguments: &Arguments) -> Result<()> {
     };
     let model = checkpoint.model(dtype)?;
     if let Some(to) = &arguments.to {
-        checkpoint.save(&model, to, &arguments.save_options(checkpoint.naming))?;
+        checkpoint.save(&model, to, &arguments.save_options(checkpoint.format))?;
     }
     match &arguments.logits {
         Some(ids) => println!("{}", json!(logits(&checkpoint.model(DType::F32)?, ids)?)),
         None => {
             let parameters: usize = model.named_tensors().iter().map(|(_, tensor)| tensor.elem_count()).sum();
-            println!("{:#?}\n{:?}, {dtype:?}, {parameters} parameters", model.config(), checkpoint.naming);
+            println!("{:#?}\n{:?}, {dtype:?}, {parameters} parameters", model.config(), checkpoint.format);
         }
     }
     Ok(())

@@ -8,7 +8,7 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use selective_scan::nn::{LanguageModel, Naming};
+use selective_scan::nn::{CheckpointFormat, LanguageModel};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Position;
@@ -90,7 +90,7 @@ fn all(folder: &Path, end: &str) -> Result<Vec<(usize, PathBuf)>> {
 pub fn save(folder: &Path, run: &Run, model: &LanguageModel, optimizer: &AdamW) -> Result<()> {
     let (complete, unfinished) = (path(folder, run.step), part(folder, run.step));
     remove(&unfinished)?;
-    model.save(&unfinished, Naming::HuggingFace)?;
+    model.save(&unfinished, CheckpointFormat::HuggingFace)?;
     let (moments, rest) = (unfinished.join(MOMENTS), unfinished.join(RUN));
     candle_core::safetensors::save(&optimizer.moments(), &moments)?;
     let finish = || {

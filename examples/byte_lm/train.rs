@@ -11,7 +11,7 @@ use candle_nn::loss::cross_entropy;
 use candle_nn::{VarBuilder, VarMap};
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
-use selective_scan::nn::{Checkpoint, LanguageModel, LanguageModelConfig, Sampler, Sampling};
+use selective_scan::nn::{Checkpoint, LanguageModel, LanguageModelConfig, MambaConfig, Sampler, Sampling};
 
 use crate::checkpoint::{self, Curves, Run};
 use crate::data::{Corpus, Position, Windows};
@@ -39,8 +39,8 @@ pub fn run(arguments: &TrainArguments) -> Result<()> {
         corpus.held_out_bytes(),
         corpus.held_out.len(),
         parameters(&training.model),
-        training.model.config().n_layer,
-        training.model.config().mamba.d_model,
+        training.model.config().backbone.n_layer,
+        training.model.config().d_model(),
     );
     let ngrams: Vec<(usize, f64)> = (1..=Ngram::HIGHEST_ORDER)
         .map(|order| (order, Ngram::new(&corpus.train, order).bits_per_byte(&corpus.held_out)))
@@ -95,9 +95,12 @@ impl Training {
     }
 
     fn begin(options: &RunOptions, device: &Device) -> Result<Self> {
-        let mut config = LanguageModelConfig::new(256, options.layers.get(), options.d_model.get());
-        config.mamba.d_state = options.d_state.get();
-        config.mamba.seed = options.seed;
+        let mamba = MambaConfig {
+            d_state: options.d_state.get(),
+            seed: options.seed,
+            ..MambaConfig::new(options.d_model.get())
+        };
+        let config = LanguageModelConfig::with_mixer(256, options.layers.get(), mamba);
         let variables = VarMap::new();
         let model = LanguageModel::new(&config, VarBuilder::from_varmap(&variables, DType::F32, device))?;
         let run = Run {
@@ -117,7 +120,8 @@ impl Training {
         let mut optimizer = AdamW::new(&variables, run.options.weight_decay, run.options.clip)?;
         checkpoint::restore(checkpoint, &mut optimizer, run.step, device)?;
         let (config, options) = (model.config(), &run.options);
-        let got = [config.n_layer, config.mamba.d_model, config.mamba.d_state];
+        let d_state = config.backbone.mixer.as_mamba().map_or(0, |mamba| mamba.d_state);
+        let got = [config.backbone.n_layer, config.d_model(), d_state];
         if got != [options.layers, options.d_model, options.d_state].map(NonZeroUsize::get) {
             let name = checkpoint.display();
             return Err(format!("{name}: run.json describes another model than config.json").into());

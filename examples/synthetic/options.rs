@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 
 use candle_core::{Device, Error, Result};
 use clap::{Args, ValueEnum};
-use selective_scan::nn::LanguageModelConfig;
+use selective_scan::nn::{LanguageModelConfig, MambaConfig};
 
 /// The flags of both tasks. What is not given has the task's own default, or the paper's with `--paper`.
 #[derive(Debug, Clone, Args)]
@@ -191,11 +191,9 @@ impl Settings {
     }
 
     pub fn config(&self, kind: Kind) -> LanguageModelConfig {
-        let mut config = LanguageModelConfig::new(self.vocab, self.layers, self.d_model);
-        config.mamba.d_state = self.d_state;
-        config.mamba.seed = self.seed;
-        config.mamba.selective = kind == Kind::Selective;
-        config
+        let selective = kind == Kind::Selective;
+        let mamba = MambaConfig { d_state: self.d_state, seed: self.seed, selective, ..MambaConfig::new(self.d_model) };
+        LanguageModelConfig::with_mixer(self.vocab, self.layers, mamba)
     }
 
     /// The learning rate of a step, counted from 1.

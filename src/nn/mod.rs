@@ -1,6 +1,6 @@
 //! The Mamba block and a language model of such blocks, on candle's tensors.
 //!
-//! [`Mamba`] is the block: for whole sequences, packed ones, prompts in chunks, and token by token on a [`LayerCache`].
+//! [`Mamba`] is the block: for whole sequences, packed ones, prompts in chunks, and token by token on a [`MambaState`].
 //! [`LanguageModel`] stacks blocks between embeddings and a head; it is initialised as in the paper, trains with
 //! candle-nn's `VarMap` and optimizers, and reads and writes the checkpoints of Hugging Face and of state-spaces/mamba.
 //! [`Sampler`] chooses tokens.
@@ -91,29 +91,25 @@
 //!
 //! `VarMap`'s own `save` and `load` keep the variables of a training run, by the same names.
 
-mod block;
-mod cache;
 mod checkpoint;
-mod config;
-mod direction;
-mod embedding;
-mod json;
-mod language_model;
+mod counting;
+mod decode;
 mod layers;
-mod norm;
-mod parameters;
-mod sampler;
+mod mamba;
+mod model;
 
-pub use block::Mamba;
-pub use cache::{Cache, LayerCache};
-pub use checkpoint::{Checkpoint, Format, Naming, SaveOptions};
-pub use config::{LanguageModelConfig, MambaConfig, Norms};
-pub use language_model::LanguageModel;
-pub use sampler::{Sampler, Sampling};
+pub use checkpoint::{Checkpoint, CheckpointFormat, FileFormat, SaveOptions};
+pub use decode::{Cache, Sampler, Sampling};
+pub use layers::RmsNorm;
+pub use mamba::{Mamba, MambaConfig, MambaState, Norms};
+pub use model::{Backbone, BackboneConfig, LanguageModel, LanguageModelConfig, LayerState, Mixer, MixerConfig};
 
 use std::fmt::Display;
 
 use candle_core::{DType, Device, Result, Tensor};
+
+use crate::candle::check_pool;
+use crate::{Slots, count_sequences};
 
 /// This crate's error as candle's.
 fn wrap(error: crate::Error) -> candle_core::Error {
@@ -123,6 +119,18 @@ fn wrap(error: crate::Error) -> candle_core::Error {
 /// An argument that does not fit.
 fn argument(name: &'static str, expected: impl Display, got: impl Display) -> candle_core::Error {
     wrap(crate::Error::argument(name, expected, got))
+}
+
+/// Refuses types in which no model computes.
+fn check_model_dtype(dtype: DType) -> Result<DType> {
+    match dtype {
+        DType::F32 | DType::F16 | DType::BF16 => Ok(dtype),
+        other => Err(argument("dtype", "f32, f16 or bf16", other.as_str())),
+    }
+}
+
+fn check_eps(name: &'static str, eps: f64) -> Result<()> {
+    if eps >= 0.0 && eps.is_finite() { Ok(()) } else { Err(argument(name, "an epsilon of 0 or more", eps)) }
 }
 
 /// Refuses what does not fit in memory, by the name of the argument that asks for it: candle would panic or end the

@@ -17,7 +17,9 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use selective_scan::nn::{LanguageModel, LanguageModelConfig, Mamba, MambaConfig, Norms};
+use selective_scan::nn::{
+    Cache, LanguageModel, LanguageModelConfig, LayerState, Mamba, MambaConfig, MambaState, Norms,
+};
 
 use crate::case::seeded;
 
@@ -84,12 +86,27 @@ fn block(config: &MambaConfig, random: &mut StdRng) -> (Mamba, VarMap) {
 /// A model of two layers, with a vocabulary of 11.
 fn model(block: &MambaConfig, random: &mut StdRng) -> (LanguageModel, VarMap) {
     let mamba = MambaConfig { seed: random.random(), ..block.clone() };
-    let config = LanguageModelConfig { mamba, ..LanguageModelConfig::new(11, 2, block.d_model) };
+    let config = LanguageModelConfig::with_mixer(11, 2, mamba);
     let variables = VarMap::new();
     let build = || LanguageModel::new(&config, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu)).unwrap();
     build();
     shake(&variables, random);
     (build(), variables)
+}
+
+/// The configuration of a model's Mamba blocks.
+fn mamba(config: &LanguageModelConfig) -> &MambaConfig {
+    config.backbone.mixer.as_mamba().unwrap()
+}
+
+/// The same, to be changed.
+fn mamba_mut(config: &mut LanguageModelConfig) -> &mut MambaConfig {
+    config.backbone.mixer.as_mamba_mut().unwrap()
+}
+
+/// The states of a model's Mamba blocks.
+fn mamba_states(cache: &Cache) -> Vec<&MambaState> {
+    cache.layers().iter().map(|layer| LayerState::as_mamba(layer).unwrap()).collect()
 }
 
 fn ids(random: &mut StdRng, batch: usize, length: usize) -> Tensor {

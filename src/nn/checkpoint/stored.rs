@@ -19,7 +19,8 @@ use serde::Deserialize;
 use zip::ZipArchive;
 
 use super::folder::{Snapshot, is_plain};
-use super::{Format, at, pytorch};
+use super::names::{self, EMBEDDINGS, HEAD};
+use super::{FileFormat, at, pytorch};
 
 /// The tensors of a checkpoint, by the names that the model knows them by.
 pub(super) struct Stored {
@@ -100,7 +101,7 @@ struct Index {
 impl Stored {
     /// Opens the files of a checkpoint, of the first format and number that are there.
     pub fn open(snapshot: &Snapshot) -> Result<Self> {
-        for format in Format::ALL {
+        for format in FileFormat::ALL {
             if let Some((file, path)) = snapshot.open(&format.weights())? {
                 let mut stored = Self { files: Vec::new(), tensors: BTreeMap::new() };
                 let tensors = stored.add(format, file, &path)?;
@@ -111,7 +112,7 @@ impl Stored {
                 return Self::open_shards(snapshot, format, &text);
             }
         }
-        let names: Vec<_> = Format::ALL
+        let names: Vec<_> = FileFormat::ALL
             .iter()
             .flat_map(|format| [format.weights(), format.index()])
             .map(|name| format!("`{name}`"))
@@ -120,7 +121,7 @@ impl Stored {
     }
 
     /// Opens the files that an index names. It decides which of them a tensor is taken from.
-    fn open_shards(snapshot: &Snapshot, format: Format, index: &str) -> Result<Self> {
+    fn open_shards(snapshot: &Snapshot, format: FileFormat, index: &str) -> Result<Self> {
         let index_path = snapshot.folder().join(format.index());
         let Index { weight_map } = serde_json::from_str(index).map_err(|error| at(&index_path, error))?;
         let mut stored = Self { files: Vec::new(), tensors: BTreeMap::new() };
@@ -159,15 +160,15 @@ impl Stored {
     }
 
     /// Takes in a file, and gives what it has.
-    fn add(&mut self, format: Format, file: File, path: &Path) -> Result<Vec<Entry>> {
+    fn add(&mut self, format: FileFormat, file: File, path: &Path) -> Result<Vec<Entry>> {
         let index = self.files.len();
         let (reader, entries) = match format {
-            Format::Safetensors => {
+            FileFormat::Safetensors => {
                 let mut file = file;
                 let entries = safetensors_entries(&mut file, index).map_err(|error| at(path, error))?;
                 (Reader::Safetensors(file), entries)
             }
-            Format::PyTorch => {
+            FileFormat::PyTorch => {
                 let mut archive = ZipArchive::new(file).map_err(|error| at(path, error))?;
                 let entries = pytorch::entries(&mut archive, index).map_err(|error| at(path, error))?;
                 (Reader::PyTorch(archive), entries)
@@ -185,12 +186,9 @@ impl Stored {
 
     /// The tensors by the names that the model has for them.
     fn renamed(mut self, path: &Path) -> Result<Self> {
-        let plain: Vec<_> = self.tensors.keys().map(|name| without_wrappers(name)).collect();
-        let bare = !plain.iter().any(|name| name.starts_with(BACKBONE));
+        let names = names::in_model(self.tensors.keys());
         let mut renamed: BTreeMap<String, Entry> = BTreeMap::new();
-        for (name, entry) in plain.into_iter().zip(std::mem::take(&mut self.tensors).into_values()) {
-            let name = if bare && name != super::HEAD { format!("{BACKBONE}{name}") } else { name };
-            let name = if name == super::EMBEDDING { super::EMBEDDINGS.to_string() } else { name };
+        for (name, entry) in names.into_iter().zip(std::mem::take(&mut self.tensors).into_values()) {
             if let Some(other) = renamed.get(&name) {
                 return Err(at(path, format_args!("there are both `{}` and `{}`", other.name, entry.name)));
             }
@@ -213,9 +211,9 @@ impl Stored {
     /// # Errors
     /// Two that differ.
     pub fn tie(&mut self) -> Result<()> {
-        let Some(head) = self.tensors.remove(super::HEAD) else { return Ok(()) };
-        match self.tensors.get(super::EMBEDDINGS) {
-            None => drop(self.tensors.insert(super::EMBEDDINGS.into(), head)),
+        let Some(head) = self.tensors.remove(HEAD) else { return Ok(()) };
+        match self.tensors.get(EMBEDDINGS) {
+            None => drop(self.tensors.insert(EMBEDDINGS.into(), head)),
             Some(embeddings) if self.same(&head, embeddings)? => {}
             Some(embeddings) => {
                 let message =
@@ -299,14 +297,6 @@ impl Stored {
 
 /// Bytes that are compared at a time.
 const PIECE: usize = 1 << 20;
-const BACKBONE: &str = "backbone.";
-/// What PyTorch puts into names where a model is run on several devices, or is compiled.
-const WRAPPERS: [&str; 2] = ["module", "_orig_mod"];
-
-fn without_wrappers(name: &str) -> String {
-    let parts: Vec<_> = name.split('.').filter(|part| !WRAPPERS.contains(part)).collect();
-    parts.join(".")
-}
 
 /// Whether a type is one that weights have.
 fn is_number(dtype: DType) -> bool {

@@ -9,7 +9,7 @@ use {
     super::values,
     candle_core::Var,
     candle_nn::{VarBuilder, VarMap},
-    selective_scan::nn::{LayerCache, Mamba, MambaConfig},
+    selective_scan::nn::{Mamba, MambaConfig, MambaState},
 };
 
 fn zeros(shape: &[usize], dtype: DType) -> Tensor {
@@ -159,7 +159,7 @@ fn of_a_cache_made_by_hand() {
     let tokens = Tensor::ones((2, 1, 3), F32, device).expect("tokens");
     let ones = |shape: &[usize], dtype| Tensor::ones(shape, dtype, device).expect("a tensor");
     let (conv, ssm) = (|dtype| ones(&[2, rows, d_inner], dtype), |dtype| ones(&[2, d_inner, 5], dtype));
-    let good = LayerCache { conv: conv(F32), ssm: ssm(BF16) };
+    let good = MambaState { conv: conv(F32), ssm: ssm(BF16) };
     block.step(&tokens, &good, None).expect("this fits");
     block.prefill(&tokens, &good, None).expect("this fits");
     good.reset(Some(&[1])).expect("this fits");
@@ -167,28 +167,28 @@ fn of_a_cache_made_by_hand() {
     let one = ones(&[1, rows, d_inner], F32);
     let variable = Var::from_tensor(&ssm(F32)).expect("a copy");
     for (cache, message) in [
-        (LayerCache { conv: conv(F32), ssm: ssm(I64) }, "`cache.ssm`: expected dtype F32, F16 or BF16, got I64"),
-        (LayerCache { conv: conv(F64), ssm: ssm(F32) }, "`cache.conv`: expected dtype F32, F16 or BF16, got F64"),
+        (MambaState { conv: conv(F32), ssm: ssm(I64) }, "`cache.ssm`: expected dtype F32, F16 or BF16, got I64"),
+        (MambaState { conv: conv(F64), ssm: ssm(F32) }, "`cache.conv`: expected dtype F32, F16 or BF16, got F64"),
         (
-            LayerCache { conv: conv(F32), ssm: ones(&[], F32) },
+            MambaState { conv: conv(F32), ssm: ones(&[], F32) },
             "`cache.ssm`: expected shape (slots, d_inner, d_state), got []",
         ),
         (
-            LayerCache { conv: ones(&[], F32), ssm: ssm(F32) },
+            MambaState { conv: ones(&[], F32), ssm: ssm(F32) },
             "`cache.conv`: expected shape (slots, d_conv - 1, d_inner), got []",
         ),
-        (LayerCache { conv: conv(F32), ssm: exchanged(&[2, 5, d_inner]) }, "`cache.ssm`: expected a contiguous tensor"),
+        (MambaState { conv: conv(F32), ssm: exchanged(&[2, 5, d_inner]) }, "`cache.ssm`: expected a contiguous tensor"),
         (
-            LayerCache { conv: exchanged(&[2, d_inner, rows]), ssm: ssm(F32) },
+            MambaState { conv: exchanged(&[2, d_inner, rows]), ssm: ssm(F32) },
             "`cache.conv`: expected a contiguous tensor",
         ),
-        (LayerCache { conv: one.clone(), ssm: ssm(F32) }, "`cache.conv`: expected 2 slots, as `cache.ssm`, got 1"),
+        (MambaState { conv: one.clone(), ssm: ssm(F32) }, "`cache.conv`: expected 2 slots, as `cache.ssm`, got 1"),
         (
-            LayerCache { conv: one.broadcast_as((2, rows, d_inner)).expect("fits"), ssm: ssm(F32) },
+            MambaState { conv: one.broadcast_as((2, rows, d_inner)).expect("fits"), ssm: ssm(F32) },
             "`cache.conv`: expected strides that give every element a place of its own",
         ),
         (
-            LayerCache { conv: conv(F32), ssm: variable.as_tensor().clone() },
+            MambaState { conv: conv(F32), ssm: variable.as_tensor().clone() },
             "`cache.ssm`: expected a tensor outside of candle's graph",
         ),
     ] {
@@ -201,7 +201,7 @@ fn of_a_cache_made_by_hand() {
             "nothing is written: {message}"
         );
     }
-    let other = LayerCache { conv: conv(F32), ssm: ones(&[2, d_inner, 6], F32) };
+    let other = MambaState { conv: conv(F32), ssm: ones(&[2, d_inner, 6], F32) };
     refused(block.step(&tokens, &other, None), "`cache`: expected states of shapes");
     assert!(values(&other.conv).iter().all(|&x| x == 1.0), "nothing is written");
 }
@@ -223,7 +223,7 @@ fn of_both_kinds() {
     assert_eq!(argument(&error), Some("state"));
     #[cfg(feature = "nn")]
     {
-        let error = LayerCache::new(&MambaConfig::new(3), 1, DType::I64, &Device::Cpu).expect_err("a type");
+        let error = MambaState::new(&MambaConfig::new(3), 1, DType::I64, &Device::Cpu).expect_err("a type");
         assert_eq!(argument(&error), Some("dtype"));
     }
     assert_eq!(argument(&x.matmul(&a).and_then(|y| y.matmul(&a)).expect_err("candle's own")), None);

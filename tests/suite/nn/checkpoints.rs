@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss};
-use selective_scan::nn::{Checkpoint, LanguageModel, LanguageModelConfig, MambaConfig, Naming, Norms};
+use selective_scan::nn::{Checkpoint, CheckpointFormat, LanguageModel, LanguageModelConfig, MambaConfig, Norms};
 
-use super::{all_blocks, bits, causal_blocks, checkpoint, ids, model, random, refusal};
+use super::{all_blocks, bits, causal_blocks, checkpoint, ids, mamba_mut, model, random, refusal};
 
 /// A folder that is empty at first and gone at the end.
 struct Folder(PathBuf);
@@ -85,9 +85,9 @@ fn saved_and_loaded_is_the_same_model() {
             let config = LanguageModelConfig { tie_embeddings: tie, ..model.config().clone() };
             let vb = VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu);
             model = LanguageModel::new(&config, vb).unwrap();
-            for naming in [Naming::HuggingFace, Naming::StateSpaces] {
+            for naming in [CheckpointFormat::HuggingFace, CheckpointFormat::StateSpaces] {
                 let known = block.selective && !block.bidirectional && block.norms == Norms::None;
-                if naming == Naming::StateSpaces && !known {
+                if naming == CheckpointFormat::StateSpaces && !known {
                     let message = refusal(model.save(&folder.0, naming));
                     assert!(message.contains("state-spaces/mamba"), "{name}: {message}");
                     continue;
@@ -95,7 +95,7 @@ fn saved_and_loaded_is_the_same_model() {
                 model.save(&folder.0, naming).unwrap();
                 let loaded = LanguageModel::load(&folder.0, DType::F32, &Device::Cpu).unwrap();
                 let mut config = config.clone();
-                config.mamba.seed = 0; // a file does not have it
+                mamba_mut(&mut config).seed = 0; // a file does not have it
                 assert_eq!(*loaded.config(), config, "{name}, {naming:?}");
                 assert_eq!(named_bits(&loaded), named_bits(&model), "{name}, {naming:?}");
                 let ids = ids(&mut random, 2, 5);
@@ -111,7 +111,7 @@ fn a_half_model_keeps_its_bits() {
     let folder = Folder::new("half");
     for dtype in [DType::BF16, DType::F16] {
         let model = LanguageModel::load(checkpoint("falcon_mamba"), dtype, &Device::Cpu).unwrap();
-        model.save(&folder.0, Naming::HuggingFace).unwrap();
+        model.save(&folder.0, CheckpointFormat::HuggingFace).unwrap();
         let loaded = LanguageModel::load(&folder.0, dtype, &Device::Cpu).unwrap();
         assert_eq!(named_bits(&loaded), named_bits(&model));
         // And widened when it is loaded as f32.
@@ -127,7 +127,8 @@ fn a_half_model_keeps_its_bits() {
 #[test]
 fn names_of_either_library() {
     let folder = Folder::new("names");
-    for (source, naming) in [("mamba", Naming::HuggingFace), ("state_spaces", Naming::StateSpaces)] {
+    for (source, naming) in [("mamba", CheckpointFormat::HuggingFace), ("state_spaces", CheckpointFormat::StateSpaces)]
+    {
         let names = |folder: &Path| {
             let tensors = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
             let mut shapes: Vec<_> = tensors.into_iter().map(|(name, tensor)| (name, tensor.dims().to_vec())).collect();
@@ -281,16 +282,16 @@ fn what_is_wrong_with_a_checkpoint_is_said() {
 fn defaults_of_either_library() {
     let theirs = LanguageModelConfig::from_json(r#"{"model_type": "mamba"}"#).unwrap();
     let mut ours = LanguageModelConfig::new(50_280, 32, 768);
-    ours.rescale_prenorm_residual = false;
+    ours.backbone.rescale_prenorm_residual = false;
     ours.extra.extend(["bos_token_id", "eos_token_id", "pad_token_id"].map(|token| (token.into(), 0.into())));
     assert_eq!(theirs, ours);
     let falcon = r#"{"model_type": "falcon_mamba", "hidden_size": 64, "expand": 16, "intermediate_size": 128}"#;
-    let falcon = LanguageModelConfig::from_json(falcon).unwrap().mamba;
+    let falcon = MambaConfig::from_json(falcon).unwrap();
     assert_eq!((falcon.d_inner, falcon.norms), (128, Norms::Unweighted { eps: 1e-6 }));
     let theirs =
         r#"{"d_model": 768, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {"dt_rank": "auto", "d_state": 8}}"#;
     let mut ours = LanguageModelConfig::new(50_277, 24, 768);
     ours.pad_vocab_size_multiple = 8;
-    ours.mamba.d_state = 8;
+    mamba_mut(&mut ours).d_state = 8;
     assert_eq!(LanguageModelConfig::from_json(theirs).unwrap(), ours);
 }

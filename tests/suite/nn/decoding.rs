@@ -3,9 +3,11 @@
 use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 use rand::seq::SliceRandom;
-use selective_scan::nn::{Cache, LayerCache, MambaConfig};
+use selective_scan::nn::{Cache, MambaConfig, MambaState};
 
-use super::{SAME, all_blocks, assert_close, bits, block, causal_blocks, cuts, ids, model, random, refusal, tensor};
+use super::{
+    SAME, all_blocks, assert_close, bits, block, causal_blocks, cuts, ids, mamba_states, model, random, refusal, tensor,
+};
 
 #[test]
 fn chunked_prefill_is_one_pass() {
@@ -14,7 +16,7 @@ fn chunked_prefill_is_one_pass() {
         let (block, _) = block(&config, &mut random);
         let length = random.random_range(65..140);
         let x = tensor(&mut random, &[2, length, 12], 1.0);
-        let cache = LayerCache::new(&config, 2, DType::F32, &Device::Cpu).unwrap();
+        let cache = MambaState::new(&config, 2, DType::F32, &Device::Cpu).unwrap();
         let chunks: Vec<_> = cuts(&mut random, length)
             .windows(2)
             .map(|ends| {
@@ -33,7 +35,7 @@ fn steps_are_one_pass() {
         let (block, _) = block(&config, &mut random);
         let length = 24;
         let x = tensor(&mut random, &[2, length, 12], 1.0);
-        let cache = LayerCache::new(&config, 2, DType::F32, &Device::Cpu).unwrap();
+        let cache = MambaState::new(&config, 2, DType::F32, &Device::Cpu).unwrap();
         let first = random.random_range(1..5);
         let mut outs =
             vec![block.prefill(&x.narrow(1, 0, first).unwrap().contiguous().unwrap(), &cache, None).unwrap()];
@@ -74,7 +76,7 @@ fn a_model_decodes_what_it_reads_at_once() {
 
 /// The bits of every slot of every state.
 fn states(cache: &Cache) -> Vec<Vec<Vec<u32>>> {
-    let pools = cache.layers().iter().flat_map(|layer| [&layer.conv, &layer.ssm]);
+    let pools = mamba_states(cache).into_iter().flat_map(|layer| [&layer.conv, &layer.ssm]);
     pools.map(|pool| (0..cache.slots()).map(|slot| bits(&pool.get(slot).unwrap())).collect()).collect()
 }
 
@@ -87,15 +89,15 @@ fn slots_hold_sequences_of_their_own() {
         let whole = model.forward(&ids).unwrap();
         let cache = model.new_cache(6, DType::F32).unwrap();
         // States that a call must not touch are not zero, so that zeroing them would show.
-        for layer in cache.layers() {
+        for layer in mamba_states(&cache) {
             for pool in [&layer.conv, &layer.ssm] {
                 pool.slice_set(&tensor(&mut random, pool.dims(), 1.0), 0, 0).unwrap();
             }
         }
-        let mut order = [0, 1, 2, 3, 4, 5];
+        let mut order = [0i32, 1, 2, 3, 4, 5];
         order.shuffle(&mut random);
         // Row 1 is padding; the other two have slots anywhere.
-        let slots = [order[0] as i32, -1, order[1] as i32];
+        let slots = [order[0], -1, order[1]];
         cache.reset(Some(&order[..2])).unwrap();
         let before = states(&cache);
         let rows = Tensor::new(&[0u32, 2], &Device::Cpu).unwrap();
@@ -119,10 +121,13 @@ fn slots_hold_sequences_of_their_own() {
         }
         for (before, after) in before.iter().zip(states(&cache)) {
             for &slot in &order[2..] {
-                assert_eq!(before[slot], after[slot], "{name}: slot {slot} belongs to no row");
+                assert_eq!(before[slot as usize], after[slot as usize], "{name}: slot {slot} belongs to no row");
             }
             for &slot in &order[..2] {
-                assert_ne!(before[slot], after[slot], "{name}: slot {slot} is where a row's state goes");
+                assert_ne!(
+                    before[slot as usize], after[slot as usize],
+                    "{name}: slot {slot} is where a row's state goes"
+                );
             }
         }
         // A call with nothing but padding writes nothing at all.
@@ -204,7 +209,7 @@ fn a_bidirectional_block_does_not_decode() {
     let mut random = random();
     for (name, config) in all_blocks().into_iter().filter(|(_, config)| config.bidirectional) {
         let (block, _) = block(&config, &mut random);
-        let cache = LayerCache::new(&config, 1, DType::F32, &Device::Cpu).unwrap();
+        let cache = MambaState::new(&config, 1, DType::F32, &Device::Cpu).unwrap();
         let x = tensor(&mut random, &[1, 1, 12], 1.0);
         for message in [refusal(block.prefill(&x, &cache, None)), refusal(block.step(&x, &cache, None))] {
             assert!(message.contains("bidirectional"), "{name}: {message}");

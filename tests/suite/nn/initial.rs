@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device};
 use candle_nn::{VarBuilder, VarMap};
 use rand::Rng;
-use selective_scan::nn::{LanguageModel, LanguageModelConfig, MambaConfig};
+use selective_scan::nn::{LanguageModel, LanguageModelConfig};
 
-use super::{all_blocks, random, values};
+use super::{all_blocks, mamba_mut, random, values};
 
 /// The parameters of a new model, by name.
 fn new(config: &LanguageModelConfig) -> BTreeMap<String, Vec<f64>> {
@@ -23,7 +23,7 @@ fn new(config: &LanguageModelConfig) -> BTreeMap<String, Vec<f64>> {
 fn config(seed: u64) -> LanguageModelConfig {
     let mut config = LanguageModelConfig::new(300, 4, 64);
     config.tie_embeddings = false;
-    config.mamba.seed = seed;
+    mamba_mut(&mut config).seed = seed;
     config
 }
 
@@ -80,8 +80,9 @@ fn as_in_the_paper() {
 #[test]
 fn steps_respect_their_bounds_and_floor() {
     let mut config = config(random().random());
-    (config.mamba.dt_min, config.mamba.dt_max, config.mamba.dt_init_floor) = (0.01, 0.5, 0.05);
-    config.rescale_prenorm_residual = false;
+    let mamba = mamba_mut(&mut config);
+    (mamba.dt_min, mamba.dt_max, mamba.dt_init_floor) = (0.01, 0.5, 0.05);
+    config.backbone.rescale_prenorm_residual = false;
     let all = new(&config);
     let steps: Vec<_> = all["backbone.layers.1.mixer.dt_proj.bias"].iter().map(|bias| bias.exp().ln_1p()).collect();
     assert!(steps.iter().all(|step| (0.049999..=0.500001).contains(step)));
@@ -108,7 +109,7 @@ fn a_seed_is_a_model() {
 #[test]
 fn what_is_there_is_not_drawn_again() {
     for (name, block) in all_blocks() {
-        let config = LanguageModelConfig { mamba: block, ..LanguageModelConfig::new(11, 2, 12) };
+        let config = LanguageModelConfig::with_mixer(11, 2, block);
         let variables = VarMap::new();
         let build =
             |config| LanguageModel::new(config, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu)).unwrap();
@@ -119,7 +120,7 @@ fn what_is_there_is_not_drawn_again() {
         let before: BTreeMap<_, _> =
             variables.data().lock().unwrap().iter().map(|(name, variable)| (name.clone(), values(variable))).collect();
         let mut again = config.clone();
-        again.mamba = MambaConfig { seed: 1, ..again.mamba };
+        mamba_mut(&mut again).seed = 1;
         for (parameter, tensor) in build(&again).named_tensors() {
             assert_eq!(before[&parameter], values(&tensor), "{name}, {parameter}");
         }

@@ -25,7 +25,7 @@ fn model_on(config: &LanguageModelConfig, variables: &VarMap, dtype: DType) -> L
 /// Variables of `f32`, moved a little, and the configuration that they are of.
 fn variables(block: &MambaConfig, random: &mut StdRng) -> (LanguageModelConfig, VarMap) {
     let mamba = MambaConfig { seed: random.random(), ..block.clone() };
-    let config = LanguageModelConfig { mamba, tie_embeddings: false, ..LanguageModelConfig::new(11, 2, block.d_model) };
+    let config = LanguageModelConfig { tie_embeddings: false, ..LanguageModelConfig::with_mixer(11, 2, mamba) };
     let variables = VarMap::new();
     model_on(&config, &variables, DType::F32);
     shake(&variables, random);
@@ -200,13 +200,10 @@ fn the_gradient_of_embeddings_is_rounded_once() {
     let mut random = random();
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         let mamba = MambaConfig { d_inner: 8, d_state: 2, seed: random.random(), ..MambaConfig::new(4) };
-        let config = LanguageModelConfig {
-            mamba,
-            tie_embeddings: false,
-            // The gradient of the stream is then of the model's type.
-            residual_in_f32: dtype != DType::F16,
-            ..LanguageModelConfig::new(TOKENS, 1, 4)
-        };
+        let mut config =
+            LanguageModelConfig { tie_embeddings: false, ..LanguageModelConfig::with_mixer(TOKENS, 1, mamba) };
+        // The gradient of the stream is then of the model's type.
+        config.backbone.residual_in_f32 = dtype != DType::F16;
         let variables = VarMap::new();
         let model = model_on(&config, &variables, dtype);
         let embeddings = variables.data().lock().unwrap()["backbone.embeddings.weight"].clone();

@@ -3,7 +3,10 @@
 use candle_core::{DType, Tensor};
 use selective_scan::nn::MambaConfig;
 
-use super::{SAME, SAME_GRADIENTS, all_blocks, assert_close, block, causal_blocks, cuts, ids, model, random, tensor};
+use super::{
+    SAME, SAME_GRADIENTS, all_blocks, assert_close, block, causal_blocks, cuts, ids, mamba_states, model, random,
+    tensor,
+};
 
 #[test]
 fn a_block_and_its_gradients() {
@@ -72,7 +75,7 @@ fn prompts() {
                 alone = model.prefill(&prompt, &apart, None).unwrap();
             }
             assert_close(&logits.narrow(0, index, 1).unwrap(), &alone, SAME, name);
-            for (together, apart) in together.layers().iter().zip(apart.layers()) {
+            for (together, apart) in mamba_states(&together).into_iter().zip(mamba_states(&apart)) {
                 assert_close(&together.ssm.narrow(0, index + 1, 1).unwrap(), &apart.ssm, SAME, name);
                 assert_close(&together.conv.narrow(0, index + 1, 1).unwrap(), &apart.conv, SAME, name);
             }

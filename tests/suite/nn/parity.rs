@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap, loss};
-use selective_scan::nn::{Checkpoint, LanguageModel, LanguageModelConfig, Mamba, MambaConfig, Naming, Norms};
+use selective_scan::nn::{Checkpoint, CheckpointFormat, LanguageModel, LanguageModelConfig, Mamba, MambaConfig, Norms};
 
 use super::{checkpoint, relative_error};
 
@@ -61,7 +61,7 @@ fn logits_and_hidden_states() {
         bound.hold("logits", &model.forward(&ids).unwrap(), &expected["logits"]);
         let mut bound = Bound::new(format!("{name}: hidden states"), FORWARD);
         let hidden = model.hidden_states(&ids).unwrap();
-        assert_eq!(hidden.len(), model.config().n_layer + 1);
+        assert_eq!(hidden.len(), model.config().backbone.n_layer + 1);
         let (last, layers) = hidden.split_last().unwrap();
         for (index, state) in layers.iter().enumerate() {
             bound.hold(&format!("layer {index}"), state, &expected[&format!("hidden/{index}")]);
@@ -144,21 +144,21 @@ fn a_jamba_layer() {
 fn both_schemes_of_config_are_one_configuration() {
     let read = |name| Checkpoint::read(checkpoint(name), &Device::Cpu).unwrap();
     let (theirs, mut ours) = (read("state_spaces"), read("mamba"));
-    assert_eq!((theirs.naming, ours.naming), (Naming::StateSpaces, Naming::HuggingFace));
+    assert_eq!((theirs.format, ours.format), (CheckpointFormat::StateSpaces, CheckpointFormat::HuggingFace));
     // Only this one has a default of its own in each library.
-    assert!(theirs.config.rescale_prenorm_residual && !ours.config.rescale_prenorm_residual);
-    ours.config.rescale_prenorm_residual = true;
+    assert!(theirs.config.backbone.rescale_prenorm_residual && !ours.config.backbone.rescale_prenorm_residual);
+    ours.config.backbone.rescale_prenorm_residual = true;
     // That one pads the vocabulary, which this one has no word for, and this one has keys of its own.
     assert_eq!((theirs.config.vocab_size, theirs.config.padded_vocab_size()), (61, ours.config.vocab_size));
     (ours.config.vocab_size, ours.config.pad_vocab_size_multiple) = (61, 8);
     assert!(theirs.config.eos_token_ids().is_empty());
     assert_eq!(theirs.config, LanguageModelConfig { extra: theirs.config.extra.clone(), ..ours.config });
     let untied = read("mamba_untied").config;
-    let mamba = &untied.mamba;
-    assert_eq!((untied.vocab_size, untied.n_layer, untied.norm_eps), (50, 2, 1e-3));
+    let mamba = super::mamba(&untied);
+    assert_eq!((untied.vocab_size, untied.backbone.n_layer, untied.backbone.norm_eps), (50, 2, 1e-3));
     assert_eq!((mamba.d_inner, mamba.d_state, mamba.d_conv, mamba.dt_rank), (72, 5, 3, 7));
-    assert!(mamba.proj_bias && !mamba.conv_bias && !untied.tie_embeddings && !untied.residual_in_f32);
-    assert_eq!(read("falcon_mamba").config.mamba.norms, Norms::Unweighted { eps: 1e-4 });
+    assert!(mamba.proj_bias && !mamba.conv_bias && !untied.tie_embeddings && !untied.backbone.residual_in_f32);
+    assert_eq!(super::mamba(&read("falcon_mamba").config).norms, Norms::Unweighted { eps: 1e-4 });
 }
 
 /// A model of a half type rounds some ten times in each layer, by up to 2^-9 (bf16) or 2^-12 (f16) each time. Three layers

@@ -3,12 +3,12 @@
 use candle_core::{DType, Device, IndexOp, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use rand::Rng;
-use selective_scan::nn::{Cache, LanguageModel, LanguageModelConfig, LayerCache, Mamba, MambaConfig};
+use selective_scan::nn::{Cache, LanguageModel, LanguageModelConfig, Mamba, MambaConfig, MambaState};
 
-use super::{all_blocks, bits, block, causal_blocks, model, random, refusal, tensor};
+use super::{all_blocks, bits, block, causal_blocks, mamba_states, model, random, refusal, tensor};
 
 fn states(cache: &Cache) -> Vec<Vec<u32>> {
-    cache.layers().iter().flat_map(|layer| [bits(&layer.conv), bits(&layer.ssm)]).collect()
+    mamba_states(cache).into_iter().flat_map(|layer| [bits(&layer.conv), bits(&layer.ssm)]).collect()
 }
 
 /// Whether a call fails in naming the ids, each of the ways in which a model reads them, and leaves the states.
@@ -111,13 +111,13 @@ fn decoding_is_not_differentiable() {
                 assert!(gradients.get(variable).is_none(), "{name}, {call}: a gradient for {parameter}");
             }
         }
-        assert!(cache.layers().iter().all(|layer| !layer.conv.track_op() && !layer.ssm.track_op()), "{name}");
+        assert!(mamba_states(&cache).iter().all(|layer| !layer.conv.track_op() && !layer.ssm.track_op()), "{name}");
 
         // A block, also where only its input is tracked.
         let (block, variables) = block(&config, &mut random);
         let x = Var::from_tensor(&tensor(&mut random, &[2, 3, 12], 1.0)).unwrap();
         for block in [&block, &block.detach().unwrap()] {
-            let cache = LayerCache::new(&config, 2, DType::F32, &Device::Cpu).unwrap();
+            let cache = MambaState::new(&config, 2, DType::F32, &Device::Cpu).unwrap();
             let outs = [
                 block.prefill(&x, &cache, None).unwrap(),
                 block.prefill_packed(&x.reshape((1, 6, 12)).unwrap(), &[0, 2, 6], &cache, None).unwrap(),
@@ -159,7 +159,7 @@ fn calls_without_tokens() {
                 }
                 assert!(refusal(model.forward_packed(&empty(&[1, 0]), &[0, 1])).contains("cu_seqlens"), "{name}");
                 assert!(refusal(model.forward_packed(&empty(&[1, 0]), &[])).contains("cu_seqlens"), "{name}");
-                if config.mamba.bidirectional {
+                if super::mamba(&config).bidirectional {
                     continue;
                 }
                 let (none, some) = (model.new_cache(0, DType::F32).unwrap(), model.new_cache(2, DType::F32).unwrap());
@@ -196,7 +196,7 @@ fn blocks_without_steps() {
             let out = block.forward(&empty(batch, length)).unwrap();
             assert_eq!(out.dims(), [batch, length, 12], "{name}");
             if !config.bidirectional {
-                let cache = LayerCache::new(&config, batch, DType::F32, &Device::Cpu).unwrap();
+                let cache = MambaState::new(&config, batch, DType::F32, &Device::Cpu).unwrap();
                 for out in [
                     block.prefill(&empty(batch, length), &cache, None).unwrap(),
                     block.step(&empty(batch, length), &cache, None).unwrap(),
@@ -228,7 +228,7 @@ fn sizes_beyond_memory_are_refused() {
         let block = MambaConfig::new(size);
         refused(&|vb| Mamba::new(&block, vb).map(|_| ()), &["d_model"]);
         refused(&|vb| LanguageModel::new(&LanguageModelConfig::new(5, 1, size), vb).map(|_| ()), &["d_model"]);
-        let message = LayerCache::new(&block, 1 << 40, DType::F32, &Device::Cpu).map(|_| ());
+        let message = MambaState::new(&block, 1 << 40, DType::F32, &Device::Cpu).map(|_| ());
         assert!(["d_model", "slots"].iter().any(|word| refusal_of(&message).contains(word)));
     }
     for size in [usize::MAX, usize::MAX / 2, 1 << 62, 1 << 44] {
@@ -241,15 +241,15 @@ fn sizes_beyond_memory_are_refused() {
         ] {
             refused(&|vb| Mamba::new(&block, vb).map(|_| ()), &["d_inner"]);
         }
-        let model = LanguageModelConfig { mamba: base.clone(), ..LanguageModelConfig::new(5, 1, 8) };
+        let model = LanguageModelConfig::with_mixer(5, 1, base.clone());
         let vocabulary = LanguageModelConfig { vocab_size: size, ..model.clone() };
         refused(&|vb| LanguageModel::new(&vocabulary, vb).map(|_| ()), &["vocab_size"]);
-        let layers = LanguageModelConfig { n_layer: size, ..model.clone() };
+        let layers = LanguageModelConfig::with_mixer(5, size, base.clone());
         let variables = VarMap::new();
         let vb = VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu);
         assert!(refusal(LanguageModel::new(&layers, vb)).contains("n_layer"));
         assert!(variables.all_vars().is_empty());
-        let message = LayerCache::new(&base, size, DType::F32, &Device::Cpu).map(|_| ());
+        let message = MambaState::new(&base, size, DType::F32, &Device::Cpu).map(|_| ());
         assert!(refusal_of(&message).contains("slots"), "{size}");
     }
 }
@@ -280,9 +280,9 @@ fn caches_that_do_not_fit_are_refused() {
     let config = causal_blocks()[0].1.clone();
     let (block, _) = block(&config, &mut random);
     let x = tensor(&mut random, &[2, 1, 12], 1.0);
-    let good = LayerCache::new(&config, 2, DType::F32, &Device::Cpu).unwrap();
+    let good = MambaState::new(&config, 2, DType::F32, &Device::Cpu).unwrap();
     block.prefill(&x, &good, None).unwrap();
-    let refused = |cache: LayerCache, word: &str| {
+    let refused = |cache: MambaState, word: &str| {
         let before = (bits(&cache.conv), bits(&cache.ssm));
         for message in [
             refusal(block.prefill(&x, &cache, None)),
@@ -294,27 +294,27 @@ fn caches_that_do_not_fit_are_refused() {
         assert_eq!(before, (bits(&cache.conv), bits(&cache.ssm)));
     };
     for dtype in [DType::I64, DType::F64, DType::U8] {
-        refused(LayerCache { ssm: good.ssm.to_dtype(dtype).unwrap(), ..good.clone() }, "`cache.ssm`");
-        refused(LayerCache { conv: good.conv.to_dtype(dtype).unwrap(), ..good.clone() }, "`cache.conv`");
+        refused(MambaState { ssm: good.ssm.to_dtype(dtype).unwrap(), ..good.clone() }, "`cache.ssm`");
+        refused(MambaState { conv: good.conv.to_dtype(dtype).unwrap(), ..good.clone() }, "`cache.conv`");
     }
     let scalar = Tensor::new(1f32, &Device::Cpu).unwrap();
-    refused(LayerCache { ssm: scalar.clone(), ..good.clone() }, "(slots, d_inner, d_state)");
-    refused(LayerCache { conv: scalar.clone(), ssm: scalar.clone() }, "(slots, d_conv - 1, d_inner)");
-    assert_eq!(LayerCache { conv: scalar.clone(), ssm: scalar }.slots(), 0);
+    refused(MambaState { ssm: scalar.clone(), ..good.clone() }, "(slots, d_inner, d_state)");
+    refused(MambaState { conv: scalar.clone(), ssm: scalar.clone() }, "(slots, d_conv - 1, d_inner)");
+    assert_eq!(MambaState { conv: scalar.clone(), ssm: scalar }.slots(), 0);
     let turned = |t: &Tensor| t.transpose(1, 2).unwrap().contiguous().unwrap().transpose(1, 2).unwrap();
-    refused(LayerCache { ssm: turned(&good.ssm), ..good.clone() }, "contiguous");
-    refused(LayerCache { conv: turned(&good.conv), ..good.clone() }, "contiguous");
-    let half = LayerCache { ssm: turned(&good.ssm), ..good.clone() };
+    refused(MambaState { ssm: turned(&good.ssm), ..good.clone() }, "contiguous");
+    refused(MambaState { conv: turned(&good.conv), ..good.clone() }, "contiguous");
+    let half = MambaState { ssm: turned(&good.ssm), ..good.clone() };
     let before = bits(&half.conv);
     assert!(refusal(half.reset(Some(&[0]))).contains("contiguous"));
     assert_eq!(before, bits(&half.conv));
     let variable = Var::from_tensor(&good.ssm).unwrap();
-    refused(LayerCache { ssm: variable.as_tensor().clone(), ..good.clone() }, "detach");
-    refused(LayerCache { ssm: (variable.as_tensor() * 1.0).unwrap(), ..good.clone() }, "detach");
-    let narrow = LayerCache { ssm: good.ssm.narrow(0, 0, 1).unwrap(), ..good.clone() };
+    refused(MambaState { ssm: variable.as_tensor().clone(), ..good.clone() }, "detach");
+    refused(MambaState { ssm: (variable.as_tensor() * 1.0).unwrap(), ..good.clone() }, "detach");
+    let narrow = MambaState { ssm: good.ssm.narrow(0, 0, 1).unwrap(), ..good.clone() };
     refused(narrow, "slots");
     // States of two types are two types.
-    let mixed = LayerCache { ssm: good.ssm.to_dtype(DType::BF16).unwrap(), ..good };
+    let mixed = MambaState { ssm: good.ssm.to_dtype(DType::BF16).unwrap(), ..good };
     block.step(&x, &mixed, None).unwrap();
 }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss};
-use selective_scan::nn::{LanguageModel, LanguageModelConfig, Mamba, MambaConfig, Naming, Norms};
+use selective_scan::nn::{CheckpointFormat, LanguageModel, LanguageModelConfig, Mamba, MambaConfig, Norms};
 
 use super::{SAME, all_blocks, assert_close, bits, block, ids, model, random, refusal, relative_error, tensor, values};
 
@@ -107,12 +107,12 @@ fn two_directions_are_two_blocks() {
 #[test]
 fn averaging_is_written_and_read() {
     let mamba = MambaConfig { bidirectional: true, average_directions: true, ..MambaConfig::new(8) };
-    let config = LanguageModelConfig { mamba, ..LanguageModelConfig::new(5, 1, 8) };
-    let text = config.to_json(Naming::HuggingFace).unwrap();
+    let config = LanguageModelConfig::with_mixer(5, 1, mamba);
+    let text = config.to_json(CheckpointFormat::HuggingFace).unwrap();
     assert_eq!(LanguageModelConfig::from_json(&text).unwrap(), config);
     let without: String = text.lines().filter(|line| !line.contains("average_directions")).collect();
-    assert!(!LanguageModelConfig::from_json(&without).unwrap().mamba.average_directions, "off where it is not said");
-    refusal(config.to_json(Naming::StateSpaces));
+    assert!(!MambaConfig::from_json(&without).unwrap().average_directions, "off where it is not said");
+    refusal(config.to_json(CheckpointFormat::StateSpaces));
 }
 
 /// A time-invariant block is the convolution with the kernel Σ_n C_n exp(Δ A_n)^t Δ B_n of its input, written here with
@@ -224,10 +224,12 @@ fn sizes_that_make_no_model_are_refused() {
     let norms = Norms::Weighted { eps: 1e-6 };
     refused(MambaConfig { norms, selective: false, ..base.clone() }, "`norms`");
     refused(MambaConfig { norms: Norms::Unweighted { eps: -1.0 }, ..base }, "`norms`");
+    let mut not_a_norm = LanguageModelConfig::new(5, 1, 8);
+    not_a_norm.backbone.norm_eps = f64::NAN;
     for (config, word) in [
         (LanguageModelConfig::new(0, 1, 8), "`vocab_size`"),
         (LanguageModelConfig::new(5, 0, 8), "`n_layer`"),
-        (LanguageModelConfig { norm_eps: f64::NAN, ..LanguageModelConfig::new(5, 1, 8) }, "`norm_eps`"),
+        (not_a_norm, "`norm_eps`"),
     ] {
         let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
         assert!(refusal(LanguageModel::new(&config, vb)).contains(word));

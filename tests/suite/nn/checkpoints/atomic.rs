@@ -9,7 +9,7 @@ use std::time::Duration;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use rand::Rng;
-use selective_scan::nn::{Format, LanguageModel, LanguageModelConfig, Naming, SaveOptions};
+use selective_scan::nn::{CheckpointFormat, FileFormat, LanguageModel, LanguageModelConfig, SaveOptions};
 
 use super::super::{random, refusal};
 use super::Folder;
@@ -18,7 +18,7 @@ use super::Folder;
 /// version to the next but one, and so do the files.
 fn version(version: usize) -> (LanguageModel, SaveOptions) {
     let mut config = LanguageModelConfig::new(64, 1 + version / 2 % 2, 16);
-    config.norm_eps = version as f64 * 1e-6;
+    config.backbone.norm_eps = version as f64 * 1e-6;
     let variables = candle_nn::VarMap::new();
     let build = || LanguageModel::new(&config, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu)).unwrap();
     build();
@@ -26,9 +26,9 @@ fn version(version: usize) -> (LanguageModel, SaveOptions) {
         variable.set(&Tensor::full(version as f32, variable.shape(), &Device::Cpu).unwrap()).unwrap();
     }
     let options = SaveOptions {
-        format: if version % 5 == 4 { Format::PyTorch } else { Format::Safetensors },
+        file: if version % 5 == 4 { FileFormat::PyTorch } else { FileFormat::Safetensors },
         max_shard_size: (version % 3 == 2).then_some(6000),
-        ..SaveOptions::new(Naming::HuggingFace)
+        ..SaveOptions::new(CheckpointFormat::HuggingFace)
     };
     (build(), options)
 }
@@ -42,8 +42,8 @@ fn save(folder: &Path, number: usize) -> Result<()> {
 #[track_caller]
 fn load(folder: &Path) -> usize {
     let model = LanguageModel::load(folder, DType::F32, &Device::Cpu).unwrap();
-    let number = (model.config().norm_eps * 1e6).round() as usize;
-    assert_eq!(model.config().n_layer, 1 + number / 2 % 2);
+    let number = (model.config().backbone.norm_eps * 1e6).round() as usize;
+    assert_eq!(model.config().backbone.n_layer, 1 + number / 2 % 2);
     for (name, tensor) in model.named_tensors() {
         let values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
         assert!(values.iter().all(|&value| value == number as f32), "{name} of another version than {number}");
@@ -232,9 +232,9 @@ fn an_error_changes_nothing() {
     fs::write(folder.0.join("file"), "").unwrap();
     assert!(refusal(save(&folder.0.join("file/deep"), 1)).contains("file"));
     let (model, _) = version(1);
-    let bad = SaveOptions { max_shard_size: Some(0), ..SaveOptions::new(Naming::HuggingFace) };
+    let bad = SaveOptions { max_shard_size: Some(0), ..SaveOptions::new(CheckpointFormat::HuggingFace) };
     refusal(model.save_with(folder.0.join("a/b/c"), &bad));
-    refusal(model.save(folder.0.join("a/b/c"), Naming::StateSpaces));
+    refusal(model.save(folder.0.join("a/b/c"), CheckpointFormat::StateSpaces));
     assert!(!folder.0.join("a").exists());
 }
 

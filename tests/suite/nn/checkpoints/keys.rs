@@ -5,11 +5,12 @@ use std::fs;
 use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 use selective_scan::nn::{
-    Checkpoint, LanguageModel, LanguageModelConfig, MambaConfig, Naming, Norms, Sampler, Sampling, SaveOptions,
+    Checkpoint, CheckpointFormat, LanguageModel, LanguageModelConfig, MambaConfig, Norms, Sampler, Sampling,
+    SaveOptions,
 };
 use serde_json::{Map, Value};
 
-use super::super::{checkpoint, random, refusal};
+use super::super::{checkpoint, mamba, mamba_mut, random, refusal};
 use super::{Folder, named_bits};
 
 fn keys(folder: &Folder) -> Map<String, Value> {
@@ -18,7 +19,7 @@ fn keys(folder: &Folder) -> Map<String, Value> {
 
 fn of_width(d_model: usize, d_inner: usize) -> LanguageModelConfig {
     let mamba = MambaConfig { d_inner, ..MambaConfig::new(d_model) };
-    LanguageModelConfig { mamba, ..LanguageModelConfig::new(11, 1, d_model) }
+    LanguageModelConfig::with_mixer(11, 1, mamba)
 }
 
 /// transformers refuses an `expand` of `2.0`, and knows no `d_inner` that `expand` does not say.
@@ -27,8 +28,8 @@ fn transformers_gets_an_integer_or_is_not_addressed() {
     for norms in [Norms::None, Norms::Unweighted { eps: 1e-6 }] {
         for (d_model, d_inner) in (1..=24).flat_map(|d_model| (1..=72).map(move |d_inner| (d_model, d_inner))) {
             let mut config = of_width(d_model, d_inner);
-            config.mamba.norms = norms;
-            let text = config.to_json(Naming::HuggingFace).unwrap();
+            mamba_mut(&mut config).norms = norms;
+            let text = config.to_json(CheckpointFormat::HuggingFace).unwrap();
             let keys: Map<String, Value> = serde_json::from_str(&text).unwrap();
             let known = keys["model_type"] != "selective_scan";
             assert_eq!(known, d_inner % d_model == 0, "{text}");
@@ -36,7 +37,7 @@ fn transformers_gets_an_integer_or_is_not_addressed() {
                 assert_eq!(keys["expand"].as_u64(), Some((d_inner / d_model) as u64), "{text}");
             }
             let again = LanguageModelConfig::from_json(&text).unwrap();
-            assert_eq!(again.mamba, config.mamba, "{text}");
+            assert_eq!(mamba(&again), mamba(&config), "{text}");
         }
     }
 }
@@ -46,9 +47,11 @@ fn transformers_gets_an_integer_or_is_not_addressed() {
 fn loaded_weights_are_not_to_be_rescaled() {
     for (norms, bidirectional) in [(Norms::None, false), (Norms::Unweighted { eps: 1e-6 }, false), (Norms::None, true)]
     {
-        let mut config = LanguageModelConfig { rescale_prenorm_residual: true, ..of_width(8, 16) };
-        (config.mamba.norms, config.mamba.bidirectional) = (norms, bidirectional);
-        let text = config.to_json(Naming::HuggingFace).unwrap();
+        let mut config = of_width(8, 16);
+        config.backbone.rescale_prenorm_residual = true;
+        let mamba = mamba_mut(&mut config);
+        (mamba.norms, mamba.bidirectional) = (norms, bidirectional);
+        let text = config.to_json(CheckpointFormat::HuggingFace).unwrap();
         let keys: Map<String, Value> = serde_json::from_str(&text).unwrap();
         assert_eq!(keys["rescale_prenorm_residual"], keys["model_type"] == "selective_scan", "{text}");
     }
@@ -58,13 +61,13 @@ fn loaded_weights_are_not_to_be_rescaled() {
 fn state_spaces_has_every_width() {
     let mut fractions = 0;
     for (d_model, d_inner) in (1..=40).flat_map(|d_model| (1..=120).map(move |d_inner| (d_model, d_inner))) {
-        let text = of_width(d_model, d_inner).to_json(Naming::StateSpaces).unwrap();
+        let text = of_width(d_model, d_inner).to_json(CheckpointFormat::StateSpaces).unwrap();
         let keys: Map<String, Value> = serde_json::from_str(&text).unwrap();
         let expand = &keys["ssm_cfg"]["expand"];
         // As that repository does: int(expand * d_model).
         assert_eq!((expand.as_f64().unwrap() * d_model as f64) as usize, d_inner, "{text}");
         fractions += usize::from(!expand.is_u64());
-        assert_eq!(LanguageModelConfig::from_json(&text).unwrap().mamba.d_inner, d_inner, "{text}");
+        assert_eq!(MambaConfig::from_json(&text).unwrap().d_inner, d_inner, "{text}");
     }
     assert!(fractions > 1000);
 }
@@ -76,12 +79,18 @@ fn numbers_keep_their_bits() {
     for _ in 0..2000 {
         let mut draw = || f64::from_bits(random.random_range(1e-9f64.to_bits()..1e-2f64.to_bits()));
         let mut config = of_width(8, 16);
-        config.norm_eps = draw();
-        config.mamba.norms = Norms::Unweighted { eps: draw() };
-        (config.mamba.dt_min, config.mamba.dt_scale, config.mamba.dt_init_floor) = (draw(), draw(), draw());
-        let again = LanguageModelConfig::from_json(&config.to_json(Naming::HuggingFace).unwrap()).unwrap();
-        assert_eq!(again.norm_eps.to_bits(), config.norm_eps.to_bits(), "{:e}", config.norm_eps);
-        assert_eq!(again.mamba, config.mamba);
+        config.backbone.norm_eps = draw();
+        let drawn = mamba_mut(&mut config);
+        drawn.norms = Norms::Unweighted { eps: draw() };
+        (drawn.dt_min, drawn.dt_scale, drawn.dt_init_floor) = (draw(), draw(), draw());
+        let again = LanguageModelConfig::from_json(&config.to_json(CheckpointFormat::HuggingFace).unwrap()).unwrap();
+        assert_eq!(
+            again.backbone.norm_eps.to_bits(),
+            config.backbone.norm_eps.to_bits(),
+            "{:e}",
+            config.backbone.norm_eps
+        );
+        assert_eq!(mamba(&again), mamba(&config));
     }
 }
 
@@ -105,7 +114,7 @@ fn what_a_config_says_beside_is_kept() {
     let model = LanguageModel::load(&source.0, DType::BF16, &Device::Cpu).unwrap();
     let config = model.config();
     assert_eq!((config.eos_token_ids(), config.bos_token_id(), config.pad_token_id()), (vec![7, 9], Some(3), None));
-    model.save(&target.0, Naming::HuggingFace).unwrap();
+    model.save(&target.0, CheckpointFormat::HuggingFace).unwrap();
     let mut after = keys(&target);
     // Which type the weights have is said to the transformers of any version.
     for key in ["dtype", "torch_dtype"] {
@@ -114,7 +123,7 @@ fn what_a_config_says_beside_is_kept() {
     for (key, value) in &before {
         assert!(key == "dtype" || after.get(key) == Some(value), "{key}: {value}, then {:?}", after.get(key));
     }
-    let text = LanguageModelConfig::new(11, 1, 8).to_json(Naming::HuggingFace).unwrap();
+    let text = LanguageModelConfig::new(11, 1, 8).to_json(CheckpointFormat::HuggingFace).unwrap();
     assert!(!text.contains("dtype"), "{text}");
 
     // A model of ours has no special tokens, and says so: transformers takes token 0 for them where nothing is said.
@@ -136,7 +145,7 @@ fn state_spaces_gets_its_own_keys_only() {
     });
     let mut config = LanguageModel::load(&source.0, DType::F32, &Device::Cpu).unwrap().config().clone();
     config.extra.insert("somebody_elses".into(), 1.into());
-    fs::write(target.0.join("config.json"), config.to_json(Naming::StateSpaces).unwrap()).unwrap();
+    fs::write(target.0.join("config.json"), config.to_json(CheckpointFormat::StateSpaces).unwrap()).unwrap();
     let after = keys(&target);
     assert_eq!((&after["fused_add_norm"], &after["attn_cfg"]), (&false.into(), &serde_json::json!({})));
     assert_eq!(after["ssm_cfg"]["use_fast_path"], false);
@@ -149,12 +158,12 @@ fn state_spaces_gets_its_own_keys_only() {
 fn the_padding_of_a_vocabulary_is_kept() {
     let folder = Folder::new("padded");
     let model = LanguageModel::load(checkpoint("state_spaces"), DType::F32, &Device::Cpu).unwrap();
-    for naming in [Naming::StateSpaces, Naming::HuggingFace, Naming::StateSpaces] {
+    for naming in [CheckpointFormat::StateSpaces, CheckpointFormat::HuggingFace, CheckpointFormat::StateSpaces] {
         model.save(&folder.0, naming).unwrap();
         let (keys, name) = (keys(&folder), "vocab_size");
         match naming {
             // transformers wants as many as there are rows.
-            Naming::HuggingFace => assert_eq!(keys[name], 64),
+            CheckpointFormat::HuggingFace => assert_eq!(keys[name], 64),
             _ => assert_eq!((&keys[name], &keys["pad_vocab_size_multiple"]), (&61.into(), &8.into())),
         }
         let loaded = LanguageModel::load(&folder.0, DType::F32, &Device::Cpu).unwrap();
@@ -203,7 +212,7 @@ fn embeddings_without_the_padding() {
     let mut config = LanguageModelConfig::new(61, 1, 8);
     for (tokens, multiple) in [(61, 0), (usize::MAX, 8)] {
         (config.vocab_size, config.pad_vocab_size_multiple) = (tokens, multiple);
-        let message = refusal(config.to_json(Naming::StateSpaces));
+        let message = refusal(config.to_json(CheckpointFormat::StateSpaces));
         assert!(message.contains("vocab_size"), "{message}");
     }
 }
@@ -216,14 +225,14 @@ fn nothing_is_said() {
             "time_step_rank": null, "hidden_act": null, "quantization_config": null, "eos_token_id": null}"#,
     );
     let theirs = theirs.unwrap();
-    assert_eq!(theirs.mamba, MambaConfig::new(768));
+    assert_eq!(*mamba(&theirs), MambaConfig::new(768));
     // Of this one, `null` says that there is none.
     assert!(theirs.eos_token_ids().is_empty());
     let theirs = LanguageModelConfig::from_json(
         r#"{"d_model": 32, "n_layer": 2, "vocab_size": 64, "ssm_cfg": null, "attn_layer_idx": null,
             "rms_norm": null, "pad_vocab_size_multiple": null, "attn_cfg": null}"#,
     );
-    assert_eq!(theirs.unwrap().mamba, MambaConfig::new(32));
+    assert_eq!(*mamba(&theirs.unwrap()), MambaConfig::new(32));
     let jamba = MambaConfig::from_json(r#"{"model_type": "jamba", "hidden_size": 64}"#).unwrap();
     assert_eq!(jamba, MambaConfig { norms: Norms::Weighted { eps: 1e-6 }, ..MambaConfig::new(64) });
 }
@@ -251,11 +260,11 @@ fn companions_go_along() {
     fs::write(target.0.join("notes.txt"), "mine").unwrap();
     let read = Checkpoint::read(&source.0, &Device::Cpu).unwrap();
     let model = read.model(DType::F32).unwrap();
-    read.save(&model, &target.0, &SaveOptions::new(Naming::HuggingFace)).unwrap();
+    read.save(&model, &target.0, &SaveOptions::new(CheckpointFormat::HuggingFace)).unwrap();
     let text = |name: &str| fs::read_to_string(target.0.join(name)).unwrap();
     assert_eq!(["tokenizer.json", "generation_config.json"].map(text), ["tokenizer.json", "generation_config.json"]);
     assert_eq!(text("notes.txt"), "mine");
     // Into its own folder too.
-    read.save(&model, &source.0, &SaveOptions::new(Naming::HuggingFace)).unwrap();
+    read.save(&model, &source.0, &SaveOptions::new(CheckpointFormat::HuggingFace)).unwrap();
     assert_eq!(fs::read_to_string(source.0.join("tokenizer.json")).unwrap(), "tokenizer.json");
 }

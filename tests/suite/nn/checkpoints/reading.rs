@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarMap;
-use selective_scan::nn::{Checkpoint, Format, LanguageModel, LanguageModelConfig, Naming, SaveOptions};
+use selective_scan::nn::{Checkpoint, CheckpointFormat, FileFormat, LanguageModel, LanguageModelConfig, SaveOptions};
 
 use super::super::{checkpoint, model, random, refusal};
 use super::{Folder, named_bits};
@@ -150,21 +150,25 @@ fn every_format_is_read_as_it_was_written() {
     let mut random = random();
     let folder = Folder::new("formats");
     let (mut model, variables) = model(&super::super::causal_blocks()[0].1, &mut random);
-    for (naming, tie) in [(Naming::HuggingFace, true), (Naming::StateSpaces, true), (Naming::StateSpaces, false)] {
+    for (naming, tie) in [
+        (CheckpointFormat::HuggingFace, true),
+        (CheckpointFormat::StateSpaces, true),
+        (CheckpointFormat::StateSpaces, false),
+    ] {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             model = untie(&model, &variables, tie, dtype);
-            for format in [Format::Safetensors, Format::PyTorch] {
+            for format in [FileFormat::Safetensors, FileFormat::PyTorch] {
                 for max_shard_size in [None, Some(1), Some(2000), Some(usize::MAX)] {
                     let what = format!("{naming:?}, {format:?}, {dtype:?}, {max_shard_size:?}");
-                    let options = SaveOptions { format, max_shard_size, ..SaveOptions::new(naming) };
+                    let options = SaveOptions { file: format, max_shard_size, ..SaveOptions::new(naming) };
                     // Each over the one before: of that nothing may be left.
                     model.save_with(&folder.0, &options).unwrap();
                     let loaded = LanguageModel::load(&folder.0, dtype, &Device::Cpu).unwrap();
                     assert_eq!(named_bits(&loaded), named_bits(&model), "{what}");
                     let read = Checkpoint::read(&folder.0, &Device::Cpu).unwrap();
-                    assert_eq!(read.naming, naming);
+                    assert_eq!(read.format, naming);
                     assert_eq!(named_bits(&read.model(dtype).unwrap()), named_bits(&model), "{what}");
-                    let extension = if format == Format::PyTorch { ".bin" } else { ".safetensors" };
+                    let extension = if format == FileFormat::PyTorch { ".bin" } else { ".safetensors" };
                     for name in folder.names() {
                         let known = name == "config.json" || name.contains(extension);
                         assert!(known, "{what} has left {name}");
@@ -175,7 +179,7 @@ fn every_format_is_read_as_it_was_written() {
             }
         }
     }
-    let options = SaveOptions { max_shard_size: Some(0), ..SaveOptions::new(Naming::HuggingFace) };
+    let options = SaveOptions { max_shard_size: Some(0), ..SaveOptions::new(CheckpointFormat::HuggingFace) };
     assert!(refusal(model.save_with(&folder.0, &options)).contains("max_shard_size"));
 }
 
@@ -193,15 +197,17 @@ fn untie(model: &LanguageModel, variables: &VarMap, tie: bool, dtype: DType) -> 
 fn broken_files_are_refused() {
     let folder = Folder::new("broken");
     let model = LanguageModel::load(checkpoint("mamba"), DType::F32, &Device::Cpu).unwrap();
-    for format in [Format::Safetensors, Format::PyTorch] {
-        model.save_with(&folder.0, &SaveOptions { format, ..SaveOptions::new(Naming::HuggingFace) }).unwrap();
-        let name = if format == Format::PyTorch { "pytorch_model.bin" } else { "model.safetensors" };
+    for format in [FileFormat::Safetensors, FileFormat::PyTorch] {
+        model
+            .save_with(&folder.0, &SaveOptions { file: format, ..SaveOptions::new(CheckpointFormat::HuggingFace) })
+            .unwrap();
+        let name = if format == FileFormat::PyTorch { "pytorch_model.bin" } else { "model.safetensors" };
         let (path, bytes) = (folder.0.join(name), fs::read(folder.0.join(name)).unwrap());
         for length in [0, 1, 7, 8, 9, 100, 1000, bytes.len() / 2, bytes.len() - 1] {
             fs::write(&path, &bytes[..length]).unwrap();
             assert!(folder.refusal().contains(name), "{length} bytes");
         }
-        if format == Format::Safetensors {
+        if format == FileFormat::Safetensors {
             fs::write(&path, [&u64::MAX.to_le_bytes(), &bytes[8..]].concat()).unwrap();
             assert!(folder.refusal().contains(name));
         }
@@ -221,9 +227,9 @@ fn loading_takes_the_memory_of_the_model() {
     let model = LanguageModel::new(&config, vb).unwrap();
     let elements = |model: &LanguageModel| model.named_tensors().iter().map(|(_, x)| x.elem_count()).sum::<usize>();
     let size = elements(&model) * 4;
-    for format in [Format::Safetensors, Format::PyTorch] {
-        for naming in [Naming::HuggingFace, Naming::StateSpaces] {
-            model.save_with(&folder.0, &SaveOptions { format, ..SaveOptions::new(naming) }).unwrap();
+    for format in [FileFormat::Safetensors, FileFormat::PyTorch] {
+        for naming in [CheckpointFormat::HuggingFace, CheckpointFormat::StateSpaces] {
+            model.save_with(&folder.0, &SaveOptions { file: format, ..SaveOptions::new(naming) }).unwrap();
             // The same type: each tensor is read to where it stays. Another: one at a time stands beside. The largest is
             // the matrix of embeddings, some half of this model; of the rest, tables and headers, a tenth is plenty.
             let (same, _) = peak_of(|| LanguageModel::load(&folder.0, DType::F32, &Device::Cpu).unwrap());

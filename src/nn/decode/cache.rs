@@ -1,0 +1,129 @@
+//! The states that a model's decoding carries from one call to the next.
+
+use candle_core::{Device, Result};
+
+use super::{check_slots, copy, grow, put, reset, take};
+use crate::nn::{LayerState, argument};
+
+/// The states of a model: those of each layer, for a number of sequences, each in a slot of its own.
+///
+/// They are written in place. **A clone is another handle to the same states**, not a copy: what is written through one is
+/// seen through the other. [`Cache::snapshot`] copies.
+///
+/// Slots are `i32` everywhere, from 0 on. Where rows of a batch have slots, a negative one is padding.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    pub(crate) layers: Vec<LayerState>,
+}
+
+impl Cache {
+    /// The states of each layer, first to last.
+    pub fn layers(&self) -> &[LayerState] {
+        &self.layers
+    }
+
+    /// The number of sequences that it holds.
+    pub fn slots(&self) -> usize {
+        self.layers.first().map_or(0, LayerState::slots)
+    }
+
+    /// Zeroes the states of these slots, or of all, so that new sequences can begin there. A negative slot is padding.
+    ///
+    /// # Errors
+    /// A slot that there is not. Nothing is written then.
+    pub fn reset(&self, slots: Option<&[i32]>) -> Result<()> {
+        self.check("slots", slots.unwrap_or_default(), true)?;
+        self.layers.iter().flat_map(LayerState::pools).try_for_each(|pool| reset(pool, slots))
+    }
+
+    /// Copies the states of slot `from[i]` onto slot `to[i]`, for each `i`, as a search with beams does when it has chosen.
+    /// All are read before any is written, so that slots may be exchanged; one may be copied several times.
+    ///
+    /// # Errors
+    /// A slot that there is not, or that is written twice; lists of different lengths. Nothing is written then.
+    pub fn copy_slots(&self, from: &[i32], to: &[i32]) -> Result<()> {
+        self.check("from", from, false)?;
+        self.check_written("to", to, from.len())?;
+        self.layers.iter().flat_map(LayerState::pools).try_for_each(|pool| copy(pool, from, to))
+    }
+
+    /// The states of these slots as a cache of their own, a copy: what is kept of a prompt that many sequences begin with,
+    /// or of a sequence that has to wait.
+    ///
+    /// # Errors
+    /// A slot that there is not.
+    pub fn take(&self, slots: &[i32]) -> Result<Self> {
+        self.check("slots", slots, false)?;
+        self.map(|pool| take(pool, slots))
+    }
+
+    /// Writes the states of another cache of the same model, of which slot `i` goes to slot `slots[i]` here. That cache may
+    /// be on another device, and its states of another type, to which they are then rounded.
+    ///
+    /// # Errors
+    /// A slot that there is not, or that is written twice; a cache of another model or number of slots. Nothing is written
+    /// then.
+    pub fn put(&self, states: &Self, slots: &[i32]) -> Result<()> {
+        states.check("states", &[], false)?;
+        self.check_written("slots", slots, states.slots())?;
+        let shapes = |cache: &Self| {
+            let shape = |pool: &candle_core::Tensor| pool.dims()[1..].to_vec();
+            cache.layers.iter().map(|layer| layer.pools().into_iter().map(shape).collect()).collect::<Vec<Vec<_>>>()
+        };
+        if shapes(self) != shapes(states) {
+            return Err(argument("states", "states of the same model", "those of another"));
+        }
+        let pools = |cache| Self::layers(cache).iter().flat_map(LayerState::pools);
+        pools(self).zip(pools(states)).try_for_each(|(pool, rows)| put(pool, rows, slots))
+    }
+
+    /// Makes room for more sequences, in new memory: slots stay where they are, and the new ones are zero. Other handles to
+    /// the states keep the old memory.
+    ///
+    /// # Errors
+    /// Fewer slots than there are; more than fit in memory.
+    pub fn grow(&mut self, slots: usize) -> Result<()> {
+        if slots < self.slots() {
+            return Err(argument("slots", format_args!("{} or more, as there are already", self.slots()), slots));
+        }
+        self.check("slots", &[], false)?;
+        *self = self.map(|pool| grow(pool, slots))?;
+        Ok(())
+    }
+
+    /// A copy of all states, which later calls do not change.
+    pub fn snapshot(&self) -> Result<Self> {
+        self.map(|pool| pool.copy())
+    }
+
+    /// The states on another device: a copy, unless they are there already.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        self.map(|pool| pool.to_device(device))
+    }
+
+    fn map(&self, mut f: impl FnMut(&candle_core::Tensor) -> Result<candle_core::Tensor>) -> Result<Self> {
+        Ok(Self { layers: self.layers.iter().map(|layer| layer.map(&mut f)).collect::<Result<_>>()? })
+    }
+
+    /// Checks that all states can be written, before any is, and that there are these slots.
+    fn check(&self, name: &'static str, slots: &[i32], padding: bool) -> Result<()> {
+        for layer in &self.layers {
+            layer.check_pools()?;
+            check_slots(name, slots, layer.slots(), padding)?;
+        }
+        Ok(())
+    }
+
+    /// The same for slots that are written, `count` of them.
+    fn check_written(&self, name: &'static str, slots: &[i32], count: usize) -> Result<()> {
+        if slots.len() != count {
+            return Err(argument(name, format_args!("{count} slots"), slots.len()));
+        }
+        let mut sorted = slots.to_vec();
+        sorted.sort_unstable();
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(argument(name, "different slots", format_args!("{} twice", pair[0])));
+        }
+        self.check(name, slots, false)
+    }
+}

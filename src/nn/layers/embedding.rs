@@ -1,0 +1,229 @@
+//! Token ids, and the rows of the embedding matrix that they name.
+
+use std::sync::Arc;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Error, Layout, Result, Shape, Storage, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::Parameter;
+use crate::nn::{argument, check_once, check_room};
+
+/// Token ids that are all in the vocabulary.
+pub(crate) struct Tokens(Arc<[u32]>);
+
+impl Tokens {
+    /// Reads ids of any integer type, and checks each: candle takes the greatest number of each type for "no token" and
+    /// reads zeros there, and on a GPU any other that is too large ends the program's use of the device.
+    ///
+    /// Ids that lie on a GPU are copied here, for which everything before them on its stream is waited for.
+    pub fn read(ids: &Tensor, vocab_size: usize) -> Result<Self> {
+        if ids.elem_count() == 0 {
+            return Ok(Self(Arc::new([])));
+        }
+        check_room("ids", ids.dims(), DType::I64, &Device::Cpu)?;
+        let host = match ids.device() {
+            Device::Cpu => ids.clone(),
+            // What is read is the whole storage: of a few ids from many, only those.
+            _ => ids.force_contiguous()?.to_device(&Device::Cpu)?,
+        };
+        let (storage, _) = host.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else {
+            return Err(argument("ids", "a tensor that can be read on the processor", "one that cannot"));
+        };
+        let tokens = match storage {
+            CpuStorage::U8(ids) => check(ids, &host, vocab_size),
+            CpuStorage::U32(ids) => check(ids, &host, vocab_size),
+            CpuStorage::I16(ids) => check(ids, &host, vocab_size),
+            CpuStorage::I32(ids) => check(ids, &host, vocab_size),
+            CpuStorage::I64(ids) => check(ids, &host, vocab_size),
+            other => Err(argument("ids", "integers", BackendStorage::dtype(other).as_str())),
+        };
+        Ok(Self(tokens?.into()))
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Their embeddings, `(tokens, d_model)` in `f32`: rows of `table`, rounded to the type in which the model computes
+    /// with them. Differentiable.
+    pub fn embed(&self, table: &Parameter) -> Result<Tensor> {
+        let stored = table.stored().contiguous()?;
+        let on_device = match stored.device() {
+            Device::Cpu => None,
+            device => Some(Tensor::new(&*self.0, device)?),
+        };
+        stored.apply_op1(Embedding { ids: self.0.clone(), on_device, dtype: table.dtype() })
+    }
+}
+
+/// Reads the elements of `tensor`, whose storage has `ids`.
+fn check<I: Copy + Into<i64>>(ids: &[I], tensor: &Tensor, vocab_size: usize) -> Result<Vec<u32>> {
+    let read = |(position, index): (usize, usize)| {
+        let id: i64 = ids[index].into();
+        match u32::try_from(id) {
+            Ok(token) if (token as usize) < vocab_size => Ok(token),
+            _ => {
+                let expected = format_args!("tokens from 0 to {}", vocab_size - 1);
+                Err(argument("ids", expected, format_args!("{id} at {:?}", place(position, tensor.dims()))))
+            }
+        }
+    };
+    tensor.strided_index().enumerate().map(read).collect()
+}
+
+/// The indices of an element, from its place in row-major order.
+fn place(mut position: usize, dims: &[usize]) -> Vec<usize> {
+    let mut indices = vec![0; dims.len()];
+    for (index, size) in indices.iter_mut().zip(dims).rev() {
+        (*index, position) = (position % size, position / size);
+    }
+    indices
+}
+
+/// A matrix to those of its rows that `ids` name, in `f32`.
+///
+/// candle's own operator sums the gradient in the matrix's type: 4,096 times one token came to 9 % of the sum in bf16.
+struct Embedding {
+    ids: Arc<[u32]>,
+    /// The same on the device, if that is no processor.
+    on_device: Option<Tensor>,
+    /// To which the rows are rounded.
+    dtype: DType,
+}
+
+impl CustomOp1 for Embedding {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+
+    fn cpu_fwd(&self, table: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (_, width) = layout.shape().dims2()?;
+        let (start, end) =
+            layout.contiguous_offsets().ok_or_else(|| Error::RequiresContiguous { op: "embedding" }.bt())?;
+        let round = |x: f32| match self.dtype {
+            DType::BF16 => bf16::from_f32(x).to_f32(),
+            DType::F16 => f16::from_f32(x).to_f32(),
+            _ => x,
+        };
+        let rows = match table {
+            CpuStorage::F32(table) => self.gather(&table[start..end], width, round),
+            CpuStorage::F64(table) => self.gather(&table[start..end], width, |x| round(x as f32)),
+            CpuStorage::F16(table) => self.gather(&table[start..end], width, |x| round(x.to_f32())),
+            CpuStorage::BF16(table) => self.gather(&table[start..end], width, |x| round(x.to_f32())),
+            other => return Err(Error::UnsupportedDTypeForOp(BackendStorage::dtype(other), "embedding").bt()),
+        };
+        Ok((CpuStorage::F32(rows), (self.ids.len(), width).into()))
+    }
+
+    fn cuda_fwd(&self, table: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let shape = Shape::from((self.ids.len(), layout.shape().dims2()?.1));
+        let ids = self.on_device.as_ref().ok_or_else(|| Error::Msg("embedding: the ids are elsewhere".into()))?;
+        let (ids, ids_layout) = ids.storage_and_layout();
+        let Storage::Cuda(ids) = &*ids else {
+            return Err(Error::Msg("embedding: the ids are elsewhere".into()));
+        };
+        let dense = Layout::contiguous(&shape);
+        let mut rows = table.index_select(ids, layout, ids_layout, 0)?;
+        for dtype in [self.dtype, DType::F32] {
+            if BackendStorage::dtype(&rows) != dtype {
+                rows = rows.to_dtype(&dense, dtype)?;
+            }
+        }
+        Ok((rows, shape))
+    }
+
+    fn bwd(&self, table: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        check_once(self.name(), grad)?;
+        let (grad, shape) = (grad.contiguous()?, table.dims2()?);
+        Ok(Some(match &self.on_device {
+            None => grad.apply_op1_no_bwd(&Gradient { ids: self.ids.clone(), shape, dtype: table.dtype() })?,
+            // Without atomics: each thread of candle's kernel has a column and goes through the rows in their order.
+            Some(ids) => {
+                Tensor::zeros(shape, DType::F32, grad.device())?.index_add(ids, &grad, 0)?.to_dtype(table.dtype())?
+            }
+        }))
+    }
+}
+
+impl Embedding {
+    fn gather<T: Copy + Sync>(&self, table: &[T], width: usize, value: impl Fn(T) -> f32 + Sync) -> Vec<f32> {
+        let mut rows = vec![0.0; self.ids.len() * width];
+        rows.par_chunks_mut(width).zip(&self.ids[..]).with_min_len(64).for_each(|(row, &id)| {
+            let from = &table[id as usize * width..][..width];
+            for (to, &from) in row.iter_mut().zip(from) {
+                *to = value(from);
+            }
+        });
+        rows
+    }
+}
+
+/// The gradient of the rows to that of the matrix.
+struct Gradient {
+    ids: Arc<[u32]>,
+    shape: (usize, usize),
+    dtype: DType,
+}
+
+impl CustomOp1 for Gradient {
+    fn name(&self) -> &'static str {
+        "embedding-gradient"
+    }
+
+    fn cpu_fwd(&self, grad: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (start, end) =
+            layout.contiguous_offsets().ok_or_else(|| Error::RequiresContiguous { op: "embedding" }.bt())?;
+        let grad = &grad.as_slice::<f32>()?[start..end];
+        let sum = match self.dtype {
+            DType::F32 => CpuStorage::F32(self.sum(grad, |x| x as f32)),
+            DType::F64 => CpuStorage::F64(self.sum(grad, |x| x)),
+            DType::F16 => CpuStorage::F16(self.sum(grad, f16::from_f64)),
+            DType::BF16 => CpuStorage::BF16(self.sum(grad, bf16::from_f64)),
+            other => return Err(Error::UnsupportedDTypeForOp(other, "embedding").bt()),
+        };
+        Ok((sum, self.shape.into()))
+    }
+}
+
+impl Gradient {
+    /// Sums the rows of each token in their order, in `f64`, so that a token that is there a million times loses nothing,
+    /// and rounds once.
+    fn sum<T: Copy + Default + Send>(&self, grad: &[f32], round: impl Fn(f64) -> T + Sync) -> Vec<T> {
+        let (vocab_size, width) = self.shape;
+        // Where the rows of each token begin in `order`: the rows, sorted by token.
+        let mut starts = vec![0usize; vocab_size + 1];
+        for &id in &self.ids[..] {
+            starts[id as usize + 1] += 1;
+        }
+        for token in 0..vocab_size {
+            starts[token + 1] += starts[token];
+        }
+        let (mut next, mut order) = (starts.clone(), vec![0usize; self.ids.len()]);
+        for (row, &id) in self.ids.iter().enumerate() {
+            let place = &mut next[id as usize];
+            order[*place] = row;
+            *place += 1;
+        }
+        let mut out = vec![T::default(); vocab_size * width];
+        out.par_chunks_mut(width).zip(starts.par_windows(2)).with_min_len(16).for_each(|(out, range)| {
+            let rows = &order[range[0]..range[1]];
+            if rows.is_empty() {
+                return;
+            }
+            let mut sum = vec![0.0f64; width];
+            for row in rows {
+                for (sum, &grad) in sum.iter_mut().zip(&grad[row * width..][..width]) {
+                    *sum += f64::from(grad);
+                }
+            }
+            for (out, &sum) in out.iter_mut().zip(&sum) {
+                *out = round(sum);
+            }
+        });
+        out
+    }
+}

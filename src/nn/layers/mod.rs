@@ -1,0 +1,12 @@
+//! Layers that models of every kind share, and how parameters come to be.
+
+mod embedding;
+mod linear;
+mod parameters;
+mod rms_norm;
+
+pub(crate) use embedding::Tokens;
+pub(crate) use linear::Linear;
+pub(crate) use parameters::{Change, Initial, Parameter, ParameterList, Parameters};
+pub use rms_norm::RmsNorm;
+pub(crate) use rms_norm::rms_norm;

@@ -1,0 +1,244 @@
+//! The Mamba block.
+
+use std::borrow::Cow;
+
+use candle_core::{Result, Tensor};
+use candle_nn::{Module, VarBuilder};
+
+use super::ssm_path::SsmPath;
+use super::{MambaConfig, MambaState};
+use crate::nn::layers::{Change, Linear, ParameterList, Parameters};
+use crate::nn::{argument, check_room, count_sequences, wrap};
+
+/// The Mamba block of Gu and Dao, *Mamba* (2023), arXiv 2312.00752, figure 3:
+///
+/// ```text
+/// x, z    = in_proj(input)
+/// u       = silu(conv1d(x))
+/// Δ, B, C = dt_proj(x_proj(u)), x_proj(u), x_proj(u)      softplus(Δ + bias) within the scan
+/// output  = out_proj(scan(u, Δ, A, B, C, D) · silu(z))    A = -exp(A_log)
+/// ```
+///
+/// Parameters have the names that Hugging Face and state-spaces/mamba give them: `in_proj`, `conv1d`, `x_proj`, `dt_proj`,
+/// `A_log`, `D`, `out_proj`, and with weighted norms `dt_layernorm`, `b_layernorm`, `c_layernorm`. `A_log`, `D`, the bias of
+/// `dt_proj` and the convolution are `f32` in a model of any type.
+///
+/// With [`bidirectional`](MambaConfig::bidirectional) there is a second direction as in Vision Mamba (Zhu et al. 2024,
+/// arXiv 2401.09417): it shares `in_proj`, `z` and `out_proj`, and has a convolution, `x_proj`, `dt_proj`, A and D of its
+/// own (`conv1d_b`, `x_proj_b`, `dt_proj_b`, `A_b_log`, `D_b`), which run from the last step to the first. The outputs of
+/// the two scans are added, and with [`average_directions`](MambaConfig::average_directions) halved.
+///
+/// Without [`selective`](MambaConfig::selective), parameters `B`, `C` (each `(d_inner, d_state)`) and `dt_bias` stand in
+/// place of `x_proj` and `dt_proj`.
+#[derive(Debug, Clone)]
+pub struct Mamba {
+    config: MambaConfig,
+    in_proj: Linear,
+    /// From the first step to the last.
+    causal: SsmPath,
+    /// From the last step to the first, in a bidirectional block.
+    anticausal: Option<SsmPath>,
+    out_proj: Linear,
+    parameters: ParameterList,
+}
+
+impl Mamba {
+    /// A block with the parameters of `vb`, which computes in its type. Those that a [`VarMap`](candle_nn::VarMap) does
+    /// not have yet are drawn as in the paper, from the configuration's seed and the parameters' names; variables of
+    /// another type that it has are trained as they are, see [types](crate::nn#types).
+    ///
+    /// # Errors
+    /// A size that makes no block, or one that does not fit in memory; a parameter that is missing or of another shape, by
+    /// name.
+    pub fn new(config: &MambaConfig, vb: VarBuilder) -> Result<Self> {
+        config.check()?;
+        let parameters = Parameters::new(vb, config.seed);
+        parameters.pp("in_proj").check_room("weight", "d_model, d_inner", config.parameter_count()?)?;
+        Self::build(config, &parameters, 1.0)
+    }
+
+    /// A block whose initial `out_proj` is scaled.
+    pub(crate) fn build(config: &MambaConfig, parameters: &Parameters, out_proj_scale: f64) -> Result<Self> {
+        let &MambaConfig { d_model, d_inner, proj_bias, .. } = config;
+        let count = parameters.count();
+        let in_proj = Linear::new(&parameters.pp("in_proj"), [d_model, 2 * d_inner], proj_bias, 1.0)?;
+        let causal = SsmPath::new(config, parameters, false)?;
+        let anticausal = config.bidirectional.then(|| SsmPath::new(config, parameters, true)).transpose()?;
+        let out_proj = Linear::new(&parameters.pp("out_proj"), [d_inner, d_model], proj_bias, out_proj_scale)?;
+        let parameters = parameters.taken_since(count);
+        Ok(Self { config: config.clone(), in_proj, causal, anticausal, out_proj, parameters })
+    }
+
+    /// The same block, each parameter as `change` gives it.
+    fn changed(&self, change: &mut Change) -> Result<Self> {
+        Self::build(&self.config, &Parameters::changed(&self.parameters, change), 1.0)
+    }
+
+    /// The block's sizes and variants.
+    pub fn config(&self) -> &MambaConfig {
+        &self.config
+    }
+
+    /// Runs whole sequences: `(batch, length, d_model)` to the same shape. Differentiable. Of no steps there are no outputs.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, None)
+    }
+
+    /// Runs sequences that lie one after another: `x` is `(1, length, d_model)`, and sequence `i` takes the steps from
+    /// `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Each gets what it would get alone. Differentiable.
+    pub fn forward_packed(&self, x: &Tensor, cu_seqlens: &[usize]) -> Result<Tensor> {
+        self.run(x, Some(cu_seqlens))
+    }
+
+    pub(crate) fn run(&self, x: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
+        self.check_input(x, cu_seqlens)?;
+        if x.elem_count() == 0 {
+            return x.zeros_like();
+        }
+        let (x, z) = self.project(x)?;
+        let mut y = self.causal.forward(&x, &z, cu_seqlens)?;
+        if let Some(anticausal) = &self.anticausal {
+            y = (y + anticausal.forward(&x, &z, cu_seqlens)?)?;
+            if self.config.average_directions {
+                y = (y * 0.5)?;
+            }
+        }
+        self.out_proj.forward(&y)
+    }
+
+    /// Runs sequences on from the states of a cache, and leaves there the states after them: a prompt, whole or chunk by
+    /// chunk. `x` is `(batch, length, d_model)`.
+    ///
+    /// Row `i` uses slot `slots[i]` of the cache, or slot `i` if there are no `slots`, the cache then having one for each
+    /// row. A row whose slot is negative is padding: it touches no state, and what comes out of it means nothing.
+    ///
+    /// Not differentiable, since the states are written in place: candle tracks neither the result nor the states.
+    ///
+    /// # Errors
+    /// A bidirectional block: its second direction needs what comes later. A cache of another shape, or slots that do not
+    /// fit; nothing is written then.
+    pub fn prefill(&self, x: &Tensor, state: &MambaState, slots: Option<&[i32]>) -> Result<Tensor> {
+        self.extend(x, None, state, slots)
+    }
+
+    /// As [`Mamba::prefill`], for sequences that lie one after another as in [`Mamba::forward_packed`]; sequence `i` uses
+    /// slot `slots[i]`.
+    pub fn prefill_packed(
+        &self,
+        x: &Tensor,
+        cu_seqlens: &[usize],
+        state: &MambaState,
+        slots: Option<&[i32]>,
+    ) -> Result<Tensor> {
+        self.extend(x, Some(cu_seqlens), state, slots)
+    }
+
+    pub(crate) fn extend(
+        &self,
+        x: &Tensor,
+        cu_seqlens: Option<&[usize]>,
+        state: &MambaState,
+        slots: Option<&[i32]>,
+    ) -> Result<Tensor> {
+        self.check_causal()?;
+        let sequences = self.check_input(x, cu_seqlens)?;
+        let slots = state.check(&self.config, x.device(), sequences, slots)?;
+        if x.elem_count() == 0 {
+            return x.zeros_like();
+        }
+        let block = self.untracked()?;
+        let (x, z) = block.project(&x.detach())?;
+        let states = state.load(&slots, sequences)?;
+        let (y, states) = block.causal.extend(&x, &z, cu_seqlens, &states)?;
+        let out = block.out_proj.forward(&y)?;
+        state.store(&states, &slots, sequences)?;
+        Ok(out)
+    }
+
+    /// Carries the states of a cache through the next token of each row, or through a few: `x` is
+    /// `(batch, tokens, d_model)`. Slots are those of [`Mamba::prefill`]; not differentiable, as that.
+    ///
+    /// # Errors
+    /// As [`Mamba::prefill`].
+    pub fn step(&self, x: &Tensor, state: &MambaState, slots: Option<&[i32]>) -> Result<Tensor> {
+        self.check_causal()?;
+        let rows = self.check_input(x, None)?;
+        state.check(&self.config, x.device(), rows, slots)?;
+        if x.elem_count() == 0 {
+            return x.zeros_like();
+        }
+        let block = self.untracked()?;
+        let (x, z) = block.project(&x.detach())?;
+        block.out_proj.forward(&block.causal.step(&x, &z, state, slots)?)
+    }
+
+    /// The block itself where candle tracks nothing, else one without gradients.
+    fn untracked(&self) -> Result<Cow<'_, Self>> {
+        Ok(if self.parameters.is_tracked() { Cow::Owned(self.detach()?) } else { Cow::Borrowed(self) })
+    }
+
+    pub(crate) fn check_causal(&self) -> Result<()> {
+        if self.anticausal.is_some() {
+            let got = "a bidirectional block, whose second direction needs the whole sequence";
+            return Err(argument("bidirectional", "false for prefill and decoding", got));
+        }
+        Ok(())
+    }
+
+    /// Checks an input and how it is divided into sequences, and gives their number.
+    fn check_input(&self, x: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<usize> {
+        let (d_model, d_inner, dtype) = (self.config.d_model, self.config.d_inner, self.in_proj.dtype());
+        let &[batch, length, width] = x.dims() else {
+            return Err(argument("x", format_args!("(batch, length, {d_model})"), format_args!("{:?}", x.dims())));
+        };
+        if width != d_model {
+            return Err(argument("x", format_args!("(batch, length, {d_model})"), format_args!("{:?}", x.dims())));
+        }
+        if x.dtype() != dtype {
+            return Err(argument("x", format_args!("type {}, as the block", dtype.as_str()), x.dtype().as_str()));
+        }
+        let sequences = count_sequences(batch, length, cu_seqlens).map_err(wrap)?;
+        check_room("x", &[batch, length, 2, d_inner], dtype, x.device())?;
+        Ok(sequences)
+    }
+
+    /// The scan's input and gate, views of what `in_proj` gives.
+    fn project(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let d_inner = self.config.d_inner;
+        let xz = self.in_proj.forward(x)?;
+        Ok((xz.narrow(2, 0, d_inner)?, xz.narrow(2, d_inner, d_inner)?))
+    }
+
+    /// The same block, sharing its parameters, without gradients. Where training goes on, take a new one after a step, for
+    /// A, and what the block needs in another type, are computed here.
+    pub fn detach(&self) -> Result<Self> {
+        self.changed(&mut |_, parameter| parameter.detach())
+    }
+
+    /// The same block with other parameters: `f` gets each with its name (`in_proj.weight`, `A_log`, …) and gives what
+    /// stands in its place, of the same shape and on the same device. See
+    /// [`LanguageModel::map_parameters`](crate::nn::LanguageModel::map_parameters).
+    ///
+    /// # Errors
+    /// Those of `f`; a tensor of another shape, on another device, or of a type that is none of `f32`, `f16`, `bf16` and
+    /// `f64`, by the parameter's name.
+    pub fn map_parameters(&self, mut f: impl FnMut(&str, &Tensor) -> Result<Tensor>) -> Result<Self> {
+        self.changed(&mut |name, parameter| parameter.replace(name, f(name, parameter.stored())?))
+    }
+
+    /// Calls `f` with each parameter and its name, in the order in which the block uses them.
+    pub fn visit(&self, f: &mut dyn FnMut(&str, &Tensor)) {
+        self.parameters.visit(f);
+    }
+
+    /// All parameters by name, in the order in which the block uses them.
+    pub fn named_tensors(&self) -> Vec<(String, Tensor)> {
+        self.parameters.named_tensors()
+    }
+}
+
+impl Module for Mamba {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Self::forward(self, x)
+    }
+}

@@ -1,0 +1,273 @@
+//! A stack of layers, without embeddings.
+
+use std::borrow::Cow;
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::{Module, VarBuilder};
+
+use super::mixer::Pass;
+use super::{BackboneConfig, Mixer};
+use crate::nn::layers::{Change, ParameterList, Parameters};
+use crate::nn::{Cache, RmsNorm, argument, check_model_dtype, check_room, count_sequences, wrap};
+
+/// The layers of a model between its embeddings and its head:
+///
+/// ```text
+/// stream  = x
+/// stream += mixer(norm(stream))            for each of n_layer layers
+/// output  = norm_f(stream)
+/// ```
+///
+/// For sequences of anything that has `d_model` features: patches of an image, frames of audio, the embeddings of another
+/// model. Parameters have the names `layers.N.norm.weight`, `layers.N.mixer.…` and `norm_f.weight`.
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_nn::{VarBuilder, VarMap};
+/// use selective_scan::nn::{Backbone, BackboneConfig, MambaConfig};
+///
+/// let device = Device::Cpu;
+/// let mixer = MambaConfig { bidirectional: true, ..MambaConfig::new(32) };
+/// let variables = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&variables, DType::F32, &device);
+/// let backbone = Backbone::new(&BackboneConfig::with_mixer(2, mixer), vb)?;
+/// let patches = Tensor::randn(0f32, 1.0, (3, 49, 32), &device)?;
+/// assert_eq!(backbone.forward(&patches)?.dims(), [3, 49, 32]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Backbone {
+    config: BackboneConfig,
+    dtype: DType,
+    device: Device,
+    layers: Vec<Layer>,
+    norm_f: RmsNorm,
+    parameters: ParameterList,
+}
+
+#[derive(Debug, Clone)]
+struct Layer {
+    norm: RmsNorm,
+    mixer: Mixer,
+}
+
+impl Backbone {
+    /// A stack with the parameters of `vb`, which computes in its type (`f32`, `f16` or `bf16`) and on its device. Those
+    /// that a [`VarMap`](candle_nn::VarMap) does not have yet are drawn, from the seed of the configuration's `mixer` and
+    /// their names; variables of another type that it has are trained as they are, see [types](crate::nn#types).
+    ///
+    /// # Errors
+    /// A size that makes no model, or one that does not fit in memory; a parameter that is missing or of another shape, by
+    /// name.
+    pub fn new(config: &BackboneConfig, vb: VarBuilder) -> Result<Self> {
+        config.check()?;
+        let (dtype, device) = (check_model_dtype(vb.dtype())?, vb.device().clone());
+        let parameters = Parameters::new(vb, config.mixer.seed());
+        parameters.pp("norm_f").check_room("weight", "n_layer, d_model, d_inner", config.parameter_count()?)?;
+        Self::build(config, dtype, &device, &parameters)
+    }
+
+    pub(super) fn build(
+        config: &BackboneConfig,
+        dtype: DType,
+        device: &Device,
+        parameters: &Parameters,
+    ) -> Result<Self> {
+        let (count, d_model) = (parameters.count(), config.d_model());
+        let norm = |parameters: &Parameters| RmsNorm::build(d_model, config.norm_eps, parameters);
+        let shrink = if config.rescale_prenorm_residual { (config.n_layer as f64).sqrt() } else { 1.0 };
+        let mut layers = Vec::new();
+        for index in 0..config.n_layer {
+            let parameters = parameters.pp("layers").pp(index);
+            let norm = norm(&parameters.pp("norm"))?;
+            let mixer = Mixer::build(config.layer(index), &parameters.pp("mixer"), shrink)?;
+            layers.push(Layer { norm, mixer });
+        }
+        let norm_f = norm(&parameters.pp("norm_f"))?;
+        let parameters = parameters.taken_since(count);
+        Ok(Self { config: config.clone(), dtype, device: device.clone(), layers, norm_f, parameters })
+    }
+
+    /// The same layers, each parameter as `change` gives it.
+    fn changed(&self, change: &mut Change) -> Result<Self> {
+        Self::build(&self.config, self.dtype, &self.device, &Parameters::changed(&self.parameters, change))
+    }
+
+    /// The sizes and variants.
+    pub fn config(&self) -> &BackboneConfig {
+        &self.config
+    }
+
+    /// The type in which it computes: that of activations and matrices. The variables of one that is trained may be of
+    /// another.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The mixers, first to last.
+    pub fn mixers(&self) -> impl ExactSizeIterator<Item = &Mixer> {
+        self.layers.iter().map(|layer| &layer.mixer)
+    }
+
+    /// Runs whole sequences, `(batch, length, d_model)` of `f32`, `f16` or `bf16`, to the normalised stream that feeds a
+    /// head, of the same shape and of the type in which the layers compute. Differentiable. Of no steps there are no
+    /// outputs.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.norm_f.forward(&self.run(x, Pass::Forward { cu_seqlens: None }, |_| ())?)
+    }
+
+    /// Runs sequences that lie one after another: `x` is `(1, length, d_model)`, and sequence `i` takes the steps from
+    /// `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Each gets what it would get alone. Differentiable.
+    pub fn forward_packed(&self, x: &Tensor, cu_seqlens: &[usize]) -> Result<Tensor> {
+        self.norm_f.forward(&self.run(x, Pass::Forward { cu_seqlens: Some(cu_seqlens) }, |_| ())?)
+    }
+
+    /// The residual stream after each layer, then the normalised stream that feeds a head: `n_layer + 1` tensors
+    /// `(batch, length, d_model)`. Differentiable.
+    pub fn hidden_states(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        let mut states = Vec::with_capacity(self.layers.len() + 1);
+        let stream = self.run(x, Pass::Forward { cu_seqlens: None }, |stream| states.push(stream.clone()))?;
+        states.push(self.norm_f.forward(&stream)?);
+        Ok(states)
+    }
+
+    /// Zero states for `slots` sequences. `dtype` is that of the states, see
+    /// [`MambaState::new`](crate::nn::MambaState::new).
+    pub fn new_cache(&self, slots: usize, dtype: DType) -> Result<Cache> {
+        let layers = self.mixers().map(|mixer| mixer.new_state(slots, dtype, &self.device));
+        Ok(Cache { layers: layers.collect::<Result<_>>()? })
+    }
+
+    /// Runs sequences, or the next chunks of them, on from the states of a cache, and leaves there the states after them:
+    /// `(batch, length, d_model)` to what [`forward`](Self::forward) gives. Row `i` uses slot `slots[i]`, as in
+    /// [`LanguageModel::prefill`](super::LanguageModel::prefill); not differentiable, as that.
+    ///
+    /// # Errors
+    /// A layer that is bidirectional; a cache or slots that do not fit. Nothing is written then.
+    pub fn prefill(&self, x: &Tensor, cache: &Cache, slots: Option<&[i32]>) -> Result<Tensor> {
+        self.decode(x, None, cache, slots)
+    }
+
+    /// As [`Backbone::prefill`], for sequences that lie one after another as in [`Backbone::forward_packed`]; sequence `i`
+    /// uses slot `slots[i]`.
+    pub fn prefill_packed(
+        &self,
+        x: &Tensor,
+        cu_seqlens: &[usize],
+        cache: &Cache,
+        slots: Option<&[i32]>,
+    ) -> Result<Tensor> {
+        self.decode(x, Some(cu_seqlens), cache, slots)
+    }
+
+    fn decode(&self, x: &Tensor, cu_seqlens: Option<&[usize]>, cache: &Cache, slots: Option<&[i32]>) -> Result<Tensor> {
+        let (batch, length) = self.check_input(x)?;
+        let sequences = count_sequences(batch, length, cu_seqlens).map_err(wrap)?;
+        self.check_decoding(cache, sequences, slots)?;
+        let layers = self.untracked()?;
+        let stream = layers.run(&x.detach(), Pass::Prefill { cu_seqlens, cache, slots }, |_| ())?;
+        layers.norm_f.forward(&stream)
+    }
+
+    /// Carries the states of a cache through the next step of each row, or through a few: `x` is
+    /// `(batch, steps, d_model)`. Otherwise as [`Backbone::prefill`].
+    ///
+    /// # Errors
+    /// As [`Backbone::prefill`].
+    pub fn step(&self, x: &Tensor, cache: &Cache, slots: Option<&[i32]>) -> Result<Tensor> {
+        self.check_decoding(cache, self.check_input(x)?.0, slots)?;
+        let layers = self.untracked()?;
+        layers.norm_f.forward(&layers.run(&x.detach(), Pass::Step { cache, slots }, |_| ())?)
+    }
+
+    /// Checks a cache and slots for all layers, before the first one writes.
+    pub(super) fn check_decoding(&self, cache: &Cache, sequences: usize, slots: Option<&[i32]>) -> Result<()> {
+        if cache.layers.len() != self.layers.len() {
+            let expected = format_args!("states of {} layers", self.layers.len());
+            return Err(argument("cache", expected, cache.layers.len()));
+        }
+        let mut layers = self.layers.iter().zip(&cache.layers);
+        layers.try_for_each(|(layer, state)| layer.mixer.check_decoding(state, &self.device, sequences, slots))
+    }
+
+    /// Checks an input, and gives its batch and length.
+    fn check_input(&self, x: &Tensor) -> Result<(usize, usize)> {
+        let d_model = self.config.d_model();
+        let &[batch, length, width] = x.dims() else {
+            return Err(argument("x", format_args!("(batch, length, {d_model})"), format_args!("{:?}", x.dims())));
+        };
+        if width != d_model {
+            return Err(argument("x", format_args!("(batch, length, {d_model})"), format_args!("{:?}", x.dims())));
+        }
+        if !matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+            return Err(argument("x", "f32, f16 or bf16", x.dtype().as_str()));
+        }
+        check_room("x", x.dims(), DType::F32, &self.device)?;
+        Ok((batch, length))
+    }
+
+    /// Runs the layers, and gives the residual stream, which `on_hidden` sees after each.
+    pub(super) fn run(&self, x: &Tensor, pass: Pass, mut on_hidden: impl FnMut(&Tensor)) -> Result<Tensor> {
+        self.check_input(x)?;
+        let dtype = if self.config.residual_in_f32 { DType::F32 } else { self.dtype };
+        let mut stream = match x.elem_count() {
+            0 => Tensor::zeros(x.shape(), dtype, &self.device)?,
+            _ => x.to_dtype(dtype)?,
+        };
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mixed = layer.mixer.run(&layer.norm.forward(&stream)?, index, pass)?;
+            // candle's operators do not all take tensors of no elements, which nothing is added to.
+            if stream.elem_count() > 0 {
+                stream = (&stream + mixed.to_dtype(stream.dtype())?)?;
+            }
+            on_hidden(&stream);
+        }
+        Ok(stream)
+    }
+
+    /// The normalised stream that feeds a head, from the residual stream after the last layer.
+    pub(super) fn norm_f(&self, stream: &Tensor) -> Result<Tensor> {
+        self.norm_f.forward(stream)
+    }
+
+    /// The layers themselves where candle tracks nothing, else those without gradients.
+    fn untracked(&self) -> Result<Cow<'_, Self>> {
+        Ok(if self.parameters.is_tracked() { Cow::Owned(self.detach()?) } else { Cow::Borrowed(self) })
+    }
+
+    /// The same layers, sharing their parameters, without gradients. Where training goes on, take new ones after a step.
+    pub fn detach(&self) -> Result<Self> {
+        self.changed(&mut |_, parameter| parameter.detach())
+    }
+
+    /// The same layers with other parameters, see
+    /// [`LanguageModel::map_parameters`](super::LanguageModel::map_parameters).
+    ///
+    /// # Errors
+    /// Those of `f`; a tensor of another shape, on another device, or of a type that is none of `f32`, `f16`, `bf16` and
+    /// `f64`, by the parameter's name.
+    pub fn map_parameters(&self, mut f: impl FnMut(&str, &Tensor) -> Result<Tensor>) -> Result<Self> {
+        self.changed(&mut |name, parameter| parameter.replace(name, f(name, parameter.stored())?))
+    }
+
+    /// Calls `f` with each parameter and its name, in the order in which the layers use them.
+    pub fn visit(&self, f: &mut dyn FnMut(&str, &Tensor)) {
+        self.parameters.visit(f);
+    }
+
+    /// All parameters by name, in the order in which the layers use them.
+    pub fn named_tensors(&self) -> Vec<(String, Tensor)> {
+        self.parameters.named_tensors()
+    }
+}
+
+impl Module for Backbone {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Self::forward(self, x)
+    }
+}

@@ -1,0 +1,201 @@
+//! What models are made of: sizes and variants.
+
+use std::collections::BTreeMap;
+
+use candle_core::Result;
+use serde_json::{Map, Value};
+
+use super::MixerConfig;
+use crate::nn::counting::{COUNTABLE, sum};
+use crate::nn::{MambaConfig, argument, check_eps};
+
+/// A stack of layers: `n_layer` times a norm and a mixer around which the residual stream runs, and a last norm.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BackboneConfig {
+    /// The number of layers.
+    pub n_layer: usize,
+    /// What the layers mix their sequences with.
+    pub mixer: MixerConfig,
+    /// The layers whose mixer is another, by index from 0. Its width is that of the others. Weights are drawn from the seed
+    /// of `mixer` in all layers.
+    pub layers: BTreeMap<usize, MixerConfig>,
+    /// Added to the mean square in the RMS norms between the mixers, 1e-5 in Mamba's paper.
+    pub norm_eps: f64,
+    /// Keep the residual stream in `f32` where the model is of a half type.
+    pub residual_in_f32: bool,
+    /// At initialization, shrink `out_proj` by `√n_layer`, so that the residual stream does not grow with depth.
+    pub rescale_prenorm_residual: bool,
+}
+
+impl BackboneConfig {
+    /// `n_layer` blocks as Mamba's paper has them.
+    pub fn new(n_layer: usize, d_model: usize) -> Self {
+        Self::with_mixer(n_layer, MambaConfig::new(d_model))
+    }
+
+    /// `n_layer` layers with this mixer.
+    pub fn with_mixer(n_layer: usize, mixer: impl Into<MixerConfig>) -> Self {
+        Self {
+            n_layer,
+            mixer: mixer.into(),
+            layers: BTreeMap::new(),
+            norm_eps: 1e-5,
+            residual_in_f32: true,
+            rescale_prenorm_residual: true,
+        }
+    }
+
+    /// The width of the residual stream.
+    pub fn d_model(&self) -> usize {
+        self.mixer.d_model()
+    }
+
+    /// The mixer of layer number `index`.
+    pub fn layer(&self, index: usize) -> &MixerConfig {
+        self.layers.get(&index).unwrap_or(&self.mixer)
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.n_layer == 0 {
+            return Err(argument("n_layer", "at least 1", 0));
+        }
+        check_eps("norm_eps", self.norm_eps)?;
+        self.mixer.check()?;
+        for (&index, mixer) in &self.layers {
+            if index >= self.n_layer {
+                return Err(argument("layers", format_args!("layers below {}", self.n_layer), index));
+            }
+            mixer.check()?;
+            if mixer.d_model() != self.d_model() {
+                let expected = format_args!("layers of width {}, as `mixer`", self.d_model());
+                return Err(argument("layers", expected, format_args!("{} for layer {index}", mixer.d_model())));
+            }
+        }
+        self.parameter_count().map(|_| ())
+    }
+
+    /// The number of parameters.
+    ///
+    /// # Errors
+    /// More than can be counted.
+    pub(crate) fn parameter_count(&self) -> Result<usize> {
+        let d_model = self.d_model();
+        let alike = self.n_layer.saturating_sub(self.layers.len());
+        let mut count = sum(&[[alike, self.mixer.parameter_count()?, 1], [self.n_layer, d_model, 1], [d_model, 1, 1]]);
+        for mixer in self.layers.values() {
+            let others = mixer.parameter_count()?;
+            count = count.and_then(|count| count.checked_add(others));
+        }
+        count
+            .filter(|count| *count <= COUNTABLE)
+            .ok_or_else(|| argument("n_layer", "layers whose parameters can be counted", self.n_layer))
+    }
+}
+
+/// A language model: embeddings, a backbone, and the head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LanguageModelConfig {
+    /// The number of tokens. Where the embedding matrix has more rows, see
+    /// [`padded_vocab_size`](Self::padded_vocab_size), those from here on are padding, and no token.
+    pub vocab_size: usize,
+    /// The embedding matrix has as many rows as the vocabulary rounded up to a multiple of this: 1 without padding.
+    pub pad_vocab_size_multiple: usize,
+    /// The layers.
+    pub backbone: BackboneConfig,
+    /// Use the embedding matrix as the head.
+    pub tie_embeddings: bool,
+    /// What else a config.json says, key by key: the ids of special tokens, what other programs have left there. It is
+    /// written again where the format has room for it, see [`to_json`](Self::to_json). Keys that the other fields stand
+    /// for are ignored here, and a special token that is not here is none.
+    pub extra: Map<String, Value>,
+}
+
+impl LanguageModelConfig {
+    /// A model of `n_layer` blocks as Mamba's paper has them.
+    pub fn new(vocab_size: usize, n_layer: usize, d_model: usize) -> Self {
+        Self::with_mixer(vocab_size, n_layer, MambaConfig::new(d_model))
+    }
+
+    /// A model of `n_layer` layers with this mixer.
+    pub fn with_mixer(vocab_size: usize, n_layer: usize, mixer: impl Into<MixerConfig>) -> Self {
+        Self {
+            vocab_size,
+            pad_vocab_size_multiple: 1,
+            backbone: BackboneConfig::with_mixer(n_layer, mixer),
+            tie_embeddings: true,
+            extra: Map::new(),
+        }
+    }
+
+    /// The width of the residual stream.
+    pub fn d_model(&self) -> usize {
+        self.backbone.d_model()
+    }
+
+    /// The rows of the embedding matrix and of the head, and so the width of the logits: `vocab_size` rounded up to a
+    /// multiple of `pad_vocab_size_multiple`. What the rows from `vocab_size` on answer means nothing;
+    /// [`Sampling::vocab_size`](crate::nn::Sampling::vocab_size) keeps a sampler from choosing them.
+    pub fn padded_vocab_size(&self) -> usize {
+        // What overflows is refused by `check`.
+        self.vocab_size.checked_next_multiple_of(self.pad_vocab_size_multiple).unwrap_or(self.vocab_size)
+    }
+
+    /// The tokens that end a text, by the key `eos_token_id` of [`extra`](Self::extra), which has one or a list.
+    pub fn eos_token_ids(&self) -> Vec<u32> {
+        match self.extra.get("eos_token_id") {
+            Some(Value::Array(ids)) => ids.iter().filter_map(token).collect(),
+            id => id.and_then(token).into_iter().collect(),
+        }
+    }
+
+    /// The token that begins a text, by the key `bos_token_id` of [`extra`](Self::extra).
+    pub fn bos_token_id(&self) -> Option<u32> {
+        self.extra.get("bos_token_id").and_then(token)
+    }
+
+    /// The token that fills up shorter rows of a batch, by the key `pad_token_id` of [`extra`](Self::extra).
+    pub fn pad_token_id(&self) -> Option<u32> {
+        self.extra.get("pad_token_id").and_then(token)
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        let sizes = [("vocab_size", self.vocab_size), ("pad_vocab_size_multiple", self.pad_vocab_size_multiple)];
+        for (name, size) in sizes {
+            if size == 0 {
+                return Err(argument(name, "at least 1", size));
+            }
+        }
+        if self.vocab_size.checked_next_multiple_of(self.pad_vocab_size_multiple).is_none() {
+            let got = format_args!("{} rounded up to a multiple of {}", self.vocab_size, self.pad_vocab_size_multiple);
+            return Err(argument("vocab_size", "a size that a matrix can have", got));
+        }
+        self.backbone.check()?;
+        // Samplers give tokens as `u32`.
+        if u32::try_from(self.vocab_size).is_err() {
+            return Err(argument("vocab_size", "less than 2^32", self.vocab_size));
+        }
+        self.parameter_count().map(|_| ())
+    }
+
+    /// The number of parameters of a model.
+    ///
+    /// # Errors
+    /// More than can be counted.
+    pub(crate) fn parameter_count(&self) -> Result<usize> {
+        let d_model = self.d_model();
+        let matrices = if self.tie_embeddings { 1 } else { 2 };
+        let embeddings = sum(&[[self.padded_vocab_size(), d_model, matrices]]).filter(|count| *count <= COUNTABLE);
+        let embeddings = embeddings.ok_or_else(|| {
+            let got = format_args!("{} and {d_model}", self.vocab_size);
+            argument("vocab_size, d_model", "sizes whose parameters can be counted", got)
+        })?;
+        let count = self.backbone.parameter_count()?.checked_add(embeddings);
+        count
+            .filter(|count| *count <= COUNTABLE)
+            .ok_or_else(|| argument("n_layer", "layers whose parameters can be counted", self.backbone.n_layer))
+    }
+}
+
+fn token(id: &Value) -> Option<u32> {
+    id.as_u64()?.try_into().ok()
+}

@@ -1,0 +1,184 @@
+//! What a layer mixes its sequence with: one enum each for configurations, blocks and states.
+//!
+//! This is all that a model knows of the kinds of layers. A new kind is a variant in each, and an arm in each `match` below.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use crate::nn::layers::Parameters;
+use crate::nn::{Cache, Mamba, MambaConfig, MambaState, argument};
+
+/// The mixer of a layer: its kind, sizes and variants.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum MixerConfig {
+    /// A Mamba block (S6).
+    Mamba(MambaConfig),
+}
+
+impl MixerConfig {
+    /// The width of its input and output.
+    pub fn d_model(&self) -> usize {
+        match self {
+            Self::Mamba(config) => config.d_model,
+        }
+    }
+
+    /// What initial weights are drawn from, together with each parameter's name.
+    pub fn seed(&self) -> u64 {
+        match self {
+            Self::Mamba(config) => config.seed,
+        }
+    }
+
+    /// The configuration of a Mamba block, if it is one.
+    pub fn as_mamba(&self) -> Option<&MambaConfig> {
+        match self {
+            Self::Mamba(config) => Some(config),
+        }
+    }
+
+    /// The configuration of a Mamba block to be changed, if it is one.
+    pub fn as_mamba_mut(&mut self) -> Option<&mut MambaConfig> {
+        match self {
+            Self::Mamba(config) => Some(config),
+        }
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        match self {
+            Self::Mamba(config) => config.check(),
+        }
+    }
+
+    pub(crate) fn parameter_count(&self) -> Result<usize> {
+        match self {
+            Self::Mamba(config) => config.parameter_count(),
+        }
+    }
+}
+
+impl From<MambaConfig> for MixerConfig {
+    fn from(config: MambaConfig) -> Self {
+        Self::Mamba(config)
+    }
+}
+
+/// The mixer of a layer.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Mixer {
+    /// A Mamba block (S6).
+    Mamba(Mamba),
+}
+
+/// How a model runs through its layers.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Pass<'a> {
+    /// Whole sequences, from their beginning.
+    Forward { cu_seqlens: Option<&'a [usize]> },
+    /// Sequences on from the states of a cache, which are brought up to date.
+    Prefill { cu_seqlens: Option<&'a [usize]>, cache: &'a Cache, slots: Option<&'a [i32]> },
+    /// The next token of each sequence, in the same way.
+    Step { cache: &'a Cache, slots: Option<&'a [i32]> },
+}
+
+impl Mixer {
+    /// The Mamba block, if it is one.
+    pub fn as_mamba(&self) -> Option<&Mamba> {
+        match self {
+            Self::Mamba(block) => Some(block),
+        }
+    }
+
+    /// A mixer whose initial output projection is scaled.
+    pub(super) fn build(config: &MixerConfig, parameters: &Parameters, out_proj_scale: f64) -> Result<Self> {
+        match config {
+            MixerConfig::Mamba(config) => Ok(Self::Mamba(Mamba::build(config, parameters, out_proj_scale)?)),
+        }
+    }
+
+    /// Runs `(batch, length, d_model)` to the same shape, as number `layer` of a model.
+    pub(super) fn run(&self, x: &Tensor, layer: usize, pass: Pass) -> Result<Tensor> {
+        match (self, pass) {
+            (Self::Mamba(block), Pass::Forward { cu_seqlens }) => block.run(x, cu_seqlens),
+            (Self::Mamba(block), Pass::Prefill { cu_seqlens, cache, slots }) => {
+                block.extend(x, cu_seqlens, cache.layers[layer].mamba()?, slots)
+            }
+            (Self::Mamba(block), Pass::Step { cache, slots }) => block.step(x, cache.layers[layer].mamba()?, slots),
+        }
+    }
+
+    /// Zero states for `slots` sequences.
+    pub(super) fn new_state(&self, slots: usize, dtype: DType, device: &Device) -> Result<LayerState> {
+        match self {
+            Self::Mamba(block) => Ok(LayerState::Mamba(MambaState::new(block.config(), slots, dtype, device)?)),
+        }
+    }
+
+    /// Checks that the mixer decodes, and that `state` is one of its own with a slot for each of `sequences`.
+    pub(super) fn check_decoding(
+        &self,
+        state: &LayerState,
+        device: &Device,
+        sequences: usize,
+        slots: Option<&[i32]>,
+    ) -> Result<()> {
+        match self {
+            Self::Mamba(block) => {
+                block.check_causal()?;
+                state.mamba()?.check(block.config(), device, sequences, slots).map(|_| ())
+            }
+        }
+    }
+}
+
+/// The states of a layer for a number of sequences, each in a slot of its own.
+///
+/// As those of [`Cache`], they are written in place, and a clone is another handle to the same states.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum LayerState {
+    /// Those of a Mamba block.
+    Mamba(MambaState),
+}
+
+impl LayerState {
+    /// The number of sequences that it holds.
+    pub fn slots(&self) -> usize {
+        match self {
+            Self::Mamba(state) => state.slots(),
+        }
+    }
+
+    /// The states of a Mamba block, if they are that.
+    pub fn as_mamba(&self) -> Option<&MambaState> {
+        match self {
+            Self::Mamba(state) => Some(state),
+        }
+    }
+
+    fn mamba(&self) -> Result<&MambaState> {
+        self.as_mamba().ok_or_else(|| argument("cache", "states of a Mamba block", "those of another"))
+    }
+
+    /// Its tensors, whose first dimension is the slots'.
+    pub(crate) fn pools(&self) -> Vec<&Tensor> {
+        match self {
+            Self::Mamba(state) => state.pools().to_vec(),
+        }
+    }
+
+    /// Other tensors in their places.
+    pub(crate) fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        match self {
+            Self::Mamba(state) => Ok(Self::Mamba(state.map(f)?)),
+        }
+    }
+
+    /// Checks that all of them can be written.
+    pub(crate) fn check_pools(&self) -> Result<()> {
+        match self {
+            Self::Mamba(state) => state.check_pools().map(|_| ()),
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Models: a stack of layers, and a language model around it.
+
+mod backbone;
+mod config;
+mod language_model;
+mod mixer;
+
+pub use backbone::Backbone;
+pub use config::{BackboneConfig, LanguageModelConfig};
+pub use language_model::LanguageModel;
+pub use mixer::{LayerState, Mixer, MixerConfig};
