@@ -39,7 +39,7 @@
 //! # Types
 //! A model computes in `f32`, `f16` or `bf16`, the type of its `VarBuilder`: activations and matrices have it. The
 //! convolution, A, D and the bias of the step size are `f32` always, and so is the residual stream if asked for
-//! ([`residual_in_f32`](LanguageModelConfig::residual_in_f32)). On processors candle multiplies no `bf16` matrices; there
+//! ([`residual_in_f32`](BackboneConfig::residual_in_f32)). On processors candle multiplies no `bf16` matrices; there
 //! they are widened for each product, which is slow.
 //!
 //! What is trained has a type of its own: variables that are there already stay as they are, are brought into the type of
