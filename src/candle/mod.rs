@@ -83,7 +83,6 @@ use std::io;
 
 pub use conv::CausalConv;
 pub use scan::Scan;
-pub(crate) use update::check_pool;
 pub use update::{ConvUpdate, StateUpdate, rollback};
 
 impl From<crate::Error> for candle_core::Error {

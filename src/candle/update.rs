@@ -183,7 +183,7 @@ fn in_place<O: InPlace>(operator: &O, state: &Tensor, with_token_states: bool) -
 /// that candle keeps for a backward pass.
 ///
 /// What is not seen is another tensor over the same storage: `detach` makes one, and so does every view and clone.
-pub(crate) fn check_pool(argument: &'static str, names: &str, pool: &Tensor) -> crate::Result<[usize; 3]> {
+fn check_pool(argument: &'static str, names: &str, pool: &Tensor) -> crate::Result<[usize; 3]> {
     let shape = pool
         .dims()
         .try_into()

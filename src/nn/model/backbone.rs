@@ -8,7 +8,7 @@ use candle_nn::{Module, VarBuilder};
 use super::mixer::Pass;
 use super::{BackboneConfig, Mixer};
 use crate::nn::layers::{Change, ParameterList, Parameters};
-use crate::nn::{Cache, RmsNorm, Sequences, argument, check_model_dtype, check_room, wrap};
+use crate::nn::{Cache, RmsNorm, argument, check_model_dtype, check_room, check_sequences};
 
 /// The layers of a model between its embeddings and its head:
 ///
@@ -75,12 +75,12 @@ impl Backbone {
     ) -> Result<Self> {
         let (count, d_model) = (parameters.count(), config.d_model());
         let norm = |parameters: &Parameters| RmsNorm::build(d_model, config.norm_eps, parameters);
-        let shrink = if config.rescale_prenorm_residual { (config.n_layer as f64).sqrt() } else { 1.0 };
+        let divisor = if config.rescale_prenorm_residual { (config.n_layer as f64).sqrt() } else { 1.0 };
         let mut layers = Vec::new();
         for index in 0..config.n_layer {
             let parameters = parameters.pp("layers").pp(index);
             let norm = norm(&parameters.pp("norm"))?;
-            let mixer = Mixer::build(config.layer(index), &parameters.pp("mixer"), shrink)?;
+            let mixer = Mixer::build(config.layer(index), &parameters.pp("mixer"), divisor)?;
             layers.push(Layer { norm, mixer });
         }
         let norm_f = norm(&parameters.pp("norm_f"))?;
@@ -167,7 +167,7 @@ impl Backbone {
 
     fn decode(&self, x: &Tensor, cu_seqlens: Option<&[usize]>, cache: &Cache, slots: Option<&[i32]>) -> Result<Tensor> {
         let (batch, length) = self.check_input(x)?;
-        let sequences = Sequences::check(batch, length, cu_seqlens).map_err(wrap)?.count();
+        let sequences = check_sequences(batch, length, cu_seqlens)?;
         self.check_decoding(cache, sequences, slots)?;
         let layers = self.untracked()?;
         let stream = layers.run(&x.detach(), Pass::Prefill { cu_seqlens, cache, slots }, |_| ())?;
