@@ -2,9 +2,10 @@
 
 use candle_core::{Result, Tensor};
 
+use super::check::{ACTIVATION_NAMES, Problem, STATE_NAMES};
 use super::update::{POOL_NAMES, UpdateProblem};
 use super::{
-    CausalConv, ConvUpdate, GradientsMut, Inputs, Options, OutputGradients, OutputMut, Problem, Tensors, UpdateInputs,
+    CausalConv, ConvUpdate, GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, UpdateInputs,
     UpdateMut, cpu,
 };
 use crate::ViewMut;
@@ -15,8 +16,6 @@ use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, Own
 use crate::simd::Isa;
 
 const NAME: &str = "causal-conv";
-const ACTIVATION: &str = "(batch, length, d_inner)";
-const STATE: &str = "(sequences, width - 1, d_inner)";
 
 /// A device that runs convolutions.
 pub(crate) trait ConvBackend: Backend {
@@ -175,9 +174,9 @@ impl Kept {
     ) -> Result<Vec<Tensor>> {
         let views = self.tensors.by_ref().map(&mut reader.views::<B, T>())?;
         let problem = Inputs::of(views, self.cu_seqlens.as_deref(), self.options).check()?;
-        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE, tensor);
+        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE_NAMES, tensor);
         let d_outputs = OutputGradients {
-            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION, d_out)?,
+            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION_NAMES, d_out)?,
             d_final_state: d_final_state.map(final_state).transpose()?,
         };
         let mut gradients: Tensors<Owned<B, T>> = self.tensors.by_ref().map(&mut Allocate(backend))?;
