@@ -9,33 +9,11 @@
 // activations of fewer than 2^31 elements, so that indices are 32 bits wide (those of 64 would be half of all
 // instructions, and more than the processors can issue while memory keeps up). The general one does everything, with the
 // same bits.
-#include "math.cuh"
-#include "pool.cuh"
-#include "tensor.cuh"
+#include "../common/math.cuh"
+#include "../common/tensor.cuh"
+#include "params.cuh"
 
-struct StateUpdate {
-    Activation u, dt, z;
-    Matrix a;
-    Projection b, c;
-    Vector d, dt_bias;
-    Pool state;
-    void *out;
-    // (batch, tokens, d_inner, d_state); null where not asked for.
-    void *token_states;
-    int64_t batch, tokens, d_inner, d_state, group_channels;
-    // Threads to a channel, a power of two up to 32, as a shift.
-    int64_t lane_shift;
-    uint64_t flags;
-    Slots slots;
-};
-static_assert(sizeof(StateUpdate) == 2432, "as in src/cuda/params.rs");
-
-constexpr uint64_t FLAG_SOFTPLUS = 1, FLAG_HOLD = 2;
-// All that has states as its last dimension can be read and written by fours.
-constexpr uint64_t FLAG_WHOLE = 4;
-constexpr int THREADS = 128;
-// The neighbouring states of a thread.
-constexpr int QUAD = 4;
+namespace state_update {
 
 // Four states of a channel from `n` on, and their parameters.
 template <typename T> struct Quad {
@@ -44,10 +22,10 @@ template <typename T> struct Quad {
     // log2(e) A, and 1/A where exact zero-order hold divides by it.
     float a[QUAD], inverse_a[QUAD];
 
-    __device__ __forceinline__ Quad(const StateUpdate &p, int64_t channel, int64_t n, bool exists) : n(n) {
+    __device__ __forceinline__ Quad(const Update &p, int64_t channel, int64_t n, bool exists) : n(n) {
         count = exists ? static_cast<int>(max(int64_t(0), min(p.d_state - n, int64_t(QUAD)))) : 0;
         const float *at = p.a.data + channel * p.a.channel + n * p.a.state;
-        const Pack<float, QUAD> row = fetch<QUAD, false>(at, p.a.state, count, p.flags & FLAG_WHOLE);
+        const Pack<float, QUAD> row = load_vec_if<QUAD, false>(at, p.a.state, count, p.flags & FLAG_VECTOR);
 #pragma unroll
         for (int i = 0; i < QUAD; i++) {
             a[i] = row[i] * LOG2_E;
@@ -61,13 +39,13 @@ template <typename T> struct Quad {
                                          int64_t group, int64_t channel, bool whole) const {
         if (from.constant) {
             const float *at = static_cast<const float *>(from.data) + (channel * from.channel + n * from.state);
-            const Pack<float, QUAD> pack = fetch<QUAD, false>(at, from.state, count, whole);
+            const Pack<float, QUAD> pack = load_vec_if<QUAD, false>(at, from.state, count, whole);
 #pragma unroll
             for (int i = 0; i < QUAD; i++) to[i] = pack[i];
         } else {
             const T *at = static_cast<const T *>(from.data) + (row * from.batch + token * from.step);
             at += group * from.group + n * from.state;
-            const Pack<T, QUAD> pack = fetch<QUAD, false>(at, from.state, count, whole);
+            const Pack<T, QUAD> pack = load_vec_if<QUAD, false>(at, from.state, count, whole);
 #pragma unroll
             for (int i = 0; i < QUAD; i++) to[i] = pack[i];
         }
@@ -80,9 +58,9 @@ __device__ __forceinline__ float sum_lanes(float x, int lanes) {
     return x;
 }
 
-template <typename T, typename St> __device__ __forceinline__ void general(const StateUpdate &p) {
+template <typename T, typename St> __device__ __forceinline__ void general(const Update &p) {
     const int lanes = 1 << p.lane_shift, sub = threadIdx.x & (lanes - 1);
-    const bool hold = p.flags & FLAG_HOLD, plus = p.flags & FLAG_SOFTPLUS, whole = p.flags & FLAG_WHOLE;
+    const bool hold = p.flags & FLAG_ZOH, plus = p.flags & FLAG_SOFTPLUS, whole = p.flags & FLAG_VECTOR;
     const int turns = static_cast<int>((p.d_state + QUAD * lanes - 1) / (QUAD * lanes));
 
     for (int64_t first = int64_t(blockIdx.x) * (THREADS >> p.lane_shift); first < p.d_inner;
@@ -90,12 +68,12 @@ template <typename T, typename St> __device__ __forceinline__ void general(const
         const int64_t channel = first + (threadIdx.x >> p.lane_shift);
         const bool exists = channel < p.d_inner;
         const int64_t group = exists ? channel / p.group_channels : 0;
-        const float bias = exists ? p.dt_bias.at(channel, 0.0f) : 0.0f;
-        const float skip = exists ? p.d.at(channel, 0.0f) : 0.0f;
+        const float bias = exists ? element_or(p.dt_bias, channel, 0.0f) : 0.0f;
+        const float skip = exists ? element_or(p.d, channel, 0.0f) : 0.0f;
         Quad<T> quad(p, channel, sub * QUAD, exists);
 
         for (int64_t row = blockIdx.y; row < p.batch; row += gridDim.y) {
-            const int64_t slot = p.slots.of(row);
+            const int64_t slot = slot_of(p.slots, row);
             const bool live = exists && slot >= 0;
             St *state = static_cast<St *>(p.state.data) + (slot * p.state.slot + channel * p.state.row);
             St *kept = static_cast<St *>(p.token_states) + (row * p.tokens * p.d_inner + channel) * p.d_state;
@@ -113,7 +91,7 @@ template <typename T, typename St> __device__ __forceinline__ void general(const
                     if (turns > 1) quad = Quad<T>(p, channel, (turn * lanes + sub) * QUAD, exists);
                     St *at = state + quad.n * p.state.column;
                     // What a turn has left in the pool is what it would have kept, as both are rounded.
-                    if (live && (t == 0 || turns > 1)) h = fetch<QUAD, false>(at, p.state.column, quad.count, whole);
+                    if (live && (t == 0 || turns > 1)) h = load_vec_if<QUAD, false>(at, p.state.column, quad.count, whole);
                     if (live) {
                         float b[QUAD], c[QUAD], next[QUAD];
                         quad.read(b, p.b, row, t, group, channel, whole);
@@ -128,11 +106,11 @@ template <typename T, typename St> __device__ __forceinline__ void general(const
                             // An infinite Δ or u would make NaN of states that do not exist.
                             y = i < quad.count ? longer : y;
                         }
-                        h = pack<St, QUAD>(next);
-                        if (turns > 1 || t + 1 == p.tokens) keep<QUAD, false>(at, p.state.column, h, quad.count, whole);
+                        h = narrow_pack<St>(next);
+                        if (turns > 1 || t + 1 == p.tokens) store_vec_if<QUAD, false>(at, p.state.column, h, quad.count, whole);
                     }
                     if (p.token_states) {
-                        keep<QUAD, false>(kept + t * p.d_inner * p.d_state + quad.n, 1, h, quad.count, whole);
+                        store_vec_if<QUAD, false>(kept + t * p.d_inner * p.d_state + quad.n, 1, h, quad.count, whole);
                     }
                 }
                 y = sum_lanes(y, lanes);
@@ -145,10 +123,7 @@ template <typename T, typename St> __device__ __forceinline__ void general(const
     }
 }
 
-// The quads of a thread, half of a channel's apart.
-constexpr int QUADS = 2;
-
-template <typename T, typename St> __device__ __forceinline__ void fast(const StateUpdate &p) {
+template <typename T, typename St> __device__ __forceinline__ void fast(const Update &p) {
     const int lanes = 1 << p.lane_shift, sub = threadIdx.x & (lanes - 1);
     const bool plus = p.flags & FLAG_SOFTPLUS;
     const uint32_t d_inner = p.d_inner, d_state = p.d_state, batch = p.batch, tokens = p.tokens;
@@ -166,7 +141,7 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const St
         if (!has[q]) n[q] = 0;
     }
 
-    const float bias = p.dt_bias.at(channel, 0.0f), skip = p.d.at(channel, 0.0f);
+    const float bias = element_or(p.dt_bias, channel, 0.0f), skip = element_or(p.d, channel, 0.0f);
     const Quad<T> quads[QUADS] = {{p, channel, n[0], true}, {p, channel, n[1], true}};
     const uint32_t group = channel / static_cast<uint32_t>(p.group_channels);
     const T *u_data = static_cast<const T *>(p.u.data), *dt_data = static_cast<const T *>(p.dt.data);
@@ -178,12 +153,12 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const St
     St *pool = static_cast<St *>(p.state.data) + channel * p.state.row;
 
     for (uint32_t row = blockIdx.y; row < batch; row += gridDim.y) {
-        const int64_t slot = p.slots.of(row);
+        const int64_t slot = slot_of(p.slots, row);
         const bool live = slot >= 0;
         St *const state = pool + slot * p.state.slot;
         Pack<St, QUAD> h[QUADS];
 #pragma unroll
-        for (int q = 0; q < QUADS; q++) h[q] = load<St, QUAD, true>(state + n[q], 1, live && holds[q] ? QUAD : 0);
+        for (int q = 0; q < QUADS; q++) h[q] = load_vec<St, QUAD, true>(state + n[q], 1, live && holds[q] ? QUAD : 0);
         for (uint32_t t = 0; t < tokens; t++) {
             const T u = u_data[row * uint32_t(p.u.batch) + t * uint32_t(p.u.step) + u_at];
             const T dt = dt_data[row * uint32_t(p.dt.batch) + t * uint32_t(p.dt.step) + dt_at];
@@ -193,8 +168,8 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const St
             Pack<T, QUAD> b[QUADS], c[QUADS];
 #pragma unroll
             for (int q = 0; q < QUADS; q++) {
-                b[q] = load<T, QUAD, true>(b_row + n[q], 1, QUAD);
-                c[q] = load<T, QUAD, true>(c_row + n[q], 1, QUAD);
+                b[q] = load_vec<T, QUAD, true>(b_row + n[q], 1, QUAD);
+                c[q] = load_vec<T, QUAD, true>(c_row + n[q], 1, QUAD);
             }
             // Nothing above is to wait for its use: all of it shall be in flight.
             __syncwarp();
@@ -212,7 +187,7 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const St
                 }
                 // As the general kernel sums lanes: those that are furthest apart first.
                 y += has[q] ? of_quad : 0.0f;
-                h[q] = pack<St, QUAD>(next);
+                h[q] = narrow_pack<St>(next);
             }
             y = fmaf(skip, widen(u), sum_lanes(y, lanes));
             const float gated = y * silu(widen(z));
@@ -223,17 +198,17 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const St
             for (int q = 0; q < QUADS; q++) {
                 if (!p.token_states || !holds[q]) continue;
                 St *to = static_cast<St *>(p.token_states) + (int64_t(at) * d_state + n[q]);
-                put<St, QUAD, true>(to, 1, live ? h[q] : Pack<St, QUAD>{}, QUAD);
+                store_vec<St, QUAD, true>(to, 1, live ? h[q] : Pack<St, QUAD>{}, QUAD);
             }
         }
 #pragma unroll
-        for (int q = 0; q < QUADS; q++) put<St, QUAD, true>(state + n[q], 1, h[q], live && holds[q] ? QUAD : 0);
+        for (int q = 0; q < QUADS; q++) store_vec<St, QUAD, true>(state + n[q], 1, h[q], live && holds[q] ? QUAD : 0);
     }
 }
 
 #define INSTANCE(NAME, KERNEL, BLOCKS)                                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
-        state_update_##NAME(const __grid_constant__ StateUpdate params) {                                              \
+        state_update_##NAME(const __grid_constant__ Update params) {                                                   \
         KERNEL(params);                                                                                                \
     }
 
@@ -241,11 +216,13 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const St
     INSTANCE(fast_##NAME, (fast<T, St>), 6)                                                                            \
     INSTANCE(general_##NAME, (general<T, St>), 6)
 
-#define STATES(NAME, T)                                                                                                \
+#define POOLS(NAME, T)                                                                                                 \
     INSTANCES(NAME##_f32, T, float)                                                                                    \
     INSTANCES(NAME##_f16, T, __half)                                                                                   \
     INSTANCES(NAME##_bf16, T, __nv_bfloat16)
 
-STATES(f32, float)
-STATES(f16, __half)
-STATES(bf16, __nv_bfloat16)
+POOLS(f32, float)
+POOLS(f16, __half)
+POOLS(bf16, __nv_bfloat16)
+
+}

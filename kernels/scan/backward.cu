@@ -1,31 +1,30 @@
 // The selective scan, backward, in the form that Mamba uses: B and C that vary, channels and states side by side.
-// scan_backward_general.cu takes the rest. More than 16 states are a launch for each 16, and what they sum up is carried in
+// backward_general.cu takes the rest. More than 16 states are a launch for each 16, and what they sum up is carried in
 // memory.
 //
 // Each warp carries 16 neighbouring channels by itself, through one part of 64 steps after another, the last first: from
 // the state that forward kept before the part it finds those before each tile of 8 steps, and then goes back tile by tile.
 // The block's warps meet only to stage B and C of a part and to sum up their gradients of them.
-#include "scan_backward.cuh"
+#include "backward.cuh"
+#include "channel_sums.cuh"
 
-constexpr int WARPS = 4, THREADS = 32 * WARPS;
-// A lane carries 4 states of two neighbouring channels.
-constexpr int OWN = 2, PAIRS = 32 / LANES, WIDTH = PAIRS * OWN, CHANNELS = WARPS * WIDTH;
-// Steps whose decays and states are in registers at a time.
-constexpr int TILE = 8, TILES = CHECKPOINT_STEPS / TILE;
+namespace scan::backward {
+
+constexpr int OWN = CHANNELS_PER_LANE, WIDTH = WARP_CHANNELS, PAIRS = WIDTH / OWN, TILES = CHECKPOINT_STEPS / TILE;
 static_assert(TILE * WIDTH == 32 * QUAD, "a lane stages and finishes one quad of a tile");
 
 // What a warp keeps of its channels.
 template <typename T> struct OfWarp {
     // The Δ of each pair of channels, and then their Δu. A tile that is done with leaves the sums of ∂B and ∂C over the warp's
-    // channels in its place, (TILE, 2, TURN): the fours of each step in an order of its own, so that lanes of different steps
+    // channels in its place, (TILE, 2, STATE_BLOCK): the fours of each step in an order of its own, so that lanes of different steps
     // do not meet in a bank.
     float4 steps[CHECKPOINT_STEPS][PAIRS];
     // The states before each tile. The gradient behind the tile that is worked on is in the place after the tile's own.
     float4 states[TILES + 1][OWN][32];
     // What each lane adds to ∂/∂Δ and ∂/∂(Δu) of its one channel and then of the other in each step, and to y. (Neighbouring
     // steps are shifted against each other, so that lanes that read them do not meet in a bank.)
-    float4 gradients[TILE][LANES * PAIRS + 1];
-    alignas(16) float y[TILE][LANES * WIDTH];
+    float4 gradients[TILE][STATE_LANES * PAIRS + 1];
+    alignas(16) float y[TILE][STATE_LANES * WIDTH];
     // Of the tile that is worked on: ∂/∂y, and each lane's quads of u and of ∂out ∂silu(z)/∂z, which makes ∂/∂z of y + Du.
     alignas(16) float d_y[TILE][WIDTH];
     float4 to_d_z[32];
@@ -48,27 +47,27 @@ template <typename T> struct Shared {
     Place<T> u, z, d_out, delta;
     // In the dense gradients, and in the sums of ∂B and ∂C: where the first step lies.
     int64_t gradients, lines;
-    alignas(16) float projections[CHECKPOINT_STEPS][2][TURN];
+    alignas(16) float projections[CHECKPOINT_STEPS][2][STATE_BLOCK];
     alignas(16) float biases[CHANNELS], skips[CHANNELS];
     OfWarp<T> warps[WARPS];
 };
-static_assert(sizeof(Shared<float>) == 109744 && sizeof(Shared<__half>) == 108720, "as in src/scan/cuda/backward.rs");
+static_assert(sizeof(Shared<float>) == SMEM + 4 * SMEM_PER_BYTE && sizeof(Shared<__half>) == SMEM + 2 * SMEM_PER_BYTE);
 
 // With `TURNS` there are more than 16 states, of which a launch takes 16.
-template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(const ScanBackward &params) {
+template <typename T, bool TURNS> __device__ __forceinline__ void run(const Backward &params) {
     constexpr bool ACCURATE = sizeof(T) == 4;
     extern __shared__ float4 memory[];
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(memory);
     const int warp = threadIdx.x / 32, lane_index = threadIdx.x % 32;
     OfWarp<T> &mine = shared.warps[warp];
 
-    const ScanInputs &p = params.in;
+    const Inputs &p = params.inputs;
     const bool reverse = p.flags & FLAG_REVERSE, plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
     const Block block(p, blockIdx.x, CHANNELS);
     for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
         const bool exists = c < block.width;
-        shared.biases[c] = exists ? p.delta_bias.at(block.first + c, 0.0f) : 0.0f;
-        shared.skips[c] = exists ? p.d.at(block.first + c, 0.0f) : 0.0f;
+        shared.biases[c] = exists ? element_or(p.delta_bias, block.first + c, 0.0f) : 0.0f;
+        shared.skips[c] = exists ? element_or(p.d, block.first + c, 0.0f) : 0.0f;
     }
 
     // As a member of a quad: 8 steps of four quads at a time.
@@ -82,16 +81,16 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
     const int sub = lane_index / PAIRS, pair = lane_index % PAIRS;
     // Where the lane leaves its sums of ∂B and ∂C among those of a tile.
     const int sums_t = lane_index % 2 * 2 + lane_index / 4 % 2;
-    int place_of_sums = sums_t * 2 * TURN + ((lane_index / 2 % 2 * LANES + sub) ^ sums_t) * STATES;
-    keep(place_of_sums);
+    int place_of_sums = sums_t * 2 * STATE_BLOCK + ((lane_index / 2 % 2 * STATE_LANES + sub) ^ sums_t) * STATE_VEC;
+    opaque(place_of_sums);
     // Of the states the first whose turn it is, and how many there are from there on.
     const int first_state = TURNS ? static_cast<int>(params.first_state) : 0;
     const int states = static_cast<int>(p.d_state) - first_state;
     const auto lane_of = [&](int c) {
-        const int thread = thread_anew(), channel = thread / 32 * WIDTH + thread % PAIRS * OWN + c;
-        return Lane(p, block.first + channel, channel < block.width, first_state + thread % 32 / PAIRS * STATES);
+        const int thread = reload_tid(), channel = thread / 32 * WIDTH + thread % PAIRS * OWN + c;
+        return Lane(p, block.first + channel, channel < block.width, first_state + thread % 32 / PAIRS * STATE_VEC);
     };
-    float a[OWN][STATES], d_a[OWN][STATES] = {};
+    float a[OWN][STATE_VEC], d_a[OWN][STATE_VEC] = {};
     read_rates<true>(a, lane_of, p.a);
 
     if (threadIdx.x == 0) shared.next = SegmentIndex(p.segments.per_row);
@@ -100,7 +99,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
         const Segment &segment = shared.segment;
 
         // The gradient of the state behind the segment.
-        float g[OWN][STATES] = {};
+        float g[OWN][STATE_VEC] = {};
 #pragma unroll
         for (int c = 0; c < OWN; c++) leave<ACCURATE, true>(params, segment, lane_of(c), a[c], g[c]);
 
@@ -141,9 +140,9 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
             // Has what the lane finishes next in flight; `t` is the step, for which there may be nothing to finish.
             const auto load_next = [&](int t) {
                 const int count = there && t >= 0 && t < left ? QUAD : 0;
-                next_u = load<T, QUAD, true>(from_u, 1, count);
-                next_z = load<T, QUAD, true>(from_z, 1, gated ? count : 0);
-                next_d_out = load<T, QUAD, true>(from_d_out, 1, count);
+                next_u = load_vec<T, QUAD, true>(from_u, 1, count);
+                next_z = load_vec<T, QUAD, true>(from_z, 1, gated ? count : 0);
+                next_d_out = load_vec<T, QUAD, true>(from_d_out, 1, count);
                 from_u += int64_t(back) * static_cast<int>(p.u.step);
                 from_z += int64_t(back) * static_cast<int>(p.z.step);
                 from_d_out += int64_t(back) * static_cast<int>(params.d_out.step);
@@ -166,7 +165,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
             }
 
             // The state before the part.
-            float h[TILE + 1][OWN][STATES];
+            float h[TILE + 1][OWN][STATE_VEC];
 #pragma unroll
             for (int c = 0; c < OWN; c++) {
                 const Lane lane = lane_of(c);
@@ -181,30 +180,30 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
 
             // Stage what the recurrence reads.
             {
-                constexpr int FOURS = 2 * LANES, COUNT = CHECKPOINT_STEPS * FOURS / THREADS;
-                const bool of_c = threadIdx.x / LANES % 2;
-                const int first = threadIdx.x % LANES * STATES;
+                constexpr int FOURS = 2 * STATE_LANES, COUNT = CHECKPOINT_STEPS * FOURS / THREADS;
+                const bool of_c = threadIdx.x / STATE_LANES % 2;
+                const int first = threadIdx.x % STATE_LANES * STATE_VEC;
                 const Projection &from = of_c ? p.c : p.b;
                 const T *const steps = static_cast<const T *>(from.data) + segment.row * from.batch + i * from.step +
                                        block.group * from.group + first_state + first;
-                Pack<T, STATES> fours[COUNT];
+                Pack<T, STATE_VEC> fours[COUNT];
 #pragma unroll
                 for (int k = 0; k < COUNT; k++) {
                     const int t = threadIdx.x / FOURS + k * (THREADS / FOURS);
-                    fours[k] = load<T, STATES, true>(steps + t * (sign * static_cast<int>(from.step)), 1,
+                    fours[k] = load_vec<T, STATE_VEC, true>(steps + t * (sign * static_cast<int>(from.step)), 1,
                                                      t < left && first < states);
                 }
                 Pack<T, QUAD> x[TILES], step[TILES];
 #pragma unroll
                 for (int k = 0; k < TILES; k++) {
                     const int t = row + k * TILE;
-                    x[k] = load<T, QUAD, true>(quad_at(shared.u, t), 1, there && t < left);
-                    step[k] = load<T, QUAD, true>(quad_at(shared.delta, t), 1, there && t < left);
+                    x[k] = load_vec<T, QUAD, true>(quad_at(shared.u, t), 1, there && t < left);
+                    step[k] = load_vec<T, QUAD, true>(quad_at(shared.delta, t), 1, there && t < left);
                 }
 #pragma unroll
                 for (int k = 0; k < COUNT; k++) {
-                    const float values[STATES] = {fours[k][0], fours[k][1], fours[k][2], fours[k][3]};
-                    write_shared(&shared.projections[0][0][0] + STATES * (threadIdx.x + k * THREADS), values);
+                    const float values[STATE_VEC] = {fours[k][0], fours[k][1], fours[k][2], fours[k][3]};
+                    write_shared(&shared.projections[0][0][0] + STATE_VEC * (threadIdx.x + k * THREADS), values);
                 }
                 float bias[QUAD];
                 read_shared(bias, &shared.biases[warp * WIDTH + column]);
@@ -237,34 +236,34 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                 // Short sequences have few tiles.
                 constexpr int FEW = 2;
                 if (tiles <= FEW) {
-                    stage(Count<FEW>());
+                    stage(IntConstant<FEW>());
                 } else {
-                    stage(Count<TILES>());
+                    stage(IntConstant<TILES>());
                 }
             }
             __syncthreads();
 
             // Forward through the part, for the states before each tile. (From one checkpoint to the next a rounded decay
             // drifts by 2^-16 at most. The gradient of the state goes through the whole sequence.)
-            const auto decay_at = [&](int t, float (&decays)[OWN][STATES]) {
+            const auto decay_at = [&](int t, float (&decays)[OWN][STATE_VEC]) {
                 float step[OWN];
                 read_shared(step, &mine.steps[t][pair].x);
 #pragma unroll
                 for (int c = 0; c < OWN; c++) {
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) decays[c][n] = exp2_fast(step[c] * a[c][n]);
+                    for (int n = 0; n < STATE_VEC; n++) decays[c][n] = exp2_fast(step[c] * a[c][n]);
                 }
             };
             // One step of the recurrence.
-            const auto advance = [&](int t, const float (&decays)[OWN][STATES], float (&to)[OWN][STATES],
-                                     const float (&from)[OWN][STATES]) {
-                float in[OWN], b[STATES];
+            const auto advance = [&](int t, const float (&decays)[OWN][STATE_VEC], float (&to)[OWN][STATE_VEC],
+                                     const float (&from)[OWN][STATE_VEC]) {
+                float in[OWN], b[STATE_VEC];
                 read_shared(in, &mine.steps[t][pair].z);
-                read_shared(b, &shared.projections[t][0][sub * STATES]);
+                read_shared(b, &shared.projections[t][0][sub * STATE_VEC]);
 #pragma unroll
                 for (int c = 0; c < OWN; c++) {
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) {
+                    for (int n = 0; n < STATE_VEC; n++) {
                         to[c][n] = fmaf(in[c], b[n], decays[c][n] * from[c][n]);
                     }
                 }
@@ -273,7 +272,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
             // where they wait for the special-function unit in a row.
             constexpr int AHEAD = 2;
             static_assert(TILE % AHEAD == 0, "the decays that are known at the end of a tile are of the first steps of the next");
-            float decays[TILE][OWN][STATES];
+            float decays[TILE][OWN][STATE_VEC];
 #pragma unroll
             for (int t = 0; t < AHEAD; t++) decay_at(t, decays[t]);
             for (int tile = 0;; tile++) {
@@ -282,7 +281,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                 if (tile + 1 == tiles) break;
 #pragma unroll
                 for (int t = 0; t < TILE; t++) {
-                    float(&decay)[OWN][STATES] = decays[t % AHEAD];
+                    float(&decay)[OWN][STATE_VEC] = decays[t % AHEAD];
                     advance(tile * TILE + t, decay, h[0], h[0]);
                     decay_at(tile * TILE + t + AHEAD, decay);
                 }
@@ -322,13 +321,13 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                 // Back.
                 float sums[2][2][4] = {}; // half of the tile, pair of states
                 struct Operands {
-                    float in[2 * OWN], d_y[OWN], b[STATES], c[STATES];
+                    float in[2 * OWN], d_y[OWN], b[STATE_VEC], c[STATE_VEC];
                 } ahead;
                 const auto read = [&](int t) {
                     read_shared(ahead.in, &mine.steps[t0 + t][pair].x);
                     read_shared(ahead.d_y, &mine.d_y[t][pair * OWN]);
-                    read_shared(ahead.b, &shared.projections[t0 + t][0][sub * STATES]);
-                    read_shared(ahead.c, &shared.projections[t0 + t][1][sub * STATES]);
+                    read_shared(ahead.b, &shared.projections[t0 + t][0][sub * STATE_VEC]);
+                    read_shared(ahead.c, &shared.projections[t0 + t][1][sub * STATE_VEC]);
                 };
                 read(TILE - 1);
 #pragma unroll
@@ -342,7 +341,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
 #pragma unroll
                     for (int c = 0; c < OWN; c++) {
 #pragma unroll
-                        for (int n = 0; n < STATES; n++) {
+                        for (int n = 0; n < STATE_VEC; n++) {
                             const Decay<ACCURATE> decay(in[c] * a[c][n], decays[t][c][n]);
                             const float state = h[t + 1][c][n];
                             float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
@@ -371,7 +370,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                 // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves' lanes
                 // share the steps. Columns are the steps, first of ∂B and then of ∂C.
                 const int upper = lane_index / 4 % 2;
-                float totals[2][STATES], finite = 0.0f;
+                float totals[2][STATE_VEC], finite = 0.0f;
                 const auto total = [&] {
 #pragma unroll
                     for (int k = 0; k < 8; k++) {
@@ -386,12 +385,12 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                 if (!__all_sync(~0u, finite == 0.0f)) {
                     // A product of zero and infinity has spread over the columns. Sum each step alone, in the same way so
                     // that the others keep their bits, from the states and gradients at both ends of the tile.
-                    float again[OWN][STATES];
+                    float again[OWN][STATE_VEC];
 #pragma unroll
                     for (int c = 0; c < OWN; c++) read_shared(again[c], &mine.states[tile + 1][c][lane_index].x);
 #pragma unroll 1
                     for (int t = TILE - 1; t >= 0; t--) {
-                        float state[OWN][STATES], decay[OWN][STATES], in[2 * OWN], d_y[OWN], c_[STATES], terms[2][4];
+                        float state[OWN][STATE_VEC], decay[OWN][STATE_VEC], in[2 * OWN], d_y[OWN], c_[STATE_VEC], terms[2][4];
 #pragma unroll
                         for (int c = 0; c < OWN; c++) read_shared(state[c], &mine.states[tile][c][lane_index].x);
 #pragma unroll 1
@@ -401,11 +400,11 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                         }
                         read_shared(in, &mine.steps[t0 + t][pair].x);
                         read_shared(d_y, &mine.d_y[t][pair * OWN]);
-                        read_shared(c_, &shared.projections[t0 + t][1][sub * STATES]);
+                        read_shared(c_, &shared.projections[t0 + t][1][sub * STATE_VEC]);
 #pragma unroll
                         for (int c = 0; c < OWN; c++) {
 #pragma unroll
-                            for (int n = 0; n < STATES; n++) {
+                            for (int n = 0; n < STATE_VEC; n++) {
                                 const float gradient = fmaf(c_[n], d_y[c], again[c][n]);
                                 float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
                                 d_b = c ? fmaf(gradient, in[OWN + c], d_b) : gradient * in[OWN + c];
@@ -444,7 +443,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                     // What each channel gets of the sums over its states.
                     float d_delta[QUAD], d_input[QUAD], y[QUAD];
 #pragma unroll
-                    for (int s = 0; s < LANES; s += 2) {
+                    for (int s = 0; s < STATE_LANES; s += 2) {
                         float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
                         read_shared(one, &mine.gradients[row][s * PAIRS + column / OWN].x);
                         read_shared(two, &mine.gradients[row][(s + 1) * PAIRS + column / OWN].x);
@@ -472,14 +471,14 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                     __syncwarp();
                     float *const sums_to = &mine.steps[t0][0].x + place_of_sums;
                     write_shared(sums_to, totals[0]);
-                    write_shared(sums_to + 4 * 2 * TURN, totals[1]);
+                    write_shared(sums_to + 4 * 2 * STATE_BLOCK, totals[1]);
                     if (TURNS) {
                         carry<true>(params, at, wanted ? QUAD : 0, d_delta, d_input, y);
                         if (there && tile > 0) prefetch_carried(params, at + int64_t(back) * static_cast<int>(p.d_inner));
                     }
                     if (more) go_forward(next * TILE, 0);
 
-                    if (!TURNS || params.is_last_turn()) {
+                    if (!TURNS || is_last_block(params)) {
                         float d_z[QUAD], d_u[QUAD], d_step[QUAD];
 #pragma unroll
                         for (int c = 0; c < QUAD; c++) {
@@ -490,9 +489,9 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                             d_skip[c] = wanted ? fmaf(d_y[c], x[c], d_skip[c]) : d_skip[c];
                             d_bias[c] = wanted ? d_bias[c] + d_step[c] : d_bias[c];
                         }
-                        store_if(gated && wanted, static_cast<T *>(params.d_z) + at, d_z);
-                        store_if(wanted, static_cast<T *>(params.d_u) + at, d_u);
-                        store_if(wanted, static_cast<T *>(params.d_delta) + at, d_step);
+                        store_narrowed_if(gated && wanted, static_cast<T *>(params.d_z) + at, d_z);
+                        store_narrowed_if(wanted, static_cast<T *>(params.d_u) + at, d_u);
+                        store_narrowed_if(wanted, static_cast<T *>(params.d_delta) + at, d_step);
                     }
                     at += int64_t(back) * static_cast<int>(p.d_inner);
                     if (more && tile > 0) open();
@@ -500,10 +499,10 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                 // (With turns, both forms would take more registers than there are. Tile 1 is gone through again then, and
                 // dropped, as tile 0's steps are being replaced.)
                 if (!TURNS && tile == 0) {
-                    finish(Is<false>());
+                    finish(BoolConstant<false>());
                     break;
                 }
-                finish(Is<true>());
+                finish(BoolConstant<true>());
             }
 
             // The block's sums of ∂B and ∂C, the warps in order. (Where they go is read first: the first thread may be at the
@@ -513,22 +512,22 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
             if (params.projections) {
                 const int64_t all = p.group_blocks * params.steps * params.groups * p.d_state;
                 const int64_t line = sign * params.groups * p.d_state;
-                constexpr int FOURS = 2 * LANES;
-                const int thread = thread_anew(), first = thread % LANES * STATES, which = thread / LANES % 2;
+                constexpr int FOURS = 2 * STATE_LANES;
+                const int thread = reload_tid(), first = thread % STATE_LANES * STATE_VEC, which = thread / STATE_LANES % 2;
 #pragma unroll
                 for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
                     const int t = thread / FOURS + k * (THREADS / FOURS);
                     if (t >= left || first >= states) break;
-                    float sum[STATES];
+                    float sum[STATE_VEC];
 #pragma unroll
                     for (int w = 0; w < WARPS; w++) {
-                        float one[STATES];
+                        float one[STATE_VEC];
                         const int place = (thread ^ thread / FOURS % 4) + k * THREADS;
-                        read_shared(one, &shared.warps[w].steps[0][0].x + STATES * place);
+                        read_shared(one, &shared.warps[w].steps[0][0].x + STATE_VEC * place);
 #pragma unroll
-                        for (int n = 0; n < STATES; n++) sum[n] = w ? sum[n] + one[n] : one[n];
+                        for (int n = 0; n < STATE_VEC; n++) sum[n] = w ? sum[n] + one[n] : one[n];
                     }
-                    store<float, true>(to + which * all + t * line + first, sum, STATES);
+                    store_narrowed<float, true>(to + which * all + t * line + first, sum, STATE_VEC);
                 }
             }
         }
@@ -555,7 +554,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
                 parts[c] += __shfl_xor_sync(~0u, parts[c], distance);
             }
         }
-        if (to) store<float, true>(to + blockIdx.y * p.d_inner + d0, parts, there && row == 0 ? QUAD : 0);
+        if (to) store_narrowed<float, true>(to + blockIdx.y * p.d_inner + d0, parts, there && row == 0 ? QUAD : 0);
     };
     sum_rows(d_skip, params.d_d);
     sum_rows(d_bias, params.d_bias);
@@ -563,14 +562,16 @@ template <typename T, bool TURNS> __device__ __forceinline__ void scan_backward(
 
 #define INSTANCE(NAME, T, TURNS)                                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
-        scan_backward_##NAME(const __grid_constant__ ScanBackward params) {                                            \
-        scan_backward<T, TURNS>(params);                                                                               \
+        scan_backward_##NAME(const __grid_constant__ Backward params) {                                                \
+        run<T, TURNS>(params);                                                                                         \
     }
 
 #define INSTANCES(SUFFIX, T)                                                                                           \
     INSTANCE(fast_##SUFFIX, T, false)                                                                                  \
-    INSTANCE(turns_##SUFFIX, T, true)
+    INSTANCE(many_states_##SUFFIX, T, true)
 
 INSTANCES(f32, float)
 INSTANCES(f16, __half)
 INSTANCES(bf16, __nv_bfloat16)
+
+}

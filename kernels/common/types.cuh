@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+namespace common {
+
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -85,65 +87,17 @@ template <typename T> __device__ __forceinline__ Pack<T, 4> join(const Pack<T, 2
     return both;
 }
 
-// The first `count` of the elements at `p` and `stride` apart behind it, zero beyond. `WHOLE` says that there are all or
-// none of them, side by side and aligned.
-template <typename T, int COUNT, bool WHOLE>
-__device__ __forceinline__ Pack<T, COUNT> load(const T *p, int64_t stride, int count) {
-    Pack<T, COUNT> pack = {};
-    if constexpr (WHOLE) {
-        if (count > 0) pack.raw = *reinterpret_cast<const decltype(pack.raw) *>(p);
-    } else {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            if (i >= count) break;
-            if constexpr (sizeof(T) == 4) {
-                pack.word(i) = __float_as_uint(p[i * stride]);
-            } else {
-                const uint32_t bits = *reinterpret_cast<const uint16_t *>(p + i * stride);
-                pack.word(i / 2) |= i % 2 ? bits << 16 : bits;
-            }
-        }
-    }
-    return pack;
-}
-
-// `COUNT` neighbouring values, 2 or 4, rounded.
-template <typename T, int COUNT> __device__ __forceinline__ Pack<T, COUNT> rounded(const float (&value)[COUNT]) {
-    Pack<T, COUNT> pack;
-#pragma unroll
-    for (int i = 0; i < COUNT; i += 2) {
-        if constexpr (sizeof(T) == 4) {
-            pack.word(i) = __float_as_uint(value[i]), pack.word(i + 1) = __float_as_uint(value[i + 1]);
-        } else {
-            pack.word(i / 2) = narrow_pair(value[i], value[i + 1], T());
-        }
-    }
-    return pack;
-}
-
-// Rounds and writes the first `count` of `COUNT` neighbouring elements, 2 or 4.
-template <typename T, bool WHOLE, int COUNT> __device__ __forceinline__ void store(T *p, const float (&value)[COUNT], int count) {
-    if constexpr (WHOLE) {
-        if (count > 0) *reinterpret_cast<decltype(Pack<T, COUNT>::raw) *>(p) = rounded<T>(value).raw;
-    } else {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            if (i < count) p[i] = narrow<T>(value[i]);
-        }
-    }
-}
-
-// Rounds and writes four neighbouring elements if they are `wanted`, else `p` may be anything. Of `store` the compiler makes
-// a branch, and what follows a branch is not scheduled among what comes before it.
-template <typename T> __device__ __forceinline__ void store_if(bool wanted, T *p, const float (&value)[4]) {
-    const Pack<T, 4> pack = rounded<T>(value);
+// Rounds neighbouring elements.
+template <typename T, int COUNT> __device__ __forceinline__ Pack<T, COUNT> narrow_pack(const float (&value)[COUNT]) {
+    Pack<T, COUNT> packed;
     if constexpr (sizeof(T) == 4) {
-        asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(int(wanted)),
-                     "l"(p), "r"(pack.word(0)), "r"(pack.word(1)), "r"(pack.word(2)), "r"(pack.word(3))
-                     : "memory");
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) packed.word(i) = __float_as_uint(value[i]);
     } else {
-        asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3};}" ::"r"(int(wanted)), "l"(p),
-                     "r"(pack.word(0)), "r"(pack.word(1))
-                     : "memory");
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 2) packed.word(i / 2) = narrow_pair(value[i], value[i + 1], T());
     }
+    return packed;
+}
+
 }

@@ -1,19 +1,12 @@
 // The causal convolution, forward.
-#include "conv.cuh"
+#include "runs.cuh"
 
-struct ConvForward {
-    ConvInputs in;
-    void *out;
-    // Null where not asked for.
-    float *final_state;
-};
-static_assert(sizeof(ConvForward) == 200, "as in src/cuda/params.rs");
+namespace conv::forward {
 
-constexpr int QUAD = 4;
-template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline__ void conv_forward(const ConvForward &params) {
-    const ConvInputs &p = params.in;
+template <typename T, int LEAST, int MOST, bool VECTOR> __device__ __forceinline__ void run(const Forward &params) {
+    const Inputs &p = params.inputs;
     constexpr int BEFORE = MOST - 1, TILE = sizeof(T) == 4 ? 4 : 8, AHEAD = 2;
-    __shared__ typename Incoming<T, QUAD, WHOLE, 1, TILE, AHEAD>::Tiles tiles;
+    __shared__ typename Incoming<T, QUAD, VECTOR, 1, TILE, AHEAD>::Tiles tiles;
     const bool reverse = p.flags & FLAG_REVERSE, activate = p.flags & FLAG_SILU;
     const int lane = threadIdx.x & ((1 << p.lane_shift) - 1), own = threadIdx.x >> p.lane_shift;
     const int64_t quads = (p.d_inner + QUAD - 1) / QUAD;
@@ -28,9 +21,9 @@ template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline_
         const int64_t stride = int64_t(gridDim.y) * (THREADS >> p.lane_shift);
         for (int64_t index = int64_t(blockIdx.y) * (THREADS >> p.lane_shift) + own; index < p.runs.count;
              index += stride) {
-            const Run run = p.runs.get(index);
-            const Line<T, QUAD, WHOLE> line(p, run, d, count);
-            Incoming<T, QUAD, WHOLE, 1, TILE, AHEAD> incoming(tiles, count, run.steps, run.steps);
+            const Run run = run_at(p.runs, index);
+            const Line<T, QUAD, VECTOR> line(p, run, d, count);
+            Incoming<T, QUAD, VECTOR, 1, TILE, AHEAD> incoming(tiles, count, run.steps, run.steps);
             incoming.set(0, line.x + run.first * line.step, line.step, line.channel);
             incoming.start();
             T *out = static_cast<T *>(params.out) +
@@ -56,7 +49,7 @@ template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline_
                         const float active = silu(sum[c]);
                         sum[c] = activate ? active : sum[c];
                     }
-                    put<T, QUAD, WHOLE>(out, 1, pack<T, QUAD>(sum), full.value || t < left ? count : 0);
+                    store_vec<T, QUAD, VECTOR>(out, 1, narrow_pack<T>(sum), full.value || t < left ? count : 0);
                     out += out_step;
                 }
 #pragma unroll
@@ -66,8 +59,8 @@ template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline_
                 }
             };
             int left = run.steps;
-            for (; left >= TILE; left -= TILE) tile(Is<true>(), TILE);
-            if (left > 0) tile(Is<false>(), left);
+            for (; left >= TILE; left -= TILE) tile(BoolConstant<true>(), TILE);
+            if (left > 0) tile(BoolConstant<false>(), left);
             if (params.final_state && run.ends_sequence()) {
                 for (int j = 0; j < line.rows; j++) {
                     float row[QUAD];
@@ -83,10 +76,10 @@ template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline_
     }
 }
 
-#define INSTANCE(NAME, T, LEAST, MOST, WHOLE, BLOCKS)                                                                  \
+#define INSTANCE(NAME, T, LEAST, MOST, VECTOR, BLOCKS)                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
-        conv_forward_##NAME(const __grid_constant__ ConvForward params) {                                              \
-        conv_forward<T, LEAST, MOST, WHOLE>(params);                                                                   \
+        conv_forward_##NAME(const __grid_constant__ Forward params) {                                                  \
+        run<T, LEAST, MOST, VECTOR>(params);                                                                           \
     }
 
 // The usual widths exactly.
@@ -100,3 +93,5 @@ template <typename T, int LEAST, int MOST, bool WHOLE> __device__ __forceinline_
 INSTANCES(f32, float)
 INSTANCES(f16, __half)
 INSTANCES(bf16, __nv_bfloat16)
+
+}

@@ -1,5 +1,8 @@
-// The selective scan, forward, and what segments of split sequences make of a zero state.
-#include "scan_forward.cuh"
+// The selective scan, forward, whose instances are in forward.cu, forward_general.cu and chunk_state.cu.
+#pragma once
+#include "tile.cuh"
+
+namespace scan::forward {
 
 // Δ and what the recurrence takes in of a tile, as the lanes read them: by fours, `TOGETHER` steps of their `OWN` channels
 // at once, neighbouring lanes what is side by side.
@@ -36,7 +39,7 @@ template <int STEPS, int OWN, int QUADS> struct StepsInShared {
 // What the lanes of a channel add to y in each step of a tile. The channels of a quad are turned by the lane, so that those
 // which write the same channel of neighbouring quads do not meet in a bank.
 template <int STEPS, int OWN, int QUADS> struct OutputsInShared {
-    alignas(16) float data[STEPS][LANES][QUADS][QUAD];
+    alignas(16) float data[STEPS][STATE_LANES][QUADS][QUAD];
 
     __device__ __forceinline__ float *of(int t, int sub, int quad, int part) {
         return &data[t][sub][quad][(part + sub) * OWN % QUAD];
@@ -56,32 +59,32 @@ enum class Takes { MAMBA, MANY_STATES, ALL };
 
 // A `SUMMARY` runs a segment from zero for the state that it reaches, and writes no output.
 template <typename T, int OWN, int THREADS, int STEPS, Takes TAKES, bool SUMMARY>
-__device__ __forceinline__ void scan_forward(const ScanForward &params) {
-    constexpr int CHANNELS = THREADS / LANES * OWN;
+__device__ __forceinline__ void run(const Forward &params) {
+    constexpr int CHANNELS = THREADS / STATE_LANES * OWN;
     constexpr int COLUMNS = CHANNELS / QUAD, ROWS = THREADS / COLUMNS, QUADS = STEPS / ROWS;
     constexpr bool GENERAL = TAKES == Takes::ALL, TURNS = TAKES != Takes::MAMBA;
-    constexpr bool WHOLE = !GENERAL, ACCURATE = sizeof(T) == 4, AHEAD = !GENERAL && OWN == 1;
+    constexpr bool VECTOR = !GENERAL, ACCURATE = sizeof(T) == 4, AHEAD = !GENERAL && OWN == 1;
     static_assert(QUADS * ROWS == STEPS && CHECKPOINT_STEPS % STEPS == 0, "whole tiles");
     static_assert(!TURNS || OWN == 1, "the states that take turns are one channel's");
 
     using Steps = StepsInShared<STEPS, OWN, COLUMNS>;
     __shared__ Steps staged;
     __shared__ OutputsInShared<SUMMARY ? 1 : STEPS, OWN, COLUMNS> outputs;
-    __shared__ alignas(16) float projections[STEPS][2][TURN];
+    __shared__ alignas(16) float projections[STEPS][2][STATE_BLOCK];
     // The biases, and D.
     __shared__ alignas(16) float of_channels[2][CHANNELS];
     extern __shared__ float4 carried[];
 
-    const ScanInputs &p = params.in;
-    const bool reverse = p.flags & FLAG_REVERSE, hold = GENERAL && (p.flags & FLAG_HOLD);
+    const Inputs &p = params.inputs;
+    const bool reverse = p.flags & FLAG_REVERSE, hold = GENERAL && (p.flags & FLAG_ZOH);
     const bool plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
     const Block block(p, blockIdx.x, CHANNELS);
 
     // As a member of a quad. One that does not exist reads the last that does, and writes nothing.
     const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS;
     const int count = max(0, min(block.width - column, QUAD));
-    const int64_t d0 = block.first + (WHOLE ? min(column, block.width - QUAD) : column);
-    const int readable = WHOLE ? QUAD : count;
+    const int64_t d0 = block.first + (VECTOR ? min(column, block.width - QUAD) : column);
+    const int readable = VECTOR ? QUAD : count;
     // What a block reads once is asked for here, and waited for when the first tile's loads are under way as well.
     constexpr int ONCE = (2 * CHANNELS + THREADS - 1) / THREADS;
     float once[ONCE];
@@ -89,7 +92,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     for (int k = 0; k < ONCE; k++) {
         const int i = threadIdx.x + k * THREADS, c = i % CHANNELS;
         const Vector &from = i < CHANNELS ? p.delta_bias : p.d;
-        once[k] = i < 2 * CHANNELS && c < block.width ? from.at(block.first + c, 0.0f) : 0.0f;
+        once[k] = i < 2 * CHANNELS && c < block.width ? element_or(from, block.first + c, 0.0f) : 0.0f;
     }
     bool is_first = true;
 
@@ -99,32 +102,32 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     const int lane_index = threadIdx.x % 32, sub = lane_index / 2 % 2 + lane_index / 16 * 2;
     const int place = threadIdx.x / 32 * 8 + lane_index % 2 + lane_index / 4 % 4 * 2;
     const int part = place / COLUMNS, quad = place % COLUMNS, own = quad * QUAD + part * OWN;
-    const int turns = TURNS ? static_cast<int>((p.d_state + TURN - 1) / TURN) : 1;
+    const int turns = TURNS ? static_cast<int>((p.d_state + STATE_BLOCK - 1) / STATE_BLOCK) : 1;
     const auto lane_of = [&](int c, int turn) {
-        return Lane(p, block.first + own + c, own + c < block.width, turn * TURN + sub * STATES);
+        return Lane(p, block.first + own + c, own + c < block.width, turn * STATE_BLOCK + sub * STATE_VEC);
     };
     float *const parked = reinterpret_cast<float *>(carried + threadIdx.x);
 
-    const bool from_zero = SUMMARY || (!p.initial_state.data && !p.reached);
-    float a[OWN][STATES];
-    const auto read_a = [&](int turn) { read_rates<WHOLE>(a, [&](int c) { return lane_of(c, turn); }, p.a); };
+    const bool from_zero = SUMMARY || (!p.initial_state.data && !p.chunk_states);
+    float a[OWN][STATE_VEC];
+    const auto read_a = [&](int turn) { read_rates<VECTOR>(a, [&](int c) { return lane_of(c, turn); }, p.a); };
 
     for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
-        const Segment segment = p.segments.get(at);
+        const Segment segment = segment_at(p.segments, at);
         if (SUMMARY && segment.ends_sequence()) continue;
         const int64_t end = segment.first + segment.steps;
         // By the sequence's own length, so that it gets the same bits whatever it is packed with.
         const bool compensate = GENERAL && (p.flags & FLAG_COMPENSATE) && segment.len > LONG_SEQUENCE;
 
         using Step = Pack<T, QUAD>;
-        Walk<T, WHOLE> u(p.u, segment, segment.first + row, d0, reverse);
-        Walk<T, WHOLE> delta(p.delta, segment, segment.first + row, d0, reverse);
-        Walk<T, WHOLE> z(p.z, segment, segment.first + row, d0, reverse);
+        Walk<T, VECTOR> u(p.u, segment, segment.first + row, d0, reverse);
+        Walk<T, VECTOR> delta(p.delta, segment, segment.first + row, d0, reverse);
+        Walk<T, VECTOR> z(p.z, segment, segment.first + row, d0, reverse);
         T *out = static_cast<T *>(params.out) +
                  (segment.row * p.segments.len + segment.step(segment.first + row, reverse)) * p.d_inner + d0;
-        typename Distance<WHOLE>::type out_step = reverse ? -p.d_inner : p.d_inner;
-        keep(out_step);
-        using Projections = ProjectionWalk<T, STEPS, THREADS, WHOLE>;
+        typename Distance<VECTOR>::type out_step = reverse ? -p.d_inner : p.d_inner;
+        opaque(out_step);
+        using Projections = ProjectionWalk<T, STEPS, THREADS, VECTOR>;
         Projections next(p, segment, block.group, segment.first, 0);
 
         Step next_u[QUADS], next_delta[QUADS];
@@ -142,7 +145,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             if (TAKES == Takes::MANY_STATES) next.template load<ragged.value>(left);
         };
         int64_t whole = segment.steps / STEPS;
-        if (whole > 0) load_first(Is<false>(), STEPS);
+        if (whole > 0) load_first(BoolConstant<false>(), STEPS);
         if (is_first) {
             if (!TURNS) read_a(0);
 #pragma unroll
@@ -154,23 +157,23 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             is_first = false;
         }
 
-        float h[OWN][STATES];
+        float h[OWN][STATE_VEC];
         [[maybe_unused]] DeltaSum delta_sum;
         // What rounding has taken from the states, where they are compensated. (Those that take turns start each tile anew.)
-        [[maybe_unused]] float lost[STATES] = {};
+        [[maybe_unused]] float lost[STATE_VEC] = {};
         for (int turn = 0; turn < turns; turn++) {
             if (TURNS) read_a(turn);
             if (from_zero) {
 #pragma unroll
                 for (int c = 0; c < OWN; c++) {
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) h[c][n] = 0.0f;
+                    for (int n = 0; n < STATE_VEC; n++) h[c][n] = 0.0f;
                 }
             } else {
 #pragma unroll
-                for (int c = 0; c < OWN; c++) enter<ACCURATE, WHOLE>(p, segment, lane_of(c, turn), a[c], h[c]);
+                for (int c = 0; c < OWN; c++) enter<ACCURATE, VECTOR>(p, segment, lane_of(c, turn), a[c], h[c]);
             }
-            if (TURNS) write_shared(parked + turn * THREADS * STATES, h[0]);
+            if (TURNS) write_shared(parked + turn * THREADS * STATE_VEC, h[0]);
         }
 
         // Carries the states through a tile, `left` steps of it if it is ragged, for which `next` holds what there is to
@@ -215,24 +218,24 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             u.advance(STEPS);
             delta.advance(STEPS);
             if (!TURNS) next.advance(STEPS);
-            if (more) load_next(Is<false>(), STEPS);
+            if (more) load_next(BoolConstant<false>(), STEPS);
             if (!GENERAL) __syncthreads();
 
             // Advance.
             for (int turn = 0; turn < turns; turn++) {
-                [[maybe_unused]] float inverse_a[STATES], constant_b[STATES], constant_c[STATES];
+                [[maybe_unused]] float inverse_a[STATE_VEC], constant_b[STATE_VEC], constant_c[STATE_VEC];
                 if constexpr (GENERAL) {
-                    Projections tile(p, segment, block.group, i, turn * TURN);
+                    Projections tile(p, segment, block.group, i, turn * STATE_BLOCK);
                     tile.template load<ragged.value>(left);
                     __syncthreads();
                     tile.store(&projections[0][0][0]);
                     __syncthreads();
-                    read_shared(h[0], parked + turn * THREADS * STATES);
+                    read_shared(h[0], parked + turn * THREADS * STATE_VEC);
                     read_a(turn);
                     const Lane lane = lane_of(0, turn);
-                    lane.template parameter<WHOLE>(inverse_a, p.a);
+                    lane.template parameter<VECTOR>(inverse_a, p.a);
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) {
+                    for (int n = 0; n < STATE_VEC; n++) {
                         // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
                         inverse_a[n] = hold_inverse(inverse_a[n]);
                     }
@@ -244,36 +247,36 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                         next.store(&projections[0][0][0]);
                         __syncthreads();
                     }
-                    read_shared(h[0], parked + turn * THREADS * STATES);
+                    read_shared(h[0], parked + turn * THREADS * STATE_VEC);
                     read_a(turn);
                     // Those of the next turn, or of the first one in the next tile.
                     if (turn + 1 < turns) {
-                        next.turn(p, turn * TURN, (turn + 1) * TURN);
+                        next.turn(p, turn * STATE_BLOCK, (turn + 1) * STATE_BLOCK);
                         next.template load<ragged.value>(left);
                     } else {
-                        next.turn(p, turn * TURN, 0);
+                        next.turn(p, turn * STATE_BLOCK, 0);
                         next.advance(STEPS);
                         if (more) next.template load<false>(STEPS);
                     }
                 }
                 if (turns > 1) {
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) lost[n] = 0.0f;
+                    for (int n = 0; n < STATE_VEC; n++) lost[n] = 0.0f;
                 }
                 // What is read from shared memory for one step, or two.
                 struct Operands {
                     float step[Steps::TOGETHER][OWN], in[Steps::TOGETHER][OWN];
-                    float b[Steps::TOGETHER][STATES], c[Steps::TOGETHER][STATES];
+                    float b[Steps::TOGETHER][STATE_VEC], c[Steps::TOGETHER][STATE_VEC];
                 } now, next_operands;
                 const auto read = [&](int t, Operands &to) {
                     staged.read(t, place, to.step, to.in);
 #pragma unroll
                     for (int i = 0; i < Steps::TOGETHER; i++) {
-                        read_shared(to.b[i], &projections[t + i][0][sub * STATES]);
-                        if (!SUMMARY) read_shared(to.c[i], &projections[t + i][1][sub * STATES]);
+                        read_shared(to.b[i], &projections[t + i][0][sub * STATE_VEC]);
+                        if (!SUMMARY) read_shared(to.c[i], &projections[t + i][1][sub * STATE_VEC]);
                         if constexpr (GENERAL) {
 #pragma unroll
-                            for (int n = 0; n < STATES; n++) {
+                            for (int n = 0; n < STATE_VEC; n++) {
                                 if (p.b.constant) to.b[i][n] = constant_b[n];
                                 if (!SUMMARY && p.c.constant) to.c[i][n] = constant_c[n];
                             }
@@ -299,7 +302,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 #pragma unroll
                         for (int k = 0; k < OWN; k++) {
 #pragma unroll
-                            for (int n = 0; n < STATES; n++) {
+                            for (int n = 0; n < STATE_VEC; n++) {
                                 const float x = now.step[i][k] * a[k][n];
                                 if (GENERAL && (hold || compensate)) {
                                     const Decay<true, bool> decay(x);
@@ -323,7 +326,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                         if (!SUMMARY) write_shared(outputs.of(t, sub, quad, part), y);
                     }
                 }
-                if (TURNS) write_shared(parked + turn * THREADS * STATES, h[0]);
+                if (TURNS) write_shared(parked + turn * THREADS * STATE_VEC, h[0]);
             }
             __syncthreads();
 
@@ -334,9 +337,9 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 #pragma unroll
                 for (int k = 0; k < QUADS; k++) {
                     const int t = row + k * ROWS;
-                    float parts[LANES][QUAD], y[QUAD];
+                    float parts[STATE_LANES][QUAD], y[QUAD];
 #pragma unroll
-                    for (int s = 0; s < LANES; s++) outputs.read(t, s, column / QUAD, parts[s]);
+                    for (int s = 0; s < STATE_LANES; s++) outputs.read(t, s, column / QUAD, parts[s]);
 #pragma unroll
                     for (int c = 0; c < QUAD; c++) {
                         y[c] = (parts[0][c] + parts[1][c]) + (parts[2][c] + parts[3][c]);
@@ -346,7 +349,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
 #pragma unroll
                         for (int c = 0; c < QUAD; c++) y[c] *= silu(tile_z[k][c]);
                     }
-                    store<T, WHOLE>(out + k * ROWS * out_step, y, !ragged || t < left ? count : 0);
+                    store_narrowed<T, VECTOR>(out + k * ROWS * out_step, y, !ragged || t < left ? count : 0);
                 }
                 out += STEPS * out_step;
             }
@@ -358,7 +361,7 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
                 const int64_t slot =
                     (segment.row * p.segments.len + segment.start) / CHECKPOINT_STEPS + i / CHECKPOINT_STEPS - 1;
                 for (int turn = 0; turn < turns; turn++) {
-                    if (TURNS) read_shared(h[0], parked + turn * THREADS * STATES);
+                    if (TURNS) read_shared(h[0], parked + turn * THREADS * STATE_VEC);
 #pragma unroll
                     for (int c = 0; c < OWN; c++) {
                         const Lane lane = lane_of(c, turn);
@@ -369,26 +372,26 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
             const int tiles = static_cast<int>(min(whole, int64_t(CHECKPOINT_STEPS / STEPS)));
             whole -= tiles;
             for (int k = 0; k < tiles; k++) {
-                tile(Is<false>(), i + k * STEPS, STEPS, k + 1 < tiles || whole > 0);
+                tile(BoolConstant<false>(), i + k * STEPS, STEPS, k + 1 < tiles || whole > 0);
             }
             const int64_t rest = i + tiles * STEPS;
             if (tiles < CHECKPOINT_STEPS / STEPS && rest < end) {
                 const int left = static_cast<int>(end - rest);
-                load_first(Is<true>(), left);
-                tile(Is<true>(), rest, left, false);
+                load_first(BoolConstant<true>(), left);
+                tile(BoolConstant<true>(), rest, left, false);
             }
         }
 
         if constexpr (SUMMARY) {
-            delta_sum.write<COLUMNS, THREADS>(&staged.data[0][0][0][0], p.sums + segment.index * p.d_inner + d0, count);
+            delta_sum.write<COLUMNS, THREADS>(&staged.data[0][0][0][0], p.delta_sums + segment.index * p.d_inner + d0, count);
         }
         for (int turn = 0; turn < turns; turn++) {
-            if (TURNS) read_shared(h[0], parked + turn * THREADS * STATES);
+            if (TURNS) read_shared(h[0], parked + turn * THREADS * STATE_VEC);
 #pragma unroll
             for (int c = 0; c < OWN; c++) {
                 const Lane lane = lane_of(c, turn);
                 if constexpr (SUMMARY) {
-                    lane.write_dense<WHOLE>(p.reached + lane.at(p, segment.index), h[c]);
+                    lane.write_dense<VECTOR>(p.chunk_states + lane.at(p, segment.index), h[c]);
                 } else if (params.final_state && segment.ends_sequence()) {
                     lane.write(params.final_state + lane.at(p, segment.sequence), h[c]);
                 }
@@ -397,22 +400,4 @@ __device__ __forceinline__ void scan_forward(const ScanForward &params) {
     }
 }
 
-#define INSTANCE(NAME, T, OWN, THREADS, STEPS, TAKES, BLOCKS)                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
-        scan_forward_##NAME(const __grid_constant__ ScanForward params) {                                              \
-        scan_forward<T, OWN, THREADS, STEPS, Takes::TAKES, false>(params);                                             \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
-        scan_summary_##NAME(const __grid_constant__ ScanForward params) {                                              \
-        scan_forward<T, OWN, THREADS, STEPS, Takes::TAKES, true>(params);                                              \
-    }
-
-#define INSTANCES(SUFFIX, T, BLOCKS_OF_FOUR, BLOCKS_OF_ONE)                                                            \
-    INSTANCE(four_##SUFFIX, T, 4, 128, 8, MAMBA, BLOCKS_OF_FOUR)                                                       \
-    INSTANCE(one_##SUFFIX, T, 1, 128, 32, MAMBA, BLOCKS_OF_ONE)                                                        \
-    INSTANCE(turns_##SUFFIX, T, 1, 128, 32, MANY_STATES, 4)                                                            \
-    INSTANCE(general_##SUFFIX, T, 1, 256, 16, ALL, 2)
-
-INSTANCES(f32, float, 3, 4)
-INSTANCES(f16, __half, 4, 5)
-INSTANCES(bf16, __nv_bfloat16, 4, 5)
+}

@@ -5,24 +5,14 @@
 //
 //   d_line_p = Σ_k weight_k g_{p - k}      d_weight_k = Σ_t g_t line_{t + k}      d_bias = Σ_t g_t
 //
-// The sums for the parameters run over the thread's runs, then over the block's threads, then (sum.cu) over the blocks.
-#include "conv.cuh"
+// The sums for the parameters run over the thread's runs, then over the block's threads, then (reduce_partials.cu) over the blocks.
+#include "runs.cuh"
 
-struct ConvBackward {
-    ConvInputs in;
-    Activation d_out;
-    StateRows d_final_state;
-    void *d_x;
-    // Null where not asked for.
-    float *d_initial_state;
-    // For each row of blocks the gradients of all weights, then of all biases.
-    float *parts;
-};
-static_assert(sizeof(ConvBackward) == 272, "as in src/cuda/params.rs");
+namespace conv::backward {
 
-template <typename T, int LEAST, int MOST, int COUNT, bool WHOLE>
-__device__ __forceinline__ void conv_backward(const ConvBackward &params) {
-    const ConvInputs &p = params.in;
+template <typename T, int LEAST, int MOST, int COUNT, bool VECTOR>
+__device__ __forceinline__ void run(const Backward &params) {
+    const Inputs &p = params.inputs;
     constexpr int BEFORE = MOST - 1, TILE = 4, AHEAD = sizeof(T) == 4 ? 1 : 2;
     const bool reverse = p.flags & FLAG_REVERSE, activate = p.flags & FLAG_SILU;
     const int lanes = 1 << p.lane_shift, lane = threadIdx.x & (lanes - 1), own = threadIdx.x >> p.lane_shift;
@@ -30,7 +20,7 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
     const int width = static_cast<int>(p.width);
     // (MOST + 1, COUNT, THREADS)
     __shared__ float sums[(MOST + 1) * COUNT * THREADS];
-    __shared__ typename Incoming<T, COUNT, WHOLE, 2, TILE, AHEAD>::Tiles tiles;
+    __shared__ typename Incoming<T, COUNT, VECTOR, 2, TILE, AHEAD>::Tiles tiles;
 
     for (int64_t first_d = int64_t(blockIdx.x) * lanes * COUNT; first_d < p.d_inner;
          first_d += int64_t(gridDim.x) * lanes * COUNT) {
@@ -42,8 +32,8 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
         const int64_t stride = int64_t(gridDim.y) * (THREADS >> p.lane_shift);
         for (int64_t index = int64_t(blockIdx.y) * (THREADS >> p.lane_shift) + own; index < p.runs.count && count > 0;
              index += stride) {
-            const Run run = p.runs.get(index);
-            const Line<T, COUNT, WHOLE> line(p, run, d, count);
+            const Run run = run_at(p.runs, index);
+            const Line<T, COUNT, VECTOR> line(p, run, d, count);
             const int64_t step = run.step(run.first, reverse);
             // The input whose gradient is complete.
             T *d_x = static_cast<T *>(params.d_x) + (run.row * p.runs.len + step) * p.d_inner + d - BEFORE * out_step;
@@ -52,7 +42,7 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
             // Positions of the line from here on are of the final state.
             const int end = static_cast<int>(min(run.len - run.first, int64_t(run.steps + width)));
 
-            Incoming<T, COUNT, WHOLE, 2, TILE, AHEAD> incoming(tiles, count, there, run.steps + BEFORE);
+            Incoming<T, COUNT, VECTOR, 2, TILE, AHEAD> incoming(tiles, count, there, run.steps + BEFORE);
             const T *d_out = static_cast<const T *>(params.d_out.data) + run.row * params.d_out.batch +
                              step * params.d_out.step + d * params.d_out.channel;
             incoming.set(0, line.x + run.first * line.step, line.step, line.channel);
@@ -117,7 +107,7 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
                     }
                     if (inner.value || i + t >= BEFORE) {
                         const int left = inner.value || i + t < run.steps + BEFORE ? count : 0;
-                        put<T, COUNT, WHOLE>(d_x, 1, pack<T, COUNT>(d_line), left);
+                        store_vec<T, COUNT, VECTOR>(d_x, 1, narrow_pack<T>(d_line), left);
                     } else if (params.d_initial_state && run.first == 0 && position >= 0) {
                         float *to = params.d_initial_state + (run.sequence * (width - 1) + position) * p.d_inner + d;
 #pragma unroll
@@ -134,9 +124,9 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
                 }
                 i += TILE;
             };
-            while (i < BEFORE && i < run.steps + BEFORE) tile(Is<false>());
-            while (i + TILE <= run.steps) tile(Is<true>());
-            while (i < run.steps + BEFORE) tile(Is<false>());
+            while (i < BEFORE && i < run.steps + BEFORE) tile(BoolConstant<false>());
+            while (i + TILE <= run.steps) tile(BoolConstant<true>());
+            while (i < run.steps + BEFORE) tile(BoolConstant<false>());
         }
 
         __syncthreads();
@@ -148,7 +138,7 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
         }
         __syncthreads();
         const int channels = static_cast<int>(min(p.d_inner - first_d, int64_t(lanes) * COUNT));
-        float *part = params.parts + int64_t(blockIdx.y) * p.d_inner * (width + 1);
+        float *part = params.partials + int64_t(blockIdx.y) * p.d_inner * (width + 1);
         for (int i = threadIdx.x; i < channels * (width + 1); i += THREADS) {
             // The weights of one channel after those of another, as they are in memory; then the biases.
             const bool is_bias = i >= channels * width;
@@ -162,21 +152,23 @@ __device__ __forceinline__ void conv_backward(const ConvBackward &params) {
     }
 }
 
-#define INSTANCE(NAME, T, LEAST, MOST, COUNT, WHOLE, BLOCKS)                                                           \
+#define INSTANCE(NAME, T, LEAST, MOST, COUNT, VECTOR, BLOCKS)                                                          \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
-        conv_backward_##NAME(const __grid_constant__ ConvBackward params) {                                            \
-        conv_backward<T, LEAST, MOST, COUNT, WHOLE>(params);                                                           \
+        conv_backward_##NAME(const __grid_constant__ Backward params) {                                                \
+        run<T, LEAST, MOST, COUNT, VECTOR>(params);                                                                    \
     }
 
-// The usual widths exactly. Of wide filters there is room in the registers for two channels only.
+// The usual widths exactly.
 #define INSTANCES(SUFFIX, T, BLOCKS)                                                                                   \
-    INSTANCE(whole_2_##SUFFIX, T, 2, 2, 4, true, 4)                                                                    \
-    INSTANCE(whole_3_##SUFFIX, T, 3, 3, 4, true, 4)                                                                    \
-    INSTANCE(whole_4_##SUFFIX, T, 4, 4, 4, true, BLOCKS)                                                               \
-    INSTANCE(whole_8_##SUFFIX, T, 5, 8, 2, true, 3)                                                                    \
-    INSTANCE(strided_4_##SUFFIX, T, 2, 4, 4, false, 3)                                                                 \
-    INSTANCE(strided_8_##SUFFIX, T, 5, 8, 2, false, 3)
+    INSTANCE(whole_2_##SUFFIX, T, 2, 2, CHANNELS, true, 4)                                                             \
+    INSTANCE(whole_3_##SUFFIX, T, 3, 3, CHANNELS, true, 4)                                                             \
+    INSTANCE(whole_4_##SUFFIX, T, 4, 4, CHANNELS, true, BLOCKS)                                                        \
+    INSTANCE(whole_8_##SUFFIX, T, 5, 8, WIDE_CHANNELS, true, 3)                                                        \
+    INSTANCE(strided_4_##SUFFIX, T, 2, 4, CHANNELS, false, 3)                                                          \
+    INSTANCE(strided_8_##SUFFIX, T, 5, 8, WIDE_CHANNELS, false, 3)
 
 INSTANCES(f32, float, 3)
 INSTANCES(f16, __half, 4)
 INSTANCES(bf16, __nv_bfloat16, 4)
+
+}

@@ -1,35 +1,11 @@
 // Sums over the first dimension of (parts, m) f32, in an order that follows from the shape alone.
-#include "pool.cuh"
+#include "params.cuh"
+#include "vector_io.cuh"
 
-struct Sum {
-    const float *from;
-    void *to;
-    // `stride` lies between the parts.
-    int64_t parts, m, stride;
-    // Threads of a block that share a column's parts, a power of two up to THREADS, as a shift.
-    int64_t row_shift;
-    // The blocks of a launch before this sum's, and its own.
-    int64_t first_block, blocks;
-    int64_t flags;
-};
-// FLAG_WHOLE: everything can be read and written by fours. FLAG_FULL: the sums are f32, not of the kernel's type.
-constexpr uint64_t FLAG_WHOLE = 1, FLAG_FULL = 2;
-
-// Several in one launch: what a pass leaves to be summed are small things.
-constexpr int MOST_SUMS = 5;
-struct Sums {
-    Sum sums[MOST_SUMS];
-    int64_t count;
-};
-static_assert(sizeof(Sums) == 368, "as in src/cuda/params.rs");
-
-constexpr int THREADS = 256;
-constexpr int QUAD = 4;
-// Loads that are in flight together.
-constexpr int AHEAD = 4;
+namespace common::reduce_partials {
 
 using Partial = float[QUAD][THREADS];
-template <typename T, bool WHOLE> __device__ __forceinline__ void sum(const Sum &p, Partial &partial) {
+template <typename T, bool VECTOR> __device__ __forceinline__ void sum(const Sum &p, Partial &partial) {
     const int rows = 1 << p.row_shift, columns = THREADS >> p.row_shift;
     const int row = threadIdx.x / columns, column = threadIdx.x % columns;
     for (int64_t first = (blockIdx.x - p.first_block) * columns * QUAD; first < p.m; first += p.blocks * columns * QUAD) {
@@ -41,7 +17,7 @@ template <typename T, bool WHOLE> __device__ __forceinline__ void sum(const Sum 
 #pragma unroll
             for (int k = 0; k < AHEAD; k++) {
                 const bool there = part + k * rows < p.parts;
-                next[k] = load<float, QUAD, WHOLE>(p.from + (part + k * rows) * p.stride + i, 1, there ? count : 0);
+                next[k] = load_vec<float, QUAD, VECTOR>(p.from + (part + k * rows) * p.stride + i, 1, there ? count : 0);
             }
 #pragma unroll
             for (int k = 0; k < AHEAD; k++) {
@@ -63,7 +39,7 @@ template <typename T, bool WHOLE> __device__ __forceinline__ void sum(const Sum 
             __syncthreads();
         }
         if (row == 0) {
-            put<T, QUAD, WHOLE>(static_cast<T *>(p.to) + i, 1, pack<T, QUAD>(total), count);
+            store_vec<T, QUAD, VECTOR>(static_cast<T *>(p.to) + i, 1, narrow_pack<T>(total), count);
         }
     }
 }
@@ -73,18 +49,20 @@ template <typename T> __device__ __forceinline__ void sums(const Sums &p) {
     int k = 0;
     while (k + 1 < p.count && blockIdx.x >= p.sums[k + 1].first_block) k++;
     const Sum &of = p.sums[k];
-    if (of.flags & FLAG_FULL) {
-        of.flags & FLAG_WHOLE ? sum<float, true>(of, partial) : sum<float, false>(of, partial);
+    if (of.flags & FLAG_F32) {
+        of.flags & FLAG_VECTOR ? sum<float, true>(of, partial) : sum<float, false>(of, partial);
     } else {
-        of.flags & FLAG_WHOLE ? sum<T, true>(of, partial) : sum<T, false>(of, partial);
+        of.flags & FLAG_VECTOR ? sum<T, true>(of, partial) : sum<T, false>(of, partial);
     }
 }
 
 #define INSTANCE(SUFFIX, T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS) sums_##SUFFIX(const __grid_constant__ Sums params) {         \
+    extern "C" __global__ void __launch_bounds__(THREADS) reduce_partials_##SUFFIX(const __grid_constant__ Sums params) {\
         sums<T>(params);                                                                                               \
     }
 
 INSTANCE(f32, float)
 INSTANCE(f16, __half)
 INSTANCE(bf16, __nv_bfloat16)
+
+}

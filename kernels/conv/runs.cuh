@@ -3,22 +3,12 @@
 // A thread walks a few neighbouring channels through a run of steps with the last inputs in registers, so that each input
 // is read once, but for the few before its run that every run reads again. Runs, and the warps that walk them, are many.
 #pragma once
+#include "../common/async.cuh"
+#include "../common/compiler.cuh"
 #include "filter.cuh"
-#include "pool.cuh"
+#include "params.cuh"
 
-constexpr int THREADS = 128;
-constexpr uint64_t FLAG_SILU = 1, FLAG_REVERSE = 2;
-
-// (sequences, width - 1, d_inner) f32; null where absent.
-struct StateRows {
-    const float *data;
-    int64_t sequence, row, channel;
-};
-
-// Whether all steps of a tile are there, as a type.
-template <bool VALUE> struct Is {
-    static constexpr bool value = VALUE;
-};
+namespace conv {
 
 // A part of a sequence: `steps` steps from the `first`-th in the direction of the convolution on.
 struct Run {
@@ -36,57 +26,36 @@ struct Run {
     }
 };
 
-// How the steps are divided into `count` runs of at most `steps`: each batch row into `per_row`, or the sequences of
-// which `packed` lists the first run and the first step, and after them the end of both.
-struct Runs {
-    const int64_t *packed;
-    int64_t sequences, len, per_row, steps, count;
-
-    __device__ __forceinline__ Run get(int64_t index) const {
-        Run run;
-        if (packed) {
-            // The last sequence that starts at this run or before it. (One without steps may have none.)
-            int64_t low = 0, high = sequences;
-            while (high - low > 1) {
-                const int64_t middle = low + (high - low) / 2;
-                if (packed[2 * middle] <= index) low = middle;
-                else high = middle;
-            }
-            run.sequence = low;
-            run.row = 0;
-            run.start = packed[2 * low + 1];
-            run.len = packed[2 * low + 3] - run.start;
-            run.first = (index - packed[2 * low]) * steps;
-        } else {
-            run.sequence = run.row = index / per_row;
-            run.start = 0;
-            run.len = len;
-            run.first = (index - run.row * per_row) * steps;
+__device__ __forceinline__ Run run_at(const Runs &runs, int64_t index) {
+    Run run;
+    if (runs.packed) {
+        // The last sequence that starts at this run or before it. (One without steps may have none.)
+        int64_t low = 0, high = runs.sequences;
+        while (high - low > 1) {
+            const int64_t middle = low + (high - low) / 2;
+            if (runs.packed[middle].first_run <= index) low = middle;
+            else high = middle;
         }
-        run.steps = static_cast<int>(min(steps, run.len - run.first));
-        return run;
+        run.sequence = low;
+        run.row = 0;
+        run.start = runs.packed[low].start;
+        run.len = runs.packed[low + 1].start - run.start;
+        run.first = (index - runs.packed[low].first_run) * runs.steps;
+    } else {
+        run.sequence = run.row = index / runs.per_row;
+        run.start = 0;
+        run.len = runs.len;
+        run.first = (index - run.row * runs.per_row) * runs.steps;
     }
-};
-
-// What both passes read.
-struct ConvInputs {
-    Activation x;
-    // (d_inner, width)
-    Matrix weight;
-    Vector bias;
-    StateRows initial_state;
-    Runs runs;
-    int64_t d_inner, width;
-    // Threads of a block that lie along the channels, a power of two, as a shift; the others lie along the runs.
-    int64_t lane_shift;
-    uint64_t flags;
-};
+    run.steps = static_cast<int>(min(runs.steps, run.len - run.first));
+    return run;
+}
 
 // Brings each thread the steps of its channels in `LINES` tensors, tile by tile, with `AHEAD` tiles on their way to shared
 // memory while one is worked on: what is in flight takes no registers. Tensors that cannot be copied whole are read when
 // they are wanted.
-template <typename T, int COUNT, bool WHOLE, int LINES, int TILE, int AHEAD> struct Incoming {
-    using Tiles = Pack<T, COUNT>[WHOLE ? AHEAD + 1 : 1][LINES][TILE][WHOLE ? THREADS : 1];
+template <typename T, int COUNT, bool VECTOR, int LINES, int TILE, int AHEAD> struct Incoming {
+    using Tiles = Pack<T, COUNT>[VECTOR ? AHEAD + 1 : 1][LINES][TILE][VECTOR ? THREADS : 1];
 
     // `count` channels of the `steps` steps that there are, and zeros up to the `taken` ones that will be taken.
     __device__ __forceinline__ Incoming(Tiles &tiles, int count, int steps, int taken)
@@ -99,12 +68,12 @@ template <typename T, int COUNT, bool WHOLE, int LINES, int TILE, int AHEAD> str
     // Once all are set.
     __device__ __forceinline__ void start() {
 #pragma unroll
-        for (int k = 0; WHOLE && k < AHEAD; k++) copy();
+        for (int k = 0; VECTOR && k < AHEAD; k++) copy();
     }
     __device__ __forceinline__ void take(Pack<T, COUNT> (&tile)[LINES][TILE]) {
-        if constexpr (WHOLE) {
+        if constexpr (VECTOR) {
             copy();
-            wait_for_group<AHEAD>();
+            wait_for_copies<AHEAD>();
 #pragma unroll
             for (int l = 0; l < LINES; l++) {
 #pragma unroll
@@ -116,7 +85,7 @@ template <typename T, int COUNT, bool WHOLE, int LINES, int TILE, int AHEAD> str
             for (int l = 0; l < LINES; l++) {
 #pragma unroll
                 for (int t = 0; t < TILE; t++) {
-                    tile[l][t] = load<T, COUNT, false>(at[l] + t * step[l], channel[l], asked + t < steps ? count : 0);
+                    tile[l][t] = load_vec<T, COUNT, false>(at[l] + t * step[l], channel[l], asked + t < steps ? count : 0);
                 }
                 at[l] += TILE * step[l];
             }
@@ -138,12 +107,12 @@ template <typename T, int COUNT, bool WHOLE, int LINES, int TILE, int AHEAD> str
             for (int t = 0; t < TILE; t++) {
 #pragma unroll
                 for (int l = 0; l < LINES; l++) {
-                    copy_ahead(tiles[to][l][t][threadIdx.x], at[l], asked + t < steps);
+                    copy_async(tiles[to][l][t][threadIdx.x], at[l], asked + t < steps);
                     at[l] += step[l];
                 }
             }
         }
-        end_group_of_copies();
+        commit_copies();
         asked += TILE;
         to = to == AHEAD ? 0 : to + 1;
     }
@@ -151,13 +120,13 @@ template <typename T, int COUNT, bool WHOLE, int LINES, int TILE, int AHEAD> str
 
 // The line of one sequence that the filter slides over, for some neighbouring channels: the initial state's rows, then
 // the inputs.
-template <typename T, int COUNT, bool WHOLE> struct Line {
+template <typename T, int COUNT, bool VECTOR> struct Line {
     const float *before;
     const T *x;
     int64_t row, step, channel, state_channel;
     int rows, count;
 
-    __device__ __forceinline__ Line(const ConvInputs &p, const Run &run, int64_t d, int count)
+    __device__ __forceinline__ Line(const Inputs &p, const Run &run, int64_t d, int count)
         : before(p.initial_state.data), row(p.initial_state.row), channel(p.x.channel),
           state_channel(p.initial_state.channel), rows(static_cast<int>(p.width) - 1), count(count) {
         const bool reverse = p.flags & FLAG_REVERSE;
@@ -174,7 +143,7 @@ template <typename T, int COUNT, bool WHOLE> struct Line {
 #pragma unroll
         for (int j = 0; j < COUNT_OF_ROWS; j++) {
             const int64_t at = position + j - rows;
-            packs[j] = load<T, COUNT, WHOLE>(x + at * step, channel, j >= gap && at >= 0 ? count : 0);
+            packs[j] = load_vec<T, COUNT, VECTOR>(x + at * step, channel, j >= gap && at >= 0 ? count : 0);
         }
 #pragma unroll
         for (int j = 0; j < COUNT_OF_ROWS; j++) {
@@ -193,7 +162,7 @@ template <typename T, int COUNT, bool WHOLE> struct Line {
 #pragma unroll
         for (int c = 0; c < COUNT; c++) to[c] = 0.0f;
         if (position >= rows) {
-            const Pack<T, COUNT> pack = load<T, COUNT, WHOLE>(x + (position - rows) * step, channel, count);
+            const Pack<T, COUNT> pack = load_vec<T, COUNT, VECTOR>(x + (position - rows) * step, channel, count);
 #pragma unroll
             for (int c = 0; c < COUNT; c++) to[c] = pack[c];
         } else if (before) {
@@ -204,3 +173,5 @@ template <typename T, int COUNT, bool WHOLE> struct Line {
         }
     }
 };
+
+}

@@ -1,16 +1,17 @@
 // The selective scan, backward, whatever its inputs: any stride and width, constant B and C, zero-order hold; and on devices
-// whose blocks have too little shared memory for scan_backward.cu, which is faster.
-#include "scan_backward.cuh"
+// whose blocks have too little shared memory for backward.cu, which is faster.
+#include "backward.cuh"
+#include "channel_sums.cuh"
 
-constexpr int THREADS = 128, CHANNELS = THREADS / LANES, COLUMNS = CHANNELS / QUAD, WARPS = THREADS / 32;
-// Steps whose decays and states are in registers at a time.
-constexpr int TILE = 8, TILES = CHECKPOINT_STEPS / TILE;
+namespace scan::backward_general {
+
+constexpr int COLUMNS = CHANNELS / QUAD, TILES = CHECKPOINT_STEPS / TILE;
 
 // The sums that the lanes of a channel leave for each step. Channels change places with each sub, so that lanes do not
 // meet in a bank.
 struct Sums {
-    float2 steps[TILE][LANES][CHANNELS];
-    float y[TILE][LANES][CHANNELS];
+    float2 steps[TILE][STATE_LANES][CHANNELS];
+    float y[TILE][STATE_LANES][CHANNELS];
 
     static __device__ __forceinline__ int place(int channel, int sub) { return channel ^ sub * 8; }
 };
@@ -30,20 +31,20 @@ struct Shared {
     int64_t slot;
     // Δ and Δu (u with zero-order hold) between two checkpoints.
     float2 steps[CHECKPOINT_STEPS][CHANNELS];
-    float projections[CHECKPOINT_STEPS][2][TURN];
+    float projections[CHECKPOINT_STEPS][2][STATE_BLOCK];
     // Each lane's states behind each tile but the last; when the next tile is done, the gradient of those instead.
     float4 states[TILES][THREADS];
     // ∂/∂y of a tile.
     float d_y[TILE][CHANNELS];
     Sums sums;
     // Each warp's sums over channels of ∂B and ∂C.
-    float d_projections[WARPS][TILE][2][TURN];
+    float d_projections[WARPS][TILE][2][STATE_BLOCK];
     float biases[CHANNELS], skips[CHANNELS];
     // The sums for each quad of a tile, which two threads take turns to add to.
     float4 d_skip[COLUMNS * TILE], d_bias[COLUMNS * TILE];
 };
 
-static_assert(sizeof(Shared) == 60896, "as in src/scan/cuda/backward.rs");
+static_assert(sizeof(Shared) == SMEM);
 
 // (exp(ΔA) - 1)/A
 __device__ __forceinline__ float hold_weight(float minus_one, float inverse_a, float delta) {
@@ -63,24 +64,24 @@ __device__ __forceinline__ float hold_weight_slope(float x, float inverse_a, flo
     return fabsf(x) < 0.5f ? delta * delta * p : far;
 }
 
-template <typename T> __device__ __forceinline__ void scan_backward(const ScanBackward &params) {
+template <typename T> __device__ __forceinline__ void run(const Backward &params) {
     constexpr bool ACCURATE = sizeof(T) == 4;
     extern __shared__ float4 memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
 
-    const ScanInputs &p = params.in;
-    const bool reverse = p.flags & FLAG_REVERSE, hold = p.flags & FLAG_HOLD;
+    const Inputs &p = params.inputs;
+    const bool reverse = p.flags & FLAG_REVERSE, hold = p.flags & FLAG_ZOH;
     const bool plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
     const Block block(p, blockIdx.x, CHANNELS);
 
     // As a member of a quad: half of the threads take every other tile.
     const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS % TILE;
     const int half = threadIdx.x / (COLUMNS * TILE);
-    const auto count = [&] { return max(0, min(block.width - thread_anew() % COLUMNS * QUAD, QUAD)); };
+    const auto count = [&] { return max(0, min(block.width - reload_tid() % COLUMNS * QUAD, QUAD)); };
     for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
         const bool exists = c < block.width;
-        shared.biases[c] = exists ? p.delta_bias.at(block.first + c, 0.0f) : 0.0f;
-        shared.skips[c] = exists ? p.d.at(block.first + c, 0.0f) : 0.0f;
+        shared.biases[c] = exists ? element_or(p.delta_bias, block.first + c, 0.0f) : 0.0f;
+        shared.skips[c] = exists ? element_or(p.d, block.first + c, 0.0f) : 0.0f;
     }
     const int quad = threadIdx.x % (COLUMNS * TILE);
     shared.d_skip[quad] = shared.d_bias[quad] = {};
@@ -92,20 +93,20 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
     const int sub = lane_index / 8, own = warp * 8 + lane_index % 8;
     const int first_state = static_cast<int>(params.first_state);
     const auto lane_anew = [&] {
-        const int thread = thread_anew(), channel = thread / 32 * 8 + thread % 8;
-        return Lane(p, block.first + channel, channel < block.width, first_state + thread % 32 / 8 * STATES);
+        const int thread = reload_tid(), channel = thread / 32 * 8 + thread % 8;
+        return Lane(p, block.first + channel, channel < block.width, first_state + thread % 32 / 8 * STATE_VEC);
     };
-    float a[STATES], inverse_a[STATES], constant_b[STATES] = {}, constant_c[STATES] = {};
+    float a[STATE_VEC], inverse_a[STATE_VEC], constant_b[STATE_VEC] = {}, constant_c[STATE_VEC] = {};
     const Lane lane = lane_anew();
     lane.parameter<false>(a, p.a);
 #pragma unroll
-    for (int n = 0; n < STATES; n++) {
+    for (int n = 0; n < STATE_VEC; n++) {
         inverse_a[n] = hold_inverse(a[n]);
         a[n] *= LOG2_E;
     }
     if (p.b.constant) lane.constant(constant_b, p.b);
     if (p.c.constant) lane.constant(constant_c, p.c);
-    float d_a[STATES] = {}, d_constant_b[STATES] = {}, d_constant_c[STATES] = {};
+    float d_a[STATE_VEC] = {}, d_constant_b[STATE_VEC] = {}, d_constant_c[STATE_VEC] = {};
 
     if (threadIdx.x == 0) shared.next = SegmentIndex(p.segments.per_row);
     for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
@@ -113,7 +114,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
         const Segment &segment = shared.segment;
 
         const Lane lane = lane_anew();
-        float g[STATES] = {};
+        float g[STATE_VEC] = {};
         leave<ACCURATE, false>(params, segment, lane, a, g);
 
         for (int part = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); part >= 0; part--) {
@@ -152,27 +153,27 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
             const auto load_quad = [&](const Place &place, const Activation &tensor, int i, int there) {
                 const T *at = static_cast<const T *>(place.at);
                 at += i * place.step + column * tensor.channel;
-                return ::load<T, QUAD, false>(at, tensor.channel, there);
+                return load_vec<T, QUAD, false>(at, tensor.channel, there);
             };
 
             // Stage what the recurrence reads.
             {
-                constexpr int ROWS = THREADS / COLUMNS, FOURS = 2 * LANES;
+                constexpr int ROWS = THREADS / COLUMNS, FOURS = 2 * STATE_LANES;
                 const int first_row = threadIdx.x / COLUMNS;
                 // B and C, four states at a time.
-                const int which = threadIdx.x / LANES % 2, four = threadIdx.x % LANES * STATES;
+                const int which = threadIdx.x / STATE_LANES % 2, four = threadIdx.x % STATE_LANES * STATE_VEC;
                 const Projection &projection = which ? p.c : p.b;
                 const Place place = which ? shared.c : shared.b;
                 const int64_t states = p.d_state - first_state - four;
                 const int readable =
-                    projection.constant ? 0 : static_cast<int>(max(int64_t(0), min(states, int64_t(STATES))));
-                Pack<T, STATES> fours[CHECKPOINT_STEPS * FOURS / THREADS];
+                    projection.constant ? 0 : static_cast<int>(max(int64_t(0), min(states, int64_t(STATE_VEC))));
+                Pack<T, STATE_VEC> fours[CHECKPOINT_STEPS * FOURS / THREADS];
 #pragma unroll
                 for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
                     const int t = threadIdx.x / FOURS + k * (THREADS / FOURS);
                     const int64_t distance = place.step;
                     const T *at = static_cast<const T *>(place.at) + t * distance + four * projection.state;
-                    fours[k] = ::load<T, STATES, false>(at, projection.state, t < left ? readable : 0);
+                    fours[k] = load_vec<T, STATE_VEC, false>(at, projection.state, t < left ? readable : 0);
                 }
                 Pack<T, QUAD> x[CHECKPOINT_STEPS / ROWS], step[CHECKPOINT_STEPS / ROWS];
 #pragma unroll
@@ -198,8 +199,8 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 }
 #pragma unroll
                 for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
-                    const float values[STATES] = {fours[k][0], fours[k][1], fours[k][2], fours[k][3]};
-                    write_shared(&shared.projections[0][0][0] + STATES * (threadIdx.x + k * THREADS), values);
+                    const float values[STATE_VEC] = {fours[k][0], fours[k][1], fours[k][2], fours[k][3]};
+                    write_shared(&shared.projections[0][0][0] + STATE_VEC * (threadIdx.x + k * THREADS), values);
                 }
             }
 
@@ -220,7 +221,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
             __syncthreads();
 
             // The states before the part, or before a later tile of it.
-            const auto read_states = [&](float(&h)[STATES], int tile) {
+            const auto read_states = [&](float(&h)[STATE_VEC], int tile) {
                 if (tile > 0) {
                     read_shared(h, &shared.states[tile - 1][threadIdx.x].x);
                 } else if (const Lane lane = lane_anew(); shared.slot >= 0) {
@@ -229,11 +230,11 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     lane.initial(h, p.initial_state, segment.sequence);
                 }
             };
-            const auto coefficients = [&](float(&b)[STATES], int which, int t) {
-                read_shared(b, &shared.projections[t][which][sub * STATES]);
+            const auto coefficients = [&](float(&b)[STATE_VEC], int which, int t) {
+                read_shared(b, &shared.projections[t][which][sub * STATE_VEC]);
                 if ((which ? p.c : p.b).constant) {
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) b[n] = which ? constant_c[n] : constant_b[n];
+                    for (int n = 0; n < STATE_VEC; n++) b[n] = which ? constant_c[n] : constant_b[n];
                 }
             };
             // What multiplies B: the input, with zero-order hold times (exp(ΔA) - 1)/A.
@@ -243,21 +244,21 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
             const auto weighted = [&](int n, float2 in, float decay) {
                 return hold ? weight_of(n, in.x, decay) * in.y : in.y;
             };
-            // A gradient of the state taken through a decay, see scan_backward.cu.
+            // A gradient of the state taken through a decay, see backward.cu.
             const auto decayed = [&](int n, float delta, float decay, float g) {
                 return Decay<ACCURATE>(delta * a[n], decay).of(g);
             };
             {
-                float h[STATES];
+                float h[STATE_VEC];
                 read_states(h, 0);
                 for (int tile = 0; tile + 1 < tiles; tile++) {
 #pragma unroll
                     for (int t = 0; t < TILE; t++) {
                         const float2 in = shared.steps[tile * TILE + t][own];
-                        float b[STATES];
+                        float b[STATE_VEC];
                         coefficients(b, 0, tile * TILE + t);
 #pragma unroll
-                        for (int n = 0; n < STATES; n++) {
+                        for (int n = 0; n < STATE_VEC; n++) {
                             const float decay = exp2_fast(in.x * a[n]);
                             h[n] = fmaf(weighted(n, in, decay), b[n], decay * h[n]);
                         }
@@ -268,15 +269,15 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 
             for (int tile = tiles - 1; tile >= 0; tile--) {
                 // Forward through the tile, keeping decays and states.
-                float decays[TILE][STATES], h[TILE + 1][STATES];
+                float decays[TILE][STATE_VEC], h[TILE + 1][STATE_VEC];
                 read_states(h[0], tile);
 #pragma unroll
                 for (int t = 0; t < TILE; t++) {
                     const float2 in = shared.steps[tile * TILE + t][own];
-                    float b[STATES];
+                    float b[STATE_VEC];
                     coefficients(b, 0, tile * TILE + t);
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) {
+                    for (int n = 0; n < STATE_VEC; n++) {
                         decays[t][n] = exp2_fast(in.x * a[n]);
                         h[t + 1][n] = fmaf(weighted(n, in, decays[t][n]), b[n], decays[t][n] * h[t][n]);
                     }
@@ -290,11 +291,11 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     const bool exists = tile * TILE + t < left;
                     const float2 in = shared.steps[tile * TILE + t][own];
                     const float d_y = shared.d_y[t][own];
-                    float b[STATES], c[STATES], terms[2][4], d_delta = 0.0f, d_input = 0.0f, y = 0.0f;
+                    float b[STATE_VEC], c[STATE_VEC], terms[2][4], d_delta = 0.0f, d_input = 0.0f, y = 0.0f;
                     coefficients(b, 0, tile * TILE + t);
                     coefficients(c, 1, tile * TILE + t);
 #pragma unroll
-                    for (int n = 0; n < STATES; n++) {
+                    for (int n = 0; n < STATE_VEC; n++) {
                         const float decay = decays[t][n], input = weighted(n, in, decay);
                         y = n ? fmaf(c[n], h[t + 1][n], y) : c[n] * h[t + 1][n];
                         g[n] = fmaf(c[n], d_y, g[n]);
@@ -335,20 +336,20 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 if (!__all_sync(~0u, finite == 0.0f)) {
                     // A product of zero and infinity has spread over the columns. Sum each step alone, in the same
                     // way so that the others keep their bits, from the states and gradients at both ends of the tile.
-                    float again[STATES];
+                    float again[STATE_VEC];
                     read_shared(again, &shared.states[tile][threadIdx.x].x);
 #pragma unroll 1
                     for (int t = TILE - 1; t >= 0; t--) {
-                        float state[STATES], c[STATES], d_b[STATES], d_c[STATES];
+                        float state[STATE_VEC], c[STATE_VEC], d_b[STATE_VEC], d_c[STATE_VEC];
                         read_states(state, tile);
                         float2 in;
 #pragma unroll 1
                         for (int s = 0; s <= t; s++) {
                             in = shared.steps[tile * TILE + s][own];
-                            float b[STATES];
+                            float b[STATE_VEC];
                             coefficients(b, 0, tile * TILE + s);
 #pragma unroll
-                            for (int n = 0; n < STATES; n++) {
+                            for (int n = 0; n < STATE_VEC; n++) {
                                 const float decay = exp2_fast(in.x * a[n]);
                                 state[n] = fmaf(weighted(n, in, decay), b[n], decay * state[n]);
                             }
@@ -356,7 +357,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                         coefficients(c, 1, tile * TILE + t);
                         const float d_y = shared.d_y[t][own];
 #pragma unroll
-                        for (int n = 0; n < STATES; n++) {
+                        for (int n = 0; n < STATE_VEC; n++) {
                             const float decay = exp2_fast(in.x * a[n]);
                             again[n] = fmaf(c[n], d_y, again[n]);
                             d_b[n] = again[n] * weighted(n, in, decay);
@@ -384,7 +385,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves'
                 // lanes share the steps. Columns are the steps, first of ∂B and then of ∂C.
                 const int upper = lane_index / 4 % 2;
-                float totals[2][STATES];
+                float totals[2][STATE_VEC];
 #pragma unroll
                 for (int k = 0; k < 8; k++) {
                     const float(&d)[4] = sums[k / 4][k / 2 % 2];
@@ -393,9 +394,9 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 }
                 {
                     const int t = lane_index % 2 * 2 + upper, which = lane_index / 2 % 2;
-                    float(&to)[TILE][2][TURN] = shared.d_projections[warp];
-                    write_shared(&to[t][which][sub * STATES], totals[0]);
-                    write_shared(&to[4 + t][which][sub * STATES], totals[1]);
+                    float(&to)[TILE][2][STATE_BLOCK] = shared.d_projections[warp];
+                    write_shared(&to[t][which][sub * STATE_VEC], totals[0]);
+                    write_shared(&to[4 + t][which][sub * STATE_VEC], totals[1]);
                 }
                 __syncthreads();
 
@@ -413,7 +414,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                     const int64_t at = reinterpret_cast<int64_t>(place.at) + (i * distance + column);
                     // Not unrolled: what is loaded ahead of its use would take more registers than there are.
 #pragma unroll 1
-                    for (int s = 0; s < LANES; s += 2) {
+                    for (int s = 0; s < STATE_LANES; s += 2) {
                         float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
                         read_shared(one, &shared.sums.steps[row][s][Sums::place(column, s)].x);
                         read_shared(two, &shared.sums.steps[row][s + 1][Sums::place(column, s + 1)].x);
@@ -428,8 +429,8 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                             y[c] += one_y[c] + two_y[c];
                         }
                     }
-                    if (params.carried) carry<false>(params, at, there, d_delta, d_input, y);
-                    if (params.is_last_turn()) {
+                    if (params.partial_sums) carry<false>(params, at, there, d_delta, d_input, y);
+                    if (is_last_block(params)) {
                         float d_y[QUAD], d_u[QUAD], d_step[QUAD];
                         if (gated) {
                             float d_z[QUAD];
@@ -439,7 +440,7 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                                 d_z[c] = d_out * silu_slope(z, s) * fmaf(skip[c], x[c], y[c]);
                                 d_y[c] = d_out * (z * s);
                             }
-                            store<T, false>(static_cast<T *>(params.d_z) + at, d_z, there);
+                            store_narrowed<T, false>(static_cast<T *>(params.d_z) + at, d_z, there);
                         } else {
 #pragma unroll
                             for (int c = 0; c < QUAD; c++) d_y[c] = tile_d_out[c];
@@ -453,8 +454,8 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                             if (plus) d *= softplus_slope<T>(delta);
                             d_step[c] = d;
                         }
-                        store<T, false>(static_cast<T *>(params.d_u) + at, d_u, there);
-                        store<T, false>(static_cast<T *>(params.d_delta) + at, d_step, there);
+                        store_narrowed<T, false>(static_cast<T *>(params.d_u) + at, d_u, there);
+                        store_narrowed<T, false>(static_cast<T *>(params.d_delta) + at, d_step, there);
                         if (there) {
                             float4 &d_skip = shared.d_skip[quad], &d_bias = shared.d_bias[quad];
                             d_skip = {fmaf(d_y[0], x[0], d_skip.x), fmaf(d_y[1], x[1], d_skip.y),
@@ -466,9 +467,9 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
                 }
                 // The block's sums of ∂B and ∂C, the warps in order.
 #pragma unroll
-                for (int k = 0; k < TILE * 2 * TURN / THREADS; k++) {
-                    const int t = threadIdx.x / (2 * TURN) + k * (THREADS / (2 * TURN));
-                    const int which = threadIdx.x / TURN % 2, n = threadIdx.x % TURN;
+                for (int k = 0; k < TILE * 2 * STATE_BLOCK / THREADS; k++) {
+                    const int t = threadIdx.x / (2 * STATE_BLOCK) + k * (THREADS / (2 * STATE_BLOCK));
+                    const int which = threadIdx.x / STATE_BLOCK % 2, n = threadIdx.x % STATE_BLOCK;
                     const int64_t state = first_state + n;
                     float sum = 0.0f;
 #pragma unroll
@@ -511,10 +512,12 @@ template <typename T> __device__ __forceinline__ void scan_backward(const ScanBa
 
 #define INSTANCE(SUFFIX, T)                                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
-        scan_backward_general_##SUFFIX(const __grid_constant__ ScanBackward params) {                                  \
-        scan_backward<T>(params);                                                                                      \
+        scan_backward_general_##SUFFIX(const __grid_constant__ Backward params) {                                      \
+        run<T>(params);                                                                                                \
     }
 
 INSTANCE(f32, float)
 INSTANCE(f16, __half)
 INSTANCE(bf16, __nv_bfloat16)
+
+}

@@ -1,14 +1,11 @@
 // Writes a small table that travels in the launch itself: unlike a copy from host memory this needs no buffer that has to
 // outlive the call, and it can be captured in a graph.
-#include <stdint.h>
+#include "params.cuh"
 
-struct Upload {
-    uint64_t *to;
-    uint64_t count;
-    uint64_t values[496];
-};
-static_assert(sizeof(Upload) == 3984, "as in src/cuda/params.rs");
+namespace common {
 
 extern "C" __global__ void upload(const __grid_constant__ Upload p) {
     for (uint64_t i = threadIdx.x; i < p.count; i += blockDim.x) p.to[i] = p.values[i];
+}
+
 }

@@ -3,7 +3,9 @@
 // Everything is written with explicit roundings (`fmaf` and compiled without contraction), so that two kernels that
 // spell the same expression get the same bits.
 #pragma once
-#include "element.cuh"
+#include "types.cuh"
+
+namespace common {
 
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float LN_2 = 0.69314718055994530942f;
@@ -132,3 +134,5 @@ template <bool Accurate, typename Rest = float> struct Decay {
     // decay - 1
     __device__ __forceinline__ float minus_one() const { return value + (static_cast<float>(one) - 1.0f); }
 };
+
+}

@@ -1,7 +1,11 @@
 // The filters of the causal convolution, in registers.
 #pragma once
-#include "math.cuh"
-#include "tensor.cuh"
+#include "../common/math.cuh"
+#include "../common/tensor.cuh"
+
+namespace conv {
+
+using namespace common;
 
 // `COUNT` neighbouring channels. Kernels are made for widths from `LEAST` to `MOST`: a narrower filter's weights are the
 // last of `weight`, behind `gap` that are not to be used (a product with zero would spread NaN).
@@ -16,10 +20,10 @@ template <int LEAST, int MOST, int COUNT> struct Filter {
                            reinterpret_cast<uint64_t>(weights.data) % 16 == 0;
 #pragma unroll
         for (int c = 0; c < COUNT; c++) {
-            bias[c] = c < count ? biases.at(d + c, 0.0f) : 0.0f;
+            bias[c] = c < count ? element_or(biases, d + c, 0.0f) : 0.0f;
             const float *at = weights.data + (d + c) * weights.channel;
             if (whole) {
-                const Pack<float, 4> all = load<float, 4, true>(at, 1, c < count ? 4 : 0);
+                const Pack<float, 4> all = load_vec<float, 4, true>(at, 1, c < count ? 4 : 0);
 #pragma unroll
                 for (int k = 0; k < MOST; k++) weight[k][c] = all[k % 4];
             } else {
@@ -44,3 +48,5 @@ template <int LEAST, int MOST, int COUNT> struct Filter {
         return sum;
     }
 };
+
+}

@@ -4,34 +4,36 @@
 // A lane carries one or two states, so that a thousand channels give every scheduler of a large device a warp, and
 // sequences need not be split for that. Such a warp must not wait: others stage the next tile and finish the one before
 // while it advances one.
-#include "scan_forward.cuh"
+#include "tile.cuh"
 
-// The threads that advance tiles; as many stage them, and as many finish them. Steps are read ahead by groups.
-constexpr int THREADS = 128, STEPS = 64, GROUP = 8;
+namespace scan::forward_few_channels {
+
+// Steps are read ahead by groups.
+constexpr int GROUP = 8;
 
 // Where all threads of the block meet, whatever they do: warps come to it from different places. PTX allows that of a
 // barrier in the aligned form, whose warps are not apart in themselves, but compute-sanitizer's synccheck takes it for an
 // error; the other form, to be checked, is up to 13 % slower, as one that counts arrivals in memory is.
 __device__ __forceinline__ void meet() {
 #ifdef SYNCCHECK
-    asm volatile("barrier.sync 1, %0;" ::"n"(3 * THREADS) : "memory");
+    asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory");
 #else
-    asm volatile("barrier.sync.aligned 1, %0;" ::"n"(3 * THREADS) : "memory");
+    asm volatile("barrier.sync.aligned 1, %0;" ::"n"(THREADS) : "memory");
 #endif
 }
 
 // A tile, staged, and what the lanes make of it.
 template <typename T, int OWN> struct Tile {
-    static constexpr int LANES = TURN / OWN, CHANNELS = THREADS / LANES, WIDTH = CHANNELS / 4;
+    static constexpr int LANES = STATE_BLOCK / OWN, CHANNELS = ROLE_THREADS / LANES, WIDTH = CHANNELS / 4;
 
     // Δ and Δu of two steps.
-    float4 steps[CHANNELS][STEPS / 2 + 1];
+    float4 steps[CHANNELS][TILE / 2 + 1];
     // B and C of one state in two steps: of the next two steps beside it, or of the lane's other state.
-    static constexpr int ROW = OWN == 1 ? 2 * TURN : TURN, GAP = 8 / sizeof(T) / 2;
-    alignas(16) Pack<T, 4> projections[STEPS / 2 * TURN / ROW * (ROW + GAP)];
+    static constexpr int ROW = OWN == 1 ? 2 * STATE_BLOCK : STATE_BLOCK, GAP = 8 / sizeof(T) / 2;
+    alignas(16) Pack<T, 4> projections[TILE / 2 * STATE_BLOCK / ROW * (ROW + GAP)];
     // What each lane adds to y in four steps. (With the gaps, no lanes meet in a bank.)
     struct {
-        float4 of[CHANNELS][STEPS / 4 + 1];
+        float4 of[CHANNELS][TILE / 4 + 1];
         float4 gap[2];
     } outputs[LANES];
 
@@ -43,15 +45,17 @@ template <typename T, int OWN> struct Tile {
 template <typename T, int OWN> struct Shared {
     Tile<T, OWN> tiles[2];
     // What the threads that stage hand to those that finish two tiles later: u in their two steps.
-    Pack<T, Tile<T, OWN>::WIDTH> u[3][2][THREADS];
+    Pack<T, Tile<T, OWN>::WIDTH> u[3][2][ROLE_THREADS];
 };
-static_assert(sizeof(Shared<float, 1>) == 102144 && sizeof(Shared<__half, 2>) == 102400, "as in src/scan/cuda/plan.rs");
+static_assert(sizeof(Shared<float, 1>) == ONE_SMEM + 4 * ONE_SMEM_PER_BYTE && sizeof(Shared<__half, 1>) == ONE_SMEM + 2 * ONE_SMEM_PER_BYTE);
+static_assert(sizeof(Shared<float, 2>) == TWO_SMEM + 4 * TWO_SMEM_PER_BYTE && sizeof(Shared<__half, 2>) == TWO_SMEM + 2 * TWO_SMEM_PER_BYTE);
+static_assert(Tile<float, 1>::CHANNELS == ONE_CHANNELS && Tile<float, 2>::CHANNELS == TWO_CHANNELS);
 
 // For those who carry states, one or two each.
-template <typename T, int OWN> __device__ __forceinline__ void advance(const ScanForward &params, Shared<T, OWN> &shared) {
+template <typename T, int OWN> __device__ __forceinline__ void advance(const Forward &params, Shared<T, OWN> &shared) {
     using Tile = Tile<T, OWN>;
     constexpr bool ACCURATE = sizeof(T) == 4;
-    const ScanInputs &p = params.in;
+    const Inputs &p = params.inputs;
     const Block block(p, blockIdx.x, Tile::CHANNELS);
     // The lowest bit is one of the states', and the next one of the channels': whatever is read by fours, a lane has a
     // neighbour, one or two away, that reads the same. Such loads take half the time.
@@ -66,8 +70,8 @@ template <typename T, int OWN> __device__ __forceinline__ void advance(const Sca
         a[n] = has(n) ? p.a.data[channel * p.a.channel + (sub * OWN + n) * p.a.state] * LOG2_E : 0.0f;
     }
     for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
-        const Segment segment = p.segments.get(at);
-        const int64_t tiles = (segment.steps + STEPS - 1) / STEPS;
+        const Segment segment = segment_at(p.segments, at);
+        const int64_t tiles = (segment.steps + TILE - 1) / TILE;
         float h[OWN];
 #pragma unroll
         for (int n = 0; n < OWN; n++) {
@@ -86,7 +90,7 @@ template <typename T, int OWN> __device__ __forceinline__ void advance(const Sca
         for (int64_t k = 0; k < tiles; k++) {
             Tile &tile = shared.tiles[k % 2];
             if (params.checkpoints && k > 0) {
-                static_assert(STEPS == CHECKPOINT_STEPS, "a checkpoint before each tile but the first");
+                static_assert(TILE == CHECKPOINT_STEPS, "a checkpoint before each tile but the first");
                 write(params.checkpoints, (segment.row * p.segments.len + segment.start) / CHECKPOINT_STEPS + k - 1);
             }
             // What is read from shared memory for a group of steps.
@@ -109,9 +113,9 @@ template <typename T, int OWN> __device__ __forceinline__ void advance(const Sca
             };
             read(0);
 #pragma unroll
-            for (int group = 0; group < STEPS / GROUP; group++) {
+            for (int group = 0; group < TILE / GROUP; group++) {
                 now = next;
-                if (group + 1 < STEPS / GROUP) read(group + 1);
+                if (group + 1 < TILE / GROUP) read(group + 1);
                 // Else the compiler would put the loads off until they are waited for.
                 __syncwarp();
 #pragma unroll
@@ -140,7 +144,7 @@ template <typename T, int OWN> __device__ __forceinline__ void advance(const Sca
 // Two steps of a tile and a fourth of the block's channels, which a thread stages or finishes.
 template <typename T, int OWN> struct Part {
     static constexpr int CHANNELS = Tile<T, OWN>::CHANNELS, WIDTH = CHANNELS / 4;
-    static_assert(THREADS / 4 * 2 == STEPS, "all of them");
+    static_assert(ROLE_THREADS / 4 * 2 == TILE, "all of them");
 
     const Block block;
     const int column, row;
@@ -148,13 +152,13 @@ template <typename T, int OWN> struct Part {
     const bool exists;
     const int64_t d0;
 
-    __device__ __forceinline__ explicit Part(const ScanInputs &p)
-        : block(p, blockIdx.x, CHANNELS), column(threadIdx.x % 4 * WIDTH), row(threadIdx.x % THREADS / 4 * 2),
+    __device__ __forceinline__ explicit Part(const Inputs &p)
+        : block(p, blockIdx.x, CHANNELS), column(threadIdx.x % 4 * WIDTH), row(threadIdx.x % ROLE_THREADS / 4 * 2),
           exists(column < block.width), d0(block.first + min(column, block.width - WIDTH)) {}
 
     __device__ __forceinline__ void read(float (&to)[WIDTH], const Vector &from) const {
 #pragma unroll
-        for (int k = 0; k < WIDTH; k++) to[k] = exists ? from.at(d0 + k, 0.0f) : 0.0f;
+        for (int k = 0; k < WIDTH; k++) to[k] = exists ? element_or(from, d0 + k, 0.0f) : 0.0f;
     }
 };
 
@@ -170,9 +174,9 @@ template <typename T, int COUNT, int AHEAD> struct Pairs {
 
     // Puts the loads in flight for another tile, where there are such steps.
     __device__ __forceinline__ void load(bool odd, bool first, bool second) {
-        next[odd % AHEAD][0] = ::load<T, COUNT, true>(at, 1, first);
-        next[odd % AHEAD][1] = ::load<T, COUNT, true>(at + step, 1, second);
-        at += STEPS * step;
+        next[odd % AHEAD][0] = load_vec<T, COUNT, true>(at, 1, first);
+        next[odd % AHEAD][1] = load_vec<T, COUNT, true>(at + step, 1, second);
+        at += TILE * step;
     }
     __device__ __forceinline__ const Pack<T, COUNT> (&of(bool odd) const)[2] { return next[odd % AHEAD]; }
 };
@@ -181,45 +185,45 @@ template <typename T, int COUNT, int AHEAD> struct Pairs {
 template <typename Turn> __device__ __forceinline__ void in_turns(int64_t tiles, Turn turn) {
     for (int64_t k = 0;; k += 2) {
         if (k >= tiles) break;
-        turn(Is<false>(), k);
+        turn(BoolConstant<false>(), k);
         if (k + 1 >= tiles) break;
-        turn(Is<true>(), k + 1);
+        turn(BoolConstant<true>(), k + 1);
     }
 }
 
 // For those who stage: Δ, Δu, and B and C of each tile.
-template <typename T, int OWN> __device__ __forceinline__ void stage(const ScanForward &params, Shared<T, OWN> &shared) {
+template <typename T, int OWN> __device__ __forceinline__ void stage(const Forward &params, Shared<T, OWN> &shared) {
     using Part = Part<T, OWN>;
     using Tile = Tile<T, OWN>;
-    const ScanInputs &p = params.in;
+    const Inputs &p = params.inputs;
     const Part part(p);
     const bool reverse = p.flags & FLAG_REVERSE, plus = p.flags & FLAG_SOFTPLUS;
-    const int row = part.row, state = threadIdx.x % 4 * STATES;
+    const int row = part.row, state = threadIdx.x % 4 * STATE_VEC;
     const bool has_state = state < p.d_state;
     float biases[Part::WIDTH];
     part.read(biases, p.delta_bias);
     int ring = 0;
     for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
-        const Segment segment = p.segments.get(at);
+        const Segment segment = segment_at(p.segments, at);
         const int64_t i = segment.step(row, reverse);
         const auto first = [&](const auto &tensor) { return segment.row * tensor.batch + i * tensor.step; };
         Pairs<T, Part::WIDTH, OWN> u(p.u.data, first(p.u) + part.d0, p.u.step, reverse);
         Pairs<T, Part::WIDTH, OWN> delta(p.delta.data, first(p.delta) + part.d0, p.delta.step, reverse);
-        Pairs<T, STATES, OWN> b(p.b.data, first(p.b) + part.block.group * p.b.group + state, p.b.step, reverse);
-        Pairs<T, STATES, OWN> c(p.c.data, first(p.c) + part.block.group * p.c.group + state, p.c.step, reverse);
+        Pairs<T, STATE_VEC, OWN> b(p.b.data, first(p.b) + part.block.group * p.b.group + state, p.b.step, reverse);
+        Pairs<T, STATE_VEC, OWN> c(p.c.data, first(p.c) + part.block.group * p.c.group + state, p.c.step, reverse);
         const auto load_next = [&](bool odd, int64_t left) {
             const bool one = row < left, two = row + 1 < left;
             u.load(odd, one, two), delta.load(odd, one, two);
             b.load(odd, one && has_state, two && has_state), c.load(odd, one && has_state, two && has_state);
         };
         load_next(false, segment.steps);
-        if (OWN == 2) load_next(true, segment.steps - STEPS);
-        const int64_t tiles = (segment.steps + STEPS - 1) / STEPS;
+        if (OWN == 2) load_next(true, segment.steps - TILE);
+        const int64_t tiles = (segment.steps + TILE - 1) / TILE;
         const auto turn = [&](auto odd, int64_t k) {
             Tile &tile = shared.tiles[odd.value];
             const auto &now_u = u.of(odd), &now_delta = delta.of(odd);
             const auto &now_b = b.of(odd), &now_c = c.of(odd);
-            const int64_t left = segment.steps - k * STEPS;
+            const int64_t left = segment.steps - k * TILE;
 #pragma unroll
             for (int j = 0; j < Part::WIDTH; j++) {
                 float steps[4];
@@ -233,14 +237,14 @@ template <typename T, int OWN> __device__ __forceinline__ void stage(const ScanF
                 write_shared(&tile.steps[part.column + j][row / 2].x, steps);
             }
 #pragma unroll
-            for (int n = 0; n < STATES; n++) {
+            for (int n = 0; n < STATE_VEC; n++) {
                 tile.projections[Tile::place(row / 2, state + n)] =
                     join(pair_up(now_b[0], now_c[0], n), pair_up(now_b[1], now_c[1], n));
             }
 #pragma unroll
-            for (int i = 0; i < 2; i++) shared.u[ring][i][threadIdx.x % THREADS] = now_u[i];
+            for (int i = 0; i < 2; i++) shared.u[ring][i][threadIdx.x % ROLE_THREADS] = now_u[i];
             ring = ring == 2 ? 0 : ring + 1;
-            load_next(odd, left - OWN * STEPS);
+            load_next(odd, left - OWN * TILE);
             meet();
         };
         in_turns(tiles, turn);
@@ -249,10 +253,10 @@ template <typename T, int OWN> __device__ __forceinline__ void stage(const ScanF
 }
 
 // For those who finish: what the lanes add to y, with the skip connection and the gate.
-template <typename T, int OWN> __device__ __forceinline__ void finish(const ScanForward &params, Shared<T, OWN> &shared) {
+template <typename T, int OWN> __device__ __forceinline__ void finish(const Forward &params, Shared<T, OWN> &shared) {
     using Part = Part<T, OWN>;
     using Tile = Tile<T, OWN>;
-    const ScanInputs &p = params.in;
+    const Inputs &p = params.inputs;
     const Part part(p);
     const bool reverse = p.flags & FLAG_REVERSE, gated = p.z.data;
     const int row = part.row;
@@ -260,7 +264,7 @@ template <typename T, int OWN> __device__ __forceinline__ void finish(const Scan
     part.read(skips, p.d);
     int ring = 0;
     for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
-        const Segment segment = p.segments.get(at);
+        const Segment segment = segment_at(p.segments, at);
         const int64_t i = segment.step(row, reverse);
         const auto first = [&](const auto &tensor) { return segment.row * tensor.batch + i * tensor.step; };
         Pairs<T, Part::WIDTH, OWN> z(p.z.data, first(p.z) + part.d0, p.z.step, reverse);
@@ -270,15 +274,15 @@ template <typename T, int OWN> __device__ __forceinline__ void finish(const Scan
             z.load(odd, gated && row < left, gated && row + 1 < left);
         };
         load_next(false, segment.steps);
-        if (OWN == 2) load_next(true, segment.steps - STEPS);
+        if (OWN == 2) load_next(true, segment.steps - TILE);
         meet();
-        const int64_t tiles = (segment.steps + STEPS - 1) / STEPS;
+        const int64_t tiles = (segment.steps + TILE - 1) / TILE;
         const auto turn = [&](auto odd, int64_t k) {
             meet();
             const Tile &tile = shared.tiles[odd.value];
             const auto &u = shared.u[ring];
             ring = ring == 2 ? 0 : ring + 1;
-            const int64_t left = segment.steps - k * STEPS;
+            const int64_t left = segment.steps - k * TILE;
             float y[2][Part::WIDTH];
 #pragma unroll
             for (int j = 0; j < Part::WIDTH; j++) {
@@ -291,27 +295,27 @@ template <typename T, int OWN> __device__ __forceinline__ void finish(const Scan
                 }
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    y[i][j] = fmaf(skips[j], u[i][threadIdx.x % THREADS][j], sums[0][i] + sums[1][i]);
+                    y[i][j] = fmaf(skips[j], u[i][threadIdx.x % ROLE_THREADS][j], sums[0][i] + sums[1][i]);
                     y[i][j] *= gated ? silu(z.of(odd)[i][j]) : 1.0f;
                 }
             }
-            load_next(odd, left - OWN * STEPS);
+            load_next(odd, left - OWN * TILE);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                store<T, true>(out + i * out_step, y[i], part.exists && row + i < left ? Part::WIDTH : 0);
+                store_narrowed<T, true>(out + i * out_step, y[i], part.exists && row + i < left ? Part::WIDTH : 0);
             }
-            out += STEPS * out_step;
+            out += TILE * out_step;
         };
         in_turns(tiles, turn);
     }
 }
 
-template <typename T, int OWN> __device__ __forceinline__ void scan_forward_few(const ScanForward &params) {
+template <typename T, int OWN> __device__ __forceinline__ void run(const Forward &params) {
     extern __shared__ float4 memory[];
     Shared<T, OWN> &shared = *reinterpret_cast<Shared<T, OWN> *>(memory);
     // All pass the same barriers of a segment: one before each tile is advanced, when it is staged, and one after the last.
     // What is staged next has been advanced two tiles before, and what is finished then is the tile before.
-    const int role = threadIdx.x / THREADS;
+    const int role = threadIdx.x / ROLE_THREADS;
     if (role == 0) {
         advance(params, shared);
     } else if (role == 1) {
@@ -322,15 +326,17 @@ template <typename T, int OWN> __device__ __forceinline__ void scan_forward_few(
 }
 
 #define INSTANCES(SUFFIX, T)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(3 * THREADS, 1)                                                           \
-        scan_forward_quarter_##SUFFIX(const __grid_constant__ ScanForward params) {                                    \
-        scan_forward_few<T, 1>(params);                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                           \
+        scan_forward_few_channels_one_##SUFFIX(const __grid_constant__ Forward params) {                               \
+        run<T, 1>(params);                                                                                             \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(3 * THREADS, 1)                                                           \
-        scan_forward_half_##SUFFIX(const __grid_constant__ ScanForward params) {                                       \
-        scan_forward_few<T, 2>(params);                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                           \
+        scan_forward_few_channels_two_##SUFFIX(const __grid_constant__ Forward params) {                               \
+        run<T, 2>(params);                                                                                             \
     }
 
 INSTANCES(f32, float)
 INSTANCES(f16, __half)
 INSTANCES(bf16, __nv_bfloat16)
+
+}
