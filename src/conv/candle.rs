@@ -65,7 +65,7 @@ impl ConvBackend for crate::candle::cuda::Gpu {
         problem: &Problem<T, Self::Memory>,
         outputs: OutputMut<T, Self::Memory>,
     ) -> crate::Result<()> {
-        super::cuda::forward(&self.stream, &problem.inputs, outputs)
+        super::cuda::forward_checked(&self.stream, problem, outputs)
     }
 
     fn backward<T: Value>(
@@ -74,7 +74,7 @@ impl ConvBackend for crate::candle::cuda::Gpu {
         d_outputs: OutputGradients<T, Self::Memory>,
         gradients: GradientsMut<T, Self::Memory>,
     ) -> crate::Result<()> {
-        super::cuda::backward(&self.stream, &problem.inputs, d_outputs, gradients)
+        super::cuda::backward_checked(&self.stream, problem, d_outputs, gradients)
     }
 
     fn update<T: Value, St: Value>(
@@ -82,7 +82,7 @@ impl ConvBackend for crate::candle::cuda::Gpu {
         problem: &UpdateProblem<T, Self::Memory>,
         outputs: UpdateMut<T, St, Self::Memory>,
     ) -> crate::Result<()> {
-        super::cuda::update(&self.stream, &problem.inputs, outputs)
+        super::cuda::update_checked(&self.stream, problem, outputs)
     }
 }
 

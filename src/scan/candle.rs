@@ -3,6 +3,8 @@
 use candle_core::{Result, Tensor};
 
 use super::check::{ACTIVATION_NAMES, Problem, STATE_NAMES};
+#[cfg(feature = "candle-cuda")]
+use super::cuda::Plan;
 use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Scan, Tensors, cpu};
 use crate::candle::device::{Backend, Buffer, Cpu, Value, for_dtype, on_device};
 use crate::candle::graph::{self, Backward, Computed};
@@ -51,7 +53,7 @@ impl ScanBackend for crate::candle::cuda::Gpu {
         problem: &Problem<T, Self::Memory>,
         outputs: OutputMut<T, Self::Memory>,
     ) -> crate::Result<()> {
-        super::cuda::forward(&self.stream, &problem.inputs, outputs)
+        super::cuda::forward_checked(Plan::default(), &self.stream, problem, outputs)
     }
 
     fn backward<T: Value>(
@@ -61,7 +63,7 @@ impl ScanBackend for crate::candle::cuda::Gpu {
         d_outputs: OutputGradients<T, Self::Memory>,
         gradients: GradientsMut<T, Self::Memory>,
     ) -> crate::Result<()> {
-        super::cuda::backward(&self.stream, &problem.inputs, checkpoints, d_outputs, gradients)
+        super::cuda::backward_checked(Plan::default(), &self.stream, problem, checkpoints, d_outputs, gradients)
     }
 }
 

@@ -31,7 +31,7 @@ impl StateUpdateBackend for crate::candle::cuda::Gpu {
         problem: &Problem<T, Self::Memory>,
         outputs: UpdateMut<T, St, Self::Memory>,
     ) -> crate::Result<()> {
-        super::cuda::update(&self.stream, &problem.inputs, outputs)
+        super::cuda::update_checked(&self.stream, problem, outputs)
     }
 }
 
