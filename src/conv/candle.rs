@@ -3,11 +3,9 @@
 use candle_core::{Result, Tensor};
 
 use super::check::{ACTIVATION_NAMES, Problem, STATE_NAMES};
+use super::tensors::{CausalConv, ConvUpdate};
 use super::update::{POOL_NAMES, UpdateProblem};
-use super::{
-    CausalConv, ConvUpdate, GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, UpdateInputs,
-    UpdateMut, cpu,
-};
+use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, UpdateInputs, UpdateMut, cpu};
 use crate::ViewMut;
 use crate::candle::device::{Backend, Cpu, Value, for_dtype, on_device};
 use crate::candle::graph::{self, Backward, Computed};

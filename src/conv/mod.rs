@@ -22,12 +22,10 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod reference;
-mod tensors;
+pub(crate) mod tensors;
 mod update;
 
 pub use crate::pool::{UpdateMut, UpdateOutput, rollback};
-#[cfg(feature = "candle")]
-pub use tensors::{CausalConv, ConvUpdate};
 pub use tensors::{Gradients, GradientsMut, Inputs, Tensors, UpdateInputs, UpdateTensors};
 
 use std::ops::RangeInclusive;

@@ -5,7 +5,8 @@ use candle_core::{Result, Tensor};
 use super::check::{ACTIVATION_NAMES, Problem, STATE_NAMES};
 #[cfg(feature = "candle-cuda")]
 use super::cuda::Plan;
-use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Scan, Tensors, cpu};
+use super::tensors::Scan;
+use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, cpu};
 use crate::candle::device::{Backend, Buffer, Cpu, Value, for_dtype, on_device};
 use crate::candle::graph::{self, Backward, Computed};
 use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, Owned, Reader, Store, both};

@@ -10,7 +10,8 @@ use super::{Options, Problem};
 use crate::kinds::{Field, Map, Nothing, Views};
 use crate::{Element, Error, Host, Result, View};
 
-/// What [`Inputs::forward_with_checkpoints`] keeps for [`Inputs::backward`]: one state of every channel for every 64 steps,
+/// What [`Inputs::forward_with_checkpoints`](super::Inputs::forward_with_checkpoints) keeps for
+/// [`Inputs::backward`](super::Inputs::backward): one state of every channel for every 64 steps,
 /// and what they were computed from.
 ///
 /// A backward pass over other inputs is refused, with an error that names `checkpoints` and says what differs: the shape,

@@ -39,11 +39,9 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod reference;
-mod tensors;
+pub(crate) mod tensors;
 
 pub use checkpoints::Checkpoints;
-#[cfg(feature = "candle")]
-pub use tensors::Scan;
 pub use tensors::{Gradients, GradientsMut, Inputs, Tensors};
 
 use bytemuck::Pod;

@@ -2,7 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Inputs, Problem, STATE_NAMES, StateUpdate, UpdateMut, cpu};
+use super::tensors::StateUpdate;
+use super::{Inputs, Problem, STATE_NAMES, UpdateMut, cpu};
 use crate::ViewMut;
 use crate::candle::device::{Backend, Cpu, Value, for_dtype};
 use crate::candle::in_place::{InPlace, RunsOn, Updated, in_place, updated};

@@ -26,11 +26,9 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod reference;
-mod tensors;
+pub(crate) mod tensors;
 
 pub use crate::pool::{UpdateMut, UpdateOutput, rollback};
-#[cfg(feature = "candle")]
-pub use tensors::StateUpdate;
 pub use tensors::{Inputs, Tensors};
 
 use crate::arguments::zeroed;
