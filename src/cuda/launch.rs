@@ -9,7 +9,7 @@ use cudarc::driver::{
 };
 
 use super::params::{self, UPLOAD_VALUES};
-use super::{Cuda, Module};
+use super::{Cuda, Module, Strided};
 use crate::{DType, Element, Error, Result, View};
 
 /// The device of a stream.
@@ -161,14 +161,23 @@ impl<'a> Arguments<'a> {
         slice.map_or(Ok(0), |slice| self.write(argument, slice))
     }
 
-    /// The address of a view's first element, and its strides.
+    /// A view, to be read.
     pub fn view<T: Element, const R: usize>(
         &mut self,
         argument: &'static str,
         view: &View<'a, T, R, Cuda>,
-    ) -> Result<(u64, [i64; R])> {
-        let address = self.read(argument, view.data, view.offset)?;
-        Ok((address, view.strides.map(|stride| stride as i64)))
+    ) -> Result<Strided<R>> {
+        let data = self.read(argument, view.data, view.offset)?;
+        Ok(Strided { data, strides: view.strides.map(|stride| stride as i64) })
+    }
+
+    /// [`Arguments::view`] of a view that may be absent.
+    pub fn optional_view<T: Element, const R: usize>(
+        &mut self,
+        argument: &'static str,
+        view: &Option<View<'a, T, R, Cuda>>,
+    ) -> Result<Option<Strided<R>>> {
+        view.as_ref().map(|view| self.view(argument, view)).transpose()
     }
 }
 

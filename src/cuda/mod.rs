@@ -38,6 +38,7 @@ mod launch;
 mod module;
 pub(crate) mod params;
 mod sum;
+mod tensors;
 
 use std::sync::Arc;
 
@@ -49,6 +50,7 @@ use crate::{Element, Error, Memory, Result, View, ViewMut};
 pub(crate) use launch::{Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, lies_whole, suffix};
 pub(crate) use module::Module;
 pub(crate) use sum::Sum;
+pub(crate) use tensors::{DeviceBuffers, DeviceViews, Strided, or_null};
 
 /// The memory of an NVIDIA GPU: buffers are [`CudaSlice`]s.
 #[derive(Debug, Clone, Copy)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream};
 
 use super::{Slots, check_rollback};
-use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, params};
+use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, Strided, params};
 use crate::{Element, Result, View, ViewMut};
 
 /// The slots of a call as its kernel takes them.
@@ -47,7 +47,7 @@ pub fn rollback<St: Element>(
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let [_, _, rows, columns] = token_states.shape;
-    let (address, [batch, token, row, column]) = arguments.view("token_states", &token_states)?;
+    let Strided { data, strides: [batch, token, row, column] } = arguments.view("token_states", &token_states)?;
     let state = arguments.pool("state", state)?;
     let restored: Vec<_> = accepted
         .iter()
@@ -64,7 +64,7 @@ pub fn rollback<St: Element>(
     let table = device.upload("what a rollback restores", bytemuck::cast_slice(&restored))?;
     let params = params::Rollback {
         state,
-        token_states: address,
+        token_states: data,
         batch,
         token,
         row,

@@ -12,17 +12,25 @@ mod update;
 
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem, UpdateInputs, UpdateMut};
+use super::{
+    GradientsMut, Inputs, OutputGradients, OutputMut, Problem, Tensors, UpdateInputs, UpdateMut, UpdateTensors,
+};
 use crate::cuda::params::conv::{self as kernels, THREADS};
 use crate::cuda::params::{self, QUAD};
-use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, Sum, blocks, grid_rows, lies_whole, suffix};
+use crate::cuda::{
+    Arguments, Cuda, Device, DeviceBuffers, DeviceViews, GRID_COLUMNS, Module, Sum, blocks, grid_rows, lies_whole,
+    or_null, suffix,
+};
 use crate::sequences::Sequences;
 use crate::{Element, Result};
 
 pub use crate::pool::cuda::rollback;
 pub use update::update;
+#[cfg(feature = "candle-cuda")]
+pub(crate) use update::update_checked;
 
 /// The least steps of a run; more than the rows of a state, so that runs other than a sequence's first find all that comes
 /// before them among the inputs.
@@ -38,12 +46,20 @@ pub fn forward<T: Element>(
     inputs: &Inputs<T, Cuda>,
     outputs: OutputMut<T, Cuda>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    forward_checked(stream, &inputs.check()?, outputs)
+}
+
+/// [`forward`] of inputs that have been checked.
+pub(crate) fn forward_checked<T: Element>(
+    stream: &Arc<CudaStream>,
+    problem: &Problem<T, Cuda>,
+    outputs: OutputMut<T, Cuda>,
+) -> Result<()> {
     problem.check_outputs(&outputs)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
-    let layout = Layout::forward(&problem, &device, outputs.final_state.is_some());
-    let mut inputs = conv_inputs(&problem, layout, &mut arguments)?;
+    let layout = Layout::forward(problem, &device, outputs.final_state.is_some());
+    let mut inputs = conv_inputs(problem, layout, &mut arguments)?;
     let out = arguments.write("out", outputs.out)?;
     let final_state = arguments.write_optional("final_state", outputs.final_state)?;
     if inputs.runs.count == 0 {
@@ -56,7 +72,7 @@ pub fn forward<T: Element>(
         (false, _) => "strided_8".into(),
     };
     let grid = layout.grid(&inputs);
-    let _table = upload_runs(&device, &problem, layout, &mut inputs.runs)?;
+    let _table = upload_runs(&device, problem, layout, &mut inputs.runs)?;
     let params = kernels::Forward { inputs, out, final_state };
     let name = format!("conv_forward_{variant}_{}", suffix(T::DTYPE));
     // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`, and each element of the
@@ -75,20 +91,28 @@ pub fn backward<T: Element>(
     d_outputs: OutputGradients<T, Cuda>,
     gradients: GradientsMut<T, Cuda>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    backward_checked(stream, &inputs.check()?, d_outputs, gradients)
+}
+
+/// [`backward`] of inputs that have been checked.
+pub(crate) fn backward_checked<T: Element>(
+    stream: &Arc<CudaStream>,
+    problem: &Problem<T, Cuda>,
+    d_outputs: OutputGradients<T, Cuda>,
+    gradients: GradientsMut<T, Cuda>,
+) -> Result<()> {
     problem.check_backward(&d_outputs, &gradients)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let width = if problem.width <= 4 { 4 } else { 8 };
     let channels = if width == 4 { kernels::backward::CHANNELS } else { kernels::backward::WIDE_CHANNELS };
-    let layout = Layout::backward(&problem, &device, channels, gradients.initial_state.is_some());
-    let mut inputs = conv_inputs(&problem, layout, &mut arguments)?;
-    let d_out = arguments.activation("d_out", &d_outputs.d_out)?;
-    let d_final_state = arguments.state_rows("d_final_state", &d_outputs.d_final_state)?;
-    let d_x = arguments.write("gradients.x", gradients.x)?;
-    let d_weight = arguments.write("gradients.weight", gradients.weight)?;
-    let d_bias = arguments.write_optional("gradients.bias", gradients.bias)?;
-    let d_initial_state = arguments.write_optional("gradients.initial_state", gradients.initial_state)?;
+    let layout = Layout::backward(problem, &device, channels, gradients.initial_state.is_some());
+    let mut inputs = conv_inputs(problem, layout, &mut arguments)?;
+    let d_out = params::Activation::from(arguments.view("d_out", &d_outputs.d_out)?);
+    let d_final_state = or_null(arguments.optional_view("d_final_state", &d_outputs.d_final_state)?);
+    let gradients: Tensors<DeviceBuffers> = gradients.map(&mut arguments)?;
+    let Tensors { x: d_x, weight: d_weight, bias: d_bias, initial_state } = gradients;
+    let d_initial_state = initial_state.unwrap_or(0);
 
     let d_inner = problem.d_inner();
     let (weights, parameters) = (d_inner * problem.width, d_inner * (problem.width + 1));
@@ -105,7 +129,7 @@ pub fn backward<T: Element>(
             true => format!("whole_{width}"),
             false => format!("strided_{width}"),
         };
-        let _table = upload_runs(&device, &problem, layout, &mut inputs.runs)?;
+        let _table = upload_runs(&device, problem, layout, &mut inputs.runs)?;
         let params = kernels::Backward { inputs, d_out, d_final_state, d_x, d_initial_state, partials: from };
         let name = format!("conv_backward_{variant}_{}", suffix(T::DTYPE));
         // SAFETY: every address and extent has been checked by `Inputs::check` and `check_backward`, each element of the
@@ -116,10 +140,11 @@ pub fn backward<T: Element>(
         let from = from + (first * size_of::<f32>()) as u64;
         Sum { from, parts, m, stride: parameters, to, is_full: true }
     };
-    let sums = [sum(0, weights, d_weight), sum(weights, d_inner, d_bias)];
+    let mut sums = vec![sum(0, weights, d_weight)];
+    sums.extend(d_bias.map(|d_bias| sum(weights, d_inner, d_bias)));
     // SAFETY: the parts are in the workspace, the weights' before the biases', and the gradients have been checked to be as
     // many.
-    unsafe { device.sum::<f32>(if d_bias == 0 { &sums[..1] } else { &sums }) }
+    unsafe { device.sum::<f32>(&sums) }
 }
 
 /// How a pass divides its work: the bits of what a sequence gets do not depend on it.
@@ -264,11 +289,8 @@ fn conv_inputs<'a, T: Element>(
 ) -> Result<kernels::Inputs> {
     let inputs = &problem.inputs;
     let d_inner = problem.d_inner();
-    Ok(kernels::Inputs {
-        x: arguments.activation("x", &inputs.x)?,
-        weight: arguments.matrix("weight", &inputs.weight)?,
-        bias: arguments.vector("bias", &inputs.bias)?,
-        initial_state: arguments.state_rows("initial_state", &inputs.initial_state)?,
+    let tensors: Tensors<DeviceViews> = inputs.tensors().map(arguments)?;
+    Ok(tensors.params(kernels::Inputs {
         runs: layout.params(problem),
         d_inner: d_inner as i64,
         width: problem.width as i64,
@@ -277,7 +299,8 @@ fn conv_inputs<'a, T: Element>(
             (inputs.options.silu, kernels::FLAG_SILU),
             (inputs.options.reverse, kernels::FLAG_REVERSE),
         ]),
-    })
+        ..kernels::Inputs::zeroed()
+    }))
 }
 
 /// Whether `count` neighbouring channels of a tensor, and of the dense one at `written`, can be accessed at a time.

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
 use cudarc::driver::CudaStream;
 
-use super::{UpdateInputs, UpdateMut};
+use super::super::update::UpdateProblem;
+use super::{UpdateInputs, UpdateMut, UpdateTensors};
 use crate::cuda::params::conv::{self as kernels, THREADS};
 use crate::cuda::params::{self, QUAD};
-use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, blocks, grid_rows, lies_whole, suffix};
+use crate::cuda::{Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Module, blocks, grid_rows, lies_whole, suffix};
 use crate::pool::cuda::SlotList;
 use crate::{Element, Result};
 
@@ -21,16 +23,23 @@ pub fn update<T: Element, St: Element>(
     inputs: &UpdateInputs<T, Cuda>,
     outputs: UpdateMut<T, St, Cuda>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    update_checked(stream, &inputs.check()?, outputs)
+}
+
+/// [`update`] of inputs that have been checked.
+pub(crate) fn update_checked<T: Element, St: Element>(
+    stream: &Arc<CudaStream>,
+    problem: &UpdateProblem<T, Cuda>,
+    outputs: UpdateMut<T, St, Cuda>,
+) -> Result<()> {
+    let inputs = &problem.inputs;
     let slots = problem.check_outputs(&outputs)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let [batch, tokens, d_inner] = inputs.x.shape;
     let quads = d_inner.div_ceil(QUAD);
-    let mut params = kernels::Update {
-        x: arguments.activation("x", &inputs.x)?,
-        weight: arguments.matrix("weight", &inputs.weight)?,
-        bias: arguments.vector("bias", &inputs.bias)?,
+    let tensors: UpdateTensors<DeviceViews> = inputs.tensors().map(&mut arguments)?;
+    let mut params = tensors.params(kernels::Update {
         state: arguments.pool("state", outputs.state)?,
         out: arguments.write("out", outputs.out)?,
         token_states: arguments.write_optional("token_states", outputs.token_states)?,
@@ -39,9 +48,8 @@ pub fn update<T: Element, St: Element>(
         d_inner: d_inner as i64,
         width: problem.width as i64,
         lane_shift: quads.min(THREADS).next_power_of_two().ilog2().into(),
-        flags: 0,
-        slots: bytemuck::Zeroable::zeroed(),
-    };
+        ..kernels::Update::zeroed()
+    });
     if batch == 0 || tokens == 0 {
         return Ok(());
     }

@@ -6,7 +6,7 @@ use cudarc::driver::CudaStream;
 
 use super::launch::{Kernel, LaunchShape, Undivided};
 use super::plan::Pass;
-use super::{Inputs, OutputMut, PerLane, Plan};
+use super::{Inputs, OutputMut, PerLane, Plan, Problem};
 use crate::arguments::Dims;
 use crate::cuda::params::scan::{self as kernels, STATE_BLOCK, forward_few_channels as few, forward_general};
 use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module};
@@ -31,11 +31,20 @@ pub fn forward_with<T: Element>(
     inputs: &Inputs<T, Cuda>,
     outputs: OutputMut<T, Cuda>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    forward_checked(plan, stream, &inputs.check()?, outputs)
+}
+
+/// [`forward_with`] of inputs that have been checked.
+pub(crate) fn forward_checked<T: Element>(
+    plan: Plan,
+    stream: &Arc<CudaStream>,
+    problem: &Problem<T, Cuda>,
+    outputs: OutputMut<T, Cuda>,
+) -> Result<()> {
     problem.check_outputs(&outputs)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
-    let mut undivided = Undivided::new(&problem, &mut arguments)?;
+    let mut undivided = Undivided::new(problem, &mut arguments)?;
     let out = arguments.write("out", outputs.out)?;
     let final_state = arguments.write_optional("final_state", outputs.final_state)?;
     let checkpoints = arguments.write_optional("checkpoints", outputs.checkpoints)?;
@@ -44,7 +53,7 @@ pub fn forward_with<T: Element>(
         return Ok(());
     }
     undivided.is_fast &= !undivided.compensates && undivided.is_aligned::<T>(&[(out, &[d_inner as i64])]);
-    let scan = undivided.divide(&device, &problem, &plan, Pass::Forward)?;
+    let scan = undivided.divide(&device, problem, &plan, Pass::Forward)?;
     let workspace = scan.workspace(&device)?;
     for (kernel, segments) in scan.launches() {
         let launch = |module: Option<Module>, name, inputs| {

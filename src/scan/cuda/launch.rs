@@ -3,11 +3,11 @@
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::CudaSlice;
 
-use super::Problem;
 use super::plan::{Pass, PerLane, Plan, Segments};
+use super::{Problem, Tensors};
 use crate::arguments::Dims;
 use crate::cuda::params::{self, scan as kernels};
-use crate::cuda::{Arguments, Cuda, Device, Module, blocks, lies_whole, suffix};
+use crate::cuda::{Arguments, Cuda, Device, DeviceViews, Module, blocks, lies_whole, suffix};
 use crate::sequences::{CHECKPOINT_STEPS, Sequences};
 use crate::{DType, Discretization, Element, Projection, Result};
 
@@ -51,31 +51,20 @@ impl Undivided {
         let compensate = T::DTYPE == DType::F32 && longest > kernels::LONG_SEQUENCE as usize;
         let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
         let varying = |projection: &Projection<T, Cuda>| matches!(projection, Projection::Varying(_));
+        let tensors: Tensors<DeviceViews> = inputs.tensors().map(arguments)?;
         let mut undivided = Self {
-            inputs: kernels::Inputs {
-                u: arguments.activation("u", &inputs.u)?,
-                delta: arguments.activation("delta", &inputs.delta)?,
-                z: arguments.optional_activation("z", &inputs.z)?,
-                a: arguments.matrix("a", &inputs.a)?,
-                b: arguments.projection("b", &inputs.b)?,
-                c: arguments.projection("c", &inputs.c)?,
-                d: arguments.vector("d", &inputs.d)?,
-                delta_bias: arguments.vector("delta_bias", &inputs.delta_bias)?,
-                initial_state: arguments.states("initial_state", &inputs.initial_state)?,
-                segments: params::Segments::zeroed(),
+            inputs: tensors.params(kernels::Inputs {
                 d_inner: d_inner as i64,
                 d_state: d_state as i64,
                 group_channels: group_channels as i64,
-                group_blocks: 0,
-                chunk_states: 0,
-                delta_sums: 0,
                 flags: params::flags([
                     (inputs.options.delta_softplus, kernels::FLAG_SOFTPLUS),
                     (hold, kernels::FLAG_ZOH),
                     (inputs.options.reverse, kernels::FLAG_REVERSE),
                     (compensate, kernels::FLAG_COMPENSATE),
                 ]),
-            },
+                ..kernels::Inputs::zeroed()
+            }),
             is_fast: d_state.is_multiple_of(4)
                 && group_channels.is_multiple_of(4)
                 && varying(&inputs.b)
