@@ -21,6 +21,7 @@ mod backward;
 mod forward;
 mod launch;
 mod plan;
+mod recipe;
 
 pub use backward::{backward, backward_with};
 pub use forward::{forward, forward_with};
