@@ -34,6 +34,7 @@
 //! The kernels are compiled when this crate is (its `build.rs` says for which devices) and loaded once for each context,
 //! which then lives as long as the process.
 
+mod context;
 mod launch;
 mod module;
 pub(crate) mod params;
@@ -47,6 +48,7 @@ use cudarc::driver::{CudaContext, CudaSlice, sys};
 use crate::view::dense_strides;
 use crate::{Element, Error, Memory, Result, View, ViewMut};
 
+pub(crate) use context::{Context, Kernel, Properties};
 pub(crate) use launch::{Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, lies_whole, suffix};
 pub(crate) use module::Module;
 pub(crate) use sum::Sum;

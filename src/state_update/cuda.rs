@@ -16,7 +16,7 @@ use super::{Inputs, Tensors, UpdateMut};
 use crate::arguments::Dims;
 use crate::cuda::params::state_update::{self as kernels, QUADS, THREADS};
 use crate::cuda::params::{self, QUAD};
-use crate::cuda::{Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Module, grid_rows, lies_whole, suffix};
+use crate::cuda::{Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, grid_rows, lies_whole, suffix};
 use crate::pool::cuda::SlotList;
 use crate::{Discretization, Element, Result};
 
@@ -73,15 +73,15 @@ pub(crate) fn update_checked<T: Element, St: Element>(
         (whole, kernels::FLAG_VECTOR),
     ]);
     let columns = d_inner.div_ceil(THREADS >> params.lane_shift).min(GRID_COLUMNS);
-    let grid = [columns, grid_rows(columns, batch, 48 * device.processors)];
+    let grid = [columns, grid_rows(columns, batch, 48 * device.properties().processors)];
 
     let list = SlotList::new(&device, slots)?;
     params.slots = list.params;
     let variant = if fast { "fast" } else { "general" };
-    let name = format!("state_update_{variant}_{}_{}", suffix(T::DTYPE), suffix(St::DTYPE));
+    let kernel = Kernel::new(Module::StateUpdate, ["state_update", variant, suffix(T::DTYPE), suffix(St::DTYPE)]);
     // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`; slots of different rows
     // differ, and each state and output is written by one thread.
-    unsafe { device.launch(Module::STATE_UPDATE, &name, grid, THREADS, [0, 0], &params) }
+    unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }
 }
 
 /// Whether every index into what is not a state fits in 31 bits.

@@ -21,8 +21,8 @@ use super::{
 use crate::cuda::params::conv::{self as kernels, THREADS};
 use crate::cuda::params::{self, QUAD};
 use crate::cuda::{
-    Arguments, Cuda, Device, DeviceBuffers, DeviceViews, GRID_COLUMNS, Module, Sum, blocks, grid_rows, lies_whole,
-    or_null, suffix,
+    Arguments, Cuda, Device, DeviceBuffers, DeviceViews, GRID_COLUMNS, Kernel, Module, Sum, blocks, grid_rows,
+    lies_whole, or_null, suffix,
 };
 use crate::sequences::Sequences;
 use crate::{Element, Result};
@@ -67,17 +67,19 @@ pub(crate) fn forward_checked<T: Element>(
     }
     let whole = is_whole::<T>(&inputs, &inputs.x, out, layout.channels);
     let variant = match (whole, problem.width) {
-        (true, width @ ..=4) => format!("whole_{width}"),
-        (true, _) => "whole_8".into(),
-        (false, _) => "strided_8".into(),
+        (true, 2) => "whole_2",
+        (true, 3) => "whole_3",
+        (true, 4) => "whole_4",
+        (true, _) => "whole_8",
+        (false, _) => "strided_8",
     };
     let grid = layout.grid(&inputs);
     let _table = upload_runs(&device, problem, layout, &mut inputs.runs)?;
     let params = kernels::Forward { inputs, out, final_state };
-    let name = format!("conv_forward_{variant}_{}", suffix(T::DTYPE));
+    let kernel = Kernel::new(Module::ConvForward, ["conv_forward", variant, suffix(T::DTYPE)]);
     // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`, and each element of the
     // outputs is written by one thread.
-    unsafe { device.launch(Module::CONV_FORWARD, &name, grid, THREADS, [0, 0], &params) }
+    unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }
 }
 
 /// Computes the gradient of every input that was given, asynchronously.
@@ -104,8 +106,7 @@ pub(crate) fn backward_checked<T: Element>(
     problem.check_backward(&d_outputs, &gradients)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
-    let width = if problem.width <= 4 { 4 } else { 8 };
-    let channels = if width == 4 { kernels::backward::CHANNELS } else { kernels::backward::WIDE_CHANNELS };
+    let channels = if problem.width <= 4 { kernels::backward::CHANNELS } else { kernels::backward::WIDE_CHANNELS };
     let layout = Layout::backward(problem, &device, channels, gradients.initial_state.is_some());
     let mut inputs = conv_inputs(problem, layout, &mut arguments)?;
     let d_out = params::Activation::from(arguments.view("d_out", &d_outputs.d_out)?);
@@ -124,17 +125,20 @@ pub(crate) fn backward_checked<T: Element>(
     if parts > 0 {
         let whole = is_whole::<T>(&inputs, &inputs.x, d_x, layout.channels)
             && is_whole::<T>(&inputs, &d_out, d_x, layout.channels);
-        let variant = match whole {
-            true if problem.width < 4 => format!("whole_{}", problem.width),
-            true => format!("whole_{width}"),
-            false => format!("strided_{width}"),
+        let variant = match (whole, problem.width) {
+            (true, 2) => "whole_2",
+            (true, 3) => "whole_3",
+            (true, 4) => "whole_4",
+            (true, _) => "whole_8",
+            (false, ..=4) => "strided_4",
+            (false, _) => "strided_8",
         };
         let _table = upload_runs(&device, problem, layout, &mut inputs.runs)?;
         let params = kernels::Backward { inputs, d_out, d_final_state, d_x, d_initial_state, partials: from };
-        let name = format!("conv_backward_{variant}_{}", suffix(T::DTYPE));
+        let kernel = Kernel::new(Module::ConvBackward, ["conv_backward", variant, suffix(T::DTYPE)]);
         // SAFETY: every address and extent has been checked by `Inputs::check` and `check_backward`, each element of the
         // gradients is written by one thread, and the workspace has room for what each row of blocks leaves.
-        unsafe { device.launch(Module::CONV_BACKWARD, &name, grid, THREADS, [0, 0], &params) }?;
+        unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }?;
     }
     let sum = |first: usize, m, to| {
         let from = from + (first * size_of::<f32>()) as u64;
@@ -164,10 +168,15 @@ impl Layout {
     /// Runs of 32 steps, or of fewer where these would leave most threads of a processor idle.
     fn forward<T: Element>(problem: &Problem<T, Cuda>, device: &Device, keep_empty: bool) -> Self {
         const LEAST_THREADS: usize = 170;
-        let layout = |run_steps| Self { channels: QUAD, run_steps, most_blocks: 20 * device.processors, keep_empty };
+        let layout = |run_steps| Self {
+            channels: QUAD,
+            run_steps,
+            most_blocks: 20 * device.properties().processors,
+            keep_empty,
+        };
         let long = layout(32);
         let threads = long.runs(problem).saturating_mul(problem.d_inner().div_ceil(long.channels));
-        if threads >= LEAST_THREADS * device.processors { long } else { layout(LEAST_STEPS) }
+        if threads >= LEAST_THREADS * device.properties().processors { long } else { layout(LEAST_STEPS) }
     }
 
     /// One run to a thread, of the length with which processors are done first. They take a block as long as it has steps,
@@ -181,7 +190,7 @@ impl Layout {
         let layout = |run_steps, per_processor: usize| Self {
             channels,
             run_steps,
-            most_blocks: per_processor * device.processors,
+            most_blocks: per_processor * device.properties().processors,
             keep_empty,
         };
         // Sequences that are packed cannot all have runs of one length.
@@ -190,7 +199,7 @@ impl Layout {
         let once = |run_steps| {
             let layout = layout(run_steps, 3);
             let blocks = layout.rows(layout.runs(problem), d_inner) * layout.columns(d_inner);
-            (layout, blocks.div_ceil(device.processors))
+            (layout, blocks.div_ceil(device.properties().processors))
         };
         let (shortest, most) = once(LEAST_STEPS);
         if most < 2 {
@@ -198,7 +207,7 @@ impl Layout {
         }
         // The shortest runs of which a processor has no more blocks than so many.
         let shortest_for = |per_processor: usize| {
-            let rows = per_processor * device.processors / shortest.columns(d_inner);
+            let rows = per_processor * device.properties().processors / shortest.columns(d_inner);
             let per_sequence = rows * (THREADS >> shortest.lane_shift(d_inner)) / batch;
             (per_sequence > 0).then(|| once(len.div_ceil(per_sequence).max(LEAST_STEPS).next_multiple_of(4)))
         };
@@ -267,7 +276,7 @@ fn upload_runs<T: Element>(
     problem: &Problem<T, Cuda>,
     layout: Layout,
     runs: &mut kernels::Runs,
-) -> Result<Option<CudaSlice<u64>>> {
+) -> Result<Option<Arc<CudaSlice<u64>>>> {
     let Sequences::Packed(offsets) = problem.sequences else { return Ok(None) };
     let mut entries = Vec::with_capacity(offsets.len());
     let mut first = 0;
@@ -277,7 +286,7 @@ fn upload_runs<T: Element>(
         first += layout.runs_of(sequence.len);
     }
     entries.push(entry(first, problem.inputs.x.shape[1]));
-    let table = device.upload("the runs of packed sequences", bytemuck::cast_slice(&entries))?;
+    let table = device.table("the runs of packed sequences", bytemuck::cast_slice(&entries))?;
     runs.packed = device.address(&table);
     Ok(Some(table))
 }

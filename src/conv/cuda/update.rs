@@ -9,7 +9,9 @@ use super::super::update::UpdateProblem;
 use super::{UpdateInputs, UpdateMut, UpdateTensors};
 use crate::cuda::params::conv::{self as kernels, THREADS};
 use crate::cuda::params::{self, QUAD};
-use crate::cuda::{Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Module, blocks, grid_rows, lies_whole, suffix};
+use crate::cuda::{
+    Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, blocks, grid_rows, lies_whole, suffix,
+};
 use crate::pool::cuda::SlotList;
 use crate::{Element, Result};
 
@@ -58,15 +60,15 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     let lanes = 1 << params.lane_shift;
     let columns = blocks(quads, lanes).min(GRID_COLUMNS);
     // Rows share what a thread reads of the filters, once there are enough of them to fill the device.
-    let grid = [columns, grid_rows(columns, blocks(batch, THREADS / lanes), 16 * device.processors)];
+    let grid = [columns, grid_rows(columns, blocks(batch, THREADS / lanes), 16 * device.properties().processors)];
 
     let list = SlotList::new(&device, slots)?;
     params.slots = list.params;
     let variant = if whole && problem.width == 4 { "fast" } else { "general" };
-    let name = format!("conv_update_{variant}_{}_{}", suffix(T::DTYPE), suffix(St::DTYPE));
+    let kernel = Kernel::new(Module::ConvUpdate, ["conv_update", variant, suffix(T::DTYPE), suffix(St::DTYPE)]);
     // SAFETY: every address and extent has been checked by `UpdateInputs::check` and `check_outputs`; slots of different
     // rows differ, and each state and output is written by one thread.
-    unsafe { device.launch(Module::CONV_UPDATE, &name, grid, THREADS, [0, 0], &params) }
+    unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }
 }
 
 /// Whether four neighbouring channels can be accessed at a time.

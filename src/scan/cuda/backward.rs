@@ -5,15 +5,13 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use super::launch::{Kernel, LaunchShape, Undivided};
-use super::plan::Pass;
+use super::launch::{Run, Undivided};
+use super::recipe::{Recipe, Role};
 use super::{GradientsMut, Inputs, OutputGradients, Plan, Problem, Tensors};
 use crate::ProjectionOf;
 use crate::arguments::Dims;
-use crate::cuda::params::scan::{
-    self as kernels, STATE_BLOCK, backward as fast, backward_chunk_state, backward_general,
-};
-use crate::cuda::{Arguments, Cuda, Device, DeviceBuffers, GRID_ROWS, Module, Sum, lies_whole, or_null};
+use crate::cuda::params::scan::{self as kernels, STATE_BLOCK};
+use crate::cuda::{Arguments, Cuda, Device, DeviceBuffers, Sum, lies_whole, or_null};
 use crate::kinds::{Field, Map, Shaped};
 use crate::{Element, Error, Result};
 
@@ -79,30 +77,12 @@ pub(crate) fn backward_checked<T: Element>(
     undivided.is_fast &= d_out_is_aligned
         && checkpoints_are_aligned
         && undivided.is_aligned::<T>(&[(gradients.u, row), (gradients.delta, row), (gradients.z.unwrap_or(0), row)]);
-    // Some devices, 8.6, 8.9 and 12.0 among them, give a block less than the fast kernel's shared memory.
-    let fast_shared = fast::SMEM + fast::SMEM_PER_BYTE * size_of::<T>();
-    undivided.is_fast &= fast_shared <= device.shared_memory;
-    let scan = undivided.divide(&device, problem, &plan, Pass::Backward)?;
-    params.inputs = scan.inputs;
-
-    // Rows of blocks, each of which sums the gradients of parameters over the segments that it takes: as many for both
-    // kernels, so that they give the same bits.
-    let segments = scan.inputs.segments.count as usize;
-    let columns = scan.groups() * scan.group_blocks(fast::CHANNELS);
-    let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).min(GRID_ROWS);
-    let shape =
-        |variant, channels, threads, shared| LaunchShape { variant, channels, threads, rows, shared: [shared; 2] };
-    let fast = |variant| (Module::SCAN_BACKWARD, shape(variant, fast::CHANNELS, fast::THREADS, fast_shared), "fast");
-    let (module, backward, chunk_state) = match scan.kernel {
-        Kernel::General => {
-            use backward_general::{CHANNELS, SMEM, THREADS};
-            (Module::SCAN_BACKWARD_GENERAL, shape("general", CHANNELS, THREADS, SMEM), "general")
-        }
-        Kernel::Turns => fast("many_states"),
-        Kernel::Fast(_) => fast("fast"),
-    };
-    let chunk_state = shape(chunk_state, backward_chunk_state::CHANNELS, backward_chunk_state::THREADS, 0);
-    let group_blocks = scan.group_blocks(backward.channels);
+    let shape = undivided.shape(problem);
+    let recipe = Recipe::backward(&shape, device.properties(), &plan);
+    let run = Run::new(&device, &recipe, &shape)?;
+    // All launches of the scan have as many blocks.
+    let scan = recipe.of_role(Role::Scan).next();
+    let (group_blocks, rows) = scan.map_or((0, 0), |launch| (launch.group_blocks, launch.grid[1]));
 
     let mut sums = Sums { device: &device, rows, workspaces: Vec::new(), sums: Vec::new() };
     let written: Tensors<DeviceBuffers> = gradients.shaped(problem.dims).map(&mut sums)?;
@@ -124,29 +104,12 @@ pub(crate) fn backward_checked<T: Element>(
         false => None,
     };
     params.partial_sums = carried.as_ref().map_or(0, |sums| device.address(sums));
-    let workspace = scan.workspace(&device)?;
-    if let Some(workspace) = &workspace {
-        params.inputs = scan.split_inputs(&device, workspace);
-    }
-
-    // Each turn of states is a launch. (Each turn overwrites what the one before has left as the sums of D and the bias.)
-    let turns = if segments > 0 { d_state } else { 0 };
-    for first_state in (0..turns).step_by(STATE_BLOCK) {
-        let params = kernels::Backward { first_state: first_state as i64, ..params };
-        // SAFETY (both): every address and extent has been checked by `Inputs::check` and `check_backward`, and the
-        // workspaces have an element for each that the kernels write.
-        if workspace.is_some() {
-            unsafe {
-                scan.launch::<T, _>(
-                    &device,
-                    Module::SCAN_BACKWARD_CHUNK_STATE,
-                    "scan_backward_chunk_state",
-                    chunk_state,
-                    params,
-                )
-            }?;
-        }
-        unsafe { scan.launch::<T, _>(&device, module, "scan_backward", backward, params) }?;
+    // Each block of states is a launch. (Each overwrites what the one before has left as the sums of D and the bias.)
+    for launch in &recipe.launches {
+        let params = kernels::Backward { first_state: launch.first_state as i64, ..params };
+        // SAFETY: every address and extent has been checked by `Inputs::check` and `check_backward`, and the workspaces have
+        // an element for each that the kernels write.
+        unsafe { run.launch(launch, params) }?;
     }
     if let Some(parts) = &projections {
         let m = lines * d_state;
@@ -159,9 +122,6 @@ pub(crate) fn backward_checked<T: Element>(
     // parameter: none, if there are no segments.
     unsafe { device.sum::<T>(&sums.sums) }
 }
-
-/// Blocks for each processor that the rows are enough for; more would only make more parts of sums.
-const BLOCKS_PER_PROCESSOR: usize = 8;
 
 /// Gradients that each row of blocks sums up for itself, and where the sums over the rows go.
 struct Sums<'d> {

@@ -21,6 +21,7 @@ mod backward;
 mod forward;
 mod launch;
 mod plan;
+mod recipe;
 
 #[cfg(feature = "candle-cuda")]
 pub(crate) use backward::backward_checked;
