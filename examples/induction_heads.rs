@@ -1,5 +1,5 @@
 //! Induction heads: a sequence of random tokens has a special one somewhere, and ends with it again; the answer is the
-//! token that stood behind it the first time.
+//! token that stood after it the first time.
 //!
 //! ```text
 //! 5 2 9 4 * 7 1 1 8 … 3 6 *
@@ -88,7 +88,7 @@ struct Sequence {
     vocab: u32,
     /// Where the special token is the first time.
     place: usize,
-    /// The token behind it.
+    /// The token after it.
     answer: u32,
     drawn: usize,
 }

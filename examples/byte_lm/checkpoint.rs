@@ -8,11 +8,11 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
+use selective_scan::nn::train::AdamW;
 use selective_scan::nn::{CheckpointFormat, LanguageModel};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Position;
-use crate::optimizer::AdamW;
 use crate::{Result, RunOptions};
 
 const MOMENTS: &str = "moments.safetensors";
@@ -42,7 +42,7 @@ pub struct Curves {
     /// Means over the steps since the point before.
     pub train: Vec<(usize, f64)>,
     pub held_out: Vec<(usize, f64)>,
-    /// The sum and number of the losses behind the last point of `train`.
+    /// The sum and number of the losses after the last point of `train`.
     pub pending: (f64, usize),
 }
 
@@ -158,7 +158,7 @@ pub fn read_run(checkpoint: &Path) -> Result<Run> {
     Ok(read().map_err(|error: Box<dyn std::error::Error>| format!("{}: {error}", path.display()))?)
 }
 
-/// Gives an optimizer the moments of a checkpoint behind so many steps.
+/// Gives an optimizer the moments of a checkpoint after so many steps.
 pub fn restore(checkpoint: &Path, optimizer: &mut AdamW, steps: usize, device: &Device) -> Result<()> {
     let path = checkpoint.join(MOMENTS);
     let at = |error| format!("{}: {error}", path.display());

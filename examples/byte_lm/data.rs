@@ -25,7 +25,7 @@ const EXTENSIONS: [&str; 7] = ["rs", "md", "cu", "cuh", "py", "sh", "toml"];
 /// Text to learn from, and text to be measured by, which has no piece in common with it.
 #[derive(Debug)]
 pub struct Corpus {
-    /// The pieces to learn from, one behind another, a mark before each.
+    /// The pieces to learn from, one after another, a mark before each.
     pub train: Vec<u8>,
     /// The other pieces, a mark before each.
     pub held_out: Vec<Vec<u8>>,
@@ -149,7 +149,7 @@ pub struct Windows<'a> {
 }
 
 impl<'a> Windows<'a> {
-    /// Windows of `length` bytes and the one behind them, from `position` on.
+    /// Windows of `length` bytes and the one after them, from `position` on.
     pub fn new(text: &'a [u8], length: usize, seed: u64, position: Position) -> Result<Self> {
         // Wherever the first begins, one must fit.
         if text.len() / 2 < length {
@@ -164,7 +164,7 @@ impl<'a> Windows<'a> {
         self.position
     }
 
-    /// The next windows: what is read, and behind each byte the one to be predicted.
+    /// The next windows: what is read, and after each byte the one to be predicted.
     pub fn next(&mut self, batch: usize) -> (Vec<u32>, Vec<u32>) {
         let (mut ids, mut targets) = (Vec::new(), Vec::new());
         for _ in 0..batch {

@@ -1,8 +1,8 @@
 //! How well a model predicts text that it has not seen.
 
 use candle_core::{Result, Tensor};
-use candle_nn::loss::cross_entropy;
 use selective_scan::nn::LanguageModel;
+use selective_scan::nn::train::cross_entropy;
 
 /// Bytes that are run together, unless one piece has more.
 const PACK: usize = 8192;

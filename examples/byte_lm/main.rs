@@ -12,7 +12,6 @@ mod data;
 mod evaluate;
 mod generate;
 mod ngram;
-mod optimizer;
 mod plot;
 #[cfg(test)]
 mod tests;
@@ -62,7 +61,7 @@ struct TrainArguments {
     #[arg(long)]
     fresh: bool,
 
-    /// Stop behind so many steps, with a checkpoint
+    /// Stop after so many steps, with a checkpoint
     #[arg(long, value_name = "STEP")]
     until: Option<usize>,
 

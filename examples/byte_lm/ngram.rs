@@ -12,7 +12,7 @@ use crate::data::MARK;
 /// p(b | h) = max(c(h b) - D, 0) / c(h) + D t(h) / c(h) · p(b | h without its first byte)
 /// ```
 ///
-/// where c counts, t(h) is the number of different bytes seen behind h, and D is the discount of k, n1 / (n1 + 2 n2) with
+/// where c counts, t(h) is the number of different bytes seen after h, and D is the discount of k, n1 / (n1 + 2 n2) with
 /// n1 and n2 the numbers of h b that were counted once and twice. For k = `order`, c counts occurrences; below, the
 /// different bytes before h b. Behind a history that was never seen, the shorter one decides alone; below the empty history
 /// all 256 bytes are equally likely.
@@ -41,7 +41,7 @@ impl Ngram {
     /// Longer histories would not fit the keys.
     pub const HIGHEST_ORDER: usize = 6;
 
-    /// A model of pieces of text that lie one behind another with a mark before each.
+    /// A model of pieces of text that lie one after another with a mark before each.
     pub fn new(text: &[u8], order: usize) -> Self {
         assert!(order <= Self::HIGHEST_ORDER, "histories of {order} bytes");
         let mut counts: HashMap<u64, u32> = HashMap::new();
@@ -61,7 +61,7 @@ impl Ngram {
         Self { levels }
     }
 
-    /// The probability of `byte` behind the bytes of `history`, the last of which is the lowest.
+    /// The probability of `byte` after the bytes of `history`, the last of which is the lowest.
     pub fn probability(&self, history: u64, byte: u8) -> f64 {
         self.levels.iter().enumerate().fold(1.0 / 256.0, |shorter, (length, level)| {
             let history = last(history, length);

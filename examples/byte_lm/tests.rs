@@ -163,12 +163,12 @@ fn the_probabilities_of_the_baseline_sum_to_one() {
 
 #[test]
 fn the_baseline_knows_what_it_has_counted() {
-    // One byte behind another, always: longer histories make it surer.
+    // One byte after another, always: longer histories make it surer.
     let text = [&[MARK][..], &b"abc".repeat(200)].concat();
     let bits = [0, 1, 2].map(|order| Ngram::new(&text, order).bits_per_byte(std::slice::from_ref(&text)));
     // Three bytes that are equally likely take log2(3) bits; some of the probability goes to others.
     assert!(bits[0] > 1.58 && bits[0] < 1.8 && bits[1] < 0.2 && bits[2] < 0.2, "{bits:?}");
-    // Two to one, by hand: of 3 bytes behind the mark's history, 2 are a.
+    // Two to one, by hand: of 3 bytes after the mark's history, 2 are a.
     let text = [MARK, b'a', MARK, b'a', MARK, b'b'];
     let model = Ngram::new(&text, 1);
     // Order 0 counts the different bytes before: 1 each, so that D is 1 / (1 + 2·0) = 1, and 1/256 is left of it.

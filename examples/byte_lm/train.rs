@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use candle_nn::loss::cross_entropy;
 use candle_nn::{VarBuilder, VarMap};
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
+use selective_scan::nn::train::{AdamW, AdamWConfig, Schedule, cross_entropy};
 use selective_scan::nn::{Checkpoint, LanguageModel, LanguageModelConfig, MambaConfig, Sampler, Sampling};
 
 use crate::checkpoint::{self, Curves, Run};
@@ -18,14 +18,13 @@ use crate::data::{Corpus, Position, Windows};
 use crate::evaluate::bits_per_byte;
 use crate::generate::{Speed, generate};
 use crate::ngram::Ngram;
-use crate::optimizer::{AdamW, learning_rate};
 use crate::{Result, RunOptions, TrainArguments, plot};
 
 /// The baseline predicts a byte from the three before it.
 pub const BASELINE_ORDER: usize = 3;
 /// Steps whose losses make one point of the training curve.
 const POINT: usize = 20;
-/// Bytes of a held-out piece that are read, and behind it written, to show and time what was learnt.
+/// Bytes of a held-out piece that are read, and after it written, to show and time what was learnt.
 const SAMPLE: (usize, usize) = (1024, 400);
 
 pub fn run(arguments: &TrainArguments) -> Result<()> {
@@ -50,13 +49,19 @@ pub fn run(arguments: &TrainArguments) -> Result<()> {
 
     training.train(arguments, &corpus, &device, baseline)?;
     if training.run.step < training.run.options.steps.get() {
-        println!("stopped behind step {}; --resume goes on", training.run.step);
+        println!("stopped after step {}; --resume goes on", training.run.step);
         return Ok(());
     }
     let speed = sample(&training.model, &corpus)?;
     println!("{}", report(&training, &ngrams, speed));
     println!("losses are drawn in {}", arguments.out.join("loss.svg").display());
     Ok(())
+}
+
+/// What trains the variables of a run.
+fn optimizer(variables: &VarMap, options: &RunOptions) -> candle_core::Result<AdamW> {
+    let &RunOptions { weight_decay, clip, .. } = options;
+    AdamW::new(variables, AdamWConfig { weight_decay, clip: Some(clip), ..AdamWConfig::default() })
 }
 
 /// A run with its tensors.
@@ -111,13 +116,13 @@ impl Training {
             seconds: 0.0,
             curves: Curves::default(),
         };
-        Ok(Self { optimizer: AdamW::new(&variables, options.weight_decay, options.clip)?, run, model, _lock: None })
+        Ok(Self { optimizer: optimizer(&variables, options)?, run, model, _lock: None })
     }
 
     fn resume(checkpoint: &PathBuf, device: &Device) -> Result<Self> {
         let run = checkpoint::read_run(checkpoint)?;
         let (model, variables) = Checkpoint::read(checkpoint, device)?.trainable(DType::F32)?;
-        let mut optimizer = AdamW::new(&variables, run.options.weight_decay, run.options.clip)?;
+        let mut optimizer = optimizer(&variables, &run.options)?;
         checkpoint::restore(checkpoint, &mut optimizer, run.step, device)?;
         let (config, options) = (model.config(), &run.options);
         let d_state = config.backbone.mixer.as_mamba().map_or(0, |mamba| mamba.d_state);
@@ -196,9 +201,10 @@ impl Training {
         let (batch, length) = (options.batch.get(), options.length.get());
         let (ids, targets) = windows.next(batch);
         let ids = Tensor::from_vec(ids, (batch, length), device)?;
-        let targets = Tensor::from_vec(targets, batch * length, device)?;
-        let loss = cross_entropy(&self.model.forward(&ids)?.flatten(0, 1)?, &targets)?;
-        let rate = learning_rate(options.learning_rate, self.run.step, options.warmup, options.steps.get());
+        let targets = Tensor::from_vec(targets, (batch, length), device)?;
+        let loss = cross_entropy(&self.model.forward(&ids)?, &targets)?;
+        let schedule = Schedule::Cosine { warmup: options.warmup, last: 0.1 };
+        let rate = schedule.rate(options.learning_rate, self.run.step, options.steps.get());
         self.optimizer.step(&loss.backward()?, rate)?;
         self.run.step += 1;
         self.run.position = windows.position();
@@ -215,7 +221,7 @@ fn parameters(model: &LanguageModel) -> usize {
     model.named_tensors().iter().map(|(_, tensor)| tensor.elem_count()).sum()
 }
 
-/// Shows what the model writes behind the beginning of a held-out piece, and how fast.
+/// Shows what the model writes after the beginning of a held-out piece, and how fast.
 fn sample(model: &LanguageModel, corpus: &Corpus) -> Result<Speed> {
     let piece = corpus.held_out.iter().max_by_key(|piece| piece.len()).ok_or("nothing is held out")?;
     let prompt = &piece[1..piece.len().min(SAMPLE.0)];

@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 
 use candle_core::{Device, Error, Result};
 use clap::{Args, ValueEnum};
+use selective_scan::nn::train::Schedule;
 use selective_scan::nn::{LanguageModelConfig, MambaConfig};
 
 /// The flags of both tasks. What is not given has the task's own default, or the paper's with `--paper`.
@@ -198,8 +199,6 @@ impl Settings {
 
     /// The learning rate of a step, counted from 1.
     pub fn rate(&self, step: usize) -> f64 {
-        let rise = step as f64 / self.warmup.max(1) as f64;
-        let fall = (self.steps - step + 1) as f64 / self.decay.max(1) as f64;
-        self.lr * rise.min(fall).min(1.0)
+        Schedule::Trapezoid { warmup: self.warmup, decay: self.decay }.rate(self.lr, step - 1, self.steps)
     }
 }

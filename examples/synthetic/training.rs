@@ -3,10 +3,11 @@
 use std::time::{Duration, Instant};
 
 use candle_core::{D, DType, Device, Result, Tensor};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::rngs::StdRng;
 use selective_scan::nn::LanguageModel;
+use selective_scan::nn::train::cross_entropy;
 
 use super::options::{Kind, Settings};
 use super::{Batch, Streams, Task};
@@ -14,7 +15,7 @@ use super::{Batch, Streams, Task};
 /// How many held-out sequences are looked at during training.
 const VALIDATION: usize = 256;
 
-/// A model behind its training.
+/// A model after its training.
 pub struct Trained {
     pub kind: Kind,
     pub model: LanguageModel,
@@ -41,7 +42,7 @@ pub fn train(kind: Kind, task: &impl Task, settings: &Settings, device: &Device)
     for step in 1..=settings.steps {
         optimizer.set_learning_rate(settings.rate(step));
         let Batch { ids, targets } = task.batch([settings.batch, curriculum.length], &mut training, device)?;
-        let loss = loss::cross_entropy(&answers(&model, &ids, task)?.flatten_to(1)?, &targets.flatten_all()?)?;
+        let loss = cross_entropy(&answers(&model, &ids, task)?, &targets)?;
         optimizer.backward_step(&loss)?;
         let loss = loss.to_scalar::<f32>()?;
         mean.add(loss);

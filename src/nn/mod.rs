@@ -1,9 +1,17 @@
-//! The Mamba block and a language model of such blocks, on candle's tensors.
+//! The Mamba block, stacks of layers and language models, on candle's tensors.
 //!
-//! [`Mamba`] is the block: for whole sequences, packed ones, prompts in chunks, and token by token on a [`MambaState`].
-//! [`LanguageModel`] stacks blocks between embeddings and a head; it is initialised as in the paper, trains with
-//! candle-nn's `VarMap` and optimizers, and reads and writes the checkpoints of Hugging Face and of state-spaces/mamba.
-//! [`Sampler`] chooses tokens.
+//! | | |
+//! |---|---|
+//! | [`Mamba`] | the block: for whole sequences, packed ones, prompts in chunks, and token by token on a [`MambaState`] |
+//! | [`Backbone`] | norms and mixers around a residual stream, for sequences of anything |
+//! | [`LanguageModel`] | a backbone between embeddings and a head, initialised as in the paper; trains on candle-nn's `VarMap` |
+//! | [`Cache`], [`Sampler`] | decoding: the states of all layers in slots, which are reset, copied, taken and put back; the choice of tokens |
+//! | [`Checkpoint`] | the files of Hugging Face and of state-spaces/mamba, read and written |
+//! | [`train`] | an optimizer whose state can be saved, learning rates, losses |
+//! | [`RmsNorm`] | the norm between layers, with gradients, for models of your own |
+//!
+//! Layers may differ: [`BackboneConfig`] has one [`MixerConfig`] for all, and others by index. [`Mixer`] and [`LayerState`]
+//! are enums of which Mamba is the only variant yet.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -70,18 +78,19 @@
 //! # Checkpoints
 //! ```no_run
 //! # use candle_core::{DType, Device};
-//! use selective_scan::nn::{Checkpoint, Format, LanguageModel, Naming, SaveOptions};
+//! use selective_scan::nn::{Checkpoint, CheckpointFormat, FileFormat, LanguageModel, SaveOptions};
 //!
 //! // A folder with config.json and model.safetensors or pytorch_model.bin (or several files and their index), of either
-//! // naming.
+//! // library.
 //! let model = LanguageModel::load("mamba-130m-hf", DType::F32, &Device::Cpu)?;
-//! model.save("mamba-130m", Naming::StateSpaces)?;
+//! model.save("mamba-130m", CheckpointFormat::StateSpaces)?;
 //! // As state-spaces/mamba's own `from_pretrained` wants it:
-//! model.save_with("mamba-130m", &SaveOptions { format: Format::PyTorch, ..SaveOptions::new(Naming::StateSpaces) })?;
+//! let options = SaveOptions { file: FileFormat::PyTorch, ..SaveOptions::new(CheckpointFormat::StateSpaces) };
+//! model.save_with("mamba-130m", &options)?;
 //! // To train it further, and to keep the tokenizer beside it:
 //! let checkpoint = Checkpoint::read("mamba-130m-hf", &Device::Cpu)?;
 //! let (model, variables) = checkpoint.trainable(DType::F32)?;
-//! checkpoint.save(&model, "finetuned", &SaveOptions::new(Naming::HuggingFace))?;
+//! checkpoint.save(&model, "finetuned", &SaveOptions::new(CheckpointFormat::HuggingFace))?;
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 //! What a config.json says beside the model is kept in [`extra`](LanguageModelConfig::extra) and written again, the special
@@ -92,11 +101,12 @@
 //! `VarMap`'s own `save` and `load` keep the variables of a training run, by the same names.
 
 mod checkpoint;
-mod counting;
+mod checks;
 mod decode;
 mod layers;
 mod mamba;
 mod model;
+pub mod train;
 
 pub use checkpoint::{Checkpoint, CheckpointFormat, FileFormat, SaveOptions};
 pub use decode::{Cache, Sampler, Sampling};
@@ -104,63 +114,4 @@ pub use layers::RmsNorm;
 pub use mamba::{Mamba, MambaConfig, MambaState, Norms};
 pub use model::{Backbone, BackboneConfig, LanguageModel, LanguageModelConfig, LayerState, Mixer, MixerConfig};
 
-use std::fmt::Display;
-
-use candle_core::{DType, Device, Result, Tensor};
-
-use crate::candle::check_pool;
-use crate::{Slots, count_sequences};
-
-/// This crate's error as candle's.
-fn wrap(error: crate::Error) -> candle_core::Error {
-    error.into()
-}
-
-/// An argument that does not fit.
-fn argument(name: &'static str, expected: impl Display, got: impl Display) -> candle_core::Error {
-    wrap(crate::Error::argument(name, expected, got))
-}
-
-/// Refuses types in which no model computes.
-fn check_model_dtype(dtype: DType) -> Result<DType> {
-    match dtype {
-        DType::F32 | DType::F16 | DType::BF16 => Ok(dtype),
-        other => Err(argument("dtype", "f32, f16 or bf16", other.as_str())),
-    }
-}
-
-fn check_eps(name: &'static str, eps: f64) -> Result<()> {
-    if eps >= 0.0 && eps.is_finite() { Ok(()) } else { Err(argument(name, "an epsilon of 0 or more", eps)) }
-}
-
-/// Refuses what does not fit in memory, by the name of the argument that asks for it: candle would panic or end the
-/// program. The tensors of a device tell of this by themselves.
-fn check_room(name: &'static str, shape: &[usize], dtype: DType, device: &Device) -> Result<()> {
-    let bytes = shape.iter().try_fold(dtype.size_in_bytes(), |bytes, &size| bytes.checked_mul(size));
-    let fits = match (bytes, device) {
-        (Some(bytes), Device::Cpu) => {
-            let mut room = Vec::<u8>::new();
-            let fits = room.try_reserve_exact(bytes).is_ok();
-            // Or the compiler leaves out what nobody uses.
-            std::hint::black_box(&mut room);
-            fits
-        }
-        (Some(bytes), _) => bytes <= isize::MAX as usize,
-        (None, _) => false,
-    };
-    if fits {
-        return Ok(());
-    }
-    let got = format_args!("{shape:?} of {}", dtype.as_str());
-    Err(argument(name, "sizes that fit in memory", got))
-}
-
-/// Refuses to be differentiated twice: the gradients of our own operators are computed outside of candle's graph.
-fn check_once(name: &'static str, gradient: &Tensor) -> Result<()> {
-    if gradient.track_op() {
-        return Err(candle_core::Error::Msg(format!(
-            "{name}: cannot be differentiated twice, and its gradient is itself tracked (CANDLE_GRAD_DO_NOT_DETACH)"
-        )));
-    }
-    Ok(())
-}
+use checks::{COUNTABLE, argument, check_eps, check_model_dtype, check_once, check_room, sum};

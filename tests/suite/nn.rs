@@ -3,11 +3,13 @@
 mod checkpoints;
 mod decoding;
 mod initial;
+mod layers;
 mod mixed;
 mod packed;
 mod parity;
 mod refusals;
 mod sampler;
+mod training;
 mod variants;
 
 use std::collections::BTreeMap;

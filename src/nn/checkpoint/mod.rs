@@ -157,6 +157,11 @@ impl Checkpoint {
         }
     }
 
+    /// The tensors as they were stored, by the names that a model has for them ([`LanguageModel::named_tensors`]).
+    pub fn tensors(&self) -> &HashMap<String, Tensor> {
+        &self.tensors
+    }
+
     /// The model, of type `dtype`, whatever that of the file.
     ///
     /// # Errors

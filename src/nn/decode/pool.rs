@@ -2,14 +2,15 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::nn::{argument, check_pool, check_room, wrap};
+use crate::candle::check_pool;
+use crate::nn::{argument, check_room};
 
 /// Checks that all pools of a layer can be written, before one is, and gives their shapes. Each comes with the name of the
 /// argument and of its dimensions; the last is what the others are compared with.
 pub(crate) fn check_pools<const N: usize>(pools: [(&'static str, &str, &Tensor); N]) -> Result<[[usize; 3]; N]> {
     let mut shapes = [[0; 3]; N];
     for (shape, (name, names, pool)) in shapes.iter_mut().zip(pools) {
-        *shape = check_pool(name, names, pool).map_err(wrap)?;
+        *shape = check_pool(name, names, pool)?;
         if !pool.is_contiguous() {
             let got = format_args!("shape {:?} with strides {:?}", pool.dims(), pool.stride());
             return Err(argument(name, "a contiguous tensor", got));

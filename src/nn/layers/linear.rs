@@ -13,8 +13,8 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
-    pub fn new(parameters: &Parameters, [fan_in, out]: [usize; 2], bias: bool, shrink: f64) -> Result<Self> {
-        let weight = parameters.get(&[out, fan_in], "weight", Initial::linear(fan_in, shrink))?;
+    pub fn new(parameters: &Parameters, [fan_in, out]: [usize; 2], bias: bool, divisor: f64) -> Result<Self> {
+        let weight = parameters.get(&[out, fan_in], "weight", Initial::linear(fan_in, divisor))?;
         let bias = bias.then(|| parameters.get(&[out], "bias", Initial::Constant(0.0))).transpose()?;
         Ok(Self { weight, bias })
     }

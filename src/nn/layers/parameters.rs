@@ -309,9 +309,9 @@ pub(crate) enum Initial {
 }
 
 impl Initial {
-    /// As PyTorch begins a linear layer or a convolution that sums over `fan_in` terms, divided by `shrink`.
-    pub fn linear(fan_in: usize, shrink: f64) -> Self {
-        Self::Uniform(1.0 / (fan_in as f64).sqrt() / shrink)
+    /// As PyTorch begins a linear layer or a convolution that sums over `fan_in` terms, divided by `divisor`.
+    pub fn linear(fan_in: usize, divisor: f64) -> Self {
+        Self::Uniform(1.0 / (fan_in as f64).sqrt() / divisor)
     }
 
     fn draw(self, shape: &[usize], random: &mut StdRng) -> Result<Vec<f32>> {

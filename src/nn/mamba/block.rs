@@ -7,8 +7,9 @@ use candle_nn::{Module, VarBuilder};
 
 use super::ssm_path::SsmPath;
 use super::{MambaConfig, MambaState};
+use crate::count_sequences;
 use crate::nn::layers::{Change, Linear, ParameterList, Parameters};
-use crate::nn::{argument, check_room, count_sequences, wrap};
+use crate::nn::{argument, check_room};
 
 /// The Mamba block of Gu and Dao, *Mamba* (2023), arXiv 2312.00752, figure 3:
 ///
@@ -57,14 +58,14 @@ impl Mamba {
         Self::build(config, &parameters, 1.0)
     }
 
-    /// A block whose initial `out_proj` is scaled.
-    pub(crate) fn build(config: &MambaConfig, parameters: &Parameters, out_proj_scale: f64) -> Result<Self> {
+    /// A block whose initial `out_proj` is divided by a number.
+    pub(crate) fn build(config: &MambaConfig, parameters: &Parameters, out_proj_divisor: f64) -> Result<Self> {
         let &MambaConfig { d_model, d_inner, proj_bias, .. } = config;
         let count = parameters.count();
         let in_proj = Linear::new(&parameters.pp("in_proj"), [d_model, 2 * d_inner], proj_bias, 1.0)?;
         let causal = SsmPath::new(config, parameters, false)?;
         let anticausal = config.bidirectional.then(|| SsmPath::new(config, parameters, true)).transpose()?;
-        let out_proj = Linear::new(&parameters.pp("out_proj"), [d_inner, d_model], proj_bias, out_proj_scale)?;
+        let out_proj = Linear::new(&parameters.pp("out_proj"), [d_inner, d_model], proj_bias, out_proj_divisor)?;
         let parameters = parameters.taken_since(count);
         Ok(Self { config: config.clone(), in_proj, causal, anticausal, out_proj, parameters })
     }
@@ -197,7 +198,7 @@ impl Mamba {
         if x.dtype() != dtype {
             return Err(argument("x", format_args!("type {}, as the block", dtype.as_str()), x.dtype().as_str()));
         }
-        let sequences = count_sequences(batch, length, cu_seqlens).map_err(wrap)?;
+        let sequences = count_sequences(batch, length, cu_seqlens)?;
         check_room("x", &[batch, length, 2, d_inner], dtype, x.device())?;
         Ok(sequences)
     }

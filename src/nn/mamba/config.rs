@@ -2,8 +2,7 @@
 
 use candle_core::Result;
 
-use crate::nn::counting::{COUNTABLE, sum};
-use crate::nn::{argument, check_eps};
+use crate::nn::{COUNTABLE, argument, check_eps, sum};
 
 /// A Mamba block. [`MambaConfig::new`] gives the paper's; change what differs.
 #[derive(Debug, Clone, PartialEq)]

@@ -7,8 +7,9 @@ use candle_nn::{Module, VarBuilder};
 
 use super::mixer::Pass;
 use super::{BackboneConfig, Mixer};
+use crate::count_sequences;
 use crate::nn::layers::{Change, ParameterList, Parameters};
-use crate::nn::{Cache, RmsNorm, argument, check_model_dtype, check_room, count_sequences, wrap};
+use crate::nn::{Cache, RmsNorm, argument, check_model_dtype, check_room};
 
 /// The layers of a model between its embeddings and its head:
 ///
@@ -75,12 +76,12 @@ impl Backbone {
     ) -> Result<Self> {
         let (count, d_model) = (parameters.count(), config.d_model());
         let norm = |parameters: &Parameters| RmsNorm::build(d_model, config.norm_eps, parameters);
-        let shrink = if config.rescale_prenorm_residual { (config.n_layer as f64).sqrt() } else { 1.0 };
+        let divisor = if config.rescale_prenorm_residual { (config.n_layer as f64).sqrt() } else { 1.0 };
         let mut layers = Vec::new();
         for index in 0..config.n_layer {
             let parameters = parameters.pp("layers").pp(index);
             let norm = norm(&parameters.pp("norm"))?;
-            let mixer = Mixer::build(config.layer(index), &parameters.pp("mixer"), shrink)?;
+            let mixer = Mixer::build(config.layer(index), &parameters.pp("mixer"), divisor)?;
             layers.push(Layer { norm, mixer });
         }
         let norm_f = norm(&parameters.pp("norm_f"))?;
@@ -167,7 +168,7 @@ impl Backbone {
 
     fn decode(&self, x: &Tensor, cu_seqlens: Option<&[usize]>, cache: &Cache, slots: Option<&[i32]>) -> Result<Tensor> {
         let (batch, length) = self.check_input(x)?;
-        let sequences = count_sequences(batch, length, cu_seqlens).map_err(wrap)?;
+        let sequences = count_sequences(batch, length, cu_seqlens)?;
         self.check_decoding(cache, sequences, slots)?;
         let layers = self.untracked()?;
         let stream = layers.run(&x.detach(), Pass::Prefill { cu_seqlens, cache, slots }, |_| ())?;

@@ -6,8 +6,7 @@ use candle_core::Result;
 use serde_json::{Map, Value};
 
 use super::MixerConfig;
-use crate::nn::counting::{COUNTABLE, sum};
-use crate::nn::{MambaConfig, argument, check_eps};
+use crate::nn::{COUNTABLE, MambaConfig, argument, check_eps, sum};
 
 /// A stack of layers: `n_layer` times a norm and a mixer around which the residual stream runs, and a last norm.
 #[derive(Debug, Clone, PartialEq)]

@@ -90,10 +90,10 @@ impl Mixer {
         }
     }
 
-    /// A mixer whose initial output projection is scaled.
-    pub(super) fn build(config: &MixerConfig, parameters: &Parameters, out_proj_scale: f64) -> Result<Self> {
+    /// A mixer whose initial output projection is divided by a number.
+    pub(super) fn build(config: &MixerConfig, parameters: &Parameters, out_proj_divisor: f64) -> Result<Self> {
         match config {
-            MixerConfig::Mamba(config) => Ok(Self::Mamba(Mamba::build(config, parameters, out_proj_scale)?)),
+            MixerConfig::Mamba(config) => Ok(Self::Mamba(Mamba::build(config, parameters, out_proj_divisor)?)),
         }
     }
 

@@ -163,6 +163,69 @@ fn a_reset_slot_begins_anew_and_a_snapshot_stays() {
     assert_eq!(bits(&model.prefill(&ids, &cache, None).unwrap()), bits(&first), "all reset");
 }
 
+/// Slots are copied onto others as beams are, taken as what many sequences begin with, put back, and become more.
+#[test]
+fn slots_are_copied_taken_and_put() {
+    let mut random = random();
+    let (model, _) = model(&causal_blocks()[0].1, &mut random);
+    let mut cache = model.new_cache(4, DType::F32).unwrap();
+    model.prefill(&ids(&mut random, 4, 6), &cache, None).unwrap();
+    // Of each pool, the slots in an order.
+    let picked = |pools: &[Vec<Vec<u32>>], slots: &[usize]| -> Vec<Vec<Vec<u32>>> {
+        pools.iter().map(|pool| slots.iter().map(|&slot| pool[slot].clone()).collect()).collect()
+    };
+    let before = states(&cache);
+    // 0 and 1 change places, and 3 becomes a second 0.
+    cache.copy_slots(&[1, 0, 0], &[0, 1, 3]).unwrap();
+    assert_eq!(states(&cache), picked(&before, &[1, 0, 2, 0]));
+    let (taken, before) = (cache.take(&[2, 0, 2]).unwrap(), states(&cache));
+    assert_eq!(states(&taken), picked(&before, &[2, 0, 2]));
+    // Taken is taken: what happens to the cache afterwards does not matter, nor the other way round.
+    cache.reset(Some(&[0, -1, 2])).unwrap();
+    taken.reset(Some(&[0])).unwrap();
+    assert!(states(&cache).iter().all(|pool| pool[0].iter().chain(&pool[2]).all(|bits| *bits == 0)));
+    assert_eq!(picked(&states(&cache), &[1, 3]), picked(&before, &[1, 3]));
+    cache.put(&taken, &[1, 0, 2]).unwrap();
+    assert_eq!(picked(&states(&cache), &[0, 2, 3]), picked(&before, &[0, 2, 3]));
+    assert!(states(&cache).iter().all(|pool| pool[1].iter().all(|bits| *bits == 0)));
+
+    let (handle, small) = (cache.clone(), states(&cache));
+    cache.grow(6).unwrap();
+    assert_eq!((cache.slots(), handle.slots()), (6, 4));
+    assert_eq!(picked(&states(&cache), &[0, 1, 2, 3]), small);
+    assert!(states(&cache).iter().all(|pool| pool[4].iter().chain(&pool[5]).all(|bits| *bits == 0)));
+    model.step(&Tensor::new(&[1u32], &Device::Cpu).unwrap(), &cache, Some(&[5])).unwrap();
+
+    // A cache of narrow states rounds what is put there.
+    let narrow = model.new_cache(1, DType::BF16).unwrap();
+    narrow.put(&cache.take(&[3]).unwrap(), &[0]).unwrap();
+    let (wide, narrow) = (mamba_states(&cache)[0].ssm.get(3).unwrap(), mamba_states(&narrow)[0].ssm.get(0).unwrap());
+    assert_eq!(bits(&narrow), bits(&wide.to_dtype(DType::BF16).unwrap()));
+
+    let before = states(&cache);
+    for (message, word) in [
+        (refusal(cache.copy_slots(&[0, 1], &[2])), "`to`: expected 2 slots"),
+        (refusal(cache.copy_slots(&[0, 6], &[2, 3])), "`from`"),
+        (refusal(cache.copy_slots(&[0, -1], &[2, 3])), "`from`"),
+        (refusal(cache.copy_slots(&[0, 1], &[2, 2])), "2 twice"),
+        (refusal(cache.copy_slots(&[0, 1], &[2, -3])), "`to`"),
+        (refusal(cache.take(&[6])), "below 6"),
+        (refusal(cache.put(&taken, &[0, 1])), "3 slots"),
+        (refusal(cache.put(&taken, &[0, 1, 6])), "below 6"),
+        (refusal(cache.clone().grow(5)), "6 or more"),
+        (refusal(cache.reset(Some(&[-1, 6]))), "below 6"),
+    ] {
+        assert!(message.contains(word), "{message}");
+    }
+    let other = super::model(&MambaConfig { d_state: 4, ..causal_blocks()[0].1.clone() }, &mut random).0;
+    let message = refusal(cache.put(&other.new_cache(1, DType::F32).unwrap(), &[0]));
+    assert!(message.contains("the same model"), "{message}");
+    assert_eq!(states(&cache), before);
+    cache.copy_slots(&[], &[]).unwrap();
+    assert_eq!(cache.take(&[]).unwrap().slots(), 0);
+    assert_eq!(states(&cache), before);
+}
+
 #[test]
 fn what_does_not_fit_is_refused_and_writes_nothing() {
     let mut random = random();

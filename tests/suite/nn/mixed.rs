@@ -75,7 +75,7 @@ fn gradients(model: &LanguageModel, ids: &Tensor, weights: &Tensor) -> GradStore
 
 /// Gradients of a half model come to the variables, whatever their type, and are those of `f32` but for rounding.
 ///
-/// The two layers have some twenty operators one behind another, each of which rounds by half an epsilon, forward and
+/// The two layers have some twenty operators one after another, each of which rounds by half an epsilon, forward and
 /// backward: √40 of these if they are independent, and 16 times as much where terms cancel. There are 1,024 rows, so that
 /// sums over rows in a half type would be off by more than that.
 #[test]

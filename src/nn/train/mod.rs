@@ -1,0 +1,34 @@
+//! What training needs beside a model: an optimizer whose state can be saved, learning rates, losses.
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_nn::{VarBuilder, VarMap};
+//! use selective_scan::nn::train::{AdamW, AdamWConfig, Schedule, cross_entropy};
+//! use selective_scan::nn::{LanguageModel, LanguageModelConfig};
+//!
+//! let device = Device::Cpu;
+//! let variables = VarMap::new();
+//! let config = LanguageModelConfig::new(16, 2, 32);
+//! let model = LanguageModel::new(&config, VarBuilder::from_varmap(&variables, DType::F32, &device))?;
+//! let mut optimizer = AdamW::new(&variables, AdamWConfig { clip: Some(1.0), ..AdamWConfig::default() })?;
+//! let (schedule, steps) = (Schedule::Cosine { warmup: 3, last: 0.1 }, 20);
+//!
+//! let text: Vec<u32> = (0..33).map(|i| i % 16).collect();
+//! let (ids, next) = (Tensor::new(&text[..32], &device)?.unsqueeze(0)?, Tensor::new(&text[1..], &device)?.unsqueeze(0)?);
+//! for step in 0..steps {
+//!     let loss = cross_entropy(&model.forward(&ids)?, &next)?;
+//!     optimizer.step(&loss.backward()?, schedule.rate(1e-2, step, steps))?;
+//! }
+//! assert!(cross_entropy(&model.forward(&ids)?, &next)?.to_scalar::<f32>()? < 1.0); // from 2.8
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//!
+//! `examples/byte_lm` is a whole run: it goes on exactly where it stopped.
+
+mod adamw;
+mod loss;
+mod schedule;
+
+pub use adamw::{AdamW, AdamWConfig, Group};
+pub use loss::cross_entropy;
+pub use schedule::Schedule;
