@@ -73,15 +73,15 @@ pub(crate) fn in_place<O: Runs>(operator: &O, state: &Tensor, with_token_states:
 ///
 /// What is not seen is another tensor over the same storage: `detach` makes one, and so does every view and clone.
 pub fn check_pool(argument: &'static str, names: &str, pool: &Tensor) -> crate::Result<[usize; 3]> {
-    let shape: [usize; 3] = pool
+    let shape = pool
         .dims()
         .try_into()
         .map_err(|_| Error::argument(argument, format_args!("shape {names}"), format_args!("{:?}", pool.dims())))?;
     if !matches!(pool.dtype(), DType::F32 | DType::F16 | DType::BF16) {
         return Err(super::device::unsupported(argument, pool.dtype()));
     }
-    // candle refuses this too, from 0.11.1 on, but does not say which argument it is about.
-    if overlap(shape, pool.stride()) {
+    // candle refuses this too, but does not say which argument it is about.
+    if pool.layout().has_internal_overlap() {
         let got = format_args!("shape {:?} with strides {:?}", pool.dims(), pool.stride());
         return Err(Error::argument(argument, "strides that give every element a place of its own", got));
     }
@@ -92,18 +92,6 @@ pub fn check_pool(argument: &'static str, names: &str, pool: &Tensor) -> crate::
         return Err(Error::argument(argument, expected, got));
     }
     Ok(shape)
-}
-
-/// Whether two elements may share a place: sorted by stride, a dimension does not step over all that the smaller strides reach.
-fn overlap(shape: [usize; 3], strides: &[usize]) -> bool {
-    let mut dims: [_; 3] = std::array::from_fn(|i| (strides[i], shape[i]));
-    dims.sort_unstable();
-    let mut reach = 0usize;
-    dims.into_iter().filter(|&(_, dim)| dim > 1).any(|(stride, dim)| {
-        let within = stride <= reach;
-        reach = reach.saturating_add(stride.saturating_mul(dim - 1));
-        within
-    })
 }
 
 /// An operator while candle runs it.

@@ -2,9 +2,8 @@
 
 use std::convert::Infallible;
 use std::marker::PhantomData;
-use std::sync::RwLockReadGuard;
 
-use candle_core::{DType, Storage, Tensor, WithDType};
+use candle_core::{DType, Storage, StorageRef, Tensor, WithDType};
 
 use super::device::{Backend, Buffer, Value};
 use super::graph;
@@ -130,7 +129,7 @@ pub(crate) struct Storages<'a>(Vec<Stored<'a>>);
 /// ever if another thread came to write in between; and in the order of their addresses, as candle's own operators in
 /// place do, so that no two threads wait for each other. (candle tells which storage a tensor reads only to who holds its
 /// lock, so that [`Arguments::storages`] takes and releases each before.)
-pub(crate) type Guards<'a> = Vec<(usize, RwLockReadGuard<'a, Storage>)>;
+pub(crate) type Guards<'a> = Vec<(usize, StorageRef<'a>)>;
 
 impl<'a> Storages<'a> {
     pub fn iter(&self) -> impl Iterator<Item = &Stored<'a>> {
@@ -162,12 +161,12 @@ impl Locked<'_> {
 #[derive(Clone, Copy)]
 pub(crate) struct Reader<'l> {
     storages: &'l Storages<'l>,
-    guards: [&'l [(usize, RwLockReadGuard<'l, Storage>)]; 2],
+    guards: [&'l [(usize, StorageRef<'l>)]; 2],
 }
 
 impl<'l> Reader<'l> {
     /// `guards` must be of the storages of all tensors.
-    pub fn new(storages: &'l Storages<'l>, guards: [&'l [(usize, RwLockReadGuard<'l, Storage>)]; 2]) -> Self {
+    pub fn new(storages: &'l Storages<'l>, guards: [&'l [(usize, StorageRef<'l>)]; 2]) -> Self {
         Self { storages, guards }
     }
 
