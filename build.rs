@@ -1,4 +1,5 @@
-//! Compiles the kernels, one fatbin for each `kernels/*.cu`, if the feature `cuda` is on.
+//! Compiles the kernels, one fatbin for each `kernels/*/*.cu`, if the feature `cuda` is on, and writes for Rust what the files
+//! `params.cuh` there say that kernels take.
 //!
 //! A fatbin holds machine code for each architecture asked for, and PTX of the newest of them for later devices. The
 //! architectures are those of `CUDA_COMPUTE_CAP` (`90`, or a list: `80,90`), else that of the GPU that `nvidia-smi` finds,
@@ -11,6 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 use std::{env, fs, thread};
 
+#[path = "kernels/params.rs"]
+mod params;
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
@@ -22,18 +26,24 @@ fn main() {
     }
     println!("cargo:rerun-if-changed=kernels");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let sources = kernels();
+    let mut sources: Vec<_> =
+        files("cu").into_iter().map(|path| Source { fatbin: fatbin(&out, &path), path }).collect();
+    let params = params();
+    write(&out.join("params.rs"), params.rust());
+    for source in &sources {
+        fs::create_dir_all(source.fatbin.parent().expect("it is in a folder")).expect("OUT_DIR is writable");
+    }
     if env::var_os("DOCS_RS").is_some() {
         // Documentation needs the names of the kernels only.
-        for source in &sources {
-            let fatbin = out.join(fatbin_name(source));
-            fs::write(&fatbin, []).expect("OUT_DIR is writable");
+        for Source { fatbin, .. } in &sources {
+            fs::write(fatbin, []).expect("OUT_DIR is writable");
             // What is there now is not what the command of an earlier build made.
             let _ = fs::remove_file(fatbin.with_extension("command"));
         }
         return;
     }
-    let build = Build { nvcc: find_nvcc(), flags: flags(&architectures()), out };
+    sources.push(checks(&out, &params));
+    let build = Build { nvcc: find_nvcc(), flags: flags(&architectures()) };
     let threads = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
     let (next, failed) = (AtomicUsize::new(0), AtomicUsize::new(0));
     thread::scope(|scope| {
@@ -41,7 +51,8 @@ fn main() {
             scope.spawn(|| {
                 while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
                     if let Err(message) = build.compile(source) {
-                        println!("cargo:warning={}: {}", source.display(), message.lines().next().unwrap_or_default());
+                        let first = message.lines().next().unwrap_or_default();
+                        println!("cargo:warning={}: {first}", source.path.display());
                         eprintln!("{message}");
                         failed.fetch_add(1, Ordering::Relaxed);
                     }
@@ -52,19 +63,58 @@ fn main() {
     assert!(failed.into_inner() == 0, "the CUDA kernels did not compile; nvcc's messages are above");
 }
 
-fn kernels() -> Vec<PathBuf> {
-    let entries = fs::read_dir("kernels").expect("the package has a folder of kernels");
-    let mut sources: Vec<_> = entries
-        .map(|entry| entry.expect("it can be listed").path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
-        .collect();
-    // The longest first, so that none is left to run alone at the end.
-    sources.sort_by_key(|path| std::cmp::Reverse(fs::metadata(path).map(|file| file.len()).unwrap_or(0)));
-    sources
+/// A source and what is made of it.
+struct Source {
+    path: PathBuf,
+    fatbin: PathBuf,
 }
 
-fn fatbin_name(source: &Path) -> String {
-    format!("{}.fatbin", source.file_stem().expect("it has a name").to_string_lossy())
+/// The files with this extension in the folders of `kernels`, the longest first, so that none is left to compile alone at the
+/// end.
+fn files(extension: &str) -> Vec<PathBuf> {
+    let list = |folder: &Path| fs::read_dir(folder).expect("it is a folder").map(|entry| entry.expect("a file").path());
+    let folders: Vec<_> = list(Path::new("kernels")).filter(|path| path.is_dir()).collect();
+    let mut files: Vec<_> = folders.iter().flat_map(|folder| list(folder)).collect();
+    files.retain(|path| path.extension().is_some_and(|found| found == extension));
+    files.sort_by_key(|path| (std::cmp::Reverse(fs::metadata(path).map(|file| file.len()).unwrap_or(0)), path.clone()));
+    files
+}
+
+/// Where the fatbin of `kernels/<folder>/<name>.cu` goes: `<folder>/<name>.fatbin`.
+fn fatbin(out: &Path, source: &Path) -> PathBuf {
+    out.join(source.strip_prefix("kernels").expect("it is a kernel")).with_extension("fatbin")
+}
+
+/// What the files `params.cuh` declare, `common`'s first, which the others include.
+fn params() -> params::Params {
+    let mut sources: Vec<_> = files("cuh").into_iter().filter(|path| path.ends_with("params.cuh")).collect();
+    sources.sort_by_key(|path| (!path.ends_with("common/params.cuh"), path.clone()));
+    let mut params = params::Params::default();
+    for path in sources {
+        let text = fs::read_to_string(&path).expect("it is a text");
+        params.read(&text).unwrap_or_else(|message| panic!("{}, {message}", path.display()));
+    }
+    params
+}
+
+/// A source of no kernel that includes every header, so that any kernel may include any of them together, and asserts that
+/// what Rust takes the parameters' layout to be is what C++ has.
+fn checks(out: &Path, params: &params::Params) -> Source {
+    let root = env::current_dir().expect("cargo runs this in the package's folder");
+    let mut headers = files("cuh");
+    headers.sort();
+    let include = |header: &PathBuf| format!("#include \"{}\"\n", root.join(header).display());
+    let includes: String = headers.iter().map(include).collect();
+    let path = out.join("checks.cu");
+    write(&path, &format!("{includes}#include <stddef.h>\n\n{}", params.checks()));
+    Source { fatbin: path.with_extension("fatbin"), path }
+}
+
+/// Writes a file, unless it has this text: then it keeps its time, and what was made of it need not be made again.
+fn write(path: &Path, text: &str) {
+    if !fs::read_to_string(path).is_ok_and(|old| old == text) {
+        fs::write(path, text).expect("OUT_DIR is writable");
+    }
 }
 
 /// What nvcc takes more flags from.
@@ -73,17 +123,18 @@ const FLAG_VARIABLES: [&str; 2] = ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"];
 struct Build {
     nvcc: PathBuf,
     flags: Vec<String>,
-    out: PathBuf,
 }
 
 impl Build {
     /// Compiles one source unless its fatbin is newer than all that it was made of, with the same command.
-    fn compile(&self, source: &Path) -> Result<(), String> {
-        let fatbin = self.out.join(fatbin_name(source));
+    fn compile(&self, Source { path, fatbin }: &Source) -> Result<(), String> {
         let (dependencies, stamp) = (fatbin.with_extension("d"), fatbin.with_extension("command"));
         let of_variables = FLAG_VARIABLES.map(|name| env::var(name).unwrap_or_default());
-        let command = format!("{} {} {}", self.nvcc.display(), self.flags.join(" "), of_variables.join(" "));
-        if fs::read_to_string(&stamp).is_ok_and(|old| old == command) && is_newer(&fatbin, &dependencies) {
+        // What it is run in counts too: several checkouts can share a folder of builds.
+        let folder = env::current_dir().map_err(|error| error.to_string())?;
+        let (nvcc, flags) = (self.nvcc.display(), self.flags.join(" "));
+        let command = format!("{} {nvcc} {flags} {}", folder.display(), of_variables.join(" "));
+        if fs::read_to_string(&stamp).is_ok_and(|old| old == command) && is_newer(fatbin, &dependencies) {
             return Ok(());
         }
         let output = Command::new(&self.nvcc)
@@ -91,8 +142,8 @@ impl Build {
             .args(["-fatbin", "-MD", "-MF"])
             .arg(&dependencies)
             .arg("-o")
-            .arg(&fatbin)
-            .arg(source)
+            .arg(fatbin)
+            .arg(path)
             .output()
             .map_err(|error| format!("{} does not start: {error}", self.nvcc.display()))?;
         if !output.status.success() {

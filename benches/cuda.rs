@@ -6,7 +6,7 @@
 //! two events as one graph, so that the time is the device's and not that of launching. `--serve` answers cases from
 //! standard input instead, for runs that alternate with another program's: see `benches/peers`.
 
-#[cfg(feature = "candle")]
+#[cfg(feature = "candle-cuda")]
 #[path = "cuda/candle.rs"]
 mod candle;
 #[path = "cuda/case.rs"]
@@ -128,7 +128,7 @@ impl Bench {
             ("state", "f32") => memory::state_update::<f32>(stream, case),
             ("state", "f16") => memory::state_update::<f16>(stream, case),
             ("state", "bf16") => memory::state_update::<bf16>(stream, case),
-            #[cfg(feature = "candle")]
+            #[cfg(feature = "candle-cuda")]
             ("candle", "f32") => candle::prepare(case),
             _ => Err(format!("no operator of this name and type: `{case}`").into()),
         };

@@ -1,10 +1,10 @@
 //! Reads a checkpoint, says what it is, and writes it by other names, in another type or in other files.
 //!
 //! ```text
-//! cargo run --release --example convert -- mamba-130m                                      # what it is
-//! cargo run --release --example convert -- mamba-130m-hf mamba-130m --naming state-spaces --format pytorch
-//! cargo run --release --example convert -- mamba-2.8b mamba-2.8b-hf --naming hugging-face --dtype bf16 --max-shard-size 2000000000
-//! cargo run --release --example convert -- mamba-130m --logits 50,12092                     # what it answers
+//! cargo run --release --features nn --example convert -- mamba-130m                                      # what it is
+//! cargo run --release --features nn --example convert -- mamba-130m-hf mamba-130m --naming state-spaces --format pytorch
+//! cargo run --release --features nn --example convert -- mamba-2.8b mamba-2.8b-hf --naming hugging-face --dtype bf16 --max-shard-size 2000000000
+//! cargo run --release --features nn --example convert -- mamba-130m --logits 50,12092                     # what it answers
 //! ```
 //!
 //! The tokenizer and `generation_config.json` go along. `tests/vectors/exchange.py` drives this program, and lets other

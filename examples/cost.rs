@@ -8,8 +8,8 @@ use half::bf16;
 use rand::Rng;
 use selective_scan::cuda::{self, Cuda};
 use selective_scan::scan::cuda::{PerLane, Plan};
-use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut, ProjectionMut};
-use selective_scan::{Element, View, ViewMut, conv, state_update};
+use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut};
+use selective_scan::{Element, ProjectionOf, View, ViewMut, conv, state_update};
 
 use crate::common::Random;
 
@@ -149,8 +149,8 @@ fn scan_backward(stream: &Arc<CudaStream>, plan: Plan) -> Result<(), Failure> {
         u: &mut u,
         delta: &mut delta,
         a: &mut a,
-        b: ProjectionMut::Varying(&mut b),
-        c: ProjectionMut::Varying(&mut c),
+        b: ProjectionOf::Varying(&mut b),
+        c: ProjectionOf::Varying(&mut c),
         z: Some(&mut z),
         d: Some(&mut d),
         delta_bias: Some(&mut delta_bias),

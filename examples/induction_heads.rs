@@ -14,7 +14,7 @@
 //! grow with length.
 //!
 //! ```text
-//! cargo run --release --example induction_heads
+//! cargo run --release --features nn,avx512-gemm --example induction_heads
 //! ```
 //!
 //! By default sequences are short at first and grow to 256 (`--start`, `--stage`), and the learning rate is ten times

@@ -11,7 +11,7 @@
 //! and 56.4 % with a time-invariant S4 (a complex one).
 //!
 //! ```text
-//! cargo run --release --example selective_copying
+//! cargo run --release --features nn,avx512-gemm --example selective_copying
 //! ```
 //!
 //! By default sequences are short at first and grow (`--start`, `--stage`), which finds the answer in minutes; the paper's

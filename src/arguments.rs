@@ -2,6 +2,7 @@
 
 use bytemuck::Pod;
 
+use crate::kinds::ProjectionOf;
 use crate::{Element, Error, Host, Memory, Result, View};
 
 /// The largest `d_state` that the operators take.
@@ -10,6 +11,7 @@ pub const MAX_D_STATE: usize = 256;
 /// How the continuous system `h' = A h + B u` becomes a recurrence with step size `Δ`; `exp(ΔA)` multiplies the state
 /// in both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
 pub enum Discretization {
     /// The input is weighted by `Δ B`, Euler's rule for the input, which is what Mamba uses.
     #[default]
@@ -19,22 +21,8 @@ pub enum Discretization {
     ZeroOrderHold,
 }
 
-/// `B` or `C`: a projection of the input at every step, or constant over time.
-#[derive(Debug)]
-pub enum Projection<'a, T: Element, M: Memory = Host> {
-    /// Shape `(batch, length, groups, d_state)`: each group serves `d_inner/groups` neighbouring channels.
-    Varying(View<'a, T, 4, M>),
-    /// Shape `(d_inner, d_state)`, the same at every step.
-    Constant(View<'a, f32, 2, M>),
-}
-
-impl<T: Element, M: Memory> Clone for Projection<'_, T, M> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<T: Element, M: Memory> Copy for Projection<'_, T, M> {}
+/// `B` or `C` as a view: a projection of the input at every step, or constant over time.
+pub type Projection<'a, T, M = Host> = ProjectionOf<View<'a, T, 4, M>, View<'a, f32, 2, M>>;
 
 impl<'a, T: Element, M: Memory> From<View<'a, T, 4, M>> for Projection<'a, T, M> {
     fn from(view: View<'a, T, 4, M>) -> Self {
@@ -56,11 +44,12 @@ pub(crate) struct Dims {
     pub d_inner: usize,
     pub d_state: usize,
     pub groups: usize,
+    pub sequences: usize,
 }
 
 impl Dims {
-    /// Checks the sizes that `u`, `a`, `b` and `c` give, and the shapes and extents of the last three. `activation` are the
-    /// names of the dimensions of `u`.
+    /// Checks the sizes that `u`, `a`, `b` and `c` give, every batch row a sequence. `activation` are the names of the
+    /// dimensions of `u`. Whether all tensors have the shapes that follow is left to be checked.
     pub fn check<T: Element, M: Memory>(
         activation: &str,
         u: &View<T, 3, M>,
@@ -77,7 +66,6 @@ impl Dims {
             return Err(Error::argument(a_name, expected, format_args!("shape {:?}", a.shape)));
         }
         check_channels(u_name, activation, u, a_name, a.shape[0])?;
-        a.check(a_name, "(d_inner, d_state)", [d_inner, d_state])?;
         for (name, projection) in [(b_name, b), (c_name, c)] {
             if let Projection::Varying(view) = projection {
                 check_order(name, view.shape, [batch, len, d_inner, d_state])?;
@@ -95,15 +83,7 @@ impl Dims {
             Some((_, groups)) => groups,
             None => 1,
         };
-        for (name, projection) in [(b_name, b), (c_name, c)] {
-            match projection {
-                Projection::Varying(view) => {
-                    view.check(name, "(batch, length, groups, d_state)", [batch, len, groups, d_state])?;
-                }
-                Projection::Constant(view) => view.check(name, "(d_inner, d_state)", [d_inner, d_state])?,
-            }
-        }
-        Ok(Self { batch, len, d_inner, d_state, groups })
+        Ok(Self { batch, len, d_inner, d_state, groups, sequences: batch })
     }
 
     /// The channels that share one group's `B` and `C`.
@@ -145,15 +125,18 @@ pub(crate) fn check_channels<T: Element, M: Memory>(
     Err(Error::argument(argument, expected, format_args!("{:?}, {EXCHANGE}", view.shape)))
 }
 
-/// [`View::check`] that says so if the last two dimensions have changed places.
-pub(crate) fn check_exchanged<T: Element, M: Memory>(
+/// [`View::check`] that says so if the last two of three dimensions have changed places.
+pub(crate) fn check_exchanged<T: Element, M: Memory, const R: usize>(
     argument: &'static str,
     names: &str,
-    view: &View<T, 3, M>,
-    shape: [usize; 3],
+    view: &View<T, R, M>,
+    shape: [usize; R],
 ) -> Result<()> {
-    let [first, second, third] = shape;
-    if view.shape != shape && view.shape == [first, third, second] {
+    let mut exchanged = shape;
+    if R == 3 {
+        exchanged.swap(1, 2);
+    }
+    if view.shape != shape && view.shape == exchanged {
         let expected = format_args!("shape {names} = {shape:?}").to_string();
         return Err(Error::argument(argument, expected, format_args!("{:?}, {EXCHANGE}", view.shape)));
     }

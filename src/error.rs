@@ -27,6 +27,14 @@ pub enum Error {
     },
 }
 
+/// So that `?` takes cudarc's own calls beside those of this crate.
+#[cfg(feature = "cuda")]
+impl From<cudarc::driver::DriverError> for Error {
+    fn from(error: cudarc::driver::DriverError) -> Self {
+        Self::cuda("calling the CUDA driver", error)
+    }
+}
+
 impl Error {
     /// An [`Error::Cuda`].
     #[cfg(feature = "cuda")]
@@ -38,12 +46,8 @@ impl Error {
         Self::Cuda { action: action.to_string(), message }
     }
 
-    /// An [`Error::Argument`]; the parts are turned into text here.
-    pub(crate) fn argument(
-        argument: &'static str,
-        expected: impl std::fmt::Display,
-        got: impl std::fmt::Display,
-    ) -> Self {
+    /// An [`Error::Argument`], also for operators and models that stand on this crate.
+    pub fn argument(argument: &'static str, expected: impl std::fmt::Display, got: impl std::fmt::Display) -> Self {
         Self::Argument { argument, expected: expected.to_string(), got: got.to_string() }
     }
 }

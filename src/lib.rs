@@ -6,8 +6,8 @@
 //! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
 //! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
 //!
-//! The module `candle` has the same on candle's tensors, with gradients in candle's graph, and the module `nn` the Mamba
-//! block and a language model.
+//! With the features of the same names, the module `candle` has the operators on candle's tensors, with gradients in
+//! candle's graph, and the module `nn` the Mamba block and a language model.
 //!
 //! Each has a CPU path that is vectorised for AVX-512, AVX2, NEON or plain code, chosen at run time, and runs on the
 //! threads of the current rayon pool; and a `float64` reference that is the equations written down, which the rest is
@@ -52,12 +52,16 @@
 //! # Features
 //! | feature | what it adds |
 //! |---|---|
-//! | `candle` (on by default) | the operators on the tensors of [candle](https://docs.rs/candle-core), with gradients, and the model: the modules `candle` and `nn` |
-//! | `cuda` | the operators on NVIDIA GPUs: the module `cuda`, and one of that name in the module of each operator; with `candle`, candle's own `cuda` too |
+//! | none | the operators on slices |
+//! | `candle` | the operators on the tensors of [candle](https://docs.rs/candle-core), with gradients: the module `candle` |
+//! | `nn` | the Mamba block and language models on candle's tensors: the module `nn`; brings `candle` |
+//! | `cuda` | the operators on NVIDIA GPUs, on memory of [cudarc](https://docs.rs/cudarc)'s: the module `cuda`, and one of that name in the module of each operator |
+//! | `candle-cuda` | the module `candle`, and `nn` where it is on, for tensors on NVIDIA GPUs too; brings `candle`, `cuda` and candle's own `cuda` |
+//! | `avx512-gemm` | AVX-512 in candle's matrix products, those of other crates in the program included, whose bits it may change; brings `candle` |
 //!
 //! With `cuda`, building needs nvcc; running needs a driver, without which a program starts and gets an error when it asks
-//! for a GPU. With `candle` as well it does not start: candle links the CUDA libraries (the driver, cuBLAS, cuRAND), so that
-//! they must be there. `default-features = false, features = ["cuda"]` leaves candle out.
+//! for a GPU. With `candle-cuda` it does not start: candle links the CUDA libraries (the driver, cuBLAS, cuRAND), so that
+//! they must be there. `candle` and `cuda` without it are two modules that know nothing of each other.
 //!
 //! # Promises
 //! - Neither pass stores anything for every step, channel and state. Forward keeps one state of each channel for every
@@ -68,6 +72,16 @@
 //!   number of rows.
 //! - Every argument is checked before any work starts. A bad one gives an [`Error`] that names it, and nothing is
 //!   written.
+//!
+//! # Versions
+//! Fields may be added in minor releases to the structs of inputs, outputs, options and configurations: end literals and
+//! patterns of them with `..`, as in `Options { reverse: true, ..Default::default() }`. The crates whose types stand in the API are exported
+//! again: [`half`], and with the features that bring them `candle_core`, `candle_nn` and `cudarc`.
+
+// The README's examples, which need `nn`. That for GPUs is the one of the module `cuda`.
+#[cfg(all(doctest, feature = "nn"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 mod arguments;
 #[cfg(feature = "candle")]
@@ -77,7 +91,8 @@ pub mod conv;
 pub mod cuda;
 mod element;
 mod error;
-#[cfg(feature = "candle")]
+mod kinds;
+#[cfg(feature = "nn")]
 pub mod nn;
 mod pool;
 mod reference;
@@ -88,8 +103,19 @@ mod simd;
 pub mod state_update;
 mod view;
 
+#[cfg(feature = "candle")]
+pub use candle_core;
+#[cfg(feature = "nn")]
+pub use candle_nn;
+#[cfg(feature = "cuda")]
+pub use cudarc;
+pub use half;
+
 pub use arguments::{Discretization, MAX_D_STATE, Projection};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
+pub use kinds::{Buffers, Kind, ProjectionOf, Vectors, Views};
+pub use pool::Slots;
+pub use sequences::count_sequences;
 pub use simd::Isa;
 pub use view::{Host, Memory, View, ViewMut};

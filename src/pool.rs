@@ -1,5 +1,7 @@
 //! Pools of states that are updated in place: which slot a batch row uses, and how slots are written and restored.
 
+#[cfg(feature = "candle")]
+pub(crate) mod candle;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 
@@ -24,6 +26,14 @@ pub struct UpdateMut<'a, T: Element, St: Element, M: Memory = Host> {
     /// The state behind each token, `(batch, tokens, ..state_shape)`, dense, overwritten whole: zeros for padding rows.
     /// [`rollback`] restores a state from it.
     pub token_states: Option<&'a mut M::Buffer<St>>,
+}
+
+impl<'a, T: Element, St: Element, M: Memory> UpdateMut<'a, T, St, M> {
+    /// The buffers that every update has; the states behind each token are not kept. Add their buffer with struct update
+    /// syntax: `UpdateMut { token_states: Some(&mut states), ..UpdateMut::new(state, &mut out) }`.
+    pub fn new(state: ViewMut<'a, St, 3, M>, out: &'a mut M::Buffer<T>) -> Self {
+        Self { state, out, token_states: None }
+    }
 }
 
 impl<T: Element, St: Element, M: Memory> fmt::Debug for UpdateMut<'_, T, St, M> {
@@ -77,13 +87,16 @@ pub(crate) fn check_pool<'s, St: Element, M: Memory>(
     Slots::check(slots, batch, state.shape[0])
 }
 
-/// The slot of each batch row: its own number, or what the caller's checked list says.
+/// The slot in a pool of states that each batch row has: its own number, or what a checked list says.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Slots<'a>(Option<&'a [i32]>);
+pub struct Slots<'a>(Option<&'a [i32]>);
 
 impl<'a> Slots<'a> {
-    /// Checks `slots` against a batch and a pool of `pool` slots. Two rows must not share one, for they are updated at
-    /// the same time.
+    /// Checks `slots` against `batch` rows and a pool of `pool` slots. Negative ones are padding.
+    ///
+    /// # Errors
+    /// Another number of slots than rows, or without `slots` a pool of another size; a slot that the pool does not have;
+    /// two rows with one slot, since they are updated at the same time.
     pub fn check(slots: Option<&'a [i32]>, batch: usize, pool: usize) -> Result<Self> {
         let Some(slots) = slots else {
             if pool != batch {

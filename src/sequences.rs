@@ -14,6 +14,15 @@ pub(crate) enum Sequences<'a> {
     Packed(&'a [usize]),
 }
 
+/// The number of sequences in an input of `batch` rows of `length` steps: one for each row, or those that `cu_seqlens` packs
+/// into a single row.
+///
+/// # Errors
+/// A `cu_seqlens` that does not fit the input, as in the operators.
+pub fn count_sequences(batch: usize, length: usize, cu_seqlens: Option<&[usize]>) -> Result<usize> {
+    Ok(Sequences::check(batch, length, cu_seqlens)?.count())
+}
+
 /// One sequence: `len` steps of batch row `batch` from step `start` on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sequence {

@@ -7,8 +7,9 @@ use crate::{Element, Error, Result};
 
 /// A kind of memory that tensors live in, and the type of a buffer there.
 ///
-/// The checks of every operator read shapes, strides and buffer lengths only, so one set of checks serves every kind.
-pub trait Memory: Copy + Send + Sync + std::fmt::Debug + 'static {
+/// The checks of every operator read shapes, strides and buffer lengths only, so one set of checks serves every kind. The
+/// kinds are those of this crate: [`Host`] and, with the feature `cuda`, `cuda::Cuda`.
+pub trait Memory: Copy + Send + Sync + std::fmt::Debug + sealed::Sealed + 'static {
     /// A buffer of `T` in this memory.
     type Buffer<T: Element>: ?Sized;
 
@@ -16,9 +17,15 @@ pub trait Memory: Copy + Send + Sync + std::fmt::Debug + 'static {
     fn len<T: Element>(buffer: &Self::Buffer<T>) -> usize;
 }
 
+pub(crate) mod sealed {
+    pub trait Sealed {}
+}
+
 /// The memory of this process: buffers are slices.
 #[derive(Debug, Clone, Copy)]
 pub struct Host;
+
+impl sealed::Sealed for Host {}
 
 impl Memory for Host {
     type Buffer<T: Element> = [T];
@@ -289,20 +296,4 @@ pub(crate) fn check_len(argument: &'static str, names: &str, shape: &[usize], le
         return Ok(());
     }
     Err(Error::argument(argument, format_args!("{names} = {shape:?} elements"), format_args!("{len} elements")))
-}
-
-/// Checks that an optional gradient is there exactly when its input is, and its size.
-pub(crate) fn check_optional(
-    argument: &'static str,
-    names: &str,
-    given: bool,
-    shape: &[usize],
-    len: Option<usize>,
-) -> Result<()> {
-    match (given, len) {
-        (true, Some(len)) => check_len(argument, names, shape, len),
-        (false, None) => Ok(()),
-        (true, None) => Err(Error::argument(argument, "a buffer, since the input is given", "none")),
-        (false, Some(_)) => Err(Error::argument(argument, "none, since the input is absent", "a buffer")),
-    }
 }

@@ -7,7 +7,7 @@
 # PROGRAM is the suite's, as `cargo test --features cuda --test suite --no-run` names it, or whatever runs it. A tool slows
 # kernels down a hundredfold, so that what runs is a choice: every kernel and every layout, at small sizes. TOOLS and TESTS
 # choose others, LIMIT is the seconds that one tool may take (600). For synccheck the program has to be built with
-# NVCC_APPEND_FLAGS=-DSYNCCHECK: see `meet` in kernels/scan_forward_few.cu.
+# NVCC_APPEND_FLAGS=-DSYNCCHECK: see kernels/scan/forward_few_channels.cu.
 set -uo pipefail
 [ $# -gt 0 ] || { sed -n '5,10p' "$0"; exit 2; }
 

@@ -12,6 +12,6 @@ export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=qemu-aarch64
 # Compiling takes longer than the tests.
 export CARGO_PROFILE_TEST_OPT_LEVEL=1
-cargo test --locked --no-default-features --target aarch64-unknown-linux-gnu --target-dir target/neon --test suite -- \
+cargo test --locked --target aarch64-unknown-linux-gnu --target-dir target/neon --test suite -- \
   accuracy::all_flags accuracy::every_narrow_width conv:: extremes:: interpreted:: state_update:: vectors:: \
   --skip million --skip in_segments

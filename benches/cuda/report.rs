@@ -24,7 +24,8 @@ impl Report {
         let mut report = Self { file: csv.map(File::create).transpose()? };
         // The path of the program is no part of the command.
         let arguments: Vec<_> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-        report.line(&format!("# cargo bench --features cuda --bench cuda -- {}", arguments.join(" ")))?;
+        let features = if cfg!(feature = "candle-cuda") { "candle-cuda" } else { "cuda" };
+        report.line(&format!("# cargo bench --features {features} --bench cuda -- {}", arguments.join(" ")))?;
         for line in device(bench) {
             report.line(&format!("# {line}"))?;
         }

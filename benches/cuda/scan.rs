@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
 use selective_scan::Element;
-use selective_scan::View;
 use selective_scan::cuda::Cuda;
 use selective_scan::scan::cuda::{PerLane, Plan};
-use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut, ProjectionMut};
+use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut};
+use selective_scan::{ProjectionOf, View};
 
 use crate::Result;
 use crate::case::{Case, mixed_lengths};
@@ -143,8 +143,8 @@ fn backward<T: Element>(
             u: &mut d_u,
             delta: &mut d_delta,
             a: &mut d_a,
-            b: ProjectionMut::Varying(&mut d_b),
-            c: ProjectionMut::Varying(&mut d_c),
+            b: ProjectionOf::Varying(&mut d_b),
+            c: ProjectionOf::Varying(&mut d_c),
             z: Some(&mut d_z),
             d: Some(&mut d_d),
             delta_bias: Some(&mut d_bias),

@@ -2,7 +2,7 @@
 
     python benches/peers/gpu.py --crate "COMMAND" [--built FOLDER] [--csv FILE]
 
-COMMAND starts the crate's bench (cargo bench --features cuda --bench cuda --), which is told to `--serve`. See README.md
+COMMAND starts the crate's bench (cargo bench --features candle-cuda --bench cuda --), which is told to `--serve`. See README.md
 beside this file. A peer that fails gives a line that says so, and the rest goes on.
 """
 
@@ -276,7 +276,7 @@ def run(arguments, selected):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--crate", default="cargo bench --quiet --features cuda --bench cuda --")
+    parser.add_argument("--crate", default="cargo bench --quiet --features candle-cuda --bench cuda --")
     parser.add_argument("--built", type=Path, default=Path("."), help="where build.py has left mamba-ssm and causal-conv1d")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--rounds", type=int, default=5, help="turns of crate and peer")

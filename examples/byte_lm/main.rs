@@ -1,10 +1,10 @@
 //! A language model of bytes: Mamba, trained on real text, beside an n-gram model of the same text.
 //!
 //! ```text
-//! cargo run --release --example byte_lm                                  # train, on the repository's own text
-//! cargo run --release --example byte_lm -- --text book.txt --fresh       # … or on yours
-//! cargo run --release --example byte_lm -- --resume                      # go on where a run stopped
-//! cargo run --release --example byte_lm -- generate --prompt '/// The '
+//! cargo run --release --features nn,avx512-gemm --example byte_lm                                  # train, on the repository's own text
+//! cargo run --release --features nn,avx512-gemm --example byte_lm -- --text book.txt --fresh       # … or on yours
+//! cargo run --release --features nn,avx512-gemm --example byte_lm -- --resume                      # go on where a run stopped
+//! cargo run --release --features nn,avx512-gemm --example byte_lm -- generate --prompt '/// The '
 //! ```
 
 mod checkpoint;
@@ -197,7 +197,7 @@ struct GenerateArguments {
 enum DeviceKind {
     Cpu,
     /// The first GPU
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "candle-cuda")]
     Cuda,
 }
 
@@ -205,7 +205,7 @@ impl DeviceKind {
     fn open(self) -> candle_core::Result<candle_core::Device> {
         match self {
             Self::Cpu => Ok(candle_core::Device::Cpu),
-            #[cfg(feature = "cuda")]
+            #[cfg(feature = "candle-cuda")]
             Self::Cuda => candle_core::Device::new_cuda(0),
         }
     }

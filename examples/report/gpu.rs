@@ -9,8 +9,8 @@ use std::time::Duration;
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaSlice, CudaStream};
 use selective_scan::cuda::{self, Cuda};
-use selective_scan::scan::{self, GradientsMut, ProjectionGradient, ProjectionMut};
-use selective_scan::{Element, View, ViewMut, conv, state_update};
+use selective_scan::scan::{self, GradientsMut, ProjectionGradient};
+use selective_scan::{Element, ProjectionOf, View, ViewMut, conv, state_update};
 
 use crate::common::{ConvData, ScanData, UpdateData};
 use crate::measure::{Check, Deviation, FORWARD_BOUND, Measured};
@@ -242,8 +242,8 @@ impl<T: Element> Backward<T> {
             u,
             delta,
             a: &mut self.a,
-            b: ProjectionMut::Varying(b),
-            c: ProjectionMut::Varying(c),
+            b: ProjectionOf::Varying(b),
+            c: ProjectionOf::Varying(c),
             z: Some(z),
             d: Some(d),
             delta_bias: Some(delta_bias),

@@ -75,7 +75,7 @@ pub struct Options {
     #[arg(long, value_enum)]
     model: Vec<Kind>,
 
-    /// Where to run; cuda needs the feature `cuda`
+    /// Where to run; cuda needs the feature `candle-cuda`
     #[arg(long, value_enum, default_value_t = On::Cpu)]
     device: On,
 

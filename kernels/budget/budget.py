@@ -37,11 +37,29 @@ ARCH = "90"
 # A budget in instructions for each (time step, channel, state), and one for the build in seconds.
 FORWARD, BACKWARD, SPLIT, BUILD = 7.5, 26.0, 1.9, 120.0
 
-# The steps of a tile and the channels of a lane in each fast forward kernel of at most 16 states, as in INSTANCES of
-# scan_forward.cu. A lane carries 4 states of each; one of the backward kernel of two channels, with tiles of 8 steps in parts
-# of 64.
-TILES = {"one": (32, 1), "four": (8, 4)}
-STATES, BACKWARD_TILE, BACKWARD_OWN, PART = 4, 8, 2, 64
+
+def constants(folder):
+    """The constants of `kernels/<folder>/params.cuh` by name, those of a namespace within as `namespace::NAME`."""
+    values, spaces = {}, []
+    text = (ROOT / "kernels" / folder / "params.cuh").read_text()
+    for space, end, listed in re.findall(r"^namespace (\w+) \{$|^(\})$|^constexpr \w+ ([^;]+);", text, re.M):
+        if space:
+            spaces.append(space)
+        elif end:
+            spaces.pop()
+        for name, value in re.findall(r"(\w+) = ([^,]+)", listed):
+            within = "::".join(spaces[1:])
+            known = {key.rpartition("::")[2]: one for key, one in values.items() if key.rpartition("::")[0] in ("", within)}
+            values[f"{within}::{name}".removeprefix("::")] = eval(value.replace("/", "//"), {"QUAD": 4} | known)
+    return values
+
+
+# The steps of a tile and the channels of a lane in each fast forward kernel of at most 16 states. A lane carries 4 states of
+# each; one of the backward kernel of two channels, with tiles of 8 steps in chunks of 64.
+SCAN = constants("scan")
+TILES = {"one": (SCAN["forward::ONE_TILE"], 1), "four": (SCAN["forward::FOUR_TILE"], 4)}
+STATES, CHUNK = SCAN["STATE_VEC"], SCAN["CHECKPOINT_STEPS"]
+BACKWARD_TILE, BACKWARD_OWN = SCAN["backward::TILE"], SCAN["backward::CHANNELS_PER_LANE"]
 
 FLOAT_ATOMIC = r"(RED|REDG|ATOM|ATOMG|ATOMS)\.(.*\.)?(F16|F32|F64|BF16)(x\d)?(\.|_|$).*|REDAS.*F.*"
 
@@ -80,21 +98,22 @@ class Kernel:
         return [one for one in self.code if not isinstance(one, str)]
 
     def dynamic_shared(self):
-        """Bytes of a kernel whose shared memory is one struct, of which the source asserts the size, by type or for all."""
-        if not self.name.startswith("scan_backward"):
-            return 0
-        element = "float" if self.name.endswith("_f32") else "__half"
-        sizes = dict(re.findall(r"sizeof\(Shared(?:<(\w+)>)?\) == (\d+)", self.source.read_text()))
-        return int(sizes.get(element) or sizes.get("") or 0)
+        """Bytes of a kernel whose dynamic shared memory is one struct."""
+        size = 4 if self.name.endswith("_f32") else 2
+        kernel, prefix = self.source.stem, ""
+        if match := re.match(r"scan_forward_few_channels_(one|two)_", self.name):
+            prefix = match[1].upper() + "_"
+        fixed = SCAN.get(f"{kernel}::{prefix}SMEM", 0) if self.source.parent.name == "scan" else 0
+        return fixed + size * SCAN.get(f"{kernel}::{prefix}SMEM_PER_BYTE", 0) if fixed else 0
 
 
 def compile_kernels(folder):
     """All kernels, and nvcc's time for them with two at a time, for one architecture and PTX as build.rs makes them."""
-    sources = sorted((ROOT / "kernels").glob("*.cu"), key=lambda path: -path.stat().st_size)
+    sources = sorted((ROOT / "kernels").glob("*/*.cu"), key=lambda path: -path.stat().st_size)
     nvcc, common = tool("nvcc"), flags()
 
     def build(source):
-        fatbin = folder / f"{source.stem}.fatbin"
+        fatbin = folder / f"{source.parent.name}_{source.stem}.fatbin"
         code = [f"-gencode=arch=compute_{ARCH},code={code}_{ARCH}" for code in ("sm", "compute")]
         log = output_of(nvcc, *common, *code, "-Xptxas=-v", "-fatbin", "-o", fatbin, source)
         return source, fatbin, log
@@ -106,7 +125,7 @@ def compile_kernels(folder):
 
     kernels = {}
     for source, fatbin, log in built:
-        cubins = folder / source.stem
+        cubins = fatbin.with_suffix("")
         cubins.mkdir()
         subprocess.run([tool("cuobjdump"), "-xelf", "all", fatbin], cwd=cubins, check=True, capture_output=True)
         spills = {
@@ -154,7 +173,7 @@ def forward_loop(kernel, variant):
 
 def backward_loops(kernel):
     """The tile loop, which alone uses the tensor cores and shuffles; the loop before it that finds the states and decays of
-    all tiles, one exponential each; and what surrounds both in the part of 64 steps."""
+    all tiles, one exponential each; and what surrounds both in the chunk of 64 steps."""
     units = BACKWARD_TILE * BACKWARD_OWN * STATES
     found = sass.loops(kernel.code)
     tiles = [loop for loop in found if loop.count(r".MMA.*") and loop.count("SHFL.*")]
@@ -172,8 +191,8 @@ def backward_loops(kernel):
     around = sass.cost(part, found, lambda loop: 0 if loop in (tile, *states) else 1)
     return {
         "tiles, back": per_unit(within, units),
-        "tiles, states": per_unit(sass.cost(states[0], found, lambda loop: 1), units * PART / (PART - BACKWARD_TILE)),
-        "staging": per_unit(around, PART * BACKWARD_OWN * STATES),
+        "tiles, states": per_unit(sass.cost(states[0], found, lambda loop: 1), units * CHUNK / (CHUNK - BACKWARD_TILE)),
+        "staging": per_unit(around, CHUNK * BACKWARD_OWN * STATES),
     }
 
 
@@ -212,7 +231,7 @@ def main():
 
     loops = {}
     for variant in TILES:
-        for pass_ in ("forward", "summary"):
+        for pass_ in ("forward", "chunk_state"):
             if kernel := kernels.get(f"scan_{pass_}_{variant}_bf16"):
                 loops[f"{kernel.name}, tiles"] = forward_loop(kernel, variant)
     backward = kernels.get("scan_backward_fast_bf16")
@@ -237,11 +256,11 @@ def main():
             missed.append(what)
 
     for variant in TILES:
-        forward, summary = f"scan_forward_{variant}_bf16, tiles", f"scan_summary_{variant}_bf16, tiles"
+        forward, chunk_state = f"scan_forward_{variant}_bf16, tiles", f"scan_chunk_state_{variant}_bf16, tiles"
         if forward in loops:
             judge(f"scan forward, {variant}", total(forward), FORWARD)
-        if forward in loops and summary in loops:
-            judge(f"split / unsplit forward, {variant}", (total(forward) + total(summary)) / total(forward), SPLIT)
+        if forward in loops and chunk_state in loops:
+            judge(f"split / unsplit forward, {variant}", (total(forward) + total(chunk_state)) / total(forward), SPLIT)
     if backward:
         judge("scan backward, both tile loops", total("scan_backward_fast_bf16, tiles, back")
               + total("scan_backward_fast_bf16, tiles, states"), BACKWARD)

@@ -22,22 +22,22 @@ ELEMENTS = BATCH * LENGTH * CHANNELS
 PROJECTIONS = 2 * 2 * BATCH * LENGTH * STATES  # bytes of B and C in bf16
 PARAMETERS = 4 * CHANNELS * (STATES + 2)  # of A, D and the bias
 SEGMENTS = LENGTH // 64  # as a plan splits this shape
-SPLIT = (SEGMENTS - 1) / SEGMENTS  # the part that is run over for summaries: all but a last or first segment
+SPLIT = (SEGMENTS - 1) / SEGMENTS  # the part that is run over for chunk states: all but a last or first segment
 REACHED = 4 * (SEGMENTS - 1) * CHANNELS * (STATES + 1)  # bytes of those
 
-# The least for each kernel, by the beginning of its name: the part of the elements that it runs over, instructions for
+# The least for each kernel, by the beginning of its name (the first that fits): the part of the elements that it runs over, instructions for
 # each (step, channel, state) and for each (step, channel), special functions likewise, and bytes in all, each read and
 # written once.
 #
 # Forward: Δ·A, its exponential, Δu·B, two multiply-adds; and two exponentials, a logarithm and a reciprocal of the step
 # for softplus and gate. Bytes: u, Δ, z and out.
-# Summary: without the sum over C, and without the gate, which leaves an exponential and a logarithm. Bytes: u and Δ, and
+# Chunk state: without the sum over C, and without the gate, which leaves an exponential and a logarithm. Bytes: u and Δ, and
 # what each segment but the last reaches.
 # Backward: the forward's five, and a multiply-add each for the gradient of the state, Δu, Δ and A; a product each for
 # those of B, C, the decay and the decay's logarithm; half a product of the tensor cores, which adds 128 terms, for two
 # sums over channels of 32 each. For the step the forward's four, and the derivatives of softplus (a reciprocal). Bytes:
 # what forward reads, ∂out, three gradients, and the states kept each 64 steps.
-# Retreat: Δ·A, exponential, C·∂y with what came, decay. Bytes: Δ, z, ∂out, and what each segment but the first hands on.
+# Backward chunk state: Δ·A, exponential, C·∂y with what came, decay. Bytes: Δ, z, ∂out, and what each segment but the first hands on.
 # Convolution: a multiply-add for each tap and the five instructions of SiLU (two of them special functions); backward the
 # same again for the input's gradient and a multiply-add for each weight's. Bytes: x and out; backward ∂out and ∂x instead.
 # Updates, of 64 rows and one token: the forward's instructions, and the states read and written.
@@ -51,9 +51,10 @@ LEAST = {
     "state_update": (ROW_PART, (5, 4), (1, 4),
                      ROWS * CHANNELS * (8 + 2 * 4 * STATES) + 2 * 2 * ROWS * STATES + PARAMETERS),
     "scan_forward": (1, (5, 4), (1, 4), 8 * ELEMENTS + PROJECTIONS + PARAMETERS),
-    "scan_summary": (SPLIT, (4, 2), (1, 2), SPLIT * (4 * ELEMENTS + PROJECTIONS / 2) + PARAMETERS + REACHED),
+    "scan_chunk_state": (SPLIT, (4, 2), (1, 2), SPLIT * (4 * ELEMENTS + PROJECTIONS / 2) + PARAMETERS + REACHED),
+    "scan_backward_chunk_state": (SPLIT, (4, 4), (1, 4),
+                                  SPLIT * (6 * ELEMENTS + PROJECTIONS / 2) + PARAMETERS + REACHED),
     "scan_backward": (1, (13.5, 5), (1, 5), 14 * ELEMENTS + 4 * ELEMENTS * STATES / 64 + PROJECTIONS + PARAMETERS),
-    "scan_retreat": (SPLIT, (4, 4), (1, 4), SPLIT * (6 * ELEMENTS + PROJECTIONS / 2) + PARAMETERS + REACHED),
 }
 
 # The classes of the simulator, as they are shown.
@@ -164,15 +165,14 @@ def main():
     target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
     cost = pathlib.Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else target / "release/examples/cost"
     if len(sys.argv) == 1:
-        build = ["cargo", "build", "--release", "--locked", "--no-default-features", "--features", "cuda",
-                 "--example", "cost"]
+        build = ["cargo", "build", "--release", "--locked", "--features", "cuda", "--example", "cost"]
         subprocess.run(build, cwd=ROOT, check=True)
     operators = subprocess.run([cost, "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
     tables = ([], [], [])
     for operator in operators:
         for kernel in counts(cost, operator):
             # Backward runs forward first, which has rows of its own; `upload` copies a table.
-            is_first = "backward" in operator and kernel["name"].startswith(("scan_forward", "scan_summary"))
+            is_first = "backward" in operator and kernel["name"].startswith(("scan_forward", "scan_chunk_state"))
             if is_first or kernel["name"] == "upload":
                 continue
             for table, row in zip(tables, rows(operator, kernel)):

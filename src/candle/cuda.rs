@@ -1,4 +1,4 @@
-//! The operators on candle's NVIDIA GPUs, on the stream that candle works on.
+//! candle's NVIDIA GPUs. Operators work on the stream that candle works on.
 
 use std::sync::Arc;
 
@@ -8,12 +8,12 @@ use cudarc::driver::{CudaSlice, CudaStream};
 
 use super::device::{Backend, Value};
 use crate::cuda::Cuda;
-use crate::{Error, Result, View, ViewMut, conv, scan, state_update};
+use crate::{Error, Result};
 
 /// A GPU of candle's.
-pub(super) struct Gpu {
+pub(crate) struct Gpu {
     device: CudaDevice,
-    stream: Arc<CudaStream>,
+    pub stream: Arc<CudaStream>,
 }
 
 impl Gpu {
@@ -72,58 +72,5 @@ impl Backend for Gpu {
 
     fn store<T: Value>(&self, buffer: CudaSlice<T>) -> Storage {
         Storage::Cuda(CudaStorage::wrap_cuda_slice(buffer, self.device.clone()))
-    }
-
-    fn scan_forward<T: Value>(&self, inputs: &scan::Inputs<T, Cuda>, outputs: scan::OutputMut<T, Cuda>) -> Result<()> {
-        scan::cuda::forward(&self.stream, inputs, outputs)
-    }
-
-    fn scan_backward<T: Value>(
-        &self,
-        inputs: &scan::Inputs<T, Cuda>,
-        checkpoints: &CudaSlice<f32>,
-        d_outputs: scan::OutputGradients<T, Cuda>,
-        gradients: scan::GradientsMut<T, Cuda>,
-    ) -> Result<()> {
-        scan::cuda::backward(&self.stream, inputs, checkpoints, d_outputs, gradients)
-    }
-
-    fn conv_forward<T: Value>(&self, inputs: &conv::Inputs<T, Cuda>, outputs: conv::OutputMut<T, Cuda>) -> Result<()> {
-        conv::cuda::forward(&self.stream, inputs, outputs)
-    }
-
-    fn conv_backward<T: Value>(
-        &self,
-        inputs: &conv::Inputs<T, Cuda>,
-        d_outputs: conv::OutputGradients<T, Cuda>,
-        gradients: conv::GradientsMut<T, Cuda>,
-    ) -> Result<()> {
-        conv::cuda::backward(&self.stream, inputs, d_outputs, gradients)
-    }
-
-    fn conv_update<T: Value, St: Value>(
-        &self,
-        inputs: &conv::UpdateInputs<T, Cuda>,
-        outputs: conv::UpdateMut<T, St, Cuda>,
-    ) -> Result<()> {
-        conv::cuda::update(&self.stream, inputs, outputs)
-    }
-
-    fn state_update<T: Value, St: Value>(
-        &self,
-        inputs: &state_update::Inputs<T, Cuda>,
-        outputs: state_update::UpdateMut<T, St, Cuda>,
-    ) -> Result<()> {
-        state_update::cuda::update(&self.stream, inputs, outputs)
-    }
-
-    fn rollback<St: Value>(
-        &self,
-        state: ViewMut<St, 3, Cuda>,
-        token_states: View<St, 4, Cuda>,
-        slots: Option<&[i32]>,
-        accepted: &[usize],
-    ) -> Result<()> {
-        state_update::cuda::rollback(&self.stream, state, token_states, slots, accepted)
     }
 }

@@ -4,25 +4,25 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Storage, WithDType};
 
 use crate::arguments::zeroed;
-use crate::{Element, Error, Host, Memory, Result, ViewMut, conv, scan, state_update};
+use crate::{Element, Error, Host, Memory, Result};
 
 /// An element type that both this crate and candle know.
-#[cfg(not(feature = "cuda"))]
-pub(super) trait Value: Element + WithDType {}
-#[cfg(not(feature = "cuda"))]
+#[cfg(not(feature = "candle-cuda"))]
+pub(crate) trait Value: Element + WithDType {}
+#[cfg(not(feature = "candle-cuda"))]
 impl<T: Element + WithDType> Value for T {}
 
 /// An element type that both this crate and candle know.
-#[cfg(feature = "cuda")]
-pub(super) trait Value: Element + WithDType + candle_core::cuda::CudaDType {}
-#[cfg(feature = "cuda")]
+#[cfg(feature = "candle-cuda")]
+pub(crate) trait Value: Element + WithDType + candle_core::cuda::CudaDType {}
+#[cfg(feature = "candle-cuda")]
 impl<T: Element + WithDType + candle_core::cuda::CudaDType> Value for T {}
 
 /// A buffer in a device's memory.
-pub(super) type Buffer<B, T> = <<B as Backend>::Memory as Memory>::Buffer<T>;
+pub(crate) type Buffer<B, T> = <<B as Backend>::Memory as Memory>::Buffer<T>;
 
-/// A device that the operators run on.
-pub(super) trait Backend {
+/// A kind of device: what is asked of its memory. What runs there each operator adds by a trait of its own.
+pub(crate) trait Backend: 'static {
     type Memory: Memory;
     /// A buffer that owns its memory.
     type Owned<T: Value>;
@@ -46,57 +46,10 @@ pub(super) trait Backend {
     fn borrow<T: Value>(buffer: &mut Self::Owned<T>) -> &mut Buffer<Self, T>;
 
     fn store<T: Value>(&self, buffer: Self::Owned<T>) -> Storage;
-
-    fn scan_forward<T: Value>(
-        &self,
-        inputs: &scan::Inputs<T, Self::Memory>,
-        outputs: scan::OutputMut<T, Self::Memory>,
-    ) -> Result<()>;
-
-    fn scan_backward<T: Value>(
-        &self,
-        inputs: &scan::Inputs<T, Self::Memory>,
-        checkpoints: &Buffer<Self, f32>,
-        d_outputs: scan::OutputGradients<T, Self::Memory>,
-        gradients: scan::GradientsMut<T, Self::Memory>,
-    ) -> Result<()>;
-
-    fn conv_forward<T: Value>(
-        &self,
-        inputs: &conv::Inputs<T, Self::Memory>,
-        outputs: conv::OutputMut<T, Self::Memory>,
-    ) -> Result<()>;
-
-    fn conv_backward<T: Value>(
-        &self,
-        inputs: &conv::Inputs<T, Self::Memory>,
-        d_outputs: conv::OutputGradients<T, Self::Memory>,
-        gradients: conv::GradientsMut<T, Self::Memory>,
-    ) -> Result<()>;
-
-    fn conv_update<T: Value, St: Value>(
-        &self,
-        inputs: &conv::UpdateInputs<T, Self::Memory>,
-        outputs: conv::UpdateMut<T, St, Self::Memory>,
-    ) -> Result<()>;
-
-    fn state_update<T: Value, St: Value>(
-        &self,
-        inputs: &state_update::Inputs<T, Self::Memory>,
-        outputs: state_update::UpdateMut<T, St, Self::Memory>,
-    ) -> Result<()>;
-
-    fn rollback<St: Value>(
-        &self,
-        state: ViewMut<St, 3, Self::Memory>,
-        token_states: crate::View<St, 4, Self::Memory>,
-        slots: Option<&[i32]>,
-        accepted: &[usize],
-    ) -> Result<()>;
 }
 
 /// The processor.
-pub(super) struct Cpu;
+pub(crate) struct Cpu;
 
 impl Backend for Cpu {
     type Memory = Host;
@@ -148,63 +101,10 @@ impl Backend for Cpu {
     fn store<T: Value>(&self, buffer: Vec<T>) -> Storage {
         Storage::Cpu(T::to_cpu_storage_owned(buffer))
     }
-
-    fn scan_forward<T: Value>(&self, inputs: &scan::Inputs<T>, outputs: scan::OutputMut<T>) -> Result<()> {
-        scan::cpu::forward(inputs, outputs)
-    }
-
-    fn scan_backward<T: Value>(
-        &self,
-        inputs: &scan::Inputs<T>,
-        checkpoints: &[f32],
-        d_outputs: scan::OutputGradients<T>,
-        gradients: scan::GradientsMut<T>,
-    ) -> Result<()> {
-        scan::cpu::backward(inputs, checkpoints, d_outputs, gradients)
-    }
-
-    fn conv_forward<T: Value>(&self, inputs: &conv::Inputs<T>, outputs: conv::OutputMut<T>) -> Result<()> {
-        conv::cpu::forward(inputs, outputs)
-    }
-
-    fn conv_backward<T: Value>(
-        &self,
-        inputs: &conv::Inputs<T>,
-        d_outputs: conv::OutputGradients<T>,
-        gradients: conv::GradientsMut<T>,
-    ) -> Result<()> {
-        conv::cpu::backward(inputs, d_outputs, gradients)
-    }
-
-    fn conv_update<T: Value, St: Value>(
-        &self,
-        inputs: &conv::UpdateInputs<T>,
-        outputs: conv::UpdateMut<T, St>,
-    ) -> Result<()> {
-        conv::cpu::update(inputs, outputs)
-    }
-
-    fn state_update<T: Value, St: Value>(
-        &self,
-        inputs: &state_update::Inputs<T>,
-        outputs: state_update::UpdateMut<T, St>,
-    ) -> Result<()> {
-        state_update::cpu::update(inputs, outputs)
-    }
-
-    fn rollback<St: Value>(
-        &self,
-        state: ViewMut<St, 3>,
-        token_states: crate::View<St, 4>,
-        slots: Option<&[i32]>,
-        accepted: &[usize],
-    ) -> Result<()> {
-        state_update::rollback(state, token_states, slots, accepted)
-    }
 }
 
 /// A type that is none of the operators'.
-pub(super) fn unsupported(argument: &'static str, dtype: DType) -> Error {
+pub(crate) fn unsupported(argument: &'static str, dtype: DType) -> Error {
     Error::argument(argument, "dtype F32, F16 or BF16", format_args!("{dtype:?}"))
 }
 
@@ -237,7 +137,7 @@ macro_rules! on_device {
                 let $backend = &$crate::candle::device::Cpu;
                 $body
             }
-            #[cfg(feature = "cuda")]
+            #[cfg(feature = "candle-cuda")]
             candle_core::Device::Cuda(device) => {
                 let $backend = &$crate::candle::cuda::Gpu::new(device);
                 $body
@@ -247,10 +147,13 @@ macro_rules! on_device {
     };
 }
 
-pub(super) use {for_dtype, on_device};
+pub(crate) use {for_dtype, on_device};
 
 /// A device that the operators do not run on.
-pub(super) fn elsewhere(argument: &'static str, location: impl std::fmt::Display) -> Error {
-    let expected = if cfg!(feature = "cuda") { "the processor or an NVIDIA GPU" } else { "the processor" };
+pub(crate) fn elsewhere(argument: &'static str, location: impl std::fmt::Display) -> Error {
+    let expected = match cfg!(feature = "candle-cuda") {
+        true => "the processor or an NVIDIA GPU",
+        false => "the processor (or, with the feature `candle-cuda`, an NVIDIA GPU)",
+    };
     Error::argument(argument, expected, location)
 }

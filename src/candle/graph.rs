@@ -26,51 +26,24 @@ use std::thread::{self, ThreadId};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, Error, Layout, Result, Shape, Storage, Tensor};
 
-use super::device::{Backend, Buffer, Value};
-
 /// What an operator does in a backward pass.
-pub(super) trait Backward: Send + Sync + 'static {
+pub(crate) trait Backward: Send + Sync + 'static {
     /// The gradients of all inputs, in the order in which [`attach`] got them.
     fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Tensor>>;
 }
 
 /// A tensor that candle does not track.
-pub(super) fn untracked(storage: Storage, shape: impl Into<Shape>) -> Tensor {
+pub(crate) fn untracked(storage: Storage, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }
 
-/// Room for the gradient of an input.
-pub(super) struct Gradient<'t, B: Backend, T: Value> {
-    data: B::Owned<T>,
-    input: &'t Tensor,
-}
-
-impl<'t, B: Backend, T: Value> Gradient<'t, B, T> {
-    pub fn new(backend: &B, name: &'static str, input: &'t Tensor) -> Result<Self> {
-        Ok(Self { data: backend.allocate(name, input.dims())?, input })
-    }
-
-    pub fn optional(backend: &B, name: &'static str, input: &'t Option<Tensor>) -> Result<Option<Self>> {
-        input.as_ref().map(|input| Self::new(backend, name, input)).transpose()
-    }
-
-    pub fn as_mut(&mut self) -> &mut Buffer<B, T> {
-        B::borrow(&mut self.data)
-    }
-
-    /// The gradient, of the input's shape.
-    pub fn tensor(self, backend: &B) -> Tensor {
-        untracked(backend.store(self.data), self.input.shape())
-    }
-}
-
 /// Whether a backward pass could reach one of `inputs`.
-pub(super) fn is_tracked(inputs: &[&Tensor]) -> bool {
+pub(crate) fn is_tracked(inputs: &[&Tensor]) -> bool {
     inputs.iter().any(|input| input.track_op())
 }
 
 /// Puts results into the graph: `out`, and `final_state` if it is there, depend on `inputs`.
-pub(super) fn attach(
+pub(crate) fn attach(
     name: &'static str,
     inputs: &[&Tensor],
     out: Computed,
@@ -125,7 +98,7 @@ fn of_tokens(token: &Tensor, count: usize) -> Result<(Option<Tensor>, Option<Ten
 }
 
 /// A result.
-pub(super) struct Computed {
+pub(crate) struct Computed {
     storage: Storage,
     shape: Shape,
 }
@@ -237,7 +210,7 @@ impl CustomOp3 for Token {
         Ok((CpuStorage::F32(vec![0.0]), 1.into()))
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "candle-cuda")]
     fn cuda_fwd(
         &self,
         input: &CudaStorage,

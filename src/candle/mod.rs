@@ -36,7 +36,7 @@
 //! Activations are `f32`, `f16` or `bf16`; parameters and states are `f32` (pools of states that are updated in place may
 //! be of the narrow types too), as the operators on views have it. Strides are passed on and nothing is copied: chunks,
 //! narrowed and transposed tensors and broadcast ones are read where they lie. All tensors of a call must be on one
-//! device, the processor or, with the feature `cuda`, an NVIDIA GPU, on which work goes to the stream that candle uses.
+//! device, the processor or, with the feature `candle-cuda`, an NVIDIA GPU, on which work goes to the stream that candle uses.
 //!
 //! Activations are `(batch, length, d_inner)`; mamba_ssm's `(batch, d_inner, length)` is `transpose(1, 2)` of that, which
 //! copies nothing. Where the length equals `d_inner` a tensor that should have been transposed cannot be told from one that
@@ -68,22 +68,22 @@
 //! Whatever goes wrong comes as a [`candle_core::Error`]. A bad argument is an [`Error`](crate::Error) inside it, whose
 //! message names the argument, what was expected and what came; nothing has been written then.
 //! [`Error::of`](crate::Error::of) finds it there, so that a server can tell a request that does not fit from a device that
-//! fails. The models of [`nn`](crate::nn) give the same.
+//! fails. The models of the module `nn` give the same.
 
-mod conv;
-#[cfg(feature = "cuda")]
-mod cuda;
-mod device;
-mod graph;
-mod scan;
-mod tensors;
-mod update;
+#[cfg(feature = "candle-cuda")]
+pub(crate) mod cuda;
+pub(crate) mod device;
+pub(crate) mod graph;
+pub(crate) mod in_place;
+pub(crate) mod tensors;
 
 use std::io;
 
-pub use conv::CausalConv;
-pub use scan::Scan;
-pub use update::{ConvUpdate, StateUpdate, rollback};
+pub use crate::conv::{CausalConv, ConvUpdate};
+pub use crate::pool::candle::rollback;
+pub use crate::scan::Scan;
+pub use crate::state_update::StateUpdate;
+pub use in_place::check_pool;
 
 impl From<crate::Error> for candle_core::Error {
     fn from(error: crate::Error) -> Self {
@@ -97,7 +97,7 @@ impl From<crate::Error> for candle_core::Error {
 }
 
 impl crate::Error {
-    /// The error of this crate that came as one of candle's, from [`candle`](crate::candle) or [`nn`](crate::nn), also
+    /// The error of this crate that came as one of candle's, from the modules `candle` or `nn`, also
     /// where context, a path or a backtrace has been added; none if something else went wrong.
     ///
     /// ```

@@ -1,188 +1,353 @@
-//! Tensors read as views, without a copy.
+//! candle's tensors as a kind of an operator's tensors, and how they become views without a copy.
+
+use std::convert::Infallible;
+use std::marker::PhantomData;
 
 use candle_core::{DType, Storage, StorageRef, Tensor, WithDType};
 
-use super::device::{Backend, Value};
-use crate::{Error, Projection, Result, View};
+use super::device::{Backend, Buffer, Value};
+use super::graph;
+use crate::kinds::{Buffers, Field, Kind, Map, Mut, Nothing, Pair, ProjectionAs, ProjectionOf, Ref, Views};
+use crate::{Error, Result, View};
 
-/// A named argument.
-pub(super) type Argument<'a> = (&'static str, &'a Tensor);
+/// candle's tensors, of any element type.
+pub(crate) struct CandleTensors;
 
-/// The arguments that every call has, and those of `optional` that are there.
-pub(super) fn given<'a, const N: usize, const M: usize>(
-    always: [Argument<'a>; N],
-    optional: [(&'static str, Option<&'a Tensor>); M],
-) -> Vec<Argument<'a>> {
-    always.into_iter().chain(optional.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)))).collect()
+impl Kind for CandleTensors {
+    type Activation<const R: usize> = Tensor;
+    type Parameter<const R: usize> = Tensor;
 }
 
-/// What was computed together with something that was asked for.
-pub(super) fn both<T>((first, second): (T, Option<T>)) -> (T, T) {
+/// `B` or `C`, which is constant if it has two dimensions.
+pub(crate) fn projection(tensor: &Tensor) -> ProjectionOf<&Tensor, &Tensor> {
+    match tensor.rank() {
+        2 => ProjectionOf::Constant(tensor),
+        _ => ProjectionOf::Varying(tensor),
+    }
+}
+
+/// Clones tensors, to be kept for a backward pass.
+pub(crate) struct Keep;
+
+impl<'a> Map<Ref<'a, CandleTensors>, CandleTensors> for Keep {
+    type Error = Infallible;
+
+    fn activation<const R: usize>(&mut self, _: Field, tensor: &'a Tensor) -> Result<Tensor, Infallible> {
+        Ok(tensor.clone())
+    }
+
+    fn parameter<const R: usize>(&mut self, _: Field, tensor: &'a Tensor) -> Result<Tensor, Infallible> {
+        Ok(tensor.clone())
+    }
+}
+
+/// What was computed together with something that was requested.
+pub(crate) fn both<T>((first, second): (T, Option<T>)) -> (T, T) {
     match second {
         Some(second) => (first, second),
-        None => unreachable!("it was asked for"),
+        None => unreachable!("it was requested"),
     }
 }
 
-/// Checks that all arguments lie where the first does.
-pub(super) fn check_devices(arguments: &[Argument]) -> Result<()> {
-    let Some((first, tensor)) = arguments.first() else { return Ok(()) };
-    let location = tensor.device().location();
-    for (name, tensor) in arguments {
-        let found = tensor.device().location();
-        if found != location {
-            return Err(Error::argument(
-                name,
-                format_args!("a tensor on {location:?}, as `{first}`"),
-                format_args!("one on {found:?}"),
-            ));
-        }
+/// The tensors of a call by name, on one device. An operator's are added by a `map`.
+#[derive(Default)]
+pub(crate) struct Arguments<'a>(Vec<(&'static str, &'a Tensor)>);
+
+impl<'a> Arguments<'a> {
+    pub fn add(&mut self, name: &'static str, tensor: &'a Tensor) {
+        self.0.push((name, tensor));
     }
-    Ok(())
+
+    pub fn tensors(&self) -> Vec<&'a Tensor> {
+        self.0.iter().map(|(_, tensor)| *tensor).collect()
+    }
+
+    /// Checks that all lie where the first does.
+    pub fn check_devices(&self) -> Result<()> {
+        let Some((first, tensor)) = self.0.first() else { return Ok(()) };
+        let location = tensor.device().location();
+        for (name, tensor) in &self.0 {
+            let found = tensor.device().location();
+            if found != location {
+                return Err(Error::argument(
+                    name,
+                    format_args!("a tensor on {location:?}, as `{first}`"),
+                    format_args!("one on {found:?}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks up which storage each tensor reads. No lock may be held.
+    pub fn storages(&self) -> Storages<'a> {
+        Storages(self.0.iter().map(|&(name, tensor)| Stored { name, tensor, storage: storage_of(tensor) }).collect())
+    }
+
+    /// Checks the devices and locks all storages.
+    pub fn lock(&self) -> Result<Locked<'a>> {
+        self.check_devices()?;
+        let storages = self.storages();
+        Ok(Locked { guards: storages.lock(|_| true), storages })
+    }
+}
+
+impl<'a> Map<Ref<'a, CandleTensors>, Nothing> for Arguments<'a> {
+    type Error = Infallible;
+
+    fn activation<const R: usize>(&mut self, field: Field, tensor: &'a Tensor) -> Result<(), Infallible> {
+        self.add(field.name, tensor);
+        Ok(())
+    }
+
+    fn parameter<const R: usize>(&mut self, field: Field, tensor: &'a Tensor) -> Result<(), Infallible> {
+        self.add(field.name, tensor);
+        Ok(())
+    }
 }
 
 /// Which storage a tensor reads: tensors that share one have the same.
-pub(super) fn storage_of(tensor: &Tensor) -> usize {
+pub(crate) fn storage_of(tensor: &Tensor) -> usize {
     let (storage, _) = tensor.storage_and_layout();
     std::ptr::from_ref::<Storage>(&storage).addr()
 }
 
-/// Storages that are locked for reading.
-///
-/// candle has a lock on each storage. Each is taken once however many tensors share it, as taking one again waits for
-/// ever if another thread came to write in between; and in the order of their addresses, as candle's own operators in
-/// place do, so that no two threads wait for each other.
-pub(super) struct Locked<'a> {
-    storages: Vec<(usize, StorageRef<'a>)>,
-}
-
-impl<'a> Locked<'a> {
-    /// Locks those storages of `arguments` for which `which` is true of [`storage_of`].
-    pub fn new(arguments: &[Keyed<'a>], which: impl Fn(usize) -> bool) -> Self {
-        let mut wanted: Vec<_> = arguments.iter().filter(|argument| which(argument.storage)).collect();
-        wanted.sort_unstable_by_key(|argument| argument.storage);
-        wanted.dedup_by_key(|argument| argument.storage);
-        let lock = |argument: &&Keyed<'a>| (argument.storage, argument.tensor.storage_and_layout().0);
-        Self { storages: wanted.iter().map(lock).collect() }
-    }
-
-    fn get(&self, storage: usize) -> Option<&Storage> {
-        self.storages.iter().find(|(key, _)| *key == storage).map(|(_, storage)| &**storage)
-    }
-}
-
-/// An argument and its storage.
+/// A tensor and the storage that it reads.
 #[derive(Clone, Copy)]
-pub(super) struct Keyed<'a> {
+pub(crate) struct Stored<'a> {
     pub name: &'static str,
-    pub tensor: &'a Tensor,
+    tensor: &'a Tensor,
     pub storage: usize,
 }
 
-/// Looks up the storages of `arguments`. No lock may be held.
-pub(super) fn keyed<'a>(arguments: &[Argument<'a>]) -> Vec<Keyed<'a>> {
-    arguments.iter().map(|&(name, tensor)| Keyed { name, tensor, storage: storage_of(tensor) }).collect()
-}
+/// The storages of a call's tensors.
+pub(crate) struct Storages<'a>(Vec<Stored<'a>>);
 
-/// Arguments on one device, all of whose storages are locked.
-pub(super) struct Opened<'a> {
-    arguments: Vec<Keyed<'a>>,
-    locked: Locked<'a>,
-}
+/// Storages that are locked for reading, each with what [`storage_of`] says.
+///
+/// candle has a lock on each storage. Each is taken once however many tensors share it, as taking one again waits for
+/// ever if another thread came to write in between; and in the order of their addresses, as candle's own operators in
+/// place do, so that no two threads wait for each other. (candle tells which storage a tensor reads only to who holds its
+/// lock, so that [`Arguments::storages`] takes and releases each before.)
+pub(crate) type Guards<'a> = Vec<(usize, StorageRef<'a>)>;
 
-impl<'a> Opened<'a> {
-    pub fn new(arguments: &[Argument<'a>]) -> Result<Self> {
-        check_devices(arguments)?;
-        let arguments = keyed(arguments);
-        let locked = Locked::new(&arguments, |_| true);
-        Ok(Self { arguments, locked })
+impl<'a> Storages<'a> {
+    pub fn iter(&self) -> impl Iterator<Item = &Stored<'a>> {
+        self.0.iter()
     }
 
+    /// Locks those for which `which` is true of [`storage_of`].
+    pub fn lock(&self, which: impl Fn(usize) -> bool) -> Guards<'a> {
+        let mut wanted: Vec<_> = self.0.iter().filter(|stored| which(stored.storage)).collect();
+        wanted.sort_unstable_by_key(|stored| stored.storage);
+        wanted.dedup_by_key(|stored| stored.storage);
+        wanted.iter().map(|stored| (stored.storage, stored.tensor.storage_and_layout().0)).collect()
+    }
+}
+
+/// A call's tensors, all of whose storages are locked.
+pub(crate) struct Locked<'a> {
+    storages: Storages<'a>,
+    guards: Guards<'a>,
+}
+
+impl Locked<'_> {
     pub fn reader(&self) -> Reader<'_> {
-        Reader::new(&self.arguments, &self.locked)
+        Reader { storages: &self.storages, guards: [&self.guards, &[]] }
     }
 }
 
-/// Arguments whose storages are locked, to be read as views.
-pub(super) struct Reader<'l> {
-    arguments: &'l [Keyed<'l>],
-    locked: &'l Locked<'l>,
-    also: Option<&'l Locked<'l>>,
+/// Reads tensors as views while their storages are locked.
+#[derive(Clone, Copy)]
+pub(crate) struct Reader<'l> {
+    storages: &'l Storages<'l>,
+    guards: [&'l [(usize, StorageRef<'l>)]; 2],
 }
 
 impl<'l> Reader<'l> {
-    /// `locked` must hold the storages of all `arguments`.
-    pub fn new(arguments: &'l [Keyed<'l>], locked: &'l Locked<'l>) -> Self {
-        Self { arguments, locked, also: None }
+    /// `guards` must be of the storages of all tensors.
+    pub fn new(storages: &'l Storages<'l>, guards: [&'l [(usize, StorageRef<'l>)]; 2]) -> Self {
+        Self { storages, guards }
     }
 
-    /// More storages, which the first need not hold then.
-    pub fn and(self, also: &'l Locked<'l>) -> Self {
-        Self { also: Some(also), ..self }
+    /// What reads an operator's tensors, activations as elements of type `T`: for a `map`.
+    pub fn views<B: Backend, T: Value>(self) -> ReadViews<'l, B, T> {
+        ReadViews { reader: self, of: PhantomData }
     }
 
-    /// The argument called `name`, which must be there.
+    /// One tensor, whose dimensions have these names.
     pub fn view<B: Backend, T: Value, const R: usize>(
         &self,
         name: &'static str,
-        names: &str,
+        dims: &str,
+        tensor: &Tensor,
     ) -> candle_core::Result<View<'l, T, R, B::Memory>> {
-        self.optional::<B, T, R>(name, names)?
-            .ok_or_else(|| Error::argument(name, format_args!("a tensor {names}"), "none").into())
-    }
-
-    /// The argument called `name`, if it is there.
-    pub fn optional<B: Backend, T: Value, const R: usize>(
-        &self,
-        name: &'static str,
-        names: &str,
-    ) -> candle_core::Result<Option<View<'l, T, R, B::Memory>>> {
-        let Some(argument) = self.arguments.iter().find(|argument| argument.name == name) else { return Ok(None) };
-        let layout = argument.tensor.layout();
-        let rank = || Error::argument(name, format_args!("shape {names}"), format_args!("{:?}", layout.dims()));
+        let layout = tensor.layout();
+        let rank = || Error::argument(name, format_args!("shape {dims}"), format_args!("{:?}", layout.dims()));
         let shape = layout.dims().try_into().map_err(|_| rank())?;
         let strides = layout.stride().try_into().map_err(|_| rank())?;
-        let data = self.elements::<B, T>(argument)?;
-        Ok(Some(View { data, offset: layout.start_offset(), shape, strides }))
+        let data = self.elements::<B, T>(name, tensor)?;
+        Ok(View { data, offset: layout.start_offset(), shape, strides })
     }
 
-    /// `B` or `C`, of two, three or four dimensions.
-    pub fn projection<B: Backend, T: Value>(
+    fn elements<B: Backend, T: Value>(
         &self,
         name: &'static str,
-    ) -> candle_core::Result<Projection<'l, T, B::Memory>> {
-        let rank = self.arguments.iter().find(|argument| argument.name == name).map(|argument| argument.tensor.rank());
-        Ok(match rank {
-            Some(2) => Projection::Constant(self.view::<B, f32, 2>(name, "(d_inner, d_state)")?),
-            Some(3) => {
-                let View { data, offset, shape, strides } = self.view::<B, T, 3>(name, "(batch, length, d_state)")?;
-                let [batch, len, d_state] = shape;
-                // There is one group, so that its stride does not matter.
-                let strides = [strides[0], strides[1], 0, strides[2]];
-                Projection::Varying(View { data, offset, shape: [batch, len, 1, d_state], strides })
-            }
-            _ => Projection::Varying(self.view::<B, T, 4>(
-                name,
-                "(batch, length, groups, d_state), (batch, length, d_state) or (d_inner, d_state)",
-            )?),
-        })
-    }
-
-    fn elements<B: Backend, T: Value>(&self, argument: &Keyed) -> candle_core::Result<&'l super::device::Buffer<B, T>> {
-        check_dtype(argument.name, <T as WithDType>::DTYPE, argument.tensor.dtype())?;
-        let storage = self.locked.get(argument.storage).or_else(|| self.also?.get(argument.storage));
+        tensor: &Tensor,
+    ) -> candle_core::Result<&'l Buffer<B, T>> {
+        check_dtype(name, <T as WithDType>::DTYPE, tensor.dtype())?;
+        let stored = self.storages.iter().find(|stored| std::ptr::eq(stored.tensor, tensor));
+        let storage = stored.and_then(|stored| {
+            let mut guards = self.guards.iter().copied().flatten();
+            guards.find(|(storage, _)| *storage == stored.storage).map(|(_, guard)| &**guard)
+        });
         let storage = storage.and_then(B::open).ok_or_else(|| {
             // `check_devices` has seen to it, except where another thread moves a variable between the two.
-            Error::argument(argument.name, "a tensor on the device of the others", "one elsewhere")
+            Error::argument(name, "a tensor on the device of the others", "one elsewhere")
         })?;
         B::elements(storage)
     }
 }
 
+/// See [`Reader::views`].
+pub(crate) struct ReadViews<'l, B, T> {
+    reader: Reader<'l>,
+    of: PhantomData<(B, T)>,
+}
+
+impl<'a, 'l, B: Backend, T: Value> Map<Ref<'a, CandleTensors>, Views<'l, T, B::Memory>> for ReadViews<'l, B, T> {
+    type Error = candle_core::Error;
+
+    fn activation<const R: usize>(
+        &mut self,
+        field: Field,
+        tensor: &'a Tensor,
+    ) -> candle_core::Result<View<'l, T, R, B::Memory>> {
+        self.reader.view::<B, T, R>(field.name, field.dims, tensor)
+    }
+
+    fn parameter<const R: usize>(
+        &mut self,
+        field: Field,
+        tensor: &'a Tensor,
+    ) -> candle_core::Result<View<'l, f32, R, B::Memory>> {
+        self.reader.view::<B, f32, R>(field.name, field.dims, tensor)
+    }
+
+    fn projection(
+        &mut self,
+        field: Field,
+        tensor: ProjectionOf<&'a Tensor, &'a Tensor>,
+    ) -> candle_core::Result<ProjectionAs<Views<'l, T, B::Memory>>> {
+        let (name, dims) = (field.name, field.dims);
+        let three = dims.replace("groups, ", "");
+        Ok(match tensor {
+            ProjectionOf::Constant(tensor) => {
+                ProjectionOf::Constant(self.reader.view::<B, f32, 2>(name, field.constant_dims, tensor)?)
+            }
+            ProjectionOf::Varying(tensor) if tensor.rank() == 3 => {
+                let View { data, offset, shape, strides } = self.reader.view::<B, T, 3>(name, &three, tensor)?;
+                let [batch, len, d_state] = shape;
+                // There is one group, so that its stride does not matter.
+                let strides = [strides[0], strides[1], 0, strides[2]];
+                ProjectionOf::Varying(View { data, offset, shape: [batch, len, 1, d_state], strides })
+            }
+            ProjectionOf::Varying(tensor) => {
+                let dims = format!("{dims}, {three} or {}", field.constant_dims);
+                ProjectionOf::Varying(self.reader.view::<B, T, 4>(name, &dims, tensor)?)
+            }
+        })
+    }
+}
+
 /// Checks the element type of an argument.
-pub(super) fn check_dtype(name: &'static str, expected: DType, got: DType) -> Result<()> {
+fn check_dtype(name: &'static str, expected: DType, got: DType) -> Result<()> {
     if got == expected {
         return Ok(());
     }
     Err(Error::argument(name, format_args!("dtype {expected:?}"), format_args!("{got:?}")))
+}
+
+/// Buffers that own their memory on a device.
+pub(crate) struct Owned<B, T>(PhantomData<(B, T)>);
+
+impl<B: Backend, T: Value> Kind for Owned<B, T> {
+    type Activation<const R: usize> = B::Owned<T>;
+    type Parameter<const R: usize> = B::Owned<f32>;
+}
+
+/// Allocates a buffer for the gradient of every tensor.
+pub(crate) struct Allocate<'b, B>(pub &'b B);
+
+impl<'a, B: Backend, T: Value> Map<Ref<'a, CandleTensors>, Owned<B, T>> for Allocate<'_, B> {
+    type Error = Error;
+
+    fn activation<const R: usize>(&mut self, field: Field, tensor: &'a Tensor) -> Result<B::Owned<T>> {
+        self.0.allocate(field.name, tensor.dims())
+    }
+
+    fn parameter<const R: usize>(&mut self, field: Field, tensor: &'a Tensor) -> Result<B::Owned<f32>> {
+        self.0.allocate(field.name, tensor.dims())
+    }
+}
+
+/// Lends buffers, to be written.
+pub(crate) struct Lend;
+
+impl<'a, B: Backend, T: Value> Map<Mut<'a, Owned<B, T>>, Buffers<'a, T, B::Memory>> for Lend {
+    type Error = Infallible;
+
+    fn activation<const R: usize>(
+        &mut self,
+        _: Field,
+        buffer: &'a mut B::Owned<T>,
+    ) -> Result<&'a mut Buffer<B, T>, Infallible> {
+        Ok(B::borrow(buffer))
+    }
+
+    fn parameter<const R: usize>(
+        &mut self,
+        _: Field,
+        buffer: &'a mut B::Owned<f32>,
+    ) -> Result<&'a mut Buffer<B, f32>, Infallible> {
+        Ok(B::borrow(buffer))
+    }
+}
+
+/// Makes tensors of buffers, each of the shape of the tensor beside it, in the order in which they are listed.
+pub(crate) struct Store<'b, B> {
+    pub backend: &'b B,
+    pub tensors: Vec<Tensor>,
+}
+
+impl<'b, B: Backend> Store<'b, B> {
+    pub fn new(backend: &'b B) -> Self {
+        Self { backend, tensors: Vec::new() }
+    }
+
+    fn add<T: Value>(&mut self, buffer: B::Owned<T>, like: &Tensor) {
+        self.tensors.push(graph::untracked(self.backend.store(buffer), like.shape()));
+    }
+}
+
+impl<'a, B: Backend, T: Value> Map<Pair<Owned<B, T>, Ref<'a, CandleTensors>>, Nothing> for Store<'_, B> {
+    type Error = Infallible;
+
+    fn activation<const R: usize>(
+        &mut self,
+        _: Field,
+        (buffer, like): (B::Owned<T>, &'a Tensor),
+    ) -> Result<(), Infallible> {
+        self.add(buffer, like);
+        Ok(())
+    }
+
+    fn parameter<const R: usize>(
+        &mut self,
+        _: Field,
+        (buffer, like): (B::Owned<f32>, &'a Tensor),
+    ) -> Result<(), Infallible> {
+        self.add(buffer, like);
+        Ok(())
+    }
 }

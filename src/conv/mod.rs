@@ -15,42 +15,34 @@
 //! plainly in `f64`. [`Inputs::forward`] and [`Inputs::backward`] allocate their results. [`UpdateInputs`] are those of
 //! the step of decoding, on a pool of states in place.
 
+#[cfg(feature = "candle")]
+mod candle;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod reference;
+mod tensors;
 mod update;
 
 pub use crate::pool::{UpdateMut, UpdateOutput, rollback};
-pub use update::UpdateInputs;
+#[cfg(feature = "candle")]
+pub use tensors::{CausalConv, ConvUpdate};
+pub use tensors::{Gradients, GradientsMut, Inputs, Tensors, UpdateInputs, UpdateTensors};
 
 use std::ops::RangeInclusive;
 
+use bytemuck::Pod;
+
 use crate::arguments::{check_channels, check_count, check_exchanged, zeroed};
+use crate::kinds::{CheckGradients, CheckViews, Slices, Zeros};
 use crate::sequences::Sequences;
-use crate::view::{check_len, check_optional};
+use crate::simd::Isa;
+use crate::view::check_len;
 use crate::{Element, Error, Host, Memory, Result, View};
+use tensors::Sizes;
 
 /// The filter widths that the operator takes.
 pub const WIDTHS: RangeInclusive<usize> = 2..=8;
-
-/// What a convolution reads. `T` is the type of the activations; parameters and states are `f32`.
-#[derive(Debug)]
-pub struct Inputs<'a, T: Element, M: Memory = Host> {
-    /// The input, `(batch, length, d_inner)`.
-    pub x: View<'a, T, 3, M>,
-    /// The filters, `(d_inner, width)`, with a width of [`WIDTHS`]; the last weight meets the newest input.
-    pub weight: View<'a, f32, 2, M>,
-    /// Added to every output before SiLU, `(d_inner)`.
-    pub bias: Option<View<'a, f32, 1, M>>,
-    /// The inputs before the first step, oldest first, `(sequences, width - 1, d_inner)`; zero if absent.
-    pub initial_state: Option<View<'a, f32, 3, M>>,
-    /// Packed sequences: with offsets `[0, l1, l1 + l2, …, length]` the batch is 1 and sequence `i` takes the steps from
-    /// `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Otherwise every batch row is a sequence.
-    pub cu_seqlens: Option<&'a [usize]>,
-    /// The variant of the convolution.
-    pub options: Options,
-}
 
 /// Variants of the convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -63,53 +55,28 @@ pub struct Options {
     pub reverse: bool,
 }
 
-impl<T: Element, M: Memory> Clone for Inputs<'_, T, M> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<T: Element, M: Memory> Copy for Inputs<'_, T, M> {}
-
 impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
-    /// The inputs that every convolution has; the others are absent and the options plain. Add them with struct update
-    /// syntax: `Inputs { bias: Some(bias), ..Inputs::new(x, weight) }`.
-    pub fn new(x: View<'a, T, 3, M>, weight: View<'a, f32, 2, M>) -> Self {
-        Self { x, weight, bias: None, initial_state: None, cu_seqlens: None, options: Options::default() }
-    }
-
     /// Checks every argument. This is the only place that does; all implementations read what it returns.
     pub(crate) fn check(&self) -> Result<Problem<'a, T, M>> {
-        let width = check_filter(ACTIVATION_NAMES, &self.x, &self.weight, &self.bias)?;
-        let [batch, len, d_inner] = self.x.shape;
-        let sequences = Sequences::check(batch, len, self.cu_seqlens)?;
-        if let Some(view) = &self.initial_state {
-            check_exchanged("initial_state", STATE_NAMES, view, [sequences.count(), width - 1, d_inner])?;
-        }
-        Ok(Problem { inputs: *self, width, sequences })
+        let mut sizes = check_filter(ACTIVATION_NAMES, &self.x, &self.weight)?;
+        let sequences = Sequences::check(sizes.batch, sizes.length, self.cu_seqlens)?;
+        sizes.sequences = sequences.count();
+        self.tensors().shaped(sizes).map(&mut CheckViews)?;
+        Ok(Problem { inputs: *self, width: sizes.width, sizes, sequences })
     }
 }
 
-/// Checks an input, whose dimensions have these names, and its filters, and gives their width.
-fn check_filter<T: Element, M: Memory>(
-    names: &str,
-    x: &View<T, 3, M>,
-    weight: &View<f32, 2, M>,
-    bias: &Option<View<f32, 1, M>>,
-) -> Result<usize> {
+/// Checks the sizes that an input, whose dimensions have these names, and its filters give, every batch row a sequence.
+/// Whether all tensors have the shapes that follow is left to be checked.
+fn check_filter<T: Element, M: Memory>(names: &str, x: &View<T, 3, M>, weight: &View<f32, 2, M>) -> Result<Sizes> {
     check_count("x", x)?;
-    x.check("x", names, x.shape)?;
-    let (d_inner, width) = (x.shape[2], weight.shape[1]);
+    let ([batch, length, d_inner], width) = (x.shape, weight.shape[1]);
     if !WIDTHS.contains(&width) {
         let expected = format_args!("a width from {} to {} as its last dimension", WIDTHS.start(), WIDTHS.end());
         return Err(Error::argument("weight", expected.to_string(), format_args!("shape {:?}", weight.shape)));
     }
     check_channels("x", names, x, "weight", weight.shape[0])?;
-    weight.check("weight", "(d_inner, width)", [d_inner, width])?;
-    if let Some(bias) = bias {
-        bias.check("bias", "(d_inner)", [d_inner])?;
-    }
-    Ok(width)
+    Ok(Sizes { batch, length, d_inner, width, sequences: batch })
 }
 
 const ACTIVATION_NAMES: &str = "(batch, length, d_inner)";
@@ -120,6 +87,7 @@ const STATE_NAMES: &str = "(sequences, width - 1, d_inner)";
 pub(crate) struct Problem<'a, T: Element, M: Memory = Host> {
     pub inputs: Inputs<'a, T, M>,
     pub width: usize,
+    pub sizes: Sizes,
     pub sequences: Sequences<'a>,
 }
 
@@ -144,14 +112,8 @@ impl<T: Element, M: Memory> Problem<'_, T, M> {
     /// Checks what a backward pass reads beside the inputs, and what it writes.
     pub fn check_backward(&self, d_outputs: &OutputGradients<T, M>, gradients: &GradientsMut<T, M>) -> Result<()> {
         self.check_output_gradients(d_outputs)?;
-        let (inputs, d_inner) = (&self.inputs, self.d_inner());
-        check_len("gradients.x", ACTIVATION_NAMES, &inputs.x.shape, M::len(gradients.x))?;
-        check_len("gradients.weight", "(d_inner, width)", &inputs.weight.shape, M::len(gradients.weight))?;
-        let bias = gradients.bias.as_ref().map(|bias| M::len(bias));
-        check_optional("gradients.bias", "(d_inner)", inputs.bias.is_some(), &[d_inner], bias)?;
-        let state = gradients.initial_state.as_ref().map(|state| M::len(state));
-        let given = inputs.initial_state.is_some();
-        check_optional("gradients.initial_state", STATE_NAMES, given, &self.state_shape(), state)
+        self.inputs.tensors().zip(gradients.by_ref())?.shaped(self.sizes).map(&mut CheckGradients)?;
+        Ok(())
     }
 
     /// Checks the gradients that flow into a backward pass.
@@ -170,6 +132,14 @@ pub struct OutputMut<'a, T: Element, M: Memory = Host> {
     pub out: &'a mut M::Buffer<T>,
     /// The last inputs, oldest first, `(sequences, width - 1, d_inner)`.
     pub final_state: Option<&'a mut M::Buffer<f32>>,
+}
+
+impl<'a, T: Element, M: Memory> OutputMut<'a, T, M> {
+    /// The output alone. Add more with struct update syntax:
+    /// `OutputMut { final_state: Some(&mut state), ..OutputMut::new(&mut out) }`.
+    pub fn new(out: &'a mut M::Buffer<T>) -> Self {
+        Self { out, final_state: None }
+    }
 }
 
 /// The gradients that flow into a backward pass.
@@ -195,16 +165,6 @@ impl<'a, T: Element, M: Memory> From<View<'a, T, 3, M>> for OutputGradients<'a, 
     }
 }
 
-/// Where a backward pass writes the gradient of each input: a dense buffer of the input's shape, overwritten whole.
-/// Exactly the inputs that were given must have one.
-#[allow(missing_docs, reason = "each field is the gradient of the input of that name")]
-pub struct GradientsMut<'a, T: Element, M: Memory = Host> {
-    pub x: &'a mut M::Buffer<T>,
-    pub weight: &'a mut M::Buffer<f32>,
-    pub bias: Option<&'a mut M::Buffer<f32>>,
-    pub initial_state: Option<&'a mut M::Buffer<f32>>,
-}
-
 /// The results of a forward pass: activations of type `T`, states of type `P`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Output<T, P = f32> {
@@ -214,42 +174,35 @@ pub struct Output<T, P = f32> {
     pub final_state: Vec<P>,
 }
 
-/// The gradient of every input that was given, dense and of the input's shape.
-#[derive(Debug, Clone, PartialEq)]
-#[allow(missing_docs, reason = "each field is the gradient of the input of that name")]
-pub struct Gradients<T, P = f32> {
-    pub x: Vec<T>,
-    pub weight: Vec<P>,
-    pub bias: Option<Vec<P>>,
-    pub initial_state: Option<Vec<P>>,
-}
-
-impl<T: bytemuck::Pod, P: bytemuck::Pod> Gradients<T, P> {
+impl<T: Pod, P: Pod> Output<T, P> {
     fn zeroed_for<X: Element>(problem: &Problem<X>) -> Result<Self> {
-        let inputs = &problem.inputs;
         Ok(Self {
-            x: zeroed("x", &inputs.x.shape)?,
-            weight: zeroed("weight", &inputs.weight.shape)?,
-            bias: inputs.bias.map(|view| zeroed("bias", &view.shape)).transpose()?,
-            initial_state: inputs.initial_state.map(|view| zeroed("initial_state", &view.shape)).transpose()?,
+            out: zeroed("x", &problem.inputs.x.shape)?,
+            final_state: zeroed("initial_state", &problem.state_shape())?,
         })
     }
 }
 
 impl<T: Element> Gradients<T> {
     /// Zeros for every input that is given.
+    ///
+    /// # Errors
+    /// Inputs that do not fit each other, and one whose gradient does not fit in memory.
     pub fn zeroed(inputs: &Inputs<T>) -> Result<Self> {
-        Self::zeroed_for(&inputs.check()?)
+        inputs.check()?.zero_gradients()
     }
 
     /// The buffers, to be written.
     pub fn as_mut(&mut self) -> GradientsMut<'_, T> {
-        GradientsMut {
-            x: &mut self.x,
-            weight: &mut self.weight,
-            bias: self.bias.as_deref_mut(),
-            initial_state: self.initial_state.as_deref_mut(),
-        }
+        let Ok(buffers) = self.by_mut().map(&mut Slices);
+        buffers
+    }
+}
+
+impl<T: Element> Problem<'_, T> {
+    /// Zeros for the gradient of every input that is given.
+    fn zero_gradients<A: Pod, P: Pod>(&self) -> Result<Gradients<A, P>> {
+        self.inputs.tensors().shaped(self.sizes).map(&mut Zeros)
     }
 }
 
@@ -257,17 +210,17 @@ impl<T: Element> Inputs<'_, T> {
     /// Runs the convolution on the CPU.
     pub fn forward(&self) -> Result<Output<T>> {
         let problem = self.check()?;
-        let mut output =
-            Output { out: zeroed("x", &self.x.shape)?, final_state: zeroed("initial_state", &problem.state_shape())? };
+        let mut output = Output::zeroed_for(&problem)?;
         let (out, final_state) = (&mut output.out[..], Some(&mut output.final_state[..]));
-        cpu::forward(self, OutputMut { out, final_state })?;
+        cpu::forward_checked(Isa::best(), &problem, OutputMut { out, final_state })?;
         Ok(output)
     }
 
     /// The gradient of every input that was given, on the CPU. It needs nothing from a forward pass.
     pub fn backward<'a>(&self, d_outputs: impl Into<OutputGradients<'a, T>>) -> Result<Gradients<T>> {
-        let mut gradients = Gradients::zeroed(self)?;
-        cpu::backward(self, d_outputs.into(), gradients.as_mut())?;
+        let problem = self.check()?;
+        let mut gradients: Gradients<T> = problem.zero_gradients()?;
+        cpu::backward_checked(Isa::best(), &problem, d_outputs.into(), gradients.as_mut())?;
         Ok(gradients)
     }
 }

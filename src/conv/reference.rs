@@ -15,8 +15,7 @@ use crate::{Element, Result, View};
 pub fn forward<T: Element>(inputs: &Inputs<T>) -> Result<Output<f64, f64>> {
     let problem = inputs.check()?;
     let [_, len, d_inner] = inputs.x.shape;
-    let mut output =
-        Output { out: zeroed("x", &inputs.x.shape)?, final_state: zeroed("initial_state", &problem.state_shape())? };
+    let mut output = Output::zeroed_for(&problem)?;
     for sequence in problem.sequences.iter() {
         for d in 0..d_inner {
             let filter = Filter::read(&inputs.weight, &inputs.bias, d);
@@ -44,7 +43,7 @@ pub fn backward<'a, T: Element>(
     let problem = inputs.check()?;
     problem.check_output_gradients(&d_outputs)?;
     let ([_, len, d_inner], width) = (inputs.x.shape, problem.width);
-    let mut grad: Gradients<f64, f64> = Gradients::zeroed_for(&problem)?;
+    let mut grad: Gradients<f64, f64> = problem.zero_gradients()?;
     // As in the scan's reference.
     if len == 0 && grad.initial_state.is_none() {
         return Ok(grad);

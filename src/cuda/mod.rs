@@ -9,26 +9,26 @@
 //! ```no_run
 //! use selective_scan::{View, cuda, scan};
 //!
-//! let stream = cuda::context(0)?.default_stream();
-//! let (batch, length, d_inner, d_state) = (1, 512, 1536, 16);
-//! # let error = |error| panic!("{error}");
-//! let u = stream.clone_htod(&vec![1.0f32; batch * length * d_inner]).unwrap_or_else(error);
-//! let delta = stream.clone_htod(&vec![0.1f32; batch * length * d_inner]).unwrap_or_else(error);
-//! let a = stream.clone_htod(&vec![-1.0f32; d_inner * d_state]).unwrap_or_else(error);
-//! let b = stream.clone_htod(&vec![1.0f32; batch * length * d_state]).unwrap_or_else(error);
-//! let mut out = stream.alloc_zeros(batch * length * d_inner).unwrap_or_else(error);
+//! fn main() -> selective_scan::Result<()> {
+//!     let stream = cuda::context(0)?.default_stream();
+//!     let (batch, length, d_inner, d_state) = (1, 512, 1536, 16);
+//!     let u = stream.clone_htod(&vec![1.0f32; batch * length * d_inner])?;
+//!     let delta = stream.clone_htod(&vec![0.1f32; batch * length * d_inner])?;
+//!     let a = stream.clone_htod(&vec![-1.0f32; d_inner * d_state])?;
+//!     let b = stream.clone_htod(&vec![1.0f32; batch * length * d_state])?;
+//!     let mut out = stream.alloc_zeros(batch * length * d_inner)?;
 //!
-//! let activation = [batch, length, d_inner];
-//! let b = View::on_device(&b, [batch, length, 1, d_state]);
-//! let inputs = scan::Inputs::new(
-//!     View::on_device(&u, activation),
-//!     View::on_device(&delta, activation),
-//!     View::on_device(&a, [d_inner, d_state]),
-//!     b,
-//!     b,
-//! );
-//! scan::cuda::forward(&stream, &inputs, scan::OutputMut { out: &mut out, final_state: None, checkpoints: None })?;
-//! # Ok::<(), selective_scan::Error>(())
+//!     let activation = [batch, length, d_inner];
+//!     let b = View::on_device(&b, [batch, length, 1, d_state]);
+//!     let inputs = scan::Inputs::new(
+//!         View::on_device(&u, activation),
+//!         View::on_device(&delta, activation),
+//!         View::on_device(&a, [d_inner, d_state]),
+//!         b,
+//!         b, // C is B here
+//!     );
+//!     scan::cuda::forward(&stream, &inputs, scan::OutputMut::new(&mut out))
+//! }
 //! ```
 //!
 //! The kernels are compiled when this crate is (its `build.rs` says for which devices) and loaded once for each context,
@@ -53,6 +53,8 @@ pub(crate) use sum::Sum;
 /// The memory of an NVIDIA GPU: buffers are [`CudaSlice`]s.
 #[derive(Debug, Clone, Copy)]
 pub struct Cuda;
+
+impl crate::view::sealed::Sealed for Cuda {}
 
 impl Memory for Cuda {
     type Buffer<T: Element> = CudaSlice<T>;

@@ -9,7 +9,7 @@ use cudarc::nvrtc::Ptx;
 
 use crate::{Error, Result};
 
-/// A file of kernels.
+/// A file of kernels, by its path in `kernels/`.
 #[derive(Clone, Copy)]
 pub(crate) struct Module {
     name: &'static str,
@@ -28,18 +28,20 @@ macro_rules! modules {
 }
 
 modules! {
-    SCAN_BACKWARD = "scan_backward",
-    SCAN_BACKWARD_GENERAL = "scan_backward_general",
-    SCAN_RETREAT = "scan_retreat",
-    SCAN_FORWARD = "scan_forward",
-    SCAN_FORWARD_FEW = "scan_forward_few",
-    UPLOAD = "upload",
-    STATE_UPDATE = "state_update",
-    ROLLBACK = "rollback",
-    CONV_FORWARD = "conv_forward",
-    CONV_BACKWARD = "conv_backward",
-    CONV_UPDATE = "conv_update",
-    SUM = "sum",
+    UPLOAD = "common/upload",
+    REDUCE_PARTIALS = "common/reduce_partials",
+    ROLLBACK = "common/rollback",
+    SCAN_FORWARD = "scan/forward",
+    SCAN_FORWARD_GENERAL = "scan/forward_general",
+    SCAN_FORWARD_FEW_CHANNELS = "scan/forward_few_channels",
+    SCAN_CHUNK_STATE = "scan/chunk_state",
+    SCAN_BACKWARD = "scan/backward",
+    SCAN_BACKWARD_GENERAL = "scan/backward_general",
+    SCAN_BACKWARD_CHUNK_STATE = "scan/backward_chunk_state",
+    STATE_UPDATE = "state_update/update",
+    CONV_FORWARD = "conv/forward",
+    CONV_BACKWARD = "conv/backward",
+    CONV_UPDATE = "conv/update",
 }
 
 /// What has been loaded into one context.

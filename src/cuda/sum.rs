@@ -2,13 +2,10 @@
 
 use bytemuck::Zeroable;
 
+use super::params::reduce_partials::{AHEAD, FLAG_F32, FLAG_VECTOR, THREADS};
+use super::params::{MAX_SUMS, QUAD};
 use super::{Device, GRID_COLUMNS, Module, blocks, lies_whole, params, suffix};
 use crate::{Element, Result};
-
-/// As in the kernel.
-const THREADS: usize = 256;
-const QUAD: usize = 4;
-const AHEAD: usize = 4;
 
 /// Threads of a block that share a column, by the shape alone, so that a sum is the same bits on any device: few columns
 /// leave the threads of a block to share each.
@@ -37,10 +34,10 @@ impl Device<'_> {
     /// # Safety
     /// Each `from` and `to` must be addresses of memory that is valid for that, and `to` of elements that nothing else uses.
     pub unsafe fn sum<T: Element>(&self, sums: &[Sum]) -> Result<()> {
-        let name = format!("sums_{}", suffix(T::DTYPE));
+        let name = format!("reduce_partials_{}", suffix(T::DTYPE));
         for (params, grid) in launches(sums, size_of::<T>()) {
             // SAFETY: as the caller promises.
-            unsafe { self.launch(Module::SUM, &name, [grid, 1], THREADS, [0, 0], &params) }?;
+            unsafe { self.launch(Module::REDUCE_PARTIALS, &name, [grid, 1], THREADS, [0, 0], &params) }?;
         }
         Ok(())
     }
@@ -56,7 +53,7 @@ fn launches(sums: &[Sum], size: usize) -> Vec<(params::Sums, usize)> {
         let mut grid = 0;
         for (to, sum) in params.sums.iter_mut().zip(sums) {
             let rows = rows(sum.parts, sum.m);
-            let blocks = blocks(sum.m.div_ceil(QUAD), THREADS / rows).min(GRID_COLUMNS / params::MOST_SUMS);
+            let blocks = blocks(sum.m.div_ceil(QUAD), THREADS / rows).min(GRID_COLUMNS / MAX_SUMS);
             let size = if sum.is_full { size_of::<f32>() } else { size };
             let is_whole = sum.m.is_multiple_of(QUAD)
                 && lies_whole::<f32>(sum.from, &[sum.stride as i64], QUAD)
@@ -70,13 +67,13 @@ fn launches(sums: &[Sum], size: usize) -> Vec<(params::Sums, usize)> {
                 row_shift: rows.ilog2().into(),
                 first_block: grid as i64,
                 blocks: blocks as i64,
-                flags: u64::from(is_whole) | u64::from(sum.is_full) << 1,
+                flags: params::flags([(is_whole, FLAG_VECTOR), (sum.is_full, FLAG_F32)]),
             };
             grid += blocks;
         }
         (params, grid)
     };
-    sums.chunks(params::MOST_SUMS).map(launch).collect()
+    sums.chunks(MAX_SUMS).map(launch).collect()
 }
 
 #[cfg(test)]
@@ -101,7 +98,7 @@ mod tests {
             let sums: Vec<_> = (0..count).map(sum).collect();
             let launches = launches(&sums, 2);
             let wanted: Vec<_> = (0..count).filter(|&i| m(i) > 0).collect();
-            assert_eq!(launches.len(), wanted.len().div_ceil(params::MOST_SUMS), "{count}");
+            assert_eq!(launches.len(), wanted.len().div_ceil(MAX_SUMS), "{count}");
             let mut found = Vec::new();
             for (params, grid) in launches {
                 let used = &params.sums[..params.count as usize];

@@ -1,4 +1,4 @@
-//! The checks of arguments that the modules of `nn` share. They use public items of the rest of the crate alone.
+//! The checks of arguments that the modules of `nn` share. Those of slots, sequences and pools of states are the crate's.
 
 use std::fmt::Display;
 
@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 /// An argument that does not fit.
 pub(crate) fn argument(name: &'static str, expected: impl Display, got: impl Display) -> candle_core::Error {
-    crate::Error::Argument { argument: name, expected: expected.to_string(), got: got.to_string() }.into()
+    crate::Error::argument(name, expected, got).into()
 }
 
 /// Refuses types in which no model computes.
@@ -60,92 +60,4 @@ pub(crate) fn check_once(name: &'static str, gradient: &Tensor) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-/// Checks a pool of states that is to be written in place: of three dimensions, each element in a place of its own, outside
-/// of candle's graph. Gives its shape; `names` are its dimensions.
-pub(crate) fn check_pool(name: &'static str, names: &str, pool: &Tensor) -> Result<[usize; 3]> {
-    let &[slots, rows, columns] = pool.dims() else {
-        return Err(argument(name, format_args!("shape {names}"), format_args!("{:?}", pool.dims())));
-    };
-    if !matches!(pool.dtype(), DType::F32 | DType::F16 | DType::BF16) {
-        return Err(argument(name, "dtype F32, F16 or BF16", format_args!("{:?}", pool.dtype())));
-    }
-    let strides = || format!("shape {:?} with strides {:?}", pool.dims(), pool.stride());
-    if pool.dims().iter().zip(pool.stride()).any(|(&size, &stride)| size > 1 && stride == 0) {
-        return Err(argument(name, "strides that give every element a place of its own", strides()));
-    }
-    if pool.track_op() {
-        let expected = "a tensor outside of candle's graph, since it is overwritten (detach and copy it: \
-                        `state.detach().copy()`)";
-        let got = if pool.is_variable() { "a variable" } else { "one that candle tracks for a backward pass" };
-        return Err(argument(name, expected, got));
-    }
-    if !pool.is_contiguous() {
-        return Err(argument(name, "a contiguous tensor", strides()));
-    }
-    Ok([slots, rows, columns])
-}
-
-/// Checks how `batch` rows of `length` steps are divided into sequences, and gives their number.
-pub(crate) fn check_sequences(batch: usize, length: usize, cu_seqlens: Option<&[usize]>) -> Result<usize> {
-    let Some(offsets) = cu_seqlens else { return Ok(batch) };
-    let refuse = |expected: String, got: String| Err(argument("cu_seqlens", expected, got));
-    if batch != 1 {
-        return refuse("a batch of 1 beside it".into(), format!("a batch of {batch}"));
-    }
-    let (Some(&first), Some(&last)) = (offsets.first(), offsets.last()) else {
-        return refuse("at least one offset, the first 0".into(), "none".into());
-    };
-    if first != 0 {
-        return refuse("0 as its first offset".into(), first.to_string());
-    }
-    if let Some(i) = offsets.windows(2).position(|pair| pair[0] > pair[1]) {
-        let got = format!("{} before {} at {}", offsets[i], offsets[i + 1], i + 1);
-        return refuse("offsets that never decrease".into(), got);
-    }
-    if last != length {
-        return refuse(format!("the length {length} as its last offset"), last.to_string());
-    }
-    Ok(offsets.len() - 1)
-}
-
-/// The slot of each row: its own number, or what a list says.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Slots<'a>(Option<&'a [i32]>);
-
-impl<'a> Slots<'a> {
-    /// Checks that each of `rows` has a slot in a pool of `count`, and none that of another row.
-    pub fn check(slots: Option<&'a [i32]>, rows: usize, count: usize) -> Result<Self> {
-        let Some(list) = slots else {
-            if count != rows {
-                let expected = format_args!("one slot for each of {rows} rows, since no `slots` are given");
-                return Err(argument("cache", expected, format_args!("{count} slots")));
-            }
-            return Ok(Self(None));
-        };
-        if list.len() != rows {
-            return Err(argument("slots", format_args!("one for each of {rows} rows"), list.len()));
-        }
-        for (row, &slot) in list.iter().enumerate() {
-            if usize::try_from(slot).is_ok_and(|slot| slot >= count) {
-                let expected = format_args!("slots below {count}, or negative ones for padding");
-                return Err(argument("slots", expected, format_args!("{slot} for row {row}")));
-            }
-        }
-        let mut used: Vec<_> = list.iter().filter(|&&slot| slot >= 0).collect();
-        used.sort_unstable();
-        if let Some(pair) = used.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(argument("slots", "a different slot for every row", format_args!("{} twice", pair[0])));
-        }
-        Ok(Self(slots))
-    }
-
-    /// The slot of a row; none for padding.
-    pub fn get(&self, row: usize) -> Option<usize> {
-        match self.0 {
-            None => Some(row),
-            Some(slots) => usize::try_from(slots[row]).ok(),
-        }
-    }
 }

@@ -114,6 +114,4 @@ pub use layers::RmsNorm;
 pub use mamba::{Mamba, MambaConfig, MambaState, Norms};
 pub use model::{Backbone, BackboneConfig, LanguageModel, LanguageModelConfig, LayerState, Mixer, MixerConfig};
 
-use checks::{
-    COUNTABLE, Slots, argument, check_eps, check_model_dtype, check_once, check_pool, check_room, check_sequences, sum,
-};
+use checks::{COUNTABLE, argument, check_eps, check_model_dtype, check_once, check_room, sum};

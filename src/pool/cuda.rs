@@ -17,16 +17,16 @@ pub(crate) struct SlotList {
 
 impl SlotList {
     pub fn new(device: &Device, slots: Slots) -> Result<Self> {
-        let mut params: params::Slots = bytemuck::Zeroable::zeroed();
+        let mut params = params::Slots { kind: params::SLOTS_IDENTITY, ..bytemuck::Zeroable::zeroed() };
         let Some(slots) = slots.0 else { return Ok(Self { params, _table: None }) };
         if let Some(few) = params.few.get_mut(..slots.len()) {
             few.copy_from_slice(slots);
-            params.kind = 1;
+            params.kind = params::SLOTS_LISTED;
             return Ok(Self { params, _table: None });
         }
         let entries: Vec<u64> = slots.iter().map(|&slot| i64::from(slot) as u64).collect();
         let table = device.upload("slots", &entries)?;
-        (params.kind, params.table) = (2, device.address(&table));
+        (params.kind, params.table) = (params::SLOTS_TABLE, device.address(&table));
         Ok(Self { params, _table: Some(table) })
     }
 }
@@ -49,18 +49,19 @@ pub fn rollback<St: Element>(
     let [_, _, rows, columns] = token_states.shape;
     let (address, [batch, token, row, column]) = arguments.view("token_states", &token_states)?;
     let state = arguments.pool("state", state)?;
-    let restored: Vec<u64> = accepted
+    let restored: Vec<_> = accepted
         .iter()
         .enumerate()
-        .filter_map(|(row, &accepted)| Some([row, slots.get(row)?, accepted - 1]))
-        .flatten()
-        .map(|x| x as u64)
+        .filter_map(|(row, &accepted)| {
+            let slot = slots.get(row)? as i64;
+            Some(params::Restored { row: row as i64, slot, token: accepted as i64 - 1 })
+        })
         .collect();
-    let count = restored.len() / 3;
+    let count = restored.len();
     if count == 0 || rows == 0 || columns == 0 {
         return Ok(());
     }
-    let table = device.upload("what a rollback restores", &restored)?;
+    let table = device.upload("what a rollback restores", bytemuck::cast_slice(&restored))?;
     let params = params::Rollback {
         state,
         token_states: address,

@@ -1,15 +1,17 @@
 //! What a forward pass keeps for a backward pass, and of which inputs.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::hash::{DefaultHasher, Hasher};
 
 use rayon::prelude::*;
 
-use super::{Inputs, Options, Problem};
-use crate::{Element, Error, Projection, Result, View};
+use super::{Options, Problem};
+use crate::kinds::{Field, Map, Nothing, Views};
+use crate::{Element, Error, Host, Result, View};
 
-/// What [`Inputs::forward_with_checkpoints`] keeps for [`Inputs::backward`]: one state of every channel for every 64 steps,
-/// and what they were computed from.
+/// What [`forward_with_checkpoints`](super::Inputs::forward_with_checkpoints) keeps for
+/// [`backward`](super::Inputs::backward): one state of every channel for every 64 steps, and what they were computed from.
 ///
 /// A backward pass over other inputs is refused, with an error that names `checkpoints` and says what differs: the shape,
 /// the options, `cu_seqlens`, or the values of an input that the states depend on (`u`, `delta`, `a`, `b`, `delta_bias`,
@@ -59,8 +61,8 @@ struct Origin {
     values: Values,
 }
 
-/// A fingerprint of each input's values, if it is there.
-type Values = [(&'static str, Option<u64>); 6];
+/// A fingerprint of the values of each input that is there, by name.
+type Values = Vec<(&'static str, u64)>;
 
 impl Origin {
     fn of<T: Element>(problem: &Problem<T>) -> Self {
@@ -85,10 +87,11 @@ impl Origin {
         if self.cu_seqlens.as_deref() != others.inputs.cu_seqlens {
             return Some("those of other `cu_seqlens`".into());
         }
-        let pairs = self.values.iter().zip(values(others));
-        let (name, ours, theirs) =
-            pairs.map(|((name, ours), (_, theirs))| (name, *ours, theirs)).find(|(_, a, b)| a != b)?;
-        Some(match (ours, theirs) {
+        let theirs = values(others);
+        let of = |values: &Values, name: &str| values.iter().find(|(other, _)| *other == name).map(|(_, value)| *value);
+        let mut names = self.values.iter().chain(&theirs).map(|(name, _)| *name);
+        let name = names.find(|&name| of(&self.values, name) != of(&theirs, name))?;
+        Some(match (of(&self.values, name), of(&theirs, name)) {
             (Some(_), None) => format!("those of inputs with `{name}`"),
             (None, _) => format!("those of inputs without `{name}`"),
             _ => format!("those of other values of `{name}`"),
@@ -102,21 +105,37 @@ fn shape<T: Element>(problem: &Problem<T>) -> [usize; 4] {
 }
 
 fn values<T: Element>(problem: &Problem<T>) -> Values {
-    let Inputs { u, delta, a, b, delta_bias, initial_state, .. } = &problem.inputs;
+    let mut fingerprints = Fingerprints(Values::new());
     // Without steps no states are kept, and there may be more channels than can be counted through.
-    let is_empty = problem.dims.batch * problem.dims.len == 0;
-    let print = |name, fingerprint: &dyn Fn() -> Option<u64>| (name, if is_empty { None } else { fingerprint() });
-    [
-        print("u", &|| Some(fingerprint(u))),
-        print("delta", &|| Some(fingerprint(delta))),
-        print("a", &|| Some(fingerprint(a))),
-        print("b", &|| match b {
-            Projection::Varying(view) => Some(fingerprint(view)),
-            Projection::Constant(view) => Some(fingerprint(view)),
-        }),
-        print("delta_bias", &|| delta_bias.as_ref().map(fingerprint)),
-        print("initial_state", &|| initial_state.as_ref().map(fingerprint)),
-    ]
+    if problem.dims.batch * problem.dims.len > 0 {
+        let Ok(_) = problem.inputs.tensors().map(&mut fingerprints);
+    }
+    fingerprints.0
+}
+
+/// Takes the fingerprints of all inputs that the states depend on.
+struct Fingerprints(Values);
+
+impl Fingerprints {
+    fn add<T: Element, const R: usize>(&mut self, field: Field, view: &View<T, R>) {
+        if !matches!(field.name, "c" | "d" | "z") {
+            self.0.push((field.name, fingerprint(view)));
+        }
+    }
+}
+
+impl<'a, T: Element> Map<Views<'a, T, Host>, Nothing> for Fingerprints {
+    type Error = Infallible;
+
+    fn activation<const R: usize>(&mut self, field: Field, view: View<'a, T, R>) -> Result<(), Infallible> {
+        self.add(field, &view);
+        Ok(())
+    }
+
+    fn parameter<const R: usize>(&mut self, field: Field, view: View<'a, f32, R>) -> Result<(), Infallible> {
+        self.add(field, &view);
+        Ok(())
+    }
 }
 
 /// The elements of a row that are looked at.

@@ -41,7 +41,7 @@ pub fn backward<'a, T: Element>(
     let problem = inputs.check()?;
     problem.check_output_gradients(&d_outputs)?;
     let Dims { len, d_inner, d_state, .. } = problem.dims;
-    let mut grad: Gradients<f64, f64> = Gradients::zeroed_for(&problem)?;
+    let mut grad: Gradients<f64, f64> = problem.zero_gradients()?;
     // Without steps only the gradient of an initial state is not zero, and without one there may be more sequences than can
     // be counted through.
     if len == 0 && grad.initial_state.is_none() {

@@ -12,17 +12,13 @@ use cudarc::driver::CudaStream;
 
 use super::{Inputs, UpdateMut};
 use crate::arguments::Dims;
-use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, grid_rows, lies_whole, params, suffix};
+use crate::cuda::params::state_update::{self as kernels, QUADS, THREADS};
+use crate::cuda::params::{self, QUAD};
+use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, grid_rows, lies_whole, suffix};
 use crate::pool::cuda::SlotList;
 use crate::{Discretization, Element, Result};
 
 pub use crate::pool::cuda::rollback;
-
-/// Threads of a block, as in the kernel.
-const THREADS: usize = 128;
-
-/// Neighbouring states that a thread holds.
-const QUAD: usize = 4;
 
 /// Runs the update on the stream's device, asynchronously.
 ///
@@ -39,7 +35,7 @@ pub fn update<T: Element, St: Element>(
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let Dims { batch, len, d_inner, d_state, .. } = problem.dims;
-    let mut params = params::StateUpdate {
+    let mut params = kernels::Update {
         u: arguments.activation("u", &inputs.u)?,
         dt: arguments.activation("dt", &inputs.dt)?,
         z: arguments.optional_activation("z", &inputs.z)?,
@@ -67,10 +63,13 @@ pub fn update<T: Element, St: Element>(
     let whole = is_whole::<T, St>(&params);
     let euler = !hold && params.b.constant == 0 && params.c.constant == 0;
     let fast = whole && euler && d_state <= 32 * QUAD && is_small(&params);
-    // Each thread of the fast kernel holds two quads.
-    let held = if fast { 2 * QUAD } else { QUAD };
+    let held = if fast { QUADS * QUAD } else { QUAD };
     params.lane_shift = d_state.div_ceil(held).next_power_of_two().min(32).ilog2().into();
-    params.flags = u64::from(inputs.options.dt_softplus) | u64::from(hold) << 1 | u64::from(whole) << 2;
+    params.flags = params::flags([
+        (inputs.options.dt_softplus, kernels::FLAG_SOFTPLUS),
+        (hold, kernels::FLAG_ZOH),
+        (whole, kernels::FLAG_VECTOR),
+    ]);
     let columns = d_inner.div_ceil(THREADS >> params.lane_shift).min(GRID_COLUMNS);
     let grid = [columns, grid_rows(columns, batch, 48 * device.processors)];
 
@@ -84,14 +83,14 @@ pub fn update<T: Element, St: Element>(
 }
 
 /// Whether every index into what is not a state fits in 31 bits.
-fn is_small(p: &params::StateUpdate) -> bool {
+fn is_small(p: &kernels::Update) -> bool {
     let fits = |extents: &[(i64, i64)]| {
         let last: i128 = extents.iter().map(|&(count, stride)| i128::from(count - 1) * i128::from(stride)).sum();
         last < i128::from(i32::MAX)
     };
     let activation = |x: &params::Activation| fits(&[(p.batch, x.batch), (p.tokens, x.step), (p.d_inner, x.channel)]);
     let groups = p.d_inner / p.group_channels;
-    let projection = |x: &params::ProjectionParams| {
+    let projection = |x: &params::Projection| {
         fits(&[(p.batch, x.batch), (p.tokens, x.step), (groups, x.group), (p.d_state, x.state)])
     };
     let out = [(p.batch, p.tokens * p.d_inner), (p.tokens, p.d_inner), (p.d_inner, 1)];
@@ -99,8 +98,8 @@ fn is_small(p: &params::StateUpdate) -> bool {
 }
 
 /// Whether all that has states as its last dimension can be accessed by fours.
-fn is_whole<T, St>(p: &params::StateUpdate) -> bool {
-    let projection = |x: &params::ProjectionParams| match x.constant {
+fn is_whole<T, St>(p: &kernels::Update) -> bool {
+    let projection = |x: &params::Projection| match x.constant {
         0 => x.state == 1 && lies_whole::<T>(x.data, &[x.batch, x.step, x.group], QUAD),
         _ => x.state == 1 && lies_whole::<f32>(x.data, &[x.channel], QUAD),
     };

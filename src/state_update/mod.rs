@@ -19,42 +19,24 @@
 //! [`Inputs`] says what the operator reads and [`UpdateMut`] what it writes; [`cpu`] runs it on slices,
 //! [`reference`](mod@reference) is the same written plainly in `f64`. [`Inputs::update`] allocates its result.
 
+#[cfg(feature = "candle")]
+mod candle;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod reference;
+mod tensors;
 
 pub use crate::pool::{UpdateMut, UpdateOutput, rollback};
+#[cfg(feature = "candle")]
+pub use tensors::StateUpdate;
+pub use tensors::{Inputs, Tensors};
 
-use crate::arguments::{Dims, check_exchanged, zeroed};
+use crate::arguments::{Dims, zeroed};
+use crate::kinds::CheckViews;
 use crate::pool::Slots;
-use crate::{Discretization, Element, Host, Memory, Projection, Result, View, ViewMut};
-
-/// What a state update reads beside the states. `T` is the type of the activations; parameters are `f32`.
-#[derive(Debug)]
-pub struct Inputs<'a, T: Element, M: Memory = Host> {
-    /// The input, `(batch, tokens, d_inner)`.
-    pub u: View<'a, T, 3, M>,
-    /// The step sizes before bias and softplus, `(batch, tokens, d_inner)`.
-    pub dt: View<'a, T, 3, M>,
-    /// The state matrix, diagonal, `(d_inner, d_state)`: negative for a state that decays.
-    pub a: View<'a, f32, 2, M>,
-    /// How the input enters the state; the length of a varying one is `tokens`.
-    pub b: Projection<'a, T, M>,
-    /// How the state is read; the length of a varying one is `tokens`.
-    pub c: Projection<'a, T, M>,
-    /// The gate, `(batch, tokens, d_inner)`.
-    pub z: Option<View<'a, T, 3, M>>,
-    /// The skip connection, `(d_inner)`.
-    pub d: Option<View<'a, f32, 1, M>>,
-    /// Added to `dt`, `(d_inner)`.
-    pub dt_bias: Option<View<'a, f32, 1, M>>,
-    /// The slot of each batch row's state, `(batch)`. No two rows may have the same; a negative one makes its row
-    /// padding, which gives zero and touches no state. If absent, the pool has one slot for each row.
-    pub slots: Option<&'a [i32]>,
-    /// The variant of the recurrence.
-    pub options: Options,
-}
+use crate::simd::Isa;
+use crate::{Discretization, Element, Host, Memory, Result, ViewMut};
 
 /// Variants of the recurrence, as those of the scan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -65,51 +47,11 @@ pub struct Options {
     pub discretization: Discretization,
 }
 
-impl<T: Element, M: Memory> Clone for Inputs<'_, T, M> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<T: Element, M: Memory> Copy for Inputs<'_, T, M> {}
-
 impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
-    /// The inputs that every update has; the others are absent and the options plain. Add them with struct update
-    /// syntax: `Inputs { slots: Some(&slots), ..Inputs::new(u, dt, a, b, c) }`.
-    pub fn new(
-        u: View<'a, T, 3, M>,
-        dt: View<'a, T, 3, M>,
-        a: View<'a, f32, 2, M>,
-        b: impl Into<Projection<'a, T, M>>,
-        c: impl Into<Projection<'a, T, M>>,
-    ) -> Self {
-        Self {
-            u,
-            dt,
-            a,
-            b: b.into(),
-            c: c.into(),
-            z: None,
-            d: None,
-            dt_bias: None,
-            slots: None,
-            options: Options::default(),
-        }
-    }
-
     /// Checks every argument but those of [`Problem::check_outputs`].
     pub(crate) fn check(&self) -> Result<Problem<'a, T, M>> {
         let dims = Dims::check(ACTIVATION_NAMES, &self.u, &self.a, &self.b, &self.c)?;
-        let Dims { batch, len, d_inner, .. } = dims;
-        let activations = [Some(("u", &self.u)), Some(("dt", &self.dt)), self.z.as_ref().map(|z| ("z", z))];
-        for (name, view) in activations.into_iter().flatten() {
-            check_exchanged(name, ACTIVATION_NAMES, view, [batch, len, d_inner])?;
-        }
-        for (name, view) in [("d", &self.d), ("dt_bias", &self.dt_bias)] {
-            if let Some(view) = view {
-                view.check(name, "(d_inner)", [d_inner])?;
-            }
-        }
+        self.tensors().shaped(dims).map(&mut CheckViews)?;
         Ok(Problem { inputs: *self, dims })
     }
 }
@@ -148,8 +90,9 @@ impl<'a, T: Element, M: Memory> Problem<'a, T, M> {
 impl<T: Element> Inputs<'_, T> {
     /// Runs the update on the CPU and returns `out`, `(batch, tokens, d_inner)`.
     pub fn update<St: Element>(&self, state: ViewMut<St, 3>) -> Result<Vec<T>> {
-        let mut out = zeroed("u", &self.check()?.activation_shape())?;
-        cpu::update(self, UpdateMut { state, out: &mut out, token_states: None })?;
+        let problem = self.check()?;
+        let mut out = zeroed("u", &problem.activation_shape())?;
+        cpu::update_checked(Isa::best(), &problem, UpdateMut { state, out: &mut out, token_states: None })?;
         Ok(out)
     }
 
@@ -161,7 +104,7 @@ impl<T: Element> Inputs<'_, T> {
             token_states: zeroed("u", &problem.token_state_shape())?,
         };
         let (out, token_states) = (&mut output.out[..], Some(&mut output.token_states[..]));
-        cpu::update(self, UpdateMut { state, out, token_states })?;
+        cpu::update_checked(Isa::best(), &problem, UpdateMut { state, out, token_states })?;
         Ok(output)
     }
 }

@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 use rand::Rng;
-use selective_scan::scan::{self, Gradients, Inputs, OutputGradients, OutputMut, ProjectionMut, cpu};
-use selective_scan::{Discretization, Error, View};
+use selective_scan::scan::{self, Gradients, Inputs, OutputGradients, OutputMut, cpu};
+use selective_scan::{Discretization, Error, ProjectionOf, View};
 
 use crate::case::{Case, Flags, Shape, seeded};
 
@@ -363,8 +363,8 @@ proptest! {
             u: next(),
             delta: next(),
             a: next(),
-            b: ProjectionMut::Varying(next()),
-            c: ProjectionMut::Constant(next()),
+            b: ProjectionOf::Varying(next()),
+            c: ProjectionOf::Constant(next()),
             z: given[0].then(&mut next),
             d: given[1].then(&mut next),
             delta_bias: None,

@@ -2,7 +2,7 @@
 
 mod conv;
 mod errors;
-#[cfg(feature = "cuda")]
+#[cfg(feature = "candle-cuda")]
 mod gpu;
 mod graph;
 mod plain;

@@ -11,7 +11,7 @@ use selective_scan::scan::cuda::{PerLane, Plan};
 use selective_scan::scan::{
     self, Gradients, GradientsMut, Inputs, OutputGradients, OutputMut, ProjectionGradient, ProjectionMut,
 };
-use selective_scan::{Element, Projection, View, ViewMut, state_update};
+use selective_scan::{Element, Projection, ProjectionOf, View, ViewMut, state_update};
 
 use crate::case::{Case, Device, Flags, Shape, seeded};
 use crate::{extremes, properties};
@@ -169,8 +169,8 @@ struct OnDevice<'c, T: Element> {
 impl<'c, T: Element> OnDevice<'c, T> {
     fn like(copies: &'c Copies, gradients: &Gradients<T>) -> Self {
         let projection = |gradient: &ProjectionGradient<T>| match gradient {
-            ProjectionGradient::Varying(data) => ProjectionMut::Varying(copies.poisoned(data.len())),
-            ProjectionGradient::Constant(data) => ProjectionMut::Constant(copies.poisoned(data.len())),
+            ProjectionGradient::Varying(data) => ProjectionOf::Varying(copies.poisoned(data.len())),
+            ProjectionGradient::Constant(data) => ProjectionOf::Constant(copies.poisoned(data.len())),
         };
         let parameter = |data: &Option<Vec<f32>>| data.as_ref().map(|data| copies.poisoned(data.len()));
         Self {
@@ -189,8 +189,8 @@ impl<'c, T: Element> OnDevice<'c, T> {
     fn as_mut(&mut self) -> GradientsMut<'_, T, Cuda> {
         fn projection<'p, T: Element>(gradient: &'p mut ProjectionMut<'_, T, Cuda>) -> ProjectionMut<'p, T, Cuda> {
             match gradient {
-                ProjectionMut::Varying(data) => ProjectionMut::Varying(&mut **data),
-                ProjectionMut::Constant(data) => ProjectionMut::Constant(&mut **data),
+                ProjectionOf::Varying(data) => ProjectionOf::Varying(&mut **data),
+                ProjectionOf::Constant(data) => ProjectionOf::Constant(&mut **data),
             }
         }
         GradientsMut {
@@ -212,8 +212,8 @@ impl<'c, T: Element> OnDevice<'c, T> {
         copies.download(self.a, &mut to.a);
         for (from, to) in [(&self.b, &mut to.b), (&self.c, &mut to.c)] {
             match (from, to) {
-                (ProjectionMut::Varying(from), ProjectionGradient::Varying(to)) => copies.download(from, to),
-                (ProjectionMut::Constant(from), ProjectionGradient::Constant(to)) => copies.download(from, to),
+                (ProjectionOf::Varying(from), ProjectionGradient::Varying(to)) => copies.download(from, to),
+                (ProjectionOf::Constant(from), ProjectionGradient::Constant(to)) => copies.download(from, to),
                 _ => unreachable!("the device's gradients were made like the host's"),
             }
         }

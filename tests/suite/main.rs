@@ -14,10 +14,11 @@ mod finite_differences;
 mod gpu;
 mod interpreted;
 mod memory;
-#[cfg(feature = "candle")]
+#[cfg(feature = "nn")]
 mod nn;
 mod nonfinite;
 mod properties;
+mod readme;
 mod state_update;
 mod vectors;
 mod wild;

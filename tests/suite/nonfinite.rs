@@ -23,6 +23,11 @@ struct Operator {
     fast: Box<dyn Fn(&Tensors) -> Results>,
 }
 
+/// Turns the signs of some. (None is zero, with which no finite factor shows what depends on it.)
+fn turn_signs(draw: &mut Draw, values: &mut [f32]) {
+    values.iter_mut().filter(|_| draw.flag()).for_each(|x| *x = -*x);
+}
+
 fn widen(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&x| f64::from(x)).collect()
 }
@@ -91,7 +96,7 @@ fn scans(draw: &mut Draw) -> Operator {
     let (constant, hold, softplus, reverse) = ([draw.flag(), draw.flag()], draw.flag(), draw.flag(), draw.flag());
     let mut inputs = Tensors::new();
     let mut add = |draw: &mut Draw, name, len, low, high| inputs.insert(name, draw.uniform::<f32>(len, low, high));
-    add(draw, "u", batch * len * d, -1.0, 1.0);
+    add(draw, "u", batch * len * d, 0.2, 1.0);
     add(draw, "delta", batch * len * d, 0.2, 0.8);
     add(draw, "a", d * n, -1.5, -0.2);
     for (name, constant) in ["b", "c"].into_iter().zip(constant) {
@@ -104,6 +109,7 @@ fn scans(draw: &mut Draw) -> Operator {
             add(draw, name, len, 0.2, 1.0);
         }
     }
+    turn_signs(draw, inputs.get_mut("u").expect("it is there"));
     let options = scan::Options {
         delta_softplus: softplus,
         discretization: if hold { Discretization::ZeroOrderHold } else { Discretization::Euler },
@@ -192,7 +198,7 @@ fn updates(draw: &mut Draw) -> Operator {
     let (hold, softplus) = (draw.flag(), draw.flag());
     let mut inputs = Tensors::new();
     let mut add = |draw: &mut Draw, name, len, low, high| inputs.insert(name, draw.uniform::<f32>(len, low, high));
-    add(draw, "u", batch * tokens * d, -1.0, 1.0);
+    add(draw, "u", batch * tokens * d, 0.2, 1.0);
     add(draw, "dt", batch * tokens * d, 0.2, 0.8);
     add(draw, "a", d * n, -1.5, -0.2);
     add(draw, "b", batch * tokens * n, 0.2, 1.0);
@@ -203,6 +209,7 @@ fn updates(draw: &mut Draw) -> Operator {
             add(draw, name, len, 0.2, 1.0);
         }
     }
+    turn_signs(draw, inputs.get_mut("u").expect("it is there"));
     let options = state_update::Options {
         dt_softplus: softplus,
         discretization: if hold { Discretization::ZeroOrderHold } else { Discretization::Euler },

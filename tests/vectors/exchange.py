@@ -456,7 +456,7 @@ def main():
     CONVERT = arguments.convert
     if CONVERT is None:
         # In the tests' profile, in which the suite has compiled what it needs.
-        command = ["cargo", "build", "--quiet", "--locked", "--profile", "test", "--example", "convert"]
+        command = ["cargo", "build", "--quiet", "--locked", "--profile", "test", "--features", "nn", "--example", "convert"]
         subprocess.run(command, cwd=ROOT, check=True)
         CONVERT = ROOT / "target" / "debug" / "examples" / "convert"
 

@@ -1,4 +1,4 @@
-"""The polynomial coefficients of src/simd/math.rs, and of kernels/math.cuh for decays near 1, by Remez' exchange. Needs numpy and mpmath."""
+"""The polynomial coefficients of src/simd/math.rs, and of kernels/common/math.cuh for decays near 1, by Remez' exchange. Needs numpy and mpmath."""
 
 import numpy as np
 from mpmath import atanh, cos, log, lu_solve, matrix, mp, mpf, nstr, pi, sqrt

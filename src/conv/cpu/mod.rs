@@ -21,6 +21,7 @@ use crate::sequences::{self, Sequence, Sequences};
 use crate::simd::{BLOCK, Isa, Row};
 use crate::{Element, Result, View};
 
+use super::update::UpdateProblem;
 use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem, UpdateInputs, UpdateMut, WIDTHS};
 
 /// Steps in a tile.
@@ -46,9 +47,13 @@ pub fn forward<T: Element>(inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<
 
 /// [`forward`] with the instruction set given (plain code if this processor does not have it).
 pub fn forward_with<T: Element>(isa: Isa, inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<()> {
-    let problem = inputs.check()?;
+    forward_checked(isa, &inputs.check()?, outputs)
+}
+
+/// [`forward_with`] of inputs that have been checked.
+pub(crate) fn forward_checked<T: Element>(isa: Isa, problem: &Problem<T>, outputs: OutputMut<T>) -> Result<()> {
     problem.check_outputs(&outputs)?;
-    forward::run(isa, &problem, outputs)
+    forward::run(isa, problem, outputs)
 }
 
 /// Computes the gradient of every input that was given.
@@ -70,9 +75,18 @@ pub fn backward_with<T: Element>(
     d_outputs: OutputGradients<T>,
     gradients: GradientsMut<T>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    backward_checked(isa, &inputs.check()?, d_outputs, gradients)
+}
+
+/// [`backward_with`] of inputs that have been checked.
+pub(crate) fn backward_checked<T: Element>(
+    isa: Isa,
+    problem: &Problem<T>,
+    d_outputs: OutputGradients<T>,
+    gradients: GradientsMut<T>,
+) -> Result<()> {
     problem.check_backward(&d_outputs, &gradients)?;
-    backward::run(isa, &problem, d_outputs, gradients)
+    backward::run(isa, problem, d_outputs, gradients)
 }
 
 /// Runs an update with the widest instructions of this processor, on the threads of the current rayon pool.
@@ -89,9 +103,17 @@ pub fn update_with<T: Element, St: Element>(
     inputs: &UpdateInputs<T>,
     outputs: UpdateMut<T, St>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    update_checked(isa, &inputs.check()?, outputs)
+}
+
+/// [`update_with`] of inputs that have been checked.
+pub(crate) fn update_checked<T: Element, St: Element>(
+    isa: Isa,
+    problem: &UpdateProblem<T>,
+    outputs: UpdateMut<T, St>,
+) -> Result<()> {
     let slots = problem.check_outputs(&outputs)?;
-    update::run(isa, &problem, slots, outputs);
+    update::run(isa, problem, slots, outputs);
     Ok(())
 }
 

@@ -15,15 +15,14 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream};
 
 use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem, UpdateInputs, UpdateMut};
-use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, Sum, blocks, grid_rows, lies_whole, params, suffix};
+use crate::cuda::params::conv::{self as kernels, THREADS};
+use crate::cuda::params::{self, QUAD};
+use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, Sum, blocks, grid_rows, lies_whole, suffix};
 use crate::sequences::Sequences;
 use crate::{Element, Result};
 
 pub use crate::pool::cuda::rollback;
 pub use update::update;
-
-/// Threads of a block, as in the kernels.
-const THREADS: usize = 128;
 
 /// The least steps of a run; more than the rows of a state, so that runs other than a sequence's first find all that comes
 /// before them among the inputs.
@@ -58,7 +57,7 @@ pub fn forward<T: Element>(
     };
     let grid = layout.grid(&inputs);
     let _table = upload_runs(&device, &problem, layout, &mut inputs.runs)?;
-    let params = params::ConvForward { inputs, out, final_state };
+    let params = kernels::Forward { inputs, out, final_state };
     let name = format!("conv_forward_{variant}_{}", suffix(T::DTYPE));
     // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`, and each element of the
     // outputs is written by one thread.
@@ -81,7 +80,7 @@ pub fn backward<T: Element>(
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let width = if problem.width <= 4 { 4 } else { 8 };
-    let channels = if width == 4 { 4 } else { 2 };
+    let channels = if width == 4 { kernels::backward::CHANNELS } else { kernels::backward::WIDE_CHANNELS };
     let layout = Layout::backward(&problem, &device, channels, gradients.initial_state.is_some());
     let mut inputs = conv_inputs(&problem, layout, &mut arguments)?;
     let d_out = arguments.activation("d_out", &d_outputs.d_out)?;
@@ -107,7 +106,7 @@ pub fn backward<T: Element>(
             false => format!("strided_{width}"),
         };
         let _table = upload_runs(&device, &problem, layout, &mut inputs.runs)?;
-        let params = params::ConvBackward { inputs, d_out, d_final_state, d_x, d_initial_state, parts: from };
+        let params = kernels::Backward { inputs, d_out, d_final_state, d_x, d_initial_state, partials: from };
         let name = format!("conv_backward_{variant}_{}", suffix(T::DTYPE));
         // SAFETY: every address and extent has been checked by `Inputs::check` and `check_backward`, each element of the
         // gradients is written by one thread, and the workspace has room for what each row of blocks leaves.
@@ -140,7 +139,7 @@ impl Layout {
     /// Runs of 32 steps, or of fewer where these would leave most threads of a processor idle.
     fn forward<T: Element>(problem: &Problem<T, Cuda>, device: &Device, keep_empty: bool) -> Self {
         const LEAST_THREADS: usize = 170;
-        let layout = |run_steps| Self { channels: 4, run_steps, most_blocks: 20 * device.processors, keep_empty };
+        let layout = |run_steps| Self { channels: QUAD, run_steps, most_blocks: 20 * device.processors, keep_empty };
         let long = layout(32);
         let threads = long.runs(problem).saturating_mul(problem.d_inner().div_ceil(long.channels));
         if threads >= LEAST_THREADS * device.processors { long } else { layout(LEAST_STEPS) }
@@ -203,9 +202,9 @@ impl Layout {
         }
     }
 
-    fn params<T: Element>(self, problem: &Problem<T, Cuda>) -> params::Runs {
+    fn params<T: Element>(self, problem: &Problem<T, Cuda>) -> kernels::Runs {
         let len = problem.inputs.x.shape[1];
-        params::Runs {
+        kernels::Runs {
             packed: 0,
             sequences: problem.sequences.count() as i64,
             len: len as i64,
@@ -230,29 +229,30 @@ impl Layout {
         blocks(runs, THREADS >> self.lane_shift(d_inner))
     }
 
-    fn grid(self, inputs: &params::ConvInputs) -> [usize; 2] {
+    fn grid(self, inputs: &kernels::Inputs) -> [usize; 2] {
         let d_inner = inputs.d_inner as usize;
         let columns = self.columns(d_inner);
         [columns, grid_rows(columns, self.rows(inputs.runs.count as usize, d_inner), self.most_blocks)]
     }
 }
 
-/// The table that kernels find runs of packed sequences by; see `Runs` in kernels/conv.cuh.
+/// The table that kernels find runs of packed sequences by; see `Runs` in kernels/conv/params.cuh.
 fn upload_runs<T: Element>(
     device: &Device,
     problem: &Problem<T, Cuda>,
     layout: Layout,
-    runs: &mut params::Runs,
+    runs: &mut kernels::Runs,
 ) -> Result<Option<CudaSlice<u64>>> {
     let Sequences::Packed(offsets) = problem.sequences else { return Ok(None) };
-    let mut entries = Vec::with_capacity(2 * offsets.len());
+    let mut entries = Vec::with_capacity(offsets.len());
     let mut first = 0;
+    let entry = |first_run, start| kernels::PackedRuns { first_run: first_run as i64, start: start as i64 };
     for sequence in problem.sequences.iter() {
-        entries.extend([first as u64, sequence.start as u64]);
+        entries.push(entry(first, sequence.start));
         first += layout.runs_of(sequence.len);
     }
-    entries.extend([first as u64, problem.inputs.x.shape[1] as u64]);
-    let table = device.upload("the runs of packed sequences", &entries)?;
+    entries.push(entry(first, problem.inputs.x.shape[1]));
+    let table = device.upload("the runs of packed sequences", bytemuck::cast_slice(&entries))?;
     runs.packed = device.address(&table);
     Ok(Some(table))
 }
@@ -261,10 +261,10 @@ fn conv_inputs<'a, T: Element>(
     problem: &Problem<'a, T, Cuda>,
     layout: Layout,
     arguments: &mut Arguments<'a>,
-) -> Result<params::ConvInputs> {
+) -> Result<kernels::Inputs> {
     let inputs = &problem.inputs;
     let d_inner = problem.d_inner();
-    Ok(params::ConvInputs {
+    Ok(kernels::Inputs {
         x: arguments.activation("x", &inputs.x)?,
         weight: arguments.matrix("weight", &inputs.weight)?,
         bias: arguments.vector("bias", &inputs.bias)?,
@@ -273,12 +273,15 @@ fn conv_inputs<'a, T: Element>(
         d_inner: d_inner as i64,
         width: problem.width as i64,
         lane_shift: layout.lane_shift(d_inner).into(),
-        flags: u64::from(inputs.options.silu) | u64::from(inputs.options.reverse) << 1,
+        flags: params::flags([
+            (inputs.options.silu, kernels::FLAG_SILU),
+            (inputs.options.reverse, kernels::FLAG_REVERSE),
+        ]),
     })
 }
 
 /// Whether `count` neighbouring channels of a tensor, and of the dense one at `written`, can be accessed at a time.
-fn is_whole<T>(inputs: &params::ConvInputs, tensor: &params::Activation, written: u64, count: usize) -> bool {
+fn is_whole<T>(inputs: &kernels::Inputs, tensor: &params::Activation, written: u64, count: usize) -> bool {
     tensor.channel == 1
         && lies_whole::<T>(tensor.data, &[tensor.batch, tensor.step], count)
         && lies_whole::<T>(written, &[inputs.d_inner], count)

@@ -4,13 +4,12 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::{THREADS, UpdateInputs, UpdateMut};
-use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, blocks, grid_rows, lies_whole, params, suffix};
+use super::{UpdateInputs, UpdateMut};
+use crate::cuda::params::conv::{self as kernels, THREADS};
+use crate::cuda::params::{self, QUAD};
+use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, blocks, grid_rows, lies_whole, suffix};
 use crate::pool::cuda::SlotList;
 use crate::{Element, Result};
-
-/// Neighbouring channels that a thread holds.
-const QUAD: usize = 4;
 
 /// Runs the update on the stream's device, asynchronously.
 ///
@@ -28,7 +27,7 @@ pub fn update<T: Element, St: Element>(
     let mut arguments = Arguments::new(stream);
     let [batch, tokens, d_inner] = inputs.x.shape;
     let quads = d_inner.div_ceil(QUAD);
-    let mut params = params::ConvUpdate {
+    let mut params = kernels::Update {
         x: arguments.activation("x", &inputs.x)?,
         weight: arguments.matrix("weight", &inputs.weight)?,
         bias: arguments.vector("bias", &inputs.bias)?,
@@ -47,7 +46,7 @@ pub fn update<T: Element, St: Element>(
         return Ok(());
     }
     let whole = is_whole::<T, St>(&params);
-    params.flags = u64::from(inputs.silu) | u64::from(whole) << 1;
+    params.flags = params::flags([(inputs.silu, kernels::FLAG_SILU), (whole, kernels::FLAG_VECTOR)]);
     let lanes = 1 << params.lane_shift;
     let columns = blocks(quads, lanes).min(GRID_COLUMNS);
     // Rows share what a thread reads of the filters, once there are enough of them to fill the device.
@@ -63,7 +62,7 @@ pub fn update<T: Element, St: Element>(
 }
 
 /// Whether four neighbouring channels can be accessed at a time.
-fn is_whole<T, St>(p: &params::ConvUpdate) -> bool {
+fn is_whole<T, St>(p: &kernels::Update) -> bool {
     p.x.channel == 1
         && lies_whole::<T>(p.x.data, &[p.x.batch, p.x.step], QUAD)
         && lies_whole::<T>(p.out, &[p.d_inner], QUAD)

@@ -2,7 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::nn::{argument, check_pool, check_room};
+use crate::candle::check_pool;
+use crate::nn::{argument, check_room};
 
 /// Checks that all pools of a layer can be written, before one is, and gives their shapes. Each comes with the name of the
 /// argument and of its dimensions; the last is what the others are compared with.
@@ -10,6 +11,10 @@ pub(crate) fn check_pools<const N: usize>(pools: [(&'static str, &str, &Tensor);
     let mut shapes = [[0; 3]; N];
     for (shape, (name, names, pool)) in shapes.iter_mut().zip(pools) {
         *shape = check_pool(name, names, pool)?;
+        if !pool.is_contiguous() {
+            let got = format_args!("shape {:?} with strides {:?}", pool.dims(), pool.stride());
+            return Err(argument(name, "a contiguous tensor", got));
+        }
     }
     let Some((&last_shape, &(last, _, last_pool))) = shapes.last().zip(pools.last()) else { return Ok(shapes) };
     for (shape, (name, _, pool)) in shapes.iter().zip(pools) {

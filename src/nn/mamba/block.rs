@@ -7,8 +7,9 @@ use candle_nn::{Module, VarBuilder};
 
 use super::ssm_path::SsmPath;
 use super::{MambaConfig, MambaState};
+use crate::count_sequences;
 use crate::nn::layers::{Change, Linear, ParameterList, Parameters};
-use crate::nn::{argument, check_room, check_sequences};
+use crate::nn::{argument, check_room};
 
 /// The Mamba block of Gu and Dao, *Mamba* (2023), arXiv 2312.00752, figure 3:
 ///
@@ -197,7 +198,7 @@ impl Mamba {
         if x.dtype() != dtype {
             return Err(argument("x", format_args!("type {}, as the block", dtype.as_str()), x.dtype().as_str()));
         }
-        let sequences = check_sequences(batch, length, cu_seqlens)?;
+        let sequences = count_sequences(batch, length, cu_seqlens)?;
         check_room("x", &[batch, length, 2, d_inner], dtype, x.device())?;
         Ok(sequences)
     }

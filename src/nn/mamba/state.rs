@@ -3,8 +3,9 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::MambaConfig;
+use crate::Slots;
 use crate::nn::decode::{check_pools, check_slots, reset};
-use crate::nn::{Slots, argument, check_room};
+use crate::nn::{argument, check_room};
 
 /// The states of one block for a number of sequences, each in a slot of its own.
 ///
@@ -90,7 +91,7 @@ impl MambaState {
                 return Err(argument("cache", expected, format_args!("{:?}", pool.device().location())));
             }
         }
-        Slots::check(slots, sequences, pool)
+        Ok(Slots::check(slots, sequences, pool)?)
     }
 
     /// The states from which `sequences` go on, in `f32`; zero for padding.

@@ -7,8 +7,9 @@ use candle_nn::{Module, VarBuilder};
 
 use super::mixer::Pass;
 use super::{BackboneConfig, Mixer};
+use crate::count_sequences;
 use crate::nn::layers::{Change, ParameterList, Parameters};
-use crate::nn::{Cache, RmsNorm, argument, check_model_dtype, check_room, check_sequences};
+use crate::nn::{Cache, RmsNorm, argument, check_model_dtype, check_room};
 
 /// The layers of a model between its embeddings and its head:
 ///
@@ -167,7 +168,7 @@ impl Backbone {
 
     fn decode(&self, x: &Tensor, cu_seqlens: Option<&[usize]>, cache: &Cache, slots: Option<&[i32]>) -> Result<Tensor> {
         let (batch, length) = self.check_input(x)?;
-        let sequences = check_sequences(batch, length, cu_seqlens)?;
+        let sequences = count_sequences(batch, length, cu_seqlens)?;
         self.check_decoding(cache, sequences, slots)?;
         let layers = self.untracked()?;
         let stream = layers.run(&x.detach(), Pass::Prefill { cu_seqlens, cache, slots }, |_| ())?;

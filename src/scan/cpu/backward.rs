@@ -20,7 +20,7 @@ use super::kernels::{History, Retreat, RetreatStates};
 use super::split::{Summaries, state_rows};
 use super::sums::{BlockGradients, SumChannels, Totals, add_partial};
 use super::{Block, BlockParameters, Plan, Reader, Segment, Stage};
-use crate::{Discretization, Projection};
+use crate::{Discretization, Projection, ProjectionOf};
 
 /// Steps in a tile: the states of one are recomputed from the checkpoint before it.
 const TILE: usize = CHECKPOINT_STEPS;
@@ -54,8 +54,8 @@ pub(super) fn run<T: Element>(
 
     let varying = steps * problem.dims.groups * problem.dims.d_state;
     let partial = |gradient: &ProjectionMut<T>| match gradient {
-        ProjectionMut::Varying(_) => vec![0.0; units_per_group * varying],
-        ProjectionMut::Constant(_) => Vec::new(),
+        ProjectionOf::Varying(_) => vec![0.0; units_per_group * varying],
+        ProjectionOf::Constant(_) => Vec::new(),
     };
     let (mut partial_b, mut partial_c) = (partial(&gradients.b), partial(&gradients.c));
     let reader = Reader { problem };
@@ -87,12 +87,12 @@ pub(super) fn run<T: Element>(
     let total = Totals { sums: &sums, d_state: problem.dims.d_state };
     total.states(gradients.a, |sum| &sum.a);
     match gradients.b {
-        ProjectionMut::Varying(d_b) => add_partial(&partial_b, d_b),
-        ProjectionMut::Constant(d_b) => total.states(d_b, |sum| &sum.b),
+        ProjectionOf::Varying(d_b) => add_partial(&partial_b, d_b),
+        ProjectionOf::Constant(d_b) => total.states(d_b, |sum| &sum.b),
     }
     match gradients.c {
-        ProjectionMut::Varying(d_c) => add_partial(&partial_c, d_c),
-        ProjectionMut::Constant(d_c) => total.states(d_c, |sum| &sum.c),
+        ProjectionOf::Varying(d_c) => add_partial(&partial_c, d_c),
+        ProjectionOf::Constant(d_c) => total.states(d_c, |sum| &sum.c),
     }
     if let Some(d_skip) = gradients.d {
         total.channels(d_skip, |sum| &sum.skip);

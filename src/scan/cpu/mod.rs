@@ -34,10 +34,14 @@ pub fn forward<T: Element>(inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<
 
 /// [`forward`] with the instruction set given (plain code if this processor does not have it).
 pub fn forward_with<T: Element>(isa: Isa, inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<()> {
-    let problem = inputs.check()?;
+    forward_checked(isa, &inputs.check()?, outputs)
+}
+
+/// [`forward_with`] of inputs that have been checked.
+pub(crate) fn forward_checked<T: Element>(isa: Isa, problem: &Problem<T>, outputs: OutputMut<T>) -> Result<()> {
     problem.check_outputs(&outputs)?;
     if !problem.is_nothing(outputs.final_state.is_some()) {
-        forward::run(isa, &problem, outputs);
+        forward::run(isa, problem, outputs);
     }
     Ok(())
 }
@@ -64,9 +68,19 @@ pub fn backward_with<T: Element>(
     d_outputs: OutputGradients<T>,
     gradients: GradientsMut<T>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    backward_checked(isa, &inputs.check()?, checkpoints, d_outputs, gradients)
+}
+
+/// [`backward_with`] of inputs that have been checked.
+pub(crate) fn backward_checked<T: Element>(
+    isa: Isa,
+    problem: &Problem<T>,
+    checkpoints: &[f32],
+    d_outputs: OutputGradients<T>,
+    gradients: GradientsMut<T>,
+) -> Result<()> {
     problem.check_backward(checkpoints, &d_outputs, &gradients)?;
-    backward::run(isa, &problem, checkpoints, d_outputs, gradients);
+    backward::run(isa, problem, checkpoints, d_outputs, gradients);
     Ok(())
 }
 

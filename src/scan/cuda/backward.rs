@@ -5,12 +5,15 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use super::launch::{Kernel, LaunchShape, TURN, Undivided};
+use super::launch::{Kernel, LaunchShape, Undivided};
 use super::plan::Pass;
 use super::{GradientsMut, Inputs, OutputGradients, Plan};
+use crate::ProjectionOf;
 use crate::arguments::Dims;
-use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, Sum, lies_whole, params};
-use crate::scan::ProjectionMut;
+use crate::cuda::params::scan::{
+    self as kernels, STATE_BLOCK, backward as fast, backward_chunk_state, backward_general,
+};
+use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, Sum, lies_whole};
 use crate::{Element, Result};
 
 /// Computes the gradient of every input that was given on the stream's device. `checkpoints` are those that a forward pass
@@ -45,16 +48,18 @@ pub fn backward_with<T: Element>(
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let mut undivided = Undivided::new(&problem, &mut arguments)?;
-    let Dims { batch, len, d_inner, d_state, groups } = problem.dims;
+    let Dims { batch, len, d_inner, d_state, groups, .. } = problem.dims;
     let steps = batch * len;
 
-    let mut projection = |name, gradient| match gradient {
-        ProjectionMut::Varying(data) => Ok((arguments.write(name, data)?, 0)),
-        ProjectionMut::Constant(data) => Ok((0, arguments.write(name, data)?)),
+    let mut projection = |name, gradient| -> Result<_> {
+        Ok(match gradient {
+            ProjectionOf::Varying(data) => (arguments.write(name, data)?, 0),
+            ProjectionOf::Constant(data) => (0, arguments.write(name, data)?),
+        })
     };
     let [(b, constant_b), (c, constant_c)] =
         [projection("gradients.b", gradients.b)?, projection("gradients.c", gradients.c)?];
-    let mut params = params::ScanBackward {
+    let mut params = kernels::Backward {
         inputs: undivided.inputs,
         d_out: arguments.activation("d_out", &d_outputs.d_out)?,
         d_final_state: arguments.states("d_final_state", &d_outputs.d_final_state)?,
@@ -65,7 +70,7 @@ pub fn backward_with<T: Element>(
         d_initial_state: arguments.write_optional("gradients.initial_state", gradients.initial_state)?,
         groups: groups as i64,
         steps: steps as i64,
-        ..params::ScanBackward::zeroed()
+        ..kernels::Backward::zeroed()
     };
     let (d_out, row) = (params.d_out, &[d_inner as i64][..]);
     let d_out_is_aligned = d_out.channel == 1 && undivided.is_aligned::<T>(&[(d_out.data, &[d_out.batch, d_out.step])]);
@@ -74,7 +79,7 @@ pub fn backward_with<T: Element>(
         && checkpoints_are_aligned
         && undivided.is_aligned::<T>(&[(params.d_u, row), (params.d_delta, row), (params.d_z, row)]);
     // Some devices, 8.6, 8.9 and 12.0 among them, give a block less than the fast kernel's shared memory.
-    let fast_shared = 107_696 + 512 * size_of::<T>();
+    let fast_shared = fast::SMEM + fast::SMEM_PER_BYTE * size_of::<T>();
     undivided.is_fast &= fast_shared <= device.shared_memory;
     let scan = undivided.divide(&device, &problem, &plan, Pass::Backward)?;
     params.inputs = scan.inputs;
@@ -82,17 +87,20 @@ pub fn backward_with<T: Element>(
     // Rows of blocks, each of which sums the gradients of parameters over the segments that it takes: as many for both
     // kernels, so that they give the same bits.
     let segments = scan.inputs.segments.count as usize;
-    let columns = scan.groups() * scan.group_blocks(FAST_CHANNELS);
+    let columns = scan.groups() * scan.group_blocks(fast::CHANNELS);
     let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).min(GRID_ROWS);
     let shape =
         |variant, channels, threads, shared| LaunchShape { variant, channels, threads, rows, shared: [shared; 2] };
-    let fast = |variant| (Module::SCAN_BACKWARD, shape(variant, FAST_CHANNELS, 128, fast_shared), "fast");
-    let (module, backward, retreat) = match scan.kernel {
-        Kernel::General => (Module::SCAN_BACKWARD_GENERAL, shape("general", 32, 128, 60_896), "general"),
-        Kernel::Turns => fast("turns"),
+    let fast = |variant| (Module::SCAN_BACKWARD, shape(variant, fast::CHANNELS, fast::THREADS, fast_shared), "fast");
+    let (module, backward, chunk_state) = match scan.kernel {
+        Kernel::General => {
+            use backward_general::{CHANNELS, SMEM, THREADS};
+            (Module::SCAN_BACKWARD_GENERAL, shape("general", CHANNELS, THREADS, SMEM), "general")
+        }
+        Kernel::Turns => fast("many_states"),
         Kernel::Fast(_) => fast("fast"),
     };
-    let retreat = shape(retreat, 64, 256, 0);
+    let chunk_state = shape(chunk_state, backward_chunk_state::CHANNELS, backward_chunk_state::THREADS, 0);
     let group_blocks = scan.group_blocks(backward.channels);
 
     let mut sums = Sums { device: &device, rows, workspaces: Vec::new(), sums: Vec::new() };
@@ -108,11 +116,11 @@ pub fn backward_with<T: Element>(
         false => None,
     };
     params.projections = projections.as_ref().map_or(0, |parts| device.address(parts));
-    let carried = match d_state > TURN {
+    let carried = match d_state > STATE_BLOCK {
         true => Some(device.workspace::<f32>("sums over states", 3 * steps * d_inner)?),
         false => None,
     };
-    params.carried = carried.as_ref().map_or(0, |sums| device.address(sums));
+    params.partial_sums = carried.as_ref().map_or(0, |sums| device.address(sums));
     let workspace = scan.workspace(&device)?;
     if let Some(workspace) = &workspace {
         params.inputs = scan.split_inputs(&device, workspace);
@@ -120,12 +128,20 @@ pub fn backward_with<T: Element>(
 
     // Each turn of states is a launch. (Each turn overwrites what the one before has left as the sums of D and the bias.)
     let turns = if segments > 0 { d_state } else { 0 };
-    for first_state in (0..turns).step_by(TURN) {
-        let params = params::ScanBackward { first_state: first_state as i64, ..params };
+    for first_state in (0..turns).step_by(STATE_BLOCK) {
+        let params = kernels::Backward { first_state: first_state as i64, ..params };
         // SAFETY (both): every address and extent has been checked by `Inputs::check` and `check_backward`, and the
         // workspaces have an element for each that the kernels write.
         if workspace.is_some() {
-            unsafe { scan.launch::<T, _>(&device, Module::SCAN_RETREAT, "scan_retreat", retreat, params) }?;
+            unsafe {
+                scan.launch::<T, _>(
+                    &device,
+                    Module::SCAN_BACKWARD_CHUNK_STATE,
+                    "scan_backward_chunk_state",
+                    chunk_state,
+                    params,
+                )
+            }?;
         }
         unsafe { scan.launch::<T, _>(&device, module, "scan_backward", backward, params) }?;
     }
@@ -140,9 +156,6 @@ pub fn backward_with<T: Element>(
     // parameter: none, if there are no segments.
     unsafe { device.sum::<T>(&sums.sums) }
 }
-
-/// The channels of a fast kernel's block.
-const FAST_CHANNELS: usize = 64;
 
 /// Blocks for each processor that the rows are enough for; more would only make more parts of sums.
 const BLOCKS_PER_PROCESSOR: usize = 8;

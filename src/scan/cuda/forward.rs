@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::launch::{Kernel, LaunchShape, TURN, Undivided};
+use super::launch::{Kernel, LaunchShape, Undivided};
 use super::plan::Pass;
 use super::{Inputs, OutputMut, PerLane, Plan};
 use crate::arguments::Dims;
-use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, params};
+use crate::cuda::params::scan::{self as kernels, STATE_BLOCK, forward_few_channels as few, forward_general};
+use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module};
 use crate::{Element, MAX_D_STATE, Result};
 
 /// Runs the scan on the stream's device.
@@ -46,21 +47,22 @@ pub fn forward_with<T: Element>(
     let scan = undivided.divide(&device, &problem, &plan, Pass::Forward)?;
     let workspace = scan.workspace(&device)?;
     for (kernel, segments) in scan.launches() {
-        let launch = |name, inputs| {
-            let inputs = params::ScanInputs { segments, ..inputs };
-            let params = params::ScanForward { inputs, out, final_state, checkpoints };
-            let (module, shape) = shape::<T>(kernel, &inputs);
+        let launch = |module: Option<Module>, name, inputs| {
+            let inputs = kernels::Inputs { segments, ..inputs };
+            let params = kernels::Forward { inputs, out, final_state, checkpoints };
+            let (forward, shape) = shape::<T>(kernel, &inputs);
+            let module = module.unwrap_or(forward);
             // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`, and the workspace
-            // has an element for each that the summaries write and the kernel after them reads.
+            // has an element for each that the chunk states' kernel writes and the kernel after them reads.
             unsafe { scan.launch::<T, _>(&device, module, name, shape, params) }
         };
         match &workspace {
             Some(workspace) if kernel == scan.kernel => {
                 let inputs = scan.split_inputs(&device, workspace);
-                launch("scan_summary", inputs)?;
-                launch("scan_forward", inputs)?;
+                launch(Some(Module::SCAN_CHUNK_STATE), "scan_chunk_state", inputs)?;
+                launch(None, "scan_forward", inputs)?;
             }
-            _ => launch("scan_forward", scan.inputs)?,
+            _ => launch(None, "scan_forward", scan.inputs)?,
         }
     }
     Ok(())
@@ -70,19 +72,25 @@ pub fn forward_with<T: Element>(
 /// to share the cost of reading the parameters.
 const STEPS_PER_BLOCK: usize = 64;
 
-fn shape<T: Element>(kernel: Kernel, inputs: &params::ScanInputs) -> (Module, LaunchShape) {
+fn shape<T: Element>(kernel: Kernel, inputs: &kernels::Inputs) -> (Module, LaunchShape) {
+    use kernels::forward::{FOUR_CHANNELS, ONE_CHANNELS, THREADS};
     let (variant, channels, threads, module) = match kernel {
-        Kernel::Fast(PerLane::Quarter) => ("quarter", 8, 384, Module::SCAN_FORWARD_FEW),
-        Kernel::Fast(PerLane::Half) => ("half", 16, 384, Module::SCAN_FORWARD_FEW),
-        Kernel::Fast(PerLane::One) => ("one", 32, 128, Module::SCAN_FORWARD),
-        Kernel::Fast(PerLane::Four) => ("four", 128, 128, Module::SCAN_FORWARD),
-        Kernel::Turns => ("turns", 32, 128, Module::SCAN_FORWARD),
-        Kernel::General => ("general", 64, 256, Module::SCAN_FORWARD),
+        Kernel::Fast(PerLane::Quarter) => {
+            ("few_channels_one", few::ONE_CHANNELS, few::THREADS, Module::SCAN_FORWARD_FEW_CHANNELS)
+        }
+        Kernel::Fast(PerLane::Half) => {
+            ("few_channels_two", few::TWO_CHANNELS, few::THREADS, Module::SCAN_FORWARD_FEW_CHANNELS)
+        }
+        Kernel::Fast(PerLane::One) => ("one", ONE_CHANNELS, THREADS, Module::SCAN_FORWARD),
+        Kernel::Fast(PerLane::Four) => ("four", FOUR_CHANNELS, THREADS, Module::SCAN_FORWARD),
+        Kernel::Turns => ("many_states", ONE_CHANNELS, THREADS, Module::SCAN_FORWARD),
+        Kernel::General => {
+            ("general", forward_general::CHANNELS, forward_general::THREADS, Module::SCAN_FORWARD_GENERAL)
+        }
     };
     let per_block = (STEPS_PER_BLOCK / inputs.segments.len.max(1) as usize).max(1);
     let rows = (inputs.segments.count as usize).div_ceil(per_block).min(GRID_ROWS);
-    // A thread keeps four states of each turn.
-    let turns = |d_state: usize| d_state.div_ceil(TURN) * threads * size_of::<[f32; 4]>();
+    let turns = |d_state: usize| d_state.div_ceil(STATE_BLOCK) * threads * kernels::forward::STATE_BLOCK_SMEM;
     let shared = match kernel {
         Kernel::Turns | Kernel::General => [turns(inputs.d_state as usize), turns(MAX_D_STATE)],
         Kernel::Fast(per_lane) => [per_lane.shared_memory::<T>(); 2],

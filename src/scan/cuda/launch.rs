@@ -6,25 +6,23 @@ use cudarc::driver::CudaSlice;
 use super::Problem;
 use super::plan::{Pass, PerLane, Plan, Segments};
 use crate::arguments::Dims;
-use crate::cuda::{Arguments, Cuda, Device, Module, blocks, lies_whole, params, suffix};
-use crate::sequences::Sequences;
+use crate::cuda::params::{self, scan as kernels};
+use crate::cuda::{Arguments, Cuda, Device, Module, blocks, lies_whole, suffix};
+use crate::sequences::{CHECKPOINT_STEPS, Sequences};
 use crate::{DType, Discretization, Element, Projection, Result};
 
 /// Which of the kernels a problem takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kernel {
     Fast(PerLane),
-    /// The fast kernels for more than [`TURN`] states.
+    /// The fast kernels for more than [`STATE_BLOCK`](kernels::STATE_BLOCK) states.
     Turns,
     General,
 }
 
-/// As in the kernels: states that are worked on at a time, 4 in each of a channel's lanes. More of them take turns.
-pub(super) const TURN: usize = 16;
-
 /// What the launches of a pass have in common.
 pub(super) struct Scan {
-    pub inputs: params::ScanInputs,
+    pub inputs: kernels::Inputs,
     pub segments: Segments,
     /// What takes all segments but those that are carried in parts.
     pub kernel: Kernel,
@@ -32,15 +30,15 @@ pub(super) struct Scan {
 
 /// The inputs of a pass as kernels take them, but not yet divided.
 pub(super) struct Undivided {
-    pub inputs: params::ScanInputs,
+    pub inputs: kernels::Inputs,
     /// Whether the fast kernels take them.
     pub is_fast: bool,
     /// Whether any state is summed with compensation, which only the general forward kernel does.
     pub compensates: bool,
 }
 
-/// As `LONG_SEQUENCE` in the kernels.
-const LONG_SEQUENCE: usize = 16_384;
+// What forward keeps, backward and the processor's passes find at the same steps.
+const _: () = assert!(kernels::CHECKPOINT_STEPS == CHECKPOINT_STEPS);
 
 impl Undivided {
     pub fn new<'a, T: Element>(problem: &Problem<'a, T, Cuda>, arguments: &mut Arguments<'a>) -> Result<Self> {
@@ -50,12 +48,11 @@ impl Undivided {
             Sequences::Dense { len, .. } => len,
             Sequences::Packed(_) => problem.sequences.iter().map(|sequence| sequence.len).max().unwrap_or(0),
         };
-        let compensate = T::DTYPE == DType::F32 && longest > LONG_SEQUENCE;
+        let compensate = T::DTYPE == DType::F32 && longest > kernels::LONG_SEQUENCE as usize;
         let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
-        let flag = |set: bool, bit: u64| if set { bit } else { 0 };
         let varying = |projection: &Projection<T, Cuda>| matches!(projection, Projection::Varying(_));
         let mut undivided = Self {
-            inputs: params::ScanInputs {
+            inputs: kernels::Inputs {
                 u: arguments.activation("u", &inputs.u)?,
                 delta: arguments.activation("delta", &inputs.delta)?,
                 z: arguments.optional_activation("z", &inputs.z)?,
@@ -70,12 +67,14 @@ impl Undivided {
                 d_state: d_state as i64,
                 group_channels: group_channels as i64,
                 group_blocks: 0,
-                reached: 0,
-                sums: 0,
-                flags: flag(inputs.options.delta_softplus, 1)
-                    | flag(hold, 2)
-                    | flag(inputs.options.reverse, 4)
-                    | flag(compensate, 8),
+                chunk_states: 0,
+                delta_sums: 0,
+                flags: params::flags([
+                    (inputs.options.delta_softplus, kernels::FLAG_SOFTPLUS),
+                    (hold, kernels::FLAG_ZOH),
+                    (inputs.options.reverse, kernels::FLAG_REVERSE),
+                    (compensate, kernels::FLAG_COMPENSATE),
+                ]),
             },
             is_fast: d_state.is_multiple_of(4)
                 && group_channels.is_multiple_of(4)
@@ -111,7 +110,7 @@ impl Undivided {
         pass: Pass,
     ) -> Result<Scan> {
         let Dims { batch, len, d_inner, d_state, .. } = problem.dims;
-        let takes_turns = d_state > TURN;
+        let takes_turns = d_state > kernels::STATE_BLOCK;
         let segments = Segments::new(device, problem, plan, pass, self.is_fast && !takes_turns)?;
         let count = segments.params.count as usize;
         let kernel = match (self.is_fast, takes_turns, segments.split) {
@@ -122,7 +121,7 @@ impl Undivided {
                 Kernel::Fast(plan.per_lane(batch * len / count.max(1), count, d_inner, device.processors))
             }
         };
-        Ok(Scan { inputs: params::ScanInputs { segments: segments.params, ..self.inputs }, segments, kernel })
+        Ok(Scan { inputs: kernels::Inputs { segments: segments.params, ..self.inputs }, segments, kernel })
     }
 }
 
@@ -138,10 +137,10 @@ impl Scan {
     }
 
     /// The inputs with a workspace.
-    pub fn split_inputs(&self, device: &Device, workspace: &CudaSlice<f32>) -> params::ScanInputs {
-        let reached = device.address(workspace);
+    pub fn split_inputs(&self, device: &Device, workspace: &CudaSlice<f32>) -> kernels::Inputs {
+        let chunk_states = device.address(workspace);
         let states = self.segment_channels() * self.inputs.d_state as usize;
-        params::ScanInputs { reached, sums: reached + (states * size_of::<f32>()) as u64, ..self.inputs }
+        kernels::Inputs { chunk_states, delta_sums: chunk_states + (states * size_of::<f32>()) as u64, ..self.inputs }
     }
 
     /// The segments that are carried in parts, and the others, each with what takes them; without those of which there is
@@ -150,7 +149,11 @@ impl Scan {
         let all = self.segments.params;
         let (part, count) = self.segments.parts.unwrap_or((PerLane::One, 0));
         let others = params::Segments {
-            packed: if all.packed == 0 { 0 } else { all.packed + count as u64 * size_of::<[u64; 7]>() as u64 },
+            packed: if all.packed == 0 {
+                0
+            } else {
+                all.packed + count as u64 * size_of::<params::PackedSegment>() as u64
+            },
             count: all.count - count,
             ..all
         };
@@ -163,7 +166,7 @@ impl Scan {
     ///
     /// # Safety
     /// As [`Device::launch`].
-    pub unsafe fn launch<T: Element, P: Pod + AsMut<params::ScanInputs>>(
+    pub unsafe fn launch<T: Element, P: Pod + AsMut<kernels::Inputs>>(
         &self,
         device: &Device,
         module: Module,

@@ -3,6 +3,7 @@
 use cudarc::driver::CudaSlice;
 
 use crate::arguments::Dims;
+use crate::cuda::params::scan::forward_few_channels as few;
 use crate::cuda::{Device, params};
 use crate::sequences::{CHECKPOINT_STEPS, Sequence, Sequences};
 use crate::{Element, Memory, Result};
@@ -26,6 +27,7 @@ pub struct Plan {
 
 /// What a lane carries: 4 states each of this many channels, or a part of 4 states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum PerLane {
     /// One state: so few channels fill a device that sequences need not be split for it, and they are not, whatever
     /// [`Plan::segment_steps`] says. It takes 91 to 102 kB of shared memory; on a device whose blocks cannot have that,
@@ -40,11 +42,11 @@ pub enum PerLane {
 }
 
 impl PerLane {
-    /// Bytes of dynamic shared memory that a block has, as the kernels are written.
+    /// Bytes of dynamic shared memory that a block has.
     pub(super) fn shared_memory<T>(self) -> usize {
         match self {
-            Self::Quarter => 79_616 + 5632 * size_of::<T>(),
-            Self::Half => 88_064 + 7168 * size_of::<T>(),
+            Self::Quarter => few::ONE_SMEM + few::ONE_SMEM_PER_BYTE * size_of::<T>(),
+            Self::Half => few::TWO_SMEM + few::TWO_SMEM_PER_BYTE * size_of::<T>(),
             Self::One | Self::Four => 0,
         }
     }
@@ -97,7 +99,7 @@ impl Plan {
         // A step takes such a block the same time however few there are of them; split, it takes what the channels need, and
         // the whole some microseconds more. Measured, see benches/tuning.md.
         let len = len as f64;
-        match (fill(8), fill(16)) {
+        match (fill(few::ONE_CHANNELS), fill(few::TWO_CHANNELS)) {
             (quarter, _) if quarter <= 1.0 => (len * (1.0 - 0.87 * quarter) <= 400.0).then_some(PerLane::Quarter),
             (_, half) if half <= 1.0 => (len * (1.0 - 1.22 * half) <= 200.0).then_some(PerLane::Half),
             (_, half) if (1.8..=2.0).contains(&half) => (len >= 192.0).then_some(PerLane::Half),
@@ -198,15 +200,22 @@ impl Segments {
                     for rank in 0..count {
                         let first = rank * steps;
                         let steps = steps.min(sequence.len - first);
-                        let behind = count - 1 - rank;
                         let &Sequence { index, start, len, .. } = sequence;
-                        entries.extend([index, start, len, first, steps, rank, behind].map(|x| x as u64));
+                        entries.push(params::PackedSegment {
+                            sequence: index as i64,
+                            start: start as i64,
+                            len: len as i64,
+                            first: first as i64,
+                            steps: steps as i64,
+                            rank: rank as i64,
+                            segments_after: (count - 1 - rank) as i64,
+                        });
                     }
                 }
-                let table = device.upload("the segments of packed sequences", &entries)?;
+                let table = device.upload("the segments of packed sequences", bytemuck::cast_slice(&entries))?;
                 let params = params::Segments {
                     packed: device.address(&table),
-                    count: (entries.len() / 7) as i64,
+                    count: entries.len() as i64,
                     len: len as i64,
                     per_row: 1,
                     steps: 0,

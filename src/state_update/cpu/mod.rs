@@ -37,14 +37,22 @@ pub fn update<T: Element, St: Element>(inputs: &Inputs<T>, outputs: UpdateMut<T,
 
 /// [`update`] with the instruction set given (plain code if this processor does not have it).
 pub fn update_with<T: Element, St: Element>(isa: Isa, inputs: &Inputs<T>, outputs: UpdateMut<T, St>) -> Result<()> {
-    let problem = inputs.check()?;
+    update_checked(isa, &inputs.check()?, outputs)
+}
+
+/// [`update_with`] of inputs that have been checked.
+pub(crate) fn update_checked<T: Element, St: Element>(
+    isa: Isa,
+    problem: &Problem<T>,
+    outputs: UpdateMut<T, St>,
+) -> Result<()> {
     let slots = problem.check_outputs(&outputs)?;
     let Dims { batch, len, d_inner, d_state, .. } = problem.dims;
     if batch == 0 || len == 0 {
         return Ok(());
     }
     let pass = Pass {
-        problem: &problem,
+        problem,
         slots,
         state: Pool::new(outputs.state),
         out: Shared::new(outputs.out),

@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor, WithDType};
 use half::{bf16, f16};
 use rand::Rng;
-use selective_scan::candle::CausalConv;
+use selective_scan::candle::{CausalConv, ConvUpdate};
 use selective_scan::conv::{Inputs, Options, OutputGradients};
 use selective_scan::{Element, View};
 
@@ -91,4 +91,32 @@ fn in_every_type_agrees_with_the_reference() {
     agrees_with_the_reference::<f32>(&Device::Cpu, 128);
     agrees_with_the_reference::<f16>(&Device::Cpu, 32);
     agrees_with_the_reference::<bf16>(&Device::Cpu, 32);
+}
+
+/// Filters of shape `(d_inner, 1, width)`, as checkpoints have them, are those without the dimension of one, and so are their
+/// gradients.
+#[test]
+fn filters_as_checkpoints_have_them() {
+    let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).expect("a tensor");
+    let (x, weight) = (random(&[2, 5, 3]), track(random(&[3, 1, 4]), true));
+    let flat = weight.squeeze(1).expect("a dimension of one");
+    let (conv, flat_conv) = (CausalConv::new(&x, &weight), CausalConv::new(&x, &flat));
+    let (out, state) = conv.forward_with_state().expect("valid");
+    let (flat_out, flat_state) = flat_conv.forward_with_state().expect("valid");
+    assert_eq!((values(&out), values(&state)), (values(&flat_out), values(&flat_state)));
+    let gradient = |out: &Tensor| {
+        let store = out.sqr().and_then(|out| out.sum_all()?.backward()).expect("a loss");
+        store.get(&weight).expect("it is tracked").clone()
+    };
+    assert_eq!(gradient(&out).dims(), [3, 1, 4]);
+    assert_eq!(values(&gradient(&out)), values(&gradient(&flat_out)));
+
+    let (pool, flat_pool) = (random(&[2, 3, 3]), random(&[2, 3, 3]));
+    flat_pool.slice_set(&pool, 0, 0).expect("of one shape");
+    let updated = ConvUpdate::new(&x, &weight).update(&pool).expect("valid");
+    assert_eq!(values(&updated), values(&ConvUpdate::new(&x, &flat).update(&flat_pool).expect("valid")));
+    assert_eq!(values(&pool), values(&flat_pool));
+    // Of another size it is an error still.
+    let error = CausalConv::new(&x, &random(&[3, 2, 4])).forward().expect_err("no filters").to_string();
+    assert!(error.contains("`weight`: expected shape (d_inner, width), got [3, 2, 4]"), "{error}");
 }

@@ -1,12 +1,16 @@
 //! What does not fit gives an error that names the argument.
 
-use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{VarBuilder, VarMap};
+use candle_core::{DType, Device, Tensor};
 use selective_scan::Error;
 use selective_scan::candle::{CausalConv, ConvUpdate, Scan, StateUpdate, rollback};
-use selective_scan::nn::{Mamba, MambaConfig, MambaState};
 
-use super::values;
+#[cfg(feature = "nn")]
+use {
+    super::values,
+    candle_core::Var,
+    candle_nn::{VarBuilder, VarMap},
+    selective_scan::nn::{Mamba, MambaConfig, MambaState},
+};
 
 fn zeros(shape: &[usize], dtype: DType) -> Tensor {
     Tensor::zeros(shape, dtype, &Device::Cpu).expect("a tensor")
@@ -144,6 +148,7 @@ fn of_another_order() {
 }
 
 /// A cache that was made by hand is refused, by the name of what is wrong with it, before either of its pools is written.
+#[cfg(feature = "nn")]
 #[test]
 fn of_a_cache_made_by_hand() {
     use DType::{BF16, F32, F64, I64};
@@ -216,7 +221,10 @@ fn of_both_kinds() {
     // Through candle, which runs an operator in place.
     let error = StateUpdate::new(&x, &x, &a, &b, &b).update(&zeros(&[2, 4, 6], DType::F32)).expect_err("another size");
     assert_eq!(argument(&error), Some("state"));
-    let error = MambaState::new(&MambaConfig::new(3), 1, DType::I64, &Device::Cpu).expect_err("a type");
-    assert_eq!(argument(&error), Some("dtype"));
+    #[cfg(feature = "nn")]
+    {
+        let error = MambaState::new(&MambaConfig::new(3), 1, DType::I64, &Device::Cpu).expect_err("a type");
+        assert_eq!(argument(&error), Some("dtype"));
+    }
     assert_eq!(argument(&x.matmul(&a).and_then(|y| y.matmul(&a)).expect_err("candle's own")), None);
 }

@@ -1,0 +1,88 @@
+// What the kernels of the backward scan share.
+#pragma once
+#include "../common/async.cuh"
+#include "tile.cuh"
+
+namespace scan {
+
+// Whether this launch takes the last block of 16 states.
+__device__ __forceinline__ bool is_last_block(const Backward &params) {
+    return params.first_state + STATE_BLOCK >= params.inputs.d_state;
+}
+
+// Adds to what a quad's channels get of the sums over their states that of the turns before, and hands it on if there is a
+// turn to come. `at` is the quad's place in a dense activation, of which `count` channels exist.
+template <bool VECTOR>
+__device__ __forceinline__ void carry(const Backward &params, int64_t at, int count, float (&d_delta)[QUAD],
+                                      float (&d_input)[QUAD], float (&y)[QUAD]) {
+    float *const carried = params.partial_sums + 3 * at;
+    const auto sum = [&](int which, float (&sums)[QUAD]) {
+        float *const of_quad = carried + which * (VECTOR ? QUAD : count);
+        if (params.first_state > 0) {
+            const Pack<float, QUAD> before = load_vec<float, QUAD, VECTOR>(of_quad, 1, count);
+#pragma unroll
+            for (int c = 0; c < QUAD; c++) sums[c] += before[c];
+        }
+        if (!is_last_block(params)) store_narrowed<float, VECTOR>(of_quad, sums, count);
+    };
+    sum(0, d_delta);
+    sum(1, d_input);
+    if (params.inputs.z.data) sum(2, y);
+}
+
+// Has what `carry` will read for the quad of channels at `at` brought nearer.
+__device__ __forceinline__ void prefetch_carried(const Backward &params, int64_t at) {
+    if (params.first_state == 0) return;
+    const float *const carried = params.partial_sums + 3 * at;
+    prefetch(carried);
+    prefetch(carried + 2 * QUAD);
+}
+
+// Adds x y to a sum if it is `wanted`, without a branch. (Steps beyond the end of a sequence add zero times the state behind
+// it, which is NaN if that is infinite.)
+__device__ __forceinline__ void add_if(bool wanted, float &sum, float x, float y) {
+    asm("{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %3, 0;\n@wanted fma.rn.f32 %0, %1, %2, %0;\n}"
+        : "+f"(sum)
+        : "f"(x), "f"(y), "r"(static_cast<int>(wanted)));
+}
+
+// Has the next segment of the block's in shared memory, for all of its threads.
+template <typename Shared> __device__ __forceinline__ void take_segment(Shared &shared, const Segments &segments) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        shared.segment = segment_at(segments, shared.next);
+        shared.next.next(segments.per_row);
+    }
+    __syncthreads();
+}
+
+// The gradient of the state behind a segment: that of the final state, carried back through what the segments behind are
+// summed up by.
+template <bool ACCURATE, bool VECTOR>
+__device__ __forceinline__ void leave(const Backward &params, const Segment &segment, const Lane &lane,
+                                      const float (&a)[STATE_VEC], float (&g)[STATE_VEC]) {
+    const Inputs &p = params.inputs;
+    if (segment.ends_sequence() || p.chunk_states) lane.initial(g, params.d_final_state, segment.sequence);
+    if (!p.chunk_states || !lane.exists) return;
+    [[maybe_unused]] float lost[STATE_VEC] = {};
+    // The last first.
+    const int64_t last = segment.index + (p.segments.packed ? p.segments.packed[segment.index].segments_after
+                                                             : p.segments.per_row - 1 - segment.rank);
+#pragma unroll 4
+    for (int64_t after = last; after > segment.index; after--) {
+        const float sum = p.delta_sums[after * p.d_inner + lane.channel];
+        float reached[STATE_VEC];
+        lane.read_dense<VECTOR>(reached, p.chunk_states + lane.at(p, after));
+#pragma unroll
+        for (int n = 0; n < STATE_VEC; n++) {
+            const Decay<ACCURATE> decay(sum * a[n]);
+            if constexpr (ACCURATE) {
+                decay.advance(g[n], lost[n], reached[n]);
+            } else {
+                g[n] = decay.advance(g[n], reached[n]);
+            }
+        }
+    }
+}
+
+}

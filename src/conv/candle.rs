@@ -1,0 +1,262 @@
+//! The causal convolution and its update in place on candle's tensors.
+
+use candle_core::{Result, Tensor};
+
+use super::update::{POOL_NAMES, UpdateProblem};
+use super::{
+    CausalConv, ConvUpdate, GradientsMut, Inputs, Options, OutputGradients, OutputMut, Problem, Tensors, UpdateInputs,
+    UpdateMut, cpu,
+};
+use crate::ViewMut;
+use crate::candle::device::{Backend, Cpu, Value, for_dtype, on_device};
+use crate::candle::graph::{self, Backward, Computed};
+use crate::candle::in_place::{InPlace, RunsOn, Updated, in_place, updated};
+use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, Owned, Reader, Store, both};
+use crate::simd::Isa;
+
+const NAME: &str = "causal-conv";
+const ACTIVATION: &str = "(batch, length, d_inner)";
+const STATE: &str = "(sequences, width - 1, d_inner)";
+
+/// A device that runs convolutions.
+pub(crate) trait ConvBackend: Backend {
+    fn forward<T: Value>(
+        &self,
+        problem: &Problem<T, Self::Memory>,
+        outputs: OutputMut<T, Self::Memory>,
+    ) -> crate::Result<()>;
+
+    fn backward<T: Value>(
+        &self,
+        problem: &Problem<T, Self::Memory>,
+        d_outputs: OutputGradients<T, Self::Memory>,
+        gradients: GradientsMut<T, Self::Memory>,
+    ) -> crate::Result<()>;
+
+    fn update<T: Value, St: Value>(
+        &self,
+        problem: &UpdateProblem<T, Self::Memory>,
+        outputs: UpdateMut<T, St, Self::Memory>,
+    ) -> crate::Result<()>;
+}
+
+impl ConvBackend for Cpu {
+    fn forward<T: Value>(&self, problem: &Problem<T>, outputs: OutputMut<T>) -> crate::Result<()> {
+        cpu::forward_checked(Isa::best(), problem, outputs)
+    }
+
+    fn backward<T: Value>(
+        &self,
+        problem: &Problem<T>,
+        d_outputs: OutputGradients<T>,
+        gradients: GradientsMut<T>,
+    ) -> crate::Result<()> {
+        cpu::backward_checked(Isa::best(), problem, d_outputs, gradients)
+    }
+
+    fn update<T: Value, St: Value>(&self, problem: &UpdateProblem<T>, outputs: UpdateMut<T, St>) -> crate::Result<()> {
+        cpu::update_checked(Isa::best(), problem, outputs)
+    }
+}
+
+#[cfg(feature = "candle-cuda")]
+impl ConvBackend for crate::candle::cuda::Gpu {
+    fn forward<T: Value>(
+        &self,
+        problem: &Problem<T, Self::Memory>,
+        outputs: OutputMut<T, Self::Memory>,
+    ) -> crate::Result<()> {
+        super::cuda::forward(&self.stream, &problem.inputs, outputs)
+    }
+
+    fn backward<T: Value>(
+        &self,
+        problem: &Problem<T, Self::Memory>,
+        d_outputs: OutputGradients<T, Self::Memory>,
+        gradients: GradientsMut<T, Self::Memory>,
+    ) -> crate::Result<()> {
+        super::cuda::backward(&self.stream, &problem.inputs, d_outputs, gradients)
+    }
+
+    fn update<T: Value, St: Value>(
+        &self,
+        problem: &UpdateProblem<T, Self::Memory>,
+        outputs: UpdateMut<T, St, Self::Memory>,
+    ) -> crate::Result<()> {
+        super::cuda::update(&self.stream, &problem.inputs, outputs)
+    }
+}
+
+/// Filters of shape `(d_inner, 1, width)`, as checkpoints have them, as `(d_inner, width)`; none if they have another.
+fn without_middle(weight: &Tensor) -> Result<Option<Tensor>> {
+    match weight.dims() {
+        [_, 1, _] => weight.squeeze(1).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// The filters may also be of shape `(d_inner, 1, width)`, as checkpoints have them.
+impl CausalConv<'_> {
+    /// Runs the convolution: `(batch, length, d_inner)` of `T`.
+    ///
+    /// # Errors
+    /// An argument that does not fit, which the message names. What the device refuses.
+    pub fn forward(&self) -> Result<Tensor> {
+        Ok(self.run(false)?.0)
+    }
+
+    /// Runs the convolution and also gives the last inputs, oldest first, `(sequences, width - 1, d_inner)` of `f32`.
+    ///
+    /// # Errors
+    /// As [`CausalConv::forward`].
+    pub fn forward_with_state(&self) -> Result<(Tensor, Tensor)> {
+        self.run(true).map(both)
+    }
+
+    fn run(&self, with_state: bool) -> Result<(Tensor, Option<Tensor>)> {
+        if let Some(weight) = without_middle(self.weight)? {
+            return CausalConv { weight: &weight, ..*self }.run(with_state);
+        }
+        let mut arguments = Arguments::default();
+        let Ok(_) = self.tensors().map(&mut arguments);
+        let tensors = arguments.tensors();
+        let (out, final_state) = {
+            let locked = arguments.lock()?;
+            on_device!("x", self.x, |backend| for_dtype!("x", self.x.dtype(), |T| {
+                self.compute::<_, T>(backend, locked.reader(), with_state)
+            }))
+        }?;
+        if !graph::is_tracked(&tensors) {
+            return Ok((out.untracked(), final_state.map(Computed::untracked)));
+        }
+        let Ok(kept) = self.tensors().map(&mut Keep);
+        let cu_seqlens = self.cu_seqlens.map(<[usize]>::to_vec);
+        let kept = Kept { tensors: kept, cu_seqlens, options: self.options };
+        graph::attach(NAME, &tensors, out, final_state, kept)
+    }
+
+    fn compute<B: ConvBackend, T: Value>(
+        &self,
+        backend: &B,
+        reader: Reader,
+        with_state: bool,
+    ) -> Result<(Computed, Option<Computed>)> {
+        let views = self.tensors().map(&mut reader.views::<B, T>())?;
+        let problem = Inputs::of(views, self.cu_seqlens, self.options).check()?;
+        let (activation, state) = (problem.inputs.x.shape, problem.state_shape());
+        let mut out = backend.allocate::<T>("x", &activation)?;
+        let mut final_state = with_state.then(|| backend.allocate::<f32>("initial_state", &state)).transpose()?;
+        let outputs = OutputMut { out: B::borrow(&mut out), final_state: final_state.as_mut().map(B::borrow) };
+        backend.forward(&problem, outputs)?;
+        let out = Computed::new(backend.store(out), activation);
+        Ok((out, final_state.map(|data| Computed::new(backend.store(data), state))))
+    }
+}
+
+/// What a backward pass needs: the inputs.
+struct Kept {
+    tensors: Tensors<CandleTensors>,
+    cu_seqlens: Option<Vec<usize>>,
+    options: Options,
+}
+
+impl Backward for Kept {
+    fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Tensor>> {
+        let mut arguments = Arguments::default();
+        let Ok(_) = self.tensors.by_ref().map(&mut arguments);
+        arguments.add("d_out", d_out);
+        if let Some(tensor) = d_final_state {
+            arguments.add("d_final_state", tensor);
+        }
+        let locked = arguments.lock()?;
+        let x = &self.tensors.x;
+        on_device!("x", x, |backend| for_dtype!("x", x.dtype(), |T| {
+            self.gradients::<_, T>(backend, locked.reader(), d_out, d_final_state)
+        }))
+    }
+}
+
+impl Kept {
+    /// The gradients in the order of the tensors.
+    fn gradients<B: ConvBackend, T: Value>(
+        &self,
+        backend: &B,
+        reader: Reader,
+        d_out: &Tensor,
+        d_final_state: Option<&Tensor>,
+    ) -> Result<Vec<Tensor>> {
+        let views = self.tensors.by_ref().map(&mut reader.views::<B, T>())?;
+        let problem = Inputs::of(views, self.cu_seqlens.as_deref(), self.options).check()?;
+        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE, tensor);
+        let d_outputs = OutputGradients {
+            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION, d_out)?,
+            d_final_state: d_final_state.map(final_state).transpose()?,
+        };
+        let mut gradients: Tensors<Owned<B, T>> = self.tensors.by_ref().map(&mut Allocate(backend))?;
+        let Ok(buffers) = gradients.by_mut().map(&mut Lend);
+        backend.backward(&problem, d_outputs, buffers)?;
+        let mut stored = Store::new(backend);
+        let Ok(_) = gradients.zip(self.tensors.by_ref())?.map(&mut stored);
+        Ok(stored.tensors)
+    }
+}
+
+/// The filters may also be of shape `(d_inner, 1, width)`, as checkpoints have them.
+impl ConvUpdate<'_> {
+    /// Brings the pool `state`, `(slots, width - 1, d_inner)` of `f32`, `f16` or `bf16`, up to date and gives the output,
+    /// `(batch, tokens, d_inner)` of `T`.
+    ///
+    /// # Errors
+    /// An argument that does not fit, which the message names; then nothing is written. `state` must not share its
+    /// storage with another argument, nor be a variable or part of candle's graph: see
+    /// [the module](crate::candle#updates-in-place). What the device refuses.
+    pub fn update(&self, state: &Tensor) -> Result<Tensor> {
+        Ok(self.run(state, false)?.0)
+    }
+
+    /// [`update`](Self::update) that also gives the state after each token, `(batch, tokens, width - 1, d_inner)` of the
+    /// type of `state`, for [`rollback`](crate::candle::rollback).
+    ///
+    /// # Errors
+    /// As [`update`](Self::update).
+    pub fn update_with_token_states(&self, state: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.run(state, true).map(both)
+    }
+
+    fn run(&self, state: &Tensor, with_token_states: bool) -> Result<Updated> {
+        if let Some(weight) = without_middle(self.weight)? {
+            return ConvUpdate { weight: &weight, ..*self }.run(state, with_token_states);
+        }
+        in_place(self, state, with_token_states)
+    }
+}
+
+impl InPlace for ConvUpdate<'_> {
+    const NAME: &'static str = "causal-conv-update";
+    const STATE: &'static str = POOL_NAMES[0];
+
+    fn arguments(&self) -> Arguments<'_> {
+        let mut arguments = Arguments::default();
+        let Ok(_) = self.tensors().map(&mut arguments);
+        arguments
+    }
+}
+
+impl<B: ConvBackend> RunsOn<B> for ConvUpdate<'_> {
+    fn run<St: Value>(
+        &self,
+        backend: &B,
+        reader: Reader,
+        state: ViewMut<St, 3, B::Memory>,
+        with_token_states: bool,
+    ) -> Result<Updated> {
+        for_dtype!("x", self.x.dtype(), |T| {
+            let views = self.tensors().map(&mut reader.views::<B, T>())?;
+            let problem = UpdateInputs::of(views, self.slots, self.silu).check()?;
+            let shapes = (problem.inputs.x.shape, problem.token_state_shape());
+            updated::<B, T, St>(backend, "x", shapes, state, with_token_states, |outputs| {
+                backend.update(&problem, outputs)
+            })
+        })
+    }
+}
