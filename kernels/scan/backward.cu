@@ -1,41 +1,75 @@
-// The selective scan, backward, in the form that Mamba uses: B and C that vary, channels and states side by side.
-// backward_general.cu takes the rest. More than 16 states are a launch for each 16, and what they sum up is carried in
-// memory.
+// The selective scan, backward, in the form that Mamba uses: B and C that vary, channels and states contiguous.
+// backward_general.cu takes the rest. More than 16 states are a launch for each block of 16, and what they sum up is handed on
+// in memory.
 //
-// Each warp carries 16 neighbouring channels by itself, through one part of 64 steps after another, the last first: from
-// the state that forward kept before the part it finds those before each tile of 8 steps, and then goes back tile by tile.
-// The block's warps meet only to stage B and C of a part and to sum up their gradients of them.
+// Each warp carries 16 neighbouring channels by itself, through one chunk of 64 steps after another, the last first:
+//
+//   stage      Δ, Δu, B and C of the chunk are left in shared memory; the state before it is one that forward kept
+//   states     forward through the chunk, keeping the states before each tile of 8 steps
+//   tile       for each tile, the last first:
+//     forward  through the tile, keeping decays and states in registers
+//     back     the recurrence of the gradient, which leaves each channel's sums over states in shared memory, and the sums
+//              over channels (∂B, ∂C) on the tensor cores
+//     finish   the sums of a channel become ∂u, ∂Δ and ∂z, while the next tile's forward goes on
+//   write      the block's warps sum up ∂B and ∂C
+//
+// The warps meet only to stage B and C of a chunk and to sum up their gradients of them.
+#include "../common/lane_map.cuh"
 #include "backward.cuh"
 #include "channel_sums.cuh"
 
 namespace scan::backward {
 
-constexpr int OWN = CHANNELS_PER_LANE, WIDTH = WARP_CHANNELS, PAIRS = WIDTH / OWN, TILES = CHECKPOINT_STEPS / TILE;
-static_assert(TILE * WIDTH == 32 * QUAD, "a lane stages and finishes one quad of a tile");
+// Pairs of channels, of which each lane has one; tiles of a chunk.
+constexpr int PAIRS = WARP_CHANNELS / CHANNELS_PER_LANE, TILES = CHECKPOINT_STEPS / TILE;
+// Of a lane's channels.
+using LaneStates = float[CHANNELS_PER_LANE][STATE_VEC];
+// Vectors of 4 in a step of B and C.
+constexpr int PROJECTION_VECS = 2 * STATE_LANES;
+
+// What a lane of a warp works on:
+//
+//   lane                        0  1  2  3  4  5  6  7  8 … 15  16 … 23  24 … 31
+//   carries    pair of channels 0  1  2  3  4  5  6  7  0 … 7   0 … 7    0 … 7
+//              states           0-3                     4-7     8-11     12-15
+//   stages and finishes, in a tile
+//              step             0  0  0  0  1  1  1  1  2 … 3   4 … 5    6 … 7
+//              quad of channels 0  1  2  3  0  1  2  3  0 … 3   0 … 3    0 … 3
+struct LaneMap {
+    int row, column, state_group, pair;
+
+    __host__ __device__ constexpr explicit LaneMap(int lane)
+        : row(lane / (WARP_CHANNELS / QUAD)), column(lane % (WARP_CHANNELS / QUAD) * QUAD), state_group(lane / PAIRS),
+          pair(lane % PAIRS) {}
+};
+static_assert(is_bijection<32>([](int lane) { return LaneMap(lane).state_group * PAIRS + LaneMap(lane).pair; }));
+static_assert(is_bijection<32>([](int lane) { return (LaneMap(lane).row * WARP_CHANNELS + LaneMap(lane).column) / QUAD; }));
 
 // What a warp keeps of its channels.
-template <typename T> struct OfWarp {
+template <typename T> struct WarpShared {
     // The Δ of each pair of channels, and then their Δu. A tile that is done with leaves the sums of ∂B and ∂C over the warp's
-    // channels in its place, (TILE, 2, STATE_BLOCK): the fours of each step in an order of its own, so that lanes of different steps
-    // do not meet in a bank.
+    // channels in its place, (TILE, 2, STATE_BLOCK): the vectors of each step in an order of its own, so that lanes of
+    // different steps do not meet in a bank.
     float4 steps[CHECKPOINT_STEPS][PAIRS];
-    // The states before each tile. The gradient behind the tile that is worked on is in the place after the tile's own.
-    float4 states[TILES + 1][OWN][32];
+    // The states before each tile. The gradient after the tile that is worked on is in the place after the tile's own.
+    float4 states[TILES + 1][CHANNELS_PER_LANE][32];
     // What each lane adds to ∂/∂Δ and ∂/∂(Δu) of its one channel and then of the other in each step, and to y. (Neighbouring
     // steps are shifted against each other, so that lanes that read them do not meet in a bank.)
     float4 gradients[TILE][STATE_LANES * PAIRS + 1];
-    alignas(16) float y[TILE][STATE_LANES * WIDTH];
+    alignas(16) float y[TILE][STATE_LANES * WARP_CHANNELS];
     // Of the tile that is worked on: ∂/∂y, and each lane's quads of u and of ∂out ∂silu(z)/∂z, which makes ∂/∂z of y + Du.
-    alignas(16) float d_y[TILE][WIDTH];
+    alignas(16) float d_y[TILE][WARP_CHANNELS];
     float4 to_d_z[32];
     Pack<T, QUAD> u[32];
 
-    // Where the Δ of a quad's channel is among its steps; the Δu is OWN behind.
-    static __device__ __forceinline__ constexpr int place_in_pairs(int c) { return c / OWN * 2 * OWN + c % OWN; }
-    static __device__ __forceinline__ int place_of_y(int t, int at) { return at ^ t % 2 * WIDTH; }
+    // Where the Δ of a quad's channel is among its steps; the Δu is CHANNELS_PER_LANE after it.
+    static __device__ __forceinline__ constexpr int index_in_pairs(int c) {
+        return c / CHANNELS_PER_LANE * 2 * CHANNELS_PER_LANE + c % CHANNELS_PER_LANE;
+    }
+    static __device__ __forceinline__ int index_of_y(int t, int at) { return at ^ t % 2 * WARP_CHANNELS; }
 };
 
-// Where a part's first step lies in a tensor, for the first channel of the block, and the distance of its steps.
+// Where a chunk's first step lies in a tensor, for the first channel of the block, and the distance of its steps.
 template <typename T> struct Place {
     const T *at;
     int64_t step;
@@ -49,48 +83,195 @@ template <typename T> struct Shared {
     int64_t gradients, lines;
     alignas(16) float projections[CHECKPOINT_STEPS][2][STATE_BLOCK];
     alignas(16) float biases[CHANNELS], skips[CHANNELS];
-    OfWarp<T> warps[WARPS];
+    WarpShared<T> warps[WARPS];
 };
 static_assert(sizeof(Shared<float>) == SMEM + 4 * SMEM_PER_BYTE && sizeof(Shared<__half>) == SMEM + 2 * SMEM_PER_BYTE);
 
-// With `TURNS` there are more than 16 states, of which a launch takes 16.
-template <typename T, bool TURNS> __device__ __forceinline__ void run(const Backward &params) {
+// The recurrence of a lane's channels through the steps of a chunk in shared memory, forward.
+template <typename T> struct Recurrence {
+    const Shared<T> &shared;
+    const WarpShared<T> &mine;
+    const int &state_group, &pair;
+    // log2(e) A
+    const LaneStates &a;
+
+    __device__ __forceinline__ void decays_at(int t, LaneStates &decays) const {
+        float step[CHANNELS_PER_LANE];
+        read_shared(step, &mine.steps[t][pair].x);
+#pragma unroll
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+#pragma unroll
+            for (int n = 0; n < STATE_VEC; n++) decays[c][n] = exp2_fast(step[c] * a[c][n]);
+        }
+    }
+
+    // One step, whose decays are known.
+    __device__ __forceinline__ void advance(int t, const LaneStates &decays, LaneStates &to, const LaneStates &from) const {
+        float in[CHANNELS_PER_LANE], b[STATE_VEC];
+        read_shared(in, &mine.steps[t][pair].z);
+        read_shared(b, &shared.projections[t][0][state_group * STATE_VEC]);
+#pragma unroll
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+#pragma unroll
+            for (int n = 0; n < STATE_VEC; n++) to[c][n] = fmaf(in[c], b[n], decays[c][n] * from[c][n]);
+        }
+    }
+
+    // A tile from step `t0` on, keeping the decays, of which there are `known` already, and the states after each step.
+    __device__ __forceinline__ void go_through(int t0, int known, LaneStates (&decays)[TILE], LaneStates (&h)[TILE + 1]) const {
+#pragma unroll
+        for (int t = known; t < TILE; t++) decays_at(t0 + t, decays[t]);
+#pragma unroll
+        for (int t = 0; t < TILE; t++) advance(t0 + t, decays[t], h[t + 1], h[t]);
+    }
+};
+
+// For a tile in which a product of zero and infinity has spread over the columns of the sums over channels: sums each step
+// alone, in the same way so that the others keep their bits, from the states and gradients at both ends of the tile.
+template <typename T>
+__device__ __forceinline__ void sum_again(const Recurrence<T> &recurrence, const Shared<T> &shared, const WarpShared<T> &mine,
+                                          const int &lane, const int &state_group, const int &pair, const LaneStates &a, const int &tile,
+                                          ChannelSums<T> &sums) {
+    constexpr bool ACCURATE = sizeof(T) == 4;
+    const int t0 = tile * TILE;
+    LaneStates again;
+#pragma unroll
+    for (int c = 0; c < CHANNELS_PER_LANE; c++) read_shared(again[c], &mine.states[tile + 1][c][lane].x);
+#pragma unroll 1
+    for (int t = TILE - 1; t >= 0; t--) {
+        LaneStates state, decay;
+        float in[2 * CHANNELS_PER_LANE], d_y[CHANNELS_PER_LANE], c_[STATE_VEC], terms[2][4];
+#pragma unroll
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) read_shared(state[c], &mine.states[tile][c][lane].x);
+#pragma unroll 1
+        for (int s = 0; s <= t; s++) {
+            recurrence.decays_at(t0 + s, decay);
+            recurrence.advance(t0 + s, decay, state, state);
+        }
+        read_shared(in, &mine.steps[t0 + t][pair].x);
+        read_shared(d_y, &mine.d_y[t][pair * CHANNELS_PER_LANE]);
+        read_shared(c_, &shared.projections[t0 + t][1][state_group * STATE_VEC]);
+#pragma unroll
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+#pragma unroll
+            for (int n = 0; n < STATE_VEC; n++) {
+                const float gradient = fmaf(c_[n], d_y[c], again[c][n]);
+                float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
+                d_b = c ? fmaf(gradient, in[CHANNELS_PER_LANE + c], d_b) : gradient * in[CHANNELS_PER_LANE + c];
+                d_c = c ? fmaf(d_y[c], state[c][n], d_c) : d_y[c] * state[c][n];
+                again[c][n] = Decay<ACCURATE>(in[c] * a[c][n], decay[c][n]).of(gradient);
+            }
+        }
+        sums.replace(lane, t, terms);
+    }
+}
+
+// Writes the block's sums of ∂B and ∂C over a chunk, the warps in order. (Where they go is read first: the first thread may be
+// at the next chunk before the others have left this one.)
+template <typename T>
+__device__ __forceinline__ void write_projections(const Backward &params, const Shared<T> &shared, int sign, int remaining,
+                                                  int states) {
+    const Inputs &p = params.inputs;
+    float *const to = params.projections + shared.lines;
+    __syncthreads();
+    if (params.projections) {
+        const int64_t all = p.group_blocks * params.steps * params.groups * p.d_state;
+        const int64_t line = sign * params.groups * p.d_state;
+        const int thread = reload_tid(), first = thread % STATE_LANES * STATE_VEC, which = thread / STATE_LANES % 2;
+#pragma unroll
+        for (int k = 0; k < CHECKPOINT_STEPS * PROJECTION_VECS / THREADS; k++) {
+            const int t = thread / PROJECTION_VECS + k * (THREADS / PROJECTION_VECS);
+            if (t >= remaining || first >= states) break;
+            float sum[STATE_VEC];
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                float one[STATE_VEC];
+                const int place = (thread ^ thread / PROJECTION_VECS % 4) + k * THREADS;
+                read_shared(one, &shared.warps[w].steps[0][0].x + STATE_VEC * place);
+#pragma unroll
+                for (int n = 0; n < STATE_VEC; n++) sum[n] = w ? sum[n] + one[n] : one[n];
+            }
+            store_narrowed<float, true>(to + which * all + t * line + first, sum, STATE_VEC);
+        }
+    }
+}
+
+// Writes a parameter's gradients of a quad of channels from `d` on: the sums over the lanes that have the quad, of which one
+// `writes` them.
+__device__ __forceinline__ void write_sums(const Backward &params, int64_t d, bool exists, int row, float (&partial)[QUAD], float *to) {
+#pragma unroll
+    for (int c = 0; c < QUAD; c++) {
+#pragma unroll
+        for (int distance = WARP_CHANNELS / QUAD; distance < 32; distance *= 2) {
+            partial[c] += __shfl_xor_sync(~0u, partial[c], distance);
+        }
+    }
+    if (to) store_narrowed<float, true>(to + blockIdx.y * params.inputs.d_inner + d, partial, exists && row == 0 ? QUAD : 0);
+}
+
+// What each channel of a quad gets of the sums over its states in step `row` of a tile.
+template <typename T>
+__device__ __forceinline__ void sum_states(const WarpShared<T> &mine, const LaneMap &map, bool gated, float (&d_delta)[QUAD],
+                                           float (&d_input)[QUAD], float (&y)[QUAD]) {
+    const int row = map.row, column = map.column;
+#pragma unroll
+    for (int s = 0; s < STATE_LANES; s += 2) {
+        float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
+        read_shared(one, &mine.gradients[row][s * PAIRS + column / CHANNELS_PER_LANE].x);
+        read_shared(two, &mine.gradients[row][(s + 1) * PAIRS + column / CHANNELS_PER_LANE].x);
+        if (gated) {
+            read_shared(one_y, &mine.y[row][mine.index_of_y(row, s * WARP_CHANNELS + column)]);
+            read_shared(two_y, &mine.y[row][mine.index_of_y(row, (s + 1) * WARP_CHANNELS + column)]);
+        }
+#pragma unroll
+        for (int c = 0; c < QUAD; c++) {
+            const float of_delta = one[2 * c] + two[2 * c], of_input = one[2 * c + 1] + two[2 * c + 1];
+            const float of_y = one_y[c] + two_y[c];
+            d_delta[c] = s ? d_delta[c] + of_delta : of_delta;
+            d_input[c] = s ? d_input[c] + of_input : of_input;
+            y[c] = s ? y[c] + of_y : of_y;
+        }
+    }
+}
+
+// With `MANY_STATES` exists are more than 16 states, of which a launch takes 16.
+template <typename T, bool MANY_STATES> __device__ __forceinline__ void run(const Backward &params) {
     constexpr bool ACCURATE = sizeof(T) == 4;
     extern __shared__ float4 memory[];
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(memory);
-    const int warp = threadIdx.x / 32, lane_index = threadIdx.x % 32;
-    OfWarp<T> &mine = shared.warps[warp];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    WarpShared<T> &mine = shared.warps[warp];
 
     const Inputs &p = params.inputs;
     const bool reverse = p.flags & FLAG_REVERSE, plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
     const Block block(p, blockIdx.x, CHANNELS);
     for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
-        const bool exists = c < block.width;
-        shared.biases[c] = exists ? element_or(p.delta_bias, block.first + c, 0.0f) : 0.0f;
-        shared.skips[c] = exists ? element_or(p.d, block.first + c, 0.0f) : 0.0f;
+        const bool is_there = c < block.width;
+        shared.biases[c] = is_there ? element_or(p.delta_bias, block.first + c, 0.0f) : 0.0f;
+        shared.skips[c] = is_there ? element_or(p.d, block.first + c, 0.0f) : 0.0f;
     }
 
     // As a member of a quad: 8 steps of four quads at a time.
-    const int row = lane_index / (WIDTH / QUAD), column = lane_index % (WIDTH / QUAD) * QUAD;
-    const bool there = warp * WIDTH + column < block.width;
-    const int64_t d0 = block.first + warp * WIDTH + column;
+    const LaneMap map(lane);
+    const int row = map.row, column = map.column, state_group = map.state_group, pair = map.pair;
+    const bool exists = warp * WARP_CHANNELS + column < block.width;
+    const int64_t d0 = block.first + warp * WARP_CHANNELS + column;
     float d_skip[QUAD] = {}, d_bias[QUAD] = {};
 
     // As a lane of two channels: lanes that differ in the lowest two bits meet in a sum of the tensor cores, those that
     // differ in the third in neighbouring columns of it.
-    const int sub = lane_index / PAIRS, pair = lane_index % PAIRS;
     // Where the lane leaves its sums of ∂B and ∂C among those of a tile.
-    const int sums_t = lane_index % 2 * 2 + lane_index / 4 % 2;
-    int place_of_sums = sums_t * 2 * STATE_BLOCK + ((lane_index / 2 % 2 * STATE_LANES + sub) ^ sums_t) * STATE_VEC;
+    const int sums_t = sum_step(lane);
+    int place_of_sums = sums_t * 2 * STATE_BLOCK + ((sum_of_c(lane) * STATE_LANES + state_group) ^ sums_t) * STATE_VEC;
     opaque(place_of_sums);
-    // Of the states the first whose turn it is, and how many there are from there on.
-    const int first_state = TURNS ? static_cast<int>(params.first_state) : 0;
+    // Of the states the first whose turn it is, and how many exists are from exists on.
+    const int first_state = MANY_STATES ? static_cast<int>(params.first_state) : 0;
     const int states = static_cast<int>(p.d_state) - first_state;
     const auto lane_of = [&](int c) {
-        const int thread = reload_tid(), channel = thread / 32 * WIDTH + thread % PAIRS * OWN + c;
+        const int thread = reload_tid(), channel = thread / 32 * WARP_CHANNELS + thread % PAIRS * CHANNELS_PER_LANE + c;
         return Lane(p, block.first + channel, channel < block.width, first_state + thread % 32 / PAIRS * STATE_VEC);
     };
-    float a[OWN][STATE_VEC], d_a[OWN][STATE_VEC] = {};
+    LaneStates a, d_a = {};
     read_rates<true>(a, lane_of, p.a);
 
     if (threadIdx.x == 0) shared.next = SegmentIndex(p.segments.per_row);
@@ -99,16 +280,16 @@ template <typename T, bool TURNS> __device__ __forceinline__ void run(const Back
         const Segment &segment = shared.segment;
 
         // The gradient of the state behind the segment.
-        float g[OWN][STATE_VEC] = {};
+        LaneStates g = {};
 #pragma unroll
-        for (int c = 0; c < OWN; c++) leave<ACCURATE, true>(params, segment, lane_of(c), a[c], g[c]);
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) incoming_grad<ACCURATE, true>(params, segment, lane_of(c), a[c], g[c]);
 
-        for (int part = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); part >= 0; part--) {
-            const int left =
-                static_cast<int>(min(segment.steps - int64_t(part) * CHECKPOINT_STEPS, int64_t(CHECKPOINT_STEPS)));
-            const int tiles = (left + TILE - 1) / TILE;
-            if (left <= 0) break; // an empty sequence
-            const int64_t i0 = segment.first + int64_t(part) * CHECKPOINT_STEPS, i = segment.step(i0, reverse);
+        for (int chunk = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); chunk >= 0; chunk--) {
+            const int remaining =
+                static_cast<int>(min(segment.steps - int64_t(chunk) * CHECKPOINT_STEPS, int64_t(CHECKPOINT_STEPS)));
+            const int tiles = (remaining + TILE - 1) / TILE;
+            if (remaining <= 0) break; // an empty sequence
+            const int64_t i0 = segment.first + int64_t(chunk) * CHECKPOINT_STEPS, i = segment.step(i0, reverse);
             const int64_t flat = segment.row * p.segments.len;
             const int sign = reverse ? -1 : 1;
             if (threadIdx.x == 0) {
@@ -126,7 +307,7 @@ template <typename T, bool TURNS> __device__ __forceinline__ void run(const Back
             }
             __syncthreads();
             // The lane's quad of a step in an activation.
-            const int within = warp * WIDTH + column;
+            const int within = warp * WARP_CHANNELS + column;
             const auto quad_at = [&](const Place<T> &place, int t) {
                 return place.at + (t * static_cast<int>(place.step) + within);
             };
@@ -137,9 +318,9 @@ template <typename T, bool TURNS> __device__ __forceinline__ void run(const Back
             int64_t at = shared.gradients + (last_t * (sign * static_cast<int>(p.d_inner)) + within);
             const int back = reverse ? TILE : -TILE;
             Pack<T, QUAD> next_u, next_z, next_d_out;
-            // Has what the lane finishes next in flight; `t` is the step, for which there may be nothing to finish.
+            // Has what the lane finishes next in flight; `t` is the step, for which exists may be nothing to finish.
             const auto load_next = [&](int t) {
-                const int count = there && t >= 0 && t < left ? QUAD : 0;
+                const int count = exists && t >= 0 && t < remaining ? QUAD : 0;
                 next_u = load_vec<T, QUAD, true>(from_u, 1, count);
                 next_z = load_vec<T, QUAD, true>(from_z, 1, gated ? count : 0);
                 next_d_out = load_vec<T, QUAD, true>(from_d_out, 1, count);
@@ -147,66 +328,65 @@ template <typename T, bool TURNS> __device__ __forceinline__ void run(const Back
                 from_z += int64_t(back) * static_cast<int>(p.z.step);
                 from_d_out += int64_t(back) * static_cast<int>(params.d_out.step);
             };
-            // What the tiles before will be loaded from, and what the part before will stage.
+            // What the tiles before will be loaded from, and what the chunk before will stage.
 #pragma unroll
             for (int k = 0; k < CHECKPOINT_STEPS / 32; k++) {
-                const int t = lane_index + k * 32, first = warp * WIDTH;
+                const int t = lane + k * 32, first = warp * WARP_CHANNELS;
                 const auto prefetch_step = [&](const Place<T> &place, int t) {
                     prefetch(place.at + (t * static_cast<int>(place.step) + first));
                 };
-                if (t < left && first < block.width) {
+                if (t < remaining && first < block.width) {
                     if (gated) prefetch_step(shared.z, t);
                     prefetch_step(shared.d_out, t);
                 }
-                if (part > 0 && first < block.width) {
+                if (chunk > 0 && first < block.width) {
                     prefetch_step(shared.u, t - CHECKPOINT_STEPS);
                     prefetch_step(shared.delta, t - CHECKPOINT_STEPS);
                 }
             }
 
-            // The state before the part.
-            float h[TILE + 1][OWN][STATE_VEC];
+            // The state before the chunk.
+            LaneStates h[TILE + 1];
 #pragma unroll
-            for (int c = 0; c < OWN; c++) {
-                const Lane lane = lane_of(c);
+            for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+                const Lane of_channel = lane_of(c);
                 if (i0 == 0) {
-                    lane.initial(h[0][c], p.initial_state, segment.sequence);
+                    of_channel.initial(h[0][c], p.initial_state, segment.sequence);
                 } else {
-                    const int64_t slot =
-                        (flat + segment.start) / CHECKPOINT_STEPS + i0 / CHECKPOINT_STEPS - 1;
-                    lane.read_dense<true>(h[0][c], params.checkpoints + lane.at(p, slot));
+                    const int64_t slot = checkpoint_slot(flat + segment.start, i0);
+                    of_channel.read_dense<true>(h[0][c], params.checkpoints + of_channel.at(p, slot));
                 }
             }
 
             // Stage what the recurrence reads.
             {
-                constexpr int FOURS = 2 * STATE_LANES, COUNT = CHECKPOINT_STEPS * FOURS / THREADS;
+                constexpr int COUNT = CHECKPOINT_STEPS * PROJECTION_VECS / THREADS;
                 const bool of_c = threadIdx.x / STATE_LANES % 2;
                 const int first = threadIdx.x % STATE_LANES * STATE_VEC;
                 const Projection &from = of_c ? p.c : p.b;
                 const T *const steps = static_cast<const T *>(from.data) + segment.row * from.batch + i * from.step +
                                        block.group * from.group + first_state + first;
-                Pack<T, STATE_VEC> fours[COUNT];
+                Pack<T, STATE_VEC> vecs[COUNT];
 #pragma unroll
                 for (int k = 0; k < COUNT; k++) {
-                    const int t = threadIdx.x / FOURS + k * (THREADS / FOURS);
-                    fours[k] = load_vec<T, STATE_VEC, true>(steps + t * (sign * static_cast<int>(from.step)), 1,
-                                                     t < left && first < states);
+                    const int t = threadIdx.x / PROJECTION_VECS + k * (THREADS / PROJECTION_VECS);
+                    vecs[k] = load_vec<T, STATE_VEC, true>(steps + t * (sign * static_cast<int>(from.step)), 1,
+                                                     t < remaining && first < states);
                 }
                 Pack<T, QUAD> x[TILES], step[TILES];
 #pragma unroll
                 for (int k = 0; k < TILES; k++) {
                     const int t = row + k * TILE;
-                    x[k] = load_vec<T, QUAD, true>(quad_at(shared.u, t), 1, there && t < left);
-                    step[k] = load_vec<T, QUAD, true>(quad_at(shared.delta, t), 1, there && t < left);
+                    x[k] = load_vec<T, QUAD, true>(quad_at(shared.u, t), 1, exists && t < remaining);
+                    step[k] = load_vec<T, QUAD, true>(quad_at(shared.delta, t), 1, exists && t < remaining);
                 }
 #pragma unroll
                 for (int k = 0; k < COUNT; k++) {
-                    const float values[STATE_VEC] = {fours[k][0], fours[k][1], fours[k][2], fours[k][3]};
+                    const float values[STATE_VEC] = {vecs[k][0], vecs[k][1], vecs[k][2], vecs[k][3]};
                     write_shared(&shared.projections[0][0][0] + STATE_VEC * (threadIdx.x + k * THREADS), values);
                 }
                 float bias[QUAD];
-                read_shared(bias, &shared.biases[warp * WIDTH + column]);
+                read_shared(bias, &shared.biases[warp * WARP_CHANNELS + column]);
                 const auto stage = [&](auto count) {
                     float deltas[count.value][QUAD];
 #pragma unroll
@@ -226,11 +406,11 @@ template <typename T, bool TURNS> __device__ __forceinline__ void run(const Back
                         float staged[2 * QUAD];
 #pragma unroll
                         for (int c = 0; c < QUAD; c++) {
-                            const float delta = row + k * TILE < left ? deltas[k][c] : 0.0f;
-                            staged[mine.place_in_pairs(c)] = delta;
-                            staged[mine.place_in_pairs(c) + OWN] = delta * x[k][c];
+                            const float delta = row + k * TILE < remaining ? deltas[k][c] : 0.0f;
+                            staged[mine.index_in_pairs(c)] = delta;
+                            staged[mine.index_in_pairs(c) + CHANNELS_PER_LANE] = delta * x[k][c];
                         }
-                        write_shared(&mine.steps[row + k * TILE][column / OWN].x, staged);
+                        write_shared(&mine.steps[row + k * TILE][column / CHANNELS_PER_LANE].x, staged);
                     }
                 };
                 // Short sequences have few tiles.
@@ -243,57 +423,28 @@ template <typename T, bool TURNS> __device__ __forceinline__ void run(const Back
             }
             __syncthreads();
 
-            // Forward through the part, for the states before each tile. (From one checkpoint to the next a rounded decay
+            // Forward through the chunk, for the states before each tile. (From one checkpoint to the next a rounded decay
             // drifts by 2^-16 at most. The gradient of the state goes through the whole sequence.)
-            const auto decay_at = [&](int t, float (&decays)[OWN][STATE_VEC]) {
-                float step[OWN];
-                read_shared(step, &mine.steps[t][pair].x);
-#pragma unroll
-                for (int c = 0; c < OWN; c++) {
-#pragma unroll
-                    for (int n = 0; n < STATE_VEC; n++) decays[c][n] = exp2_fast(step[c] * a[c][n]);
-                }
-            };
-            // One step of the recurrence.
-            const auto advance = [&](int t, const float (&decays)[OWN][STATE_VEC], float (&to)[OWN][STATE_VEC],
-                                     const float (&from)[OWN][STATE_VEC]) {
-                float in[OWN], b[STATE_VEC];
-                read_shared(in, &mine.steps[t][pair].z);
-                read_shared(b, &shared.projections[t][0][sub * STATE_VEC]);
-#pragma unroll
-                for (int c = 0; c < OWN; c++) {
-#pragma unroll
-                    for (int n = 0; n < STATE_VEC; n++) {
-                        to[c][n] = fmaf(in[c], b[n], decays[c][n] * from[c][n]);
-                    }
-                }
-            };
+            const Recurrence<T> recurrence{shared, mine, state_group, pair, a};
             // Decays are computed a few steps ahead: were it a tile, the compiler would put most of them off to the tile's end,
             // where they wait for the special-function unit in a row.
             constexpr int AHEAD = 2;
             static_assert(TILE % AHEAD == 0, "the decays that are known at the end of a tile are of the first steps of the next");
-            float decays[TILE][OWN][STATE_VEC];
+            LaneStates decays[TILE];
 #pragma unroll
-            for (int t = 0; t < AHEAD; t++) decay_at(t, decays[t]);
+            for (int t = 0; t < AHEAD; t++) recurrence.decays_at(t, decays[t]);
             for (int tile = 0;; tile++) {
 #pragma unroll
-                for (int c = 0; c < OWN; c++) write_shared(&mine.states[tile][c][lane_index].x, h[0][c]);
+                for (int c = 0; c < CHANNELS_PER_LANE; c++) write_shared(&mine.states[tile][c][lane].x, h[0][c]);
                 if (tile + 1 == tiles) break;
 #pragma unroll
                 for (int t = 0; t < TILE; t++) {
-                    float(&decay)[OWN][STATE_VEC] = decays[t % AHEAD];
-                    advance(tile * TILE + t, decay, h[0], h[0]);
-                    decay_at(tile * TILE + t + AHEAD, decay);
+                    LaneStates &decay = decays[t % AHEAD];
+                    recurrence.advance(tile * TILE + t, decay, h[0], h[0]);
+                    recurrence.decays_at(tile * TILE + t + AHEAD, decay);
                 }
             }
 
-            // Forward through a tile, keeping decays, of which there are `known` already, and states.
-            const auto go_forward = [&](int t0, int known) {
-#pragma unroll
-                for (int t = known; t < TILE; t++) decay_at(t0 + t, decays[t]);
-#pragma unroll
-                for (int t = 0; t < TILE; t++) advance(t0 + t, decays[t], h[t + 1], h[t]);
-            };
             // Makes of what was loaded what going back and finishing need.
             const auto open = [&] {
                 float d_y[QUAD], to_d_z[QUAD];
@@ -304,30 +455,30 @@ template <typename T, bool TURNS> __device__ __forceinline__ void run(const Back
                     to_d_z[c] = d_out * silu_slope(z, s);
                 }
                 write_shared(&mine.d_y[row][column], d_y);
-                write_shared(&mine.to_d_z[lane_index].x, to_d_z);
-                mine.u[lane_index] = next_u;
+                write_shared(&mine.to_d_z[lane].x, to_d_z);
+                mine.u[lane] = next_u;
                 __syncwarp();
             };
             load_next(last_t);
-            if (TURNS && there && last_t < left) prefetch_carried(params, at);
-            go_forward((tiles - 1) * TILE, AHEAD);
+            if (MANY_STATES && exists && last_t < remaining) prefetch_partial_sums(params, at);
+            recurrence.go_through((tiles - 1) * TILE, AHEAD, decays, h);
             open();
             for (int tile = tiles - 1; tile >= 0; tile--) {
                 const int t0 = tile * TILE, mine_t = t0 + row;
-                const bool wanted = there && mine_t < left;
+                const bool wanted = exists && mine_t < remaining;
 #pragma unroll
-                for (int c = 0; c < OWN; c++) write_shared(&mine.states[tile + 1][c][lane_index].x, g[c]);
+                for (int c = 0; c < CHANNELS_PER_LANE; c++) write_shared(&mine.states[tile + 1][c][lane].x, g[c]);
 
                 // Back.
-                float sums[2][2][4] = {}; // half of the tile, pair of states
+                ChannelSums<T> sums;
                 struct Operands {
-                    float in[2 * OWN], d_y[OWN], b[STATE_VEC], c[STATE_VEC];
+                    float in[2 * CHANNELS_PER_LANE], d_y[CHANNELS_PER_LANE], b[STATE_VEC], c[STATE_VEC];
                 } ahead;
                 const auto read = [&](int t) {
                     read_shared(ahead.in, &mine.steps[t0 + t][pair].x);
-                    read_shared(ahead.d_y, &mine.d_y[t][pair * OWN]);
-                    read_shared(ahead.b, &shared.projections[t0 + t][0][sub * STATE_VEC]);
-                    read_shared(ahead.c, &shared.projections[t0 + t][1][sub * STATE_VEC]);
+                    read_shared(ahead.d_y, &mine.d_y[t][pair * CHANNELS_PER_LANE]);
+                    read_shared(ahead.b, &shared.projections[t0 + t][0][state_group * STATE_VEC]);
+                    read_shared(ahead.c, &shared.projections[t0 + t][1][state_group * STATE_VEC]);
                 };
                 read(TILE - 1);
 #pragma unroll
@@ -336,10 +487,10 @@ template <typename T, bool TURNS> __device__ __forceinline__ void run(const Back
                     if (t > 0) read(t - 1);
                     // Not for the lanes, but for the compiler, which would put the loads off until they are waited for.
                     __syncwarp();
-                    float terms[2][4], gradients[2 * OWN], y[OWN];
-                    const bool exists = t < left - t0;
+                    float terms[2][4], gradients[2 * CHANNELS_PER_LANE], y[CHANNELS_PER_LANE];
+                    const bool in_range = t < remaining - t0;
 #pragma unroll
-                    for (int c = 0; c < OWN; c++) {
+                    for (int c = 0; c < CHANNELS_PER_LANE; c++) {
 #pragma unroll
                         for (int n = 0; n < STATE_VEC; n++) {
                             const Decay<ACCURATE> decay(in[c] * a[c][n], decays[t][c][n]);
@@ -347,142 +498,65 @@ template <typename T, bool TURNS> __device__ __forceinline__ void run(const Back
                             float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
                             y[c] = n ? fmaf(c_[n], state, y[c]) : c_[n] * state;
                             float gradient = fmaf(c_[n], d_y[c], g[c][n]);
-                            d_b = c ? fmaf(gradient, in[OWN + c], d_b) : gradient * in[OWN + c];
+                            d_b = c ? fmaf(gradient, in[CHANNELS_PER_LANE + c], d_b) : gradient * in[CHANNELS_PER_LANE + c];
                             d_c = c ? fmaf(d_y[c], state, d_c) : d_y[c] * state;
                             float &d_input = gradients[2 * c + 1], &d_delta = gradients[2 * c];
                             d_input = n ? fmaf(gradient, b[n], d_input) : gradient * b[n];
                             // Through the decay: ∂/∂(ΔA) is that of the state before, times that state.
                             g[c][n] = decay.of(gradient);
                             const float d_log = g[c][n] * h[t][c][n];
-                            add_if(exists, d_a[c][n], in[c], d_log);
+                            add_if(in_range, d_a[c][n], in[c], d_log);
                             d_delta = n ? fmaf(a[c][n], d_log, d_delta) : a[c][n] * d_log;
                         }
                     }
-                    const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
-                    const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
-                    sum_channels<T>(sums[t / 4][0], terms[0], first, second);
-                    sum_channels<T>(sums[t / 4][1], terms[1], first, second);
-                    write_shared(&mine.gradients[t][lane_index].x, gradients);
-                    if (gated) write_shared(&mine.y[t][mine.place_of_y(t, lane_index * OWN)], y);
+                    sums.add(lane, t, terms);
+                    write_shared(&mine.gradients[t][lane].x, gradients);
+                    if (gated) write_shared(&mine.y[t][mine.index_of_y(t, lane * CHANNELS_PER_LANE)], y);
                 }
                 __syncwarp();
 
-                // A lane's sums are those of a sub, in two rows, one for each half of the warp's channels; the halves' lanes
-                // share the steps. Columns are the steps, first of ∂B and then of ∂C.
-                const int upper = lane_index / 4 % 2;
-                float totals[2][STATE_VEC], finite = 0.0f;
-                const auto total = [&] {
-#pragma unroll
-                    for (int k = 0; k < 8; k++) {
-                        const float(&d)[4] = sums[k / 4][k / 2 % 2];
-                        const float even = d[k % 2 * 2], odd = d[k % 2 * 2 + 1];
-                        totals[k / 4][k % 4] = (upper ? odd : even) + __shfl_xor_sync(~0u, upper ? even : odd, 4);
-                    }
-                };
-                total();
-#pragma unroll
-                for (int k = 0; k < 8; k++) finite = fmaf(totals[k / 4][k % 4], 0.0f, finite);
-                if (!__all_sync(~0u, finite == 0.0f)) {
-                    // A product of zero and infinity has spread over the columns. Sum each step alone, in the same way so
-                    // that the others keep their bits, from the states and gradients at both ends of the tile.
-                    float again[OWN][STATE_VEC];
-#pragma unroll
-                    for (int c = 0; c < OWN; c++) read_shared(again[c], &mine.states[tile + 1][c][lane_index].x);
-#pragma unroll 1
-                    for (int t = TILE - 1; t >= 0; t--) {
-                        float state[OWN][STATE_VEC], decay[OWN][STATE_VEC], in[2 * OWN], d_y[OWN], c_[STATE_VEC], terms[2][4];
-#pragma unroll
-                        for (int c = 0; c < OWN; c++) read_shared(state[c], &mine.states[tile][c][lane_index].x);
-#pragma unroll 1
-                        for (int s = 0; s <= t; s++) {
-                            decay_at(t0 + s, decay);
-                            advance(t0 + s, decay, state, state);
-                        }
-                        read_shared(in, &mine.steps[t0 + t][pair].x);
-                        read_shared(d_y, &mine.d_y[t][pair * OWN]);
-                        read_shared(c_, &shared.projections[t0 + t][1][sub * STATE_VEC]);
-#pragma unroll
-                        for (int c = 0; c < OWN; c++) {
-#pragma unroll
-                            for (int n = 0; n < STATE_VEC; n++) {
-                                const float gradient = fmaf(c_[n], d_y[c], again[c][n]);
-                                float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
-                                d_b = c ? fmaf(gradient, in[OWN + c], d_b) : gradient * in[OWN + c];
-                                d_c = c ? fmaf(d_y[c], state[c][n], d_c) : d_y[c] * state[c][n];
-                                again[c][n] = Decay<ACCURATE>(in[c] * a[c][n], decay[c][n]).of(gradient);
-                            }
-                        }
-                        const float first = lane_index / 4 == t % 4 ? 1.0f : 0.0f;
-                        const float second = lane_index / 4 == 4 + t % 4 ? 1.0f : 0.0f;
-#pragma unroll
-                        for (int k = 0; k < 2; k++) {
-                            float of_b[4] = {}, of_c[4] = {};
-                            sum_channels<T>(of_b, {terms[k][0], terms[k][1], 0.0f, 0.0f}, first, second);
-                            sum_channels<T>(of_c, {0.0f, 0.0f, terms[k][2], terms[k][3]}, first, second);
-                            // Into the column that the step has: its lanes, and the even or the odd of their two.
-#pragma unroll
-                            for (int j = 0; j < 8; j++) {
-                                const bool has = lane_index % 2 == t % 4 / 2 && j % 2 == t % 2 && j / 4 == t / 4;
-                                const float one = lane_index % 4 < 2 ? of_b[j % 4] : of_c[j % 4];
-                                if (has) sums[j / 4][k][j % 4] = one;
-                            }
-                        }
-                    }
-                    total();
+                float totals[2][STATE_VEC];
+                sums.total(lane, totals);
+                if (!__all_sync(~0u, sums.are_finite(totals))) {
+                    sum_again(recurrence, shared, mine, lane, state_group, pair, a, tile, sums);
+                    sums.total(lane, totals);
                 }
 
-                // Finish, and go forward through the tile that comes next, if there is one, at the same time: the one waits for
+                // Finish, and go forward through the tile that comes next, if exists is one, at the same time: the one waits for
                 // shared memory, the other for the special-function unit.
                 const auto finish = [&](auto more) {
                     const int next = tile > 0 ? tile - 1 : 1;
                     if (more) {
                         load_next(mine_t - TILE);
 #pragma unroll
-                        for (int c = 0; c < OWN; c++) read_shared(h[0][c], &mine.states[next][c][lane_index].x);
+                        for (int c = 0; c < CHANNELS_PER_LANE; c++) read_shared(h[0][c], &mine.states[next][c][lane].x);
                     }
                     // What each channel gets of the sums over its states.
                     float d_delta[QUAD], d_input[QUAD], y[QUAD];
-#pragma unroll
-                    for (int s = 0; s < STATE_LANES; s += 2) {
-                        float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
-                        read_shared(one, &mine.gradients[row][s * PAIRS + column / OWN].x);
-                        read_shared(two, &mine.gradients[row][(s + 1) * PAIRS + column / OWN].x);
-                        if (gated) {
-                            read_shared(one_y, &mine.y[row][mine.place_of_y(row, s * WIDTH + column)]);
-                            read_shared(two_y, &mine.y[row][mine.place_of_y(row, (s + 1) * WIDTH + column)]);
-                        }
-#pragma unroll
-                        for (int c = 0; c < QUAD; c++) {
-                            const float of_delta = one[2 * c] + two[2 * c], of_input = one[2 * c + 1] + two[2 * c + 1];
-                            const float of_y = one_y[c] + two_y[c];
-                            d_delta[c] = s ? d_delta[c] + of_delta : of_delta;
-                            d_input[c] = s ? d_input[c] + of_input : of_input;
-                            y[c] = s ? y[c] + of_y : of_y;
-                        }
-                    }
+                    sum_states(mine, map, gated, d_delta, d_input, y);
 
                     float in[2 * QUAD], skip[QUAD], d_y[QUAD], to_d_z[QUAD];
-                    read_shared(in, &mine.steps[mine_t][column / OWN].x);
-                    read_shared(skip, &shared.skips[warp * WIDTH + column]);
+                    read_shared(in, &mine.steps[mine_t][column / CHANNELS_PER_LANE].x);
+                    read_shared(skip, &shared.skips[warp * WARP_CHANNELS + column]);
                     read_shared(d_y, &mine.d_y[row][column]);
-                    read_shared(to_d_z, &mine.to_d_z[lane_index].x);
-                    const Pack<T, QUAD> x = mine.u[lane_index];
+                    read_shared(to_d_z, &mine.to_d_z[lane].x);
+                    const Pack<T, QUAD> x = mine.u[lane];
                     // Everyone has read what the sums over channels are going to replace.
                     __syncwarp();
                     float *const sums_to = &mine.steps[t0][0].x + place_of_sums;
                     write_shared(sums_to, totals[0]);
                     write_shared(sums_to + 4 * 2 * STATE_BLOCK, totals[1]);
-                    if (TURNS) {
+                    if (MANY_STATES) {
                         carry<true>(params, at, wanted ? QUAD : 0, d_delta, d_input, y);
-                        if (there && tile > 0) prefetch_carried(params, at + int64_t(back) * static_cast<int>(p.d_inner));
+                        if (exists && tile > 0) prefetch_partial_sums(params, at + int64_t(back) * static_cast<int>(p.d_inner));
                     }
-                    if (more) go_forward(next * TILE, 0);
+                    if (more) recurrence.go_through(next * TILE, 0, decays, h);
 
-                    if (!TURNS || is_last_block(params)) {
+                    if (!MANY_STATES || is_last_block(params)) {
                         float d_z[QUAD], d_u[QUAD], d_step[QUAD];
 #pragma unroll
                         for (int c = 0; c < QUAD; c++) {
-                            const float delta = in[mine.place_in_pairs(c)], slope = softplus_slope<T>(delta);
+                            const float delta = in[mine.index_in_pairs(c)], slope = softplus_slope<T>(delta);
                             d_z[c] = to_d_z[c] * fmaf(skip[c], x[c], y[c]);
                             d_u[c] = fmaf(skip[c], d_y[c], d_input[c] * delta);
                             d_step[c] = fmaf(d_input[c], x[c], d_delta[c] * LN_2) * (plus ? slope : 1.0f);
@@ -496,74 +570,39 @@ template <typename T, bool TURNS> __device__ __forceinline__ void run(const Back
                     at += int64_t(back) * static_cast<int>(p.d_inner);
                     if (more && tile > 0) open();
                 };
-                // (With turns, both forms would take more registers than there are. Tile 1 is gone through again then, and
+                // (With turns, both forms would take more registers than exists are. Tile 1 is gone through again then, and
                 // dropped, as tile 0's steps are being replaced.)
-                if (!TURNS && tile == 0) {
+                if (!MANY_STATES && tile == 0) {
                     finish(BoolConstant<false>());
                     break;
                 }
                 finish(BoolConstant<true>());
             }
 
-            // The block's sums of ∂B and ∂C, the warps in order. (Where they go is read first: the first thread may be at the
-            // next part before the others have left this one.)
-            float *const to = params.projections + shared.lines;
-            __syncthreads();
-            if (params.projections) {
-                const int64_t all = p.group_blocks * params.steps * params.groups * p.d_state;
-                const int64_t line = sign * params.groups * p.d_state;
-                constexpr int FOURS = 2 * STATE_LANES;
-                const int thread = reload_tid(), first = thread % STATE_LANES * STATE_VEC, which = thread / STATE_LANES % 2;
-#pragma unroll
-                for (int k = 0; k < CHECKPOINT_STEPS * FOURS / THREADS; k++) {
-                    const int t = thread / FOURS + k * (THREADS / FOURS);
-                    if (t >= left || first >= states) break;
-                    float sum[STATE_VEC];
-#pragma unroll
-                    for (int w = 0; w < WARPS; w++) {
-                        float one[STATE_VEC];
-                        const int place = (thread ^ thread / FOURS % 4) + k * THREADS;
-                        read_shared(one, &shared.warps[w].steps[0][0].x + STATE_VEC * place);
-#pragma unroll
-                        for (int n = 0; n < STATE_VEC; n++) sum[n] = w ? sum[n] + one[n] : one[n];
-                    }
-                    store_narrowed<float, true>(to + which * all + t * line + first, sum, STATE_VEC);
-                }
-            }
+            write_projections(params, shared, sign, remaining, states);
         }
         if (params.d_initial_state && segment.first == 0) {
 #pragma unroll
-            for (int c = 0; c < OWN; c++) {
-                const Lane lane = lane_of(c);
-                lane.write(params.d_initial_state + lane.at(p, segment.sequence), g[c]);
+            for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+                const Lane of_channel = lane_of(c);
+                of_channel.write(params.d_initial_state + of_channel.at(p, segment.sequence), g[c]);
             }
         }
     }
 #pragma unroll
-    for (int c = 0; c < OWN; c++) {
-        const Lane lane = lane_of(c);
-        lane.write(params.d_a + lane.at(p, blockIdx.y), d_a[c]);
+    for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+        const Lane of_channel = lane_of(c);
+        of_channel.write(params.d_a + of_channel.at(p, blockIdx.y), d_a[c]);
     }
 
-    // Sums over the lanes of a quad.
-    const auto sum_rows = [&](float (&parts)[QUAD], float *to) {
-#pragma unroll
-        for (int c = 0; c < QUAD; c++) {
-#pragma unroll
-            for (int distance = WIDTH / QUAD; distance < 32; distance *= 2) {
-                parts[c] += __shfl_xor_sync(~0u, parts[c], distance);
-            }
-        }
-        if (to) store_narrowed<float, true>(to + blockIdx.y * p.d_inner + d0, parts, there && row == 0 ? QUAD : 0);
-    };
-    sum_rows(d_skip, params.d_d);
-    sum_rows(d_bias, params.d_bias);
+    write_sums(params, d0, exists, row, d_skip, params.d_d);
+    write_sums(params, d0, exists, row, d_bias, params.d_bias);
 }
 
-#define INSTANCE(NAME, T, TURNS)                                                                                       \
+#define INSTANCE(NAME, T, MANY_STATES)                                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
         scan_backward_##NAME(const __grid_constant__ Backward params) {                                                \
-        run<T, TURNS>(params);                                                                                         \
+        run<T, MANY_STATES>(params);                                                                                         \
     }
 
 #define INSTANCES(SUFFIX, T)                                                                                           \

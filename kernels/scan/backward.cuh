@@ -30,8 +30,8 @@ __device__ __forceinline__ void carry(const Backward &params, int64_t at, int co
     if (params.inputs.z.data) sum(2, y);
 }
 
-// Has what `carry` will read for the quad of channels at `at` brought nearer.
-__device__ __forceinline__ void prefetch_carried(const Backward &params, int64_t at) {
+// Prefetches to L2 what `carry` reads for the quad of channels at `at`.
+__device__ __forceinline__ void prefetch_partial_sums(const Backward &params, int64_t at) {
     if (params.first_state == 0) return;
     const float *const carried = params.partial_sums + 3 * at;
     prefetch(carried);
@@ -46,7 +46,7 @@ __device__ __forceinline__ void add_if(bool wanted, float &sum, float x, float y
         : "f"(x), "f"(y), "r"(static_cast<int>(wanted)));
 }
 
-// Has the next segment of the block's in shared memory, for all of its threads.
+// Leaves the block's next segment in shared memory, for all of its threads.
 template <typename Shared> __device__ __forceinline__ void take_segment(Shared &shared, const Segments &segments) {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -56,10 +56,10 @@ template <typename Shared> __device__ __forceinline__ void take_segment(Shared &
     __syncthreads();
 }
 
-// The gradient of the state behind a segment: that of the final state, carried back through what the segments behind are
-// summed up by.
+// The gradient of the state after a segment: that of the final state, propagated back through the chunk states of the segments
+// after it.
 template <bool ACCURATE, bool VECTOR>
-__device__ __forceinline__ void leave(const Backward &params, const Segment &segment, const Lane &lane,
+__device__ __forceinline__ void incoming_grad(const Backward &params, const Segment &segment, const Lane &lane,
                                       const float (&a)[STATE_VEC], float (&g)[STATE_VEC]) {
     const Inputs &p = params.inputs;
     if (segment.ends_sequence() || p.chunk_states) lane.initial(g, params.d_final_state, segment.sequence);

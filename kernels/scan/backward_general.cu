@@ -115,7 +115,7 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
 
         const Lane lane = lane_anew();
         float g[STATE_VEC] = {};
-        leave<ACCURATE, false>(params, segment, lane, a, g);
+        incoming_grad<ACCURATE, false>(params, segment, lane, a, g);
 
         for (int part = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); part >= 0; part--) {
             const int left = static_cast<int>(min(segment.steps - int64_t(part) * CHECKPOINT_STEPS,

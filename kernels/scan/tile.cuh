@@ -198,6 +198,12 @@ struct Lane {
     }
 };
 
+// Where forward keeps the state before step `i` of a sequence, a multiple of 64 other than zero; `start` is the sequence's
+// first step among those of all batch rows.
+__device__ __forceinline__ int64_t checkpoint_slot(int64_t start, int64_t i) {
+    return start / CHECKPOINT_STEPS + i / CHECKPOINT_STEPS - 1;
+}
+
 // log2(e) A of a lane's channels. It is asked for together, so that none of the loads waits for another.
 template <bool VECTOR, int OWN, typename LaneOf>
 __device__ __forceinline__ void read_rates(float (&a)[OWN][STATE_VEC], const LaneOf &lane_of, const Matrix &from) {

@@ -79,10 +79,10 @@ pub(crate) mod tensors;
 
 use std::io;
 
-pub use crate::conv::{CausalConv, ConvUpdate};
+pub use crate::conv::tensors::{CausalConv, ConvUpdate};
 pub use crate::pool::candle::rollback;
-pub use crate::scan::Scan;
-pub use crate::state_update::StateUpdate;
+pub use crate::scan::tensors::Scan;
+pub use crate::state_update::tensors::StateUpdate;
 pub use in_place::check_pool;
 
 impl From<crate::Error> for candle_core::Error {

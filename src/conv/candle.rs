@@ -2,11 +2,10 @@
 
 use candle_core::{Result, Tensor};
 
+use super::check::{ACTIVATION_NAMES, Problem, STATE_NAMES};
+use super::tensors::{CausalConv, ConvUpdate};
 use super::update::{POOL_NAMES, UpdateProblem};
-use super::{
-    CausalConv, ConvUpdate, GradientsMut, Inputs, Options, OutputGradients, OutputMut, Problem, Tensors, UpdateInputs,
-    UpdateMut, cpu,
-};
+use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, UpdateInputs, UpdateMut, cpu};
 use crate::ViewMut;
 use crate::candle::device::{Backend, Cpu, Value, for_dtype, on_device};
 use crate::candle::graph::{self, Backward, Computed};
@@ -15,8 +14,6 @@ use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, Own
 use crate::simd::Isa;
 
 const NAME: &str = "causal-conv";
-const ACTIVATION: &str = "(batch, length, d_inner)";
-const STATE: &str = "(sequences, width - 1, d_inner)";
 
 /// A device that runs convolutions.
 pub(crate) trait ConvBackend: Backend {
@@ -66,7 +63,7 @@ impl ConvBackend for crate::candle::cuda::Gpu {
         problem: &Problem<T, Self::Memory>,
         outputs: OutputMut<T, Self::Memory>,
     ) -> crate::Result<()> {
-        super::cuda::forward(&self.stream, &problem.inputs, outputs)
+        super::cuda::forward_checked(&self.stream, problem, outputs)
     }
 
     fn backward<T: Value>(
@@ -75,7 +72,7 @@ impl ConvBackend for crate::candle::cuda::Gpu {
         d_outputs: OutputGradients<T, Self::Memory>,
         gradients: GradientsMut<T, Self::Memory>,
     ) -> crate::Result<()> {
-        super::cuda::backward(&self.stream, &problem.inputs, d_outputs, gradients)
+        super::cuda::backward_checked(&self.stream, problem, d_outputs, gradients)
     }
 
     fn update<T: Value, St: Value>(
@@ -83,7 +80,7 @@ impl ConvBackend for crate::candle::cuda::Gpu {
         problem: &UpdateProblem<T, Self::Memory>,
         outputs: UpdateMut<T, St, Self::Memory>,
     ) -> crate::Result<()> {
-        super::cuda::update(&self.stream, &problem.inputs, outputs)
+        super::cuda::update_checked(&self.stream, problem, outputs)
     }
 }
 
@@ -187,9 +184,9 @@ impl Kept {
     ) -> Result<Vec<Tensor>> {
         let views = self.tensors.by_ref().map(&mut reader.views::<B, T>())?;
         let problem = Inputs::of(views, self.cu_seqlens.as_deref(), self.options).check()?;
-        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE, tensor);
+        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE_NAMES, tensor);
         let d_outputs = OutputGradients {
-            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION, d_out)?,
+            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION_NAMES, d_out)?,
             d_final_state: d_final_state.map(final_state).transpose()?,
         };
         let mut gradients: Tensors<Owned<B, T>> = self.tensors.by_ref().map(&mut Allocate(backend))?;

@@ -1,6 +1,7 @@
 //! The arguments of the convolution on a pool of states, in place, as decoding runs it.
 
-use super::{UpdateInputs, check_filter, cpu};
+use super::check::check_filter;
+use super::{UpdateInputs, cpu};
 use crate::arguments::zeroed;
 use crate::kinds::CheckViews;
 use crate::pool::{Slots, UpdateMut, UpdateOutput};

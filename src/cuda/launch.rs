@@ -3,33 +3,27 @@
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{
     CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg, SyncOnDrop,
 };
 
 use super::params::{self, UPLOAD_VALUES};
-use super::{Cuda, Module};
+use super::{Context, Cuda, Kernel, Module, Properties, Strided};
 use crate::{DType, Element, Error, Result, View};
 
 /// The device of a stream.
 pub(crate) struct Device<'a> {
     pub stream: &'a Arc<CudaStream>,
-    /// The number of its multiprocessors.
-    pub processors: usize,
-    /// Bytes of shared memory that a block can have.
-    pub shared_memory: usize,
+    pub context: &'static Context,
 }
 
 impl<'a> Device<'a> {
     pub fn new(stream: &'a Arc<CudaStream>) -> Result<Self> {
-        let ask = |attribute| {
-            let answer = stream.context().attribute(attribute);
-            answer.map_err(|error| Error::cuda("asking the device for its size", error))
-        };
-        let processors = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        let shared_memory = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        Ok(Self { stream, processors: processors.max(1) as usize, shared_memory: shared_memory.max(0) as usize })
+        Ok(Self { stream, context: Context::of(stream.context())? })
+    }
+
+    pub fn properties(&self) -> Properties {
+        self.context.properties
     }
 
     /// Memory whose contents a kernel on this stream will write; freed in the order of the stream when it is dropped.
@@ -48,45 +42,29 @@ impl<'a> Device<'a> {
         workspace.device_ptr(self.stream).0
     }
 
-    /// A table in device memory.
-    pub fn upload(&self, what: &str, values: &[u64]) -> Result<CudaSlice<u64>> {
-        let table = self.workspace(what, values.len())?;
-        let function = Module::UPLOAD.function(self.stream.context(), "upload", 0)?;
+    /// A table in device memory, for one call.
+    pub(super) fn upload(&self, what: &str, numbers: &[u64]) -> Result<CudaSlice<u64>> {
+        let table = self.workspace(what, numbers.len())?;
+        let kernel = Kernel::new(Module::Upload, ["upload"]);
         let address = self.address(&table);
-        for (i, part) in values.chunks(UPLOAD_VALUES).enumerate() {
+        for (i, part) in numbers.chunks(UPLOAD_VALUES).enumerate() {
             let mut params = params::Upload::zeroed_boxed();
             params.to = address + (i * UPLOAD_VALUES * size_of::<u64>()) as u64;
             params.count = part.len() as u64;
             params.values[..part.len()].copy_from_slice(part);
             // SAFETY: the kernel writes `count` values from `to` on, which lie in the table.
-            unsafe { self.launch_function(&function, "upload", [1, 1], 128, 0, &*params) }?;
+            unsafe { self.launch(&kernel, [1, 1], 128, 0, &*params) }?;
         }
         Ok(table)
     }
 
-    /// Enqueues a kernel on `grid` blocks of `threads` threads.
+    /// Enqueues a kernel on `grid` blocks of `threads` threads, with `shared` bytes of dynamic shared memory each.
     ///
     /// # Safety
     /// `params` must be what the kernel takes, and all that it then reads and writes must be valid for that.
     pub unsafe fn launch<P: Pod>(
         &self,
-        module: Module,
-        name: &str,
-        grid: [usize; 2],
-        threads: usize,
-        dynamic_shared: [usize; 2],
-        params: &P,
-    ) -> Result<()> {
-        let [shared, most] = dynamic_shared;
-        let function = module.function(self.stream.context(), name, most)?;
-        // SAFETY: as the caller promises.
-        unsafe { self.launch_function(&function, name, grid, threads, shared, params) }
-    }
-
-    unsafe fn launch_function<P: Pod>(
-        &self,
-        function: &cudarc::driver::CudaFunction,
-        name: &str,
+        kernel: &Kernel,
         grid: [usize; 2],
         threads: usize,
         shared: usize,
@@ -98,6 +76,7 @@ impl<'a> Device<'a> {
         // SAFETY: P is Pod, so it can be copied byte by byte.
         unsafe impl<P: Pod> DeviceRepr for Argument<P> {}
 
+        let function = self.context.function(kernel)?;
         let argument = Argument(*params);
         let config = LaunchConfig {
             grid_dim: (grid[0] as u32, grid[1] as u32, 1),
@@ -105,8 +84,8 @@ impl<'a> Device<'a> {
             shared_mem_bytes: shared as u32,
         };
         // SAFETY: as the caller promises.
-        unsafe { self.stream.launch_builder(function).arg(&argument).launch(config) }
-            .map_err(|error| Error::cuda(format_args!("launching {name}"), error))?;
+        unsafe { self.stream.launch_builder(&function).arg(&argument).launch(config) }
+            .map_err(|error| Error::cuda(format_args!("launching {kernel}"), error))?;
         Ok(())
     }
 }
@@ -161,14 +140,23 @@ impl<'a> Arguments<'a> {
         slice.map_or(Ok(0), |slice| self.write(argument, slice))
     }
 
-    /// The address of a view's first element, and its strides.
+    /// A view, to be read.
     pub fn view<T: Element, const R: usize>(
         &mut self,
         argument: &'static str,
         view: &View<'a, T, R, Cuda>,
-    ) -> Result<(u64, [i64; R])> {
-        let address = self.read(argument, view.data, view.offset)?;
-        Ok((address, view.strides.map(|stride| stride as i64)))
+    ) -> Result<Strided<R>> {
+        let data = self.read(argument, view.data, view.offset)?;
+        Ok(Strided { data, strides: view.strides.map(|stride| stride as i64) })
+    }
+
+    /// [`Arguments::view`] of a view that may be absent.
+    pub fn optional_view<T: Element, const R: usize>(
+        &mut self,
+        argument: &'static str,
+        view: &Option<View<'a, T, R, Cuda>>,
+    ) -> Result<Option<Strided<R>>> {
+        view.as_ref().map(|view| self.view(argument, view)).transpose()
     }
 }
 

@@ -34,10 +34,12 @@
 //! The kernels are compiled when this crate is (its `build.rs` says for which devices) and loaded once for each context,
 //! which then lives as long as the process.
 
+mod context;
 mod launch;
 mod module;
 pub(crate) mod params;
 mod sum;
+mod tensors;
 
 use std::sync::Arc;
 
@@ -46,9 +48,11 @@ use cudarc::driver::{CudaContext, CudaSlice, sys};
 use crate::view::dense_strides;
 use crate::{Element, Error, Memory, Result, View, ViewMut};
 
+pub(crate) use context::{Context, Kernel, Properties};
 pub(crate) use launch::{Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, lies_whole, suffix};
 pub(crate) use module::Module;
 pub(crate) use sum::Sum;
+pub(crate) use tensors::{DeviceBuffers, DeviceViews, Strided, or_null};
 
 /// The memory of an NVIDIA GPU: buffers are [`CudaSlice`]s.
 #[derive(Debug, Clone, Copy)]

@@ -4,7 +4,7 @@ use bytemuck::Zeroable;
 
 use super::params::reduce_partials::{AHEAD, FLAG_F32, FLAG_VECTOR, THREADS};
 use super::params::{MAX_SUMS, QUAD};
-use super::{Device, GRID_COLUMNS, Module, blocks, lies_whole, params, suffix};
+use super::{Device, GRID_COLUMNS, Kernel, Module, blocks, lies_whole, params, suffix};
 use crate::{Element, Result};
 
 /// Threads of a block that share a column, by the shape alone, so that a sum is the same bits on any device: few columns
@@ -34,10 +34,10 @@ impl Device<'_> {
     /// # Safety
     /// Each `from` and `to` must be addresses of memory that is valid for that, and `to` of elements that nothing else uses.
     pub unsafe fn sum<T: Element>(&self, sums: &[Sum]) -> Result<()> {
-        let name = format!("reduce_partials_{}", suffix(T::DTYPE));
+        let kernel = Kernel::new(Module::ReducePartials, ["reduce_partials", suffix(T::DTYPE)]);
         for (params, grid) in launches(sums, size_of::<T>()) {
             // SAFETY: as the caller promises.
-            unsafe { self.launch(Module::REDUCE_PARTIALS, &name, [grid, 1], THREADS, [0, 0], &params) }?;
+            unsafe { self.launch(&kernel, [grid, 1], THREADS, 0, &params) }?;
         }
         Ok(())
     }

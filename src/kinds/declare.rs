@@ -16,12 +16,13 @@
 ///     views Inputs;
 ///     /// What the struct of candle's tensors says of itself.
 ///     candle Scan;
+///     params scan::Inputs;
 /// }
 /// ```
 ///
 /// A tensor is an `activation`, a `parameter` (or state), or a `projection`, which has two shapes: if it varies and, after
 /// the semicolon, if it is constant. Shapes are made of the names in the pattern of sizes. Settings are what a caller gives
-/// beside the tensors.
+/// beside the tensors. The kernels' parameters, in `kernels/*/params.cuh`, have a field of each tensor's name.
 macro_rules! tensors {
     (
         $(#[$doc:meta])*
@@ -31,6 +32,7 @@ macro_rules! tensors {
         settings<$a:lifetime> { $($(#[$sdoc:meta])* $s:ident: $setting:ty = $default:expr,)* }
         $(#[$vdoc:meta])* views $Views:ident;
         $(#[$cdoc:meta])* candle $Candle:ident;
+        params $module:ident::$Params:ident;
     ) => {
         $(#[$doc])*
         pub struct $Tensors<K: $crate::kinds::Kind> {
@@ -203,6 +205,21 @@ macro_rules! tensors {
 
             pub(crate) fn tensors(&self) -> $Tensors<$crate::kinds::Views<$a, T, M>> {
                 $Tensors { $($r: self.$r,)* $($o: self.$o,)* }
+            }
+        }
+
+        #[cfg(feature = "cuda")]
+        impl $Tensors<$crate::cuda::DeviceViews> {
+            /// The tensors as kernels take them, with the other parameters from `rest`.
+            pub(crate) fn params(
+                self,
+                rest: $crate::cuda::params::$module::$Params,
+            ) -> $crate::cuda::params::$module::$Params {
+                $crate::cuda::params::$module::$Params {
+                    $($r: self.$r.into(),)*
+                    $($o: $crate::cuda::or_null(self.$o),)*
+                    ..rest
+                }
             }
         }
 

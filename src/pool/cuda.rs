@@ -5,14 +5,14 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream};
 
 use super::{Slots, check_rollback};
-use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, params};
+use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Kernel, Module, Strided, params};
 use crate::{Element, Result, View, ViewMut};
 
 /// The slots of a call as its kernel takes them.
 pub(crate) struct SlotList {
     pub params: params::Slots,
     /// The table that `params` points at where there are too many to travel in the launch.
-    _table: Option<CudaSlice<u64>>,
+    _table: Option<Arc<CudaSlice<u64>>>,
 }
 
 impl SlotList {
@@ -25,7 +25,7 @@ impl SlotList {
             return Ok(Self { params, _table: None });
         }
         let entries: Vec<u64> = slots.iter().map(|&slot| i64::from(slot) as u64).collect();
-        let table = device.upload("slots", &entries)?;
+        let table = device.table("slots", &entries)?;
         (params.kind, params.table) = (params::SLOTS_TABLE, device.address(&table));
         Ok(Self { params, _table: Some(table) })
     }
@@ -47,7 +47,7 @@ pub fn rollback<St: Element>(
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let [_, _, rows, columns] = token_states.shape;
-    let (address, [batch, token, row, column]) = arguments.view("token_states", &token_states)?;
+    let Strided { data, strides: [batch, token, row, column] } = arguments.view("token_states", &token_states)?;
     let state = arguments.pool("state", state)?;
     let restored: Vec<_> = accepted
         .iter()
@@ -61,10 +61,10 @@ pub fn rollback<St: Element>(
     if count == 0 || rows == 0 || columns == 0 {
         return Ok(());
     }
-    let table = device.upload("what a rollback restores", bytemuck::cast_slice(&restored))?;
+    let table = device.table("what a rollback restores", bytemuck::cast_slice(&restored))?;
     let params = params::Rollback {
         state,
-        token_states: address,
+        token_states: data,
         batch,
         token,
         row,
@@ -76,8 +76,8 @@ pub fn rollback<St: Element>(
     };
     let threads = 256;
     let grid = [(rows * columns).div_ceil(threads).min(1 << 16), count.min(GRID_ROWS)];
-    let name = if size_of::<St>() == 2 { "rollback_16" } else { "rollback_32" };
+    let kernel = Kernel::new(Module::Rollback, ["rollback", if size_of::<St>() == 2 { "16" } else { "32" }]);
     // SAFETY: shapes, slots and tokens have been checked against both buffers, and every element of the pool is written
     // by one thread because slots and places differ.
-    unsafe { device.launch(Module::ROLLBACK, name, grid, threads, [0, 0], &params) }
+    unsafe { device.launch(&kernel, grid, threads, 0, &params) }
 }

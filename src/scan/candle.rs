@@ -2,15 +2,17 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Problem, Scan, Tensors, cpu};
+use super::check::{ACTIVATION_NAMES, Problem, STATE_NAMES};
+#[cfg(feature = "candle-cuda")]
+use super::cuda::Plan;
+use super::tensors::Scan;
+use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, cpu};
 use crate::candle::device::{Backend, Buffer, Cpu, Value, for_dtype, on_device};
 use crate::candle::graph::{self, Backward, Computed};
 use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, Owned, Reader, Store, both};
 use crate::simd::Isa;
 
 const NAME: &str = "selective-scan";
-const ACTIVATION: &str = "(batch, length, d_inner)";
-const STATE: &str = "(sequences, d_inner, d_state)";
 
 /// A device that runs scans.
 trait ScanBackend: Backend {
@@ -52,7 +54,7 @@ impl ScanBackend for crate::candle::cuda::Gpu {
         problem: &Problem<T, Self::Memory>,
         outputs: OutputMut<T, Self::Memory>,
     ) -> crate::Result<()> {
-        super::cuda::forward(&self.stream, &problem.inputs, outputs)
+        super::cuda::forward_checked(Plan::default(), &self.stream, problem, outputs)
     }
 
     fn backward<T: Value>(
@@ -62,7 +64,7 @@ impl ScanBackend for crate::candle::cuda::Gpu {
         d_outputs: OutputGradients<T, Self::Memory>,
         gradients: GradientsMut<T, Self::Memory>,
     ) -> crate::Result<()> {
-        super::cuda::backward(&self.stream, &problem.inputs, checkpoints, d_outputs, gradients)
+        super::cuda::backward_checked(Plan::default(), &self.stream, problem, checkpoints, d_outputs, gradients)
     }
 }
 
@@ -177,9 +179,9 @@ impl Kept {
         let views = self.tensors.by_ref().map(&mut reader.views::<B, T>())?;
         let problem = Inputs::of(views, self.cu_seqlens.as_deref(), self.options).check()?;
         let checkpoints = reader.view::<B, f32, 1>("checkpoints", "(elements)", &self.checkpoints)?;
-        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE, tensor);
+        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE_NAMES, tensor);
         let d_outputs = OutputGradients {
-            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION, d_out)?,
+            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION_NAMES, d_out)?,
             d_final_state: d_final_state.map(final_state).transpose()?,
         };
         let mut gradients: Tensors<Owned<B, T>> = self.tensors.by_ref().map(&mut Allocate(backend))?;

@@ -47,6 +47,7 @@ tensors! {
     ///
     /// Gradients flow to every tensor here, from the output and from the final state.
     candle Scan;
+    params scan::Inputs;
 }
 
 /// Where a backward pass writes the gradient of each input: a dense buffer of the input's shape, overwritten whole.

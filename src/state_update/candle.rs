@@ -2,7 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Inputs, Problem, STATE_NAMES, StateUpdate, UpdateMut, cpu};
+use super::tensors::StateUpdate;
+use super::{Inputs, Problem, STATE_NAMES, UpdateMut, cpu};
 use crate::ViewMut;
 use crate::candle::device::{Backend, Cpu, Value, for_dtype};
 use crate::candle::in_place::{InPlace, RunsOn, Updated, in_place, updated};
@@ -31,7 +32,7 @@ impl StateUpdateBackend for crate::candle::cuda::Gpu {
         problem: &Problem<T, Self::Memory>,
         outputs: UpdateMut<T, St, Self::Memory>,
     ) -> crate::Result<()> {
-        super::cuda::update(&self.stream, &problem.inputs, outputs)
+        super::cuda::update_checked(&self.stream, problem, outputs)
     }
 }
 

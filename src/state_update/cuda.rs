@@ -8,13 +8,15 @@
 
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
 use cudarc::driver::CudaStream;
 
-use super::{Inputs, UpdateMut};
+use super::check::Problem;
+use super::{Inputs, Tensors, UpdateMut};
 use crate::arguments::Dims;
 use crate::cuda::params::state_update::{self as kernels, QUADS, THREADS};
 use crate::cuda::params::{self, QUAD};
-use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, grid_rows, lies_whole, suffix};
+use crate::cuda::{Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, grid_rows, lies_whole, suffix};
 use crate::pool::cuda::SlotList;
 use crate::{Discretization, Element, Result};
 
@@ -30,20 +32,22 @@ pub fn update<T: Element, St: Element>(
     inputs: &Inputs<T, Cuda>,
     outputs: UpdateMut<T, St, Cuda>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    update_checked(stream, &inputs.check()?, outputs)
+}
+
+/// [`update`] of inputs that have been checked.
+pub(crate) fn update_checked<T: Element, St: Element>(
+    stream: &Arc<CudaStream>,
+    problem: &Problem<T, Cuda>,
+    outputs: UpdateMut<T, St, Cuda>,
+) -> Result<()> {
+    let options = problem.inputs.options;
     let slots = problem.check_outputs(&outputs)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let Dims { batch, len, d_inner, d_state, .. } = problem.dims;
-    let mut params = kernels::Update {
-        u: arguments.activation("u", &inputs.u)?,
-        dt: arguments.activation("dt", &inputs.dt)?,
-        z: arguments.optional_activation("z", &inputs.z)?,
-        a: arguments.matrix("a", &inputs.a)?,
-        b: arguments.projection("b", &inputs.b)?,
-        c: arguments.projection("c", &inputs.c)?,
-        d: arguments.vector("d", &inputs.d)?,
-        dt_bias: arguments.vector("dt_bias", &inputs.dt_bias)?,
+    let tensors: Tensors<DeviceViews> = problem.inputs.tensors().map(&mut arguments)?;
+    let mut params = tensors.params(kernels::Update {
         state: arguments.pool("state", outputs.state)?,
         out: arguments.write("out", outputs.out)?,
         token_states: arguments.write_optional("token_states", outputs.token_states)?,
@@ -52,34 +56,32 @@ pub fn update<T: Element, St: Element>(
         d_inner: d_inner as i64,
         d_state: d_state as i64,
         group_channels: problem.dims.group_channels() as i64,
-        lane_shift: 0,
-        flags: 0,
-        slots: bytemuck::Zeroable::zeroed(),
-    };
+        ..kernels::Update::zeroed()
+    });
     if batch == 0 || len == 0 {
         return Ok(());
     }
-    let hold = inputs.options.discretization == Discretization::ZeroOrderHold;
+    let hold = options.discretization == Discretization::ZeroOrderHold;
     let whole = is_whole::<T, St>(&params);
     let euler = !hold && params.b.constant == 0 && params.c.constant == 0;
     let fast = whole && euler && d_state <= 32 * QUAD && is_small(&params);
     let held = if fast { QUADS * QUAD } else { QUAD };
     params.lane_shift = d_state.div_ceil(held).next_power_of_two().min(32).ilog2().into();
     params.flags = params::flags([
-        (inputs.options.dt_softplus, kernels::FLAG_SOFTPLUS),
+        (options.dt_softplus, kernels::FLAG_SOFTPLUS),
         (hold, kernels::FLAG_ZOH),
         (whole, kernels::FLAG_VECTOR),
     ]);
     let columns = d_inner.div_ceil(THREADS >> params.lane_shift).min(GRID_COLUMNS);
-    let grid = [columns, grid_rows(columns, batch, 48 * device.processors)];
+    let grid = [columns, grid_rows(columns, batch, 48 * device.properties().processors)];
 
     let list = SlotList::new(&device, slots)?;
     params.slots = list.params;
     let variant = if fast { "fast" } else { "general" };
-    let name = format!("state_update_{variant}_{}_{}", suffix(T::DTYPE), suffix(St::DTYPE));
+    let kernel = Kernel::new(Module::StateUpdate, ["state_update", variant, suffix(T::DTYPE), suffix(St::DTYPE)]);
     // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`; slots of different rows
     // differ, and each state and output is written by one thread.
-    unsafe { device.launch(Module::STATE_UPDATE, &name, grid, THREADS, [0, 0], &params) }
+    unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }
 }
 
 /// Whether every index into what is not a state fits in 31 bits.

@@ -21,22 +21,21 @@
 
 #[cfg(feature = "candle")]
 mod candle;
+mod check;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod reference;
-mod tensors;
+pub(crate) mod tensors;
 
 pub use crate::pool::{UpdateMut, UpdateOutput, rollback};
-#[cfg(feature = "candle")]
-pub use tensors::StateUpdate;
 pub use tensors::{Inputs, Tensors};
 
-use crate::arguments::{Dims, zeroed};
-use crate::kinds::CheckViews;
-use crate::pool::Slots;
+use crate::arguments::zeroed;
 use crate::simd::Isa;
-use crate::{Discretization, Element, Host, Memory, Result, ViewMut};
+use crate::{Discretization, Element, Result, ViewMut};
+use check::Problem;
+pub(crate) use check::STATE_NAMES;
 
 /// Variants of the recurrence, as those of the scan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -45,46 +44,6 @@ pub struct Options {
     pub dt_softplus: bool,
     /// How the input is weighted.
     pub discretization: Discretization,
-}
-
-impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
-    /// Checks every argument but those of [`Problem::check_outputs`].
-    pub(crate) fn check(&self) -> Result<Problem<'a, T, M>> {
-        let dims = Dims::check(ACTIVATION_NAMES, &self.u, &self.a, &self.b, &self.c)?;
-        self.tensors().shaped(dims).map(&mut CheckViews)?;
-        Ok(Problem { inputs: *self, dims })
-    }
-}
-
-const ACTIVATION_NAMES: &str = "(batch, tokens, d_inner)";
-
-/// The names of the dimensions of the pool and of the states behind each token.
-pub(crate) const STATE_NAMES: [&str; 2] = ["(slots, d_inner, d_state)", "(batch, tokens, d_inner, d_state)"];
-
-/// Inputs that have passed [`Inputs::check`]. The tokens are the steps of its `dims`.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Problem<'a, T: Element, M: Memory = Host> {
-    pub inputs: Inputs<'a, T, M>,
-    pub dims: Dims,
-}
-
-impl<'a, T: Element, M: Memory> Problem<'a, T, M> {
-    fn activation_shape(&self) -> [usize; 3] {
-        [self.dims.batch, self.dims.len, self.dims.d_inner]
-    }
-
-    pub fn state_shape(&self) -> [usize; 2] {
-        [self.dims.d_inner, self.dims.d_state]
-    }
-
-    fn token_state_shape(&self) -> [usize; 4] {
-        [self.dims.batch, self.dims.len, self.dims.d_inner, self.dims.d_state]
-    }
-
-    /// Checks the pool, the slots and the buffers to be written.
-    pub fn check_outputs<St: Element>(&self, outputs: &UpdateMut<T, St, M>) -> Result<Slots<'a>> {
-        outputs.check(self.activation_shape(), self.state_shape(), STATE_NAMES, self.inputs.slots)
-    }
 }
 
 impl<T: Element> Inputs<'_, T> {

@@ -43,4 +43,5 @@ tensors! {
     /// projection of one group may leave the dimension of groups out: `(batch, tokens, d_state)`. No gradients flow: results
     /// are not part of candle's graph, whatever the tensors here are.
     candle StateUpdate;
+    params state_update::Update;
 }

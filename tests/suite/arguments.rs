@@ -274,6 +274,9 @@ fn another_order() {
             "{error}"
         );
     }
+    let state = Inputs { initial_state: Some(View::new(&data, [2, 16, 32])), ..right };
+    let error = state.forward().expect_err("the state is transposed").to_string();
+    assert!(error.starts_with("`initial_state`: ") && error.contains("its last two dimensions exchanged"), "{error}");
     // What fits neither way is not guessed at.
     let error = Inputs { a: View::new(&data, [31, 16]), ..right }.forward().expect_err("a does not fit").to_string();
     assert_eq!(error, "`a`: expected shape (d_inner, d_state) = [32, 16], got [31, 16]");

@@ -12,17 +12,25 @@ mod update;
 
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem, UpdateInputs, UpdateMut};
+use super::{
+    GradientsMut, Inputs, OutputGradients, OutputMut, Problem, Tensors, UpdateInputs, UpdateMut, UpdateTensors,
+};
 use crate::cuda::params::conv::{self as kernels, THREADS};
 use crate::cuda::params::{self, QUAD};
-use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, Sum, blocks, grid_rows, lies_whole, suffix};
+use crate::cuda::{
+    Arguments, Cuda, Device, DeviceBuffers, DeviceViews, GRID_COLUMNS, Kernel, Module, Sum, blocks, grid_rows,
+    lies_whole, or_null, suffix,
+};
 use crate::sequences::Sequences;
 use crate::{Element, Result};
 
 pub use crate::pool::cuda::rollback;
 pub use update::update;
+#[cfg(feature = "candle-cuda")]
+pub(crate) use update::update_checked;
 
 /// The least steps of a run; more than the rows of a state, so that runs other than a sequence's first find all that comes
 /// before them among the inputs.
@@ -38,12 +46,20 @@ pub fn forward<T: Element>(
     inputs: &Inputs<T, Cuda>,
     outputs: OutputMut<T, Cuda>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    forward_checked(stream, &inputs.check()?, outputs)
+}
+
+/// [`forward`] of inputs that have been checked.
+pub(crate) fn forward_checked<T: Element>(
+    stream: &Arc<CudaStream>,
+    problem: &Problem<T, Cuda>,
+    outputs: OutputMut<T, Cuda>,
+) -> Result<()> {
     problem.check_outputs(&outputs)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
-    let layout = Layout::forward(&problem, &device, outputs.final_state.is_some());
-    let mut inputs = conv_inputs(&problem, layout, &mut arguments)?;
+    let layout = Layout::forward(problem, &device, outputs.final_state.is_some());
+    let mut inputs = conv_inputs(problem, layout, &mut arguments)?;
     let out = arguments.write("out", outputs.out)?;
     let final_state = arguments.write_optional("final_state", outputs.final_state)?;
     if inputs.runs.count == 0 {
@@ -51,17 +67,19 @@ pub fn forward<T: Element>(
     }
     let whole = is_whole::<T>(&inputs, &inputs.x, out, layout.channels);
     let variant = match (whole, problem.width) {
-        (true, width @ ..=4) => format!("whole_{width}"),
-        (true, _) => "whole_8".into(),
-        (false, _) => "strided_8".into(),
+        (true, 2) => "whole_2",
+        (true, 3) => "whole_3",
+        (true, 4) => "whole_4",
+        (true, _) => "whole_8",
+        (false, _) => "strided_8",
     };
     let grid = layout.grid(&inputs);
-    let _table = upload_runs(&device, &problem, layout, &mut inputs.runs)?;
+    let _table = upload_runs(&device, problem, layout, &mut inputs.runs)?;
     let params = kernels::Forward { inputs, out, final_state };
-    let name = format!("conv_forward_{variant}_{}", suffix(T::DTYPE));
+    let kernel = Kernel::new(Module::ConvForward, ["conv_forward", variant, suffix(T::DTYPE)]);
     // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`, and each element of the
     // outputs is written by one thread.
-    unsafe { device.launch(Module::CONV_FORWARD, &name, grid, THREADS, [0, 0], &params) }
+    unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }
 }
 
 /// Computes the gradient of every input that was given, asynchronously.
@@ -75,20 +93,27 @@ pub fn backward<T: Element>(
     d_outputs: OutputGradients<T, Cuda>,
     gradients: GradientsMut<T, Cuda>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    backward_checked(stream, &inputs.check()?, d_outputs, gradients)
+}
+
+/// [`backward`] of inputs that have been checked.
+pub(crate) fn backward_checked<T: Element>(
+    stream: &Arc<CudaStream>,
+    problem: &Problem<T, Cuda>,
+    d_outputs: OutputGradients<T, Cuda>,
+    gradients: GradientsMut<T, Cuda>,
+) -> Result<()> {
     problem.check_backward(&d_outputs, &gradients)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
-    let width = if problem.width <= 4 { 4 } else { 8 };
-    let channels = if width == 4 { kernels::backward::CHANNELS } else { kernels::backward::WIDE_CHANNELS };
-    let layout = Layout::backward(&problem, &device, channels, gradients.initial_state.is_some());
-    let mut inputs = conv_inputs(&problem, layout, &mut arguments)?;
-    let d_out = arguments.activation("d_out", &d_outputs.d_out)?;
-    let d_final_state = arguments.state_rows("d_final_state", &d_outputs.d_final_state)?;
-    let d_x = arguments.write("gradients.x", gradients.x)?;
-    let d_weight = arguments.write("gradients.weight", gradients.weight)?;
-    let d_bias = arguments.write_optional("gradients.bias", gradients.bias)?;
-    let d_initial_state = arguments.write_optional("gradients.initial_state", gradients.initial_state)?;
+    let channels = if problem.width <= 4 { kernels::backward::CHANNELS } else { kernels::backward::WIDE_CHANNELS };
+    let layout = Layout::backward(problem, &device, channels, gradients.initial_state.is_some());
+    let mut inputs = conv_inputs(problem, layout, &mut arguments)?;
+    let d_out = params::Activation::from(arguments.view("d_out", &d_outputs.d_out)?);
+    let d_final_state = or_null(arguments.optional_view("d_final_state", &d_outputs.d_final_state)?);
+    let gradients: Tensors<DeviceBuffers> = gradients.map(&mut arguments)?;
+    let Tensors { x: d_x, weight: d_weight, bias: d_bias, initial_state } = gradients;
+    let d_initial_state = initial_state.unwrap_or(0);
 
     let d_inner = problem.d_inner();
     let (weights, parameters) = (d_inner * problem.width, d_inner * (problem.width + 1));
@@ -100,26 +125,30 @@ pub fn backward<T: Element>(
     if parts > 0 {
         let whole = is_whole::<T>(&inputs, &inputs.x, d_x, layout.channels)
             && is_whole::<T>(&inputs, &d_out, d_x, layout.channels);
-        let variant = match whole {
-            true if problem.width < 4 => format!("whole_{}", problem.width),
-            true => format!("whole_{width}"),
-            false => format!("strided_{width}"),
+        let variant = match (whole, problem.width) {
+            (true, 2) => "whole_2",
+            (true, 3) => "whole_3",
+            (true, 4) => "whole_4",
+            (true, _) => "whole_8",
+            (false, ..=4) => "strided_4",
+            (false, _) => "strided_8",
         };
-        let _table = upload_runs(&device, &problem, layout, &mut inputs.runs)?;
+        let _table = upload_runs(&device, problem, layout, &mut inputs.runs)?;
         let params = kernels::Backward { inputs, d_out, d_final_state, d_x, d_initial_state, partials: from };
-        let name = format!("conv_backward_{variant}_{}", suffix(T::DTYPE));
+        let kernel = Kernel::new(Module::ConvBackward, ["conv_backward", variant, suffix(T::DTYPE)]);
         // SAFETY: every address and extent has been checked by `Inputs::check` and `check_backward`, each element of the
         // gradients is written by one thread, and the workspace has room for what each row of blocks leaves.
-        unsafe { device.launch(Module::CONV_BACKWARD, &name, grid, THREADS, [0, 0], &params) }?;
+        unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }?;
     }
     let sum = |first: usize, m, to| {
         let from = from + (first * size_of::<f32>()) as u64;
         Sum { from, parts, m, stride: parameters, to, is_full: true }
     };
-    let sums = [sum(0, weights, d_weight), sum(weights, d_inner, d_bias)];
+    let mut sums = vec![sum(0, weights, d_weight)];
+    sums.extend(d_bias.map(|d_bias| sum(weights, d_inner, d_bias)));
     // SAFETY: the parts are in the workspace, the weights' before the biases', and the gradients have been checked to be as
     // many.
-    unsafe { device.sum::<f32>(if d_bias == 0 { &sums[..1] } else { &sums }) }
+    unsafe { device.sum::<f32>(&sums) }
 }
 
 /// How a pass divides its work: the bits of what a sequence gets do not depend on it.
@@ -139,10 +168,15 @@ impl Layout {
     /// Runs of 32 steps, or of fewer where these would leave most threads of a processor idle.
     fn forward<T: Element>(problem: &Problem<T, Cuda>, device: &Device, keep_empty: bool) -> Self {
         const LEAST_THREADS: usize = 170;
-        let layout = |run_steps| Self { channels: QUAD, run_steps, most_blocks: 20 * device.processors, keep_empty };
+        let layout = |run_steps| Self {
+            channels: QUAD,
+            run_steps,
+            most_blocks: 20 * device.properties().processors,
+            keep_empty,
+        };
         let long = layout(32);
         let threads = long.runs(problem).saturating_mul(problem.d_inner().div_ceil(long.channels));
-        if threads >= LEAST_THREADS * device.processors { long } else { layout(LEAST_STEPS) }
+        if threads >= LEAST_THREADS * device.properties().processors { long } else { layout(LEAST_STEPS) }
     }
 
     /// One run to a thread, of the length with which processors are done first. They take a block as long as it has steps,
@@ -156,7 +190,7 @@ impl Layout {
         let layout = |run_steps, per_processor: usize| Self {
             channels,
             run_steps,
-            most_blocks: per_processor * device.processors,
+            most_blocks: per_processor * device.properties().processors,
             keep_empty,
         };
         // Sequences that are packed cannot all have runs of one length.
@@ -165,7 +199,7 @@ impl Layout {
         let once = |run_steps| {
             let layout = layout(run_steps, 3);
             let blocks = layout.rows(layout.runs(problem), d_inner) * layout.columns(d_inner);
-            (layout, blocks.div_ceil(device.processors))
+            (layout, blocks.div_ceil(device.properties().processors))
         };
         let (shortest, most) = once(LEAST_STEPS);
         if most < 2 {
@@ -173,7 +207,7 @@ impl Layout {
         }
         // The shortest runs of which a processor has no more blocks than so many.
         let shortest_for = |per_processor: usize| {
-            let rows = per_processor * device.processors / shortest.columns(d_inner);
+            let rows = per_processor * device.properties().processors / shortest.columns(d_inner);
             let per_sequence = rows * (THREADS >> shortest.lane_shift(d_inner)) / batch;
             (per_sequence > 0).then(|| once(len.div_ceil(per_sequence).max(LEAST_STEPS).next_multiple_of(4)))
         };
@@ -242,7 +276,7 @@ fn upload_runs<T: Element>(
     problem: &Problem<T, Cuda>,
     layout: Layout,
     runs: &mut kernels::Runs,
-) -> Result<Option<CudaSlice<u64>>> {
+) -> Result<Option<Arc<CudaSlice<u64>>>> {
     let Sequences::Packed(offsets) = problem.sequences else { return Ok(None) };
     let mut entries = Vec::with_capacity(offsets.len());
     let mut first = 0;
@@ -252,7 +286,7 @@ fn upload_runs<T: Element>(
         first += layout.runs_of(sequence.len);
     }
     entries.push(entry(first, problem.inputs.x.shape[1]));
-    let table = device.upload("the runs of packed sequences", bytemuck::cast_slice(&entries))?;
+    let table = device.table("the runs of packed sequences", bytemuck::cast_slice(&entries))?;
     runs.packed = device.address(&table);
     Ok(Some(table))
 }
@@ -264,11 +298,8 @@ fn conv_inputs<'a, T: Element>(
 ) -> Result<kernels::Inputs> {
     let inputs = &problem.inputs;
     let d_inner = problem.d_inner();
-    Ok(kernels::Inputs {
-        x: arguments.activation("x", &inputs.x)?,
-        weight: arguments.matrix("weight", &inputs.weight)?,
-        bias: arguments.vector("bias", &inputs.bias)?,
-        initial_state: arguments.state_rows("initial_state", &inputs.initial_state)?,
+    let tensors: Tensors<DeviceViews> = inputs.tensors().map(arguments)?;
+    Ok(tensors.params(kernels::Inputs {
         runs: layout.params(problem),
         d_inner: d_inner as i64,
         width: problem.width as i64,
@@ -277,7 +308,8 @@ fn conv_inputs<'a, T: Element>(
             (inputs.options.silu, kernels::FLAG_SILU),
             (inputs.options.reverse, kernels::FLAG_REVERSE),
         ]),
-    })
+        ..kernels::Inputs::zeroed()
+    }))
 }
 
 /// Whether `count` neighbouring channels of a tensor, and of the dense one at `written`, can be accessed at a time.

@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
 use cudarc::driver::CudaStream;
 
-use super::{UpdateInputs, UpdateMut};
+use super::super::update::UpdateProblem;
+use super::{UpdateInputs, UpdateMut, UpdateTensors};
 use crate::cuda::params::conv::{self as kernels, THREADS};
 use crate::cuda::params::{self, QUAD};
-use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Module, blocks, grid_rows, lies_whole, suffix};
+use crate::cuda::{
+    Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, blocks, grid_rows, lies_whole, suffix,
+};
 use crate::pool::cuda::SlotList;
 use crate::{Element, Result};
 
@@ -21,16 +25,23 @@ pub fn update<T: Element, St: Element>(
     inputs: &UpdateInputs<T, Cuda>,
     outputs: UpdateMut<T, St, Cuda>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    update_checked(stream, &inputs.check()?, outputs)
+}
+
+/// [`update`] of inputs that have been checked.
+pub(crate) fn update_checked<T: Element, St: Element>(
+    stream: &Arc<CudaStream>,
+    problem: &UpdateProblem<T, Cuda>,
+    outputs: UpdateMut<T, St, Cuda>,
+) -> Result<()> {
+    let inputs = &problem.inputs;
     let slots = problem.check_outputs(&outputs)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let [batch, tokens, d_inner] = inputs.x.shape;
     let quads = d_inner.div_ceil(QUAD);
-    let mut params = kernels::Update {
-        x: arguments.activation("x", &inputs.x)?,
-        weight: arguments.matrix("weight", &inputs.weight)?,
-        bias: arguments.vector("bias", &inputs.bias)?,
+    let tensors: UpdateTensors<DeviceViews> = inputs.tensors().map(&mut arguments)?;
+    let mut params = tensors.params(kernels::Update {
         state: arguments.pool("state", outputs.state)?,
         out: arguments.write("out", outputs.out)?,
         token_states: arguments.write_optional("token_states", outputs.token_states)?,
@@ -39,9 +50,8 @@ pub fn update<T: Element, St: Element>(
         d_inner: d_inner as i64,
         width: problem.width as i64,
         lane_shift: quads.min(THREADS).next_power_of_two().ilog2().into(),
-        flags: 0,
-        slots: bytemuck::Zeroable::zeroed(),
-    };
+        ..kernels::Update::zeroed()
+    });
     if batch == 0 || tokens == 0 {
         return Ok(());
     }
@@ -50,15 +60,15 @@ pub fn update<T: Element, St: Element>(
     let lanes = 1 << params.lane_shift;
     let columns = blocks(quads, lanes).min(GRID_COLUMNS);
     // Rows share what a thread reads of the filters, once there are enough of them to fill the device.
-    let grid = [columns, grid_rows(columns, blocks(batch, THREADS / lanes), 16 * device.processors)];
+    let grid = [columns, grid_rows(columns, blocks(batch, THREADS / lanes), 16 * device.properties().processors)];
 
     let list = SlotList::new(&device, slots)?;
     params.slots = list.params;
     let variant = if whole && problem.width == 4 { "fast" } else { "general" };
-    let name = format!("conv_update_{variant}_{}_{}", suffix(T::DTYPE), suffix(St::DTYPE));
+    let kernel = Kernel::new(Module::ConvUpdate, ["conv_update", variant, suffix(T::DTYPE), suffix(St::DTYPE)]);
     // SAFETY: every address and extent has been checked by `UpdateInputs::check` and `check_outputs`; slots of different
     // rows differ, and each state and output is written by one thread.
-    unsafe { device.launch(Module::CONV_UPDATE, &name, grid, THREADS, [0, 0], &params) }
+    unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }
 }
 
 /// Whether four neighbouring channels can be accessed at a time.

@@ -5,16 +5,15 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use super::launch::{Kernel, LaunchShape, Undivided};
-use super::plan::Pass;
-use super::{GradientsMut, Inputs, OutputGradients, Plan};
+use super::launch::{Run, Undivided};
+use super::recipe::{Recipe, Role};
+use super::{GradientsMut, Inputs, OutputGradients, Plan, Problem, Tensors};
 use crate::ProjectionOf;
 use crate::arguments::Dims;
-use crate::cuda::params::scan::{
-    self as kernels, STATE_BLOCK, backward as fast, backward_chunk_state, backward_general,
-};
-use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Module, Sum, lies_whole};
-use crate::{Element, Result};
+use crate::cuda::params::scan::{self as kernels, STATE_BLOCK};
+use crate::cuda::{Arguments, Cuda, Device, DeviceBuffers, Sum, lies_whole, or_null};
+use crate::kinds::{Field, Map, Shaped};
+use crate::{Element, Error, Result};
 
 /// Computes the gradient of every input that was given on the stream's device. `checkpoints` are those that a forward pass
 /// on a GPU kept.
@@ -43,31 +42,31 @@ pub fn backward_with<T: Element>(
     d_outputs: OutputGradients<T, Cuda>,
     gradients: GradientsMut<T, Cuda>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    backward_checked(plan, stream, &inputs.check()?, checkpoints, d_outputs, gradients)
+}
+
+/// [`backward_with`] of inputs that have been checked.
+pub(crate) fn backward_checked<T: Element>(
+    plan: Plan,
+    stream: &Arc<CudaStream>,
+    problem: &Problem<T, Cuda>,
+    checkpoints: &CudaSlice<f32>,
+    d_outputs: OutputGradients<T, Cuda>,
+    gradients: GradientsMut<T, Cuda>,
+) -> Result<()> {
     problem.check_backward(checkpoints, &d_outputs, &gradients)?;
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
-    let mut undivided = Undivided::new(&problem, &mut arguments)?;
+    let mut undivided = Undivided::new(problem, &mut arguments)?;
     let Dims { batch, len, d_inner, d_state, groups, .. } = problem.dims;
     let steps = batch * len;
 
-    let mut projection = |name, gradient| -> Result<_> {
-        Ok(match gradient {
-            ProjectionOf::Varying(data) => (arguments.write(name, data)?, 0),
-            ProjectionOf::Constant(data) => (0, arguments.write(name, data)?),
-        })
-    };
-    let [(b, constant_b), (c, constant_c)] =
-        [projection("gradients.b", gradients.b)?, projection("gradients.c", gradients.c)?];
+    let gradients: Tensors<DeviceBuffers> = gradients.map(&mut arguments)?;
     let mut params = kernels::Backward {
         inputs: undivided.inputs,
-        d_out: arguments.activation("d_out", &d_outputs.d_out)?,
-        d_final_state: arguments.states("d_final_state", &d_outputs.d_final_state)?,
+        d_out: arguments.view("d_out", &d_outputs.d_out)?.into(),
+        d_final_state: or_null(arguments.optional_view("d_final_state", &d_outputs.d_final_state)?),
         checkpoints: arguments.read("checkpoints", checkpoints, 0)?,
-        d_u: arguments.write("gradients.u", gradients.u)?,
-        d_delta: arguments.write("gradients.delta", gradients.delta)?,
-        d_z: arguments.write_optional("gradients.z", gradients.z)?,
-        d_initial_state: arguments.write_optional("gradients.initial_state", gradients.initial_state)?,
         groups: groups as i64,
         steps: steps as i64,
         ..kernels::Backward::zeroed()
@@ -77,38 +76,22 @@ pub fn backward_with<T: Element>(
     let checkpoints_are_aligned = lies_whole::<f32>(params.checkpoints, &[], 4);
     undivided.is_fast &= d_out_is_aligned
         && checkpoints_are_aligned
-        && undivided.is_aligned::<T>(&[(params.d_u, row), (params.d_delta, row), (params.d_z, row)]);
-    // Some devices, 8.6, 8.9 and 12.0 among them, give a block less than the fast kernel's shared memory.
-    let fast_shared = fast::SMEM + fast::SMEM_PER_BYTE * size_of::<T>();
-    undivided.is_fast &= fast_shared <= device.shared_memory;
-    let scan = undivided.divide(&device, &problem, &plan, Pass::Backward)?;
-    params.inputs = scan.inputs;
-
-    // Rows of blocks, each of which sums the gradients of parameters over the segments that it takes: as many for both
-    // kernels, so that they give the same bits.
-    let segments = scan.inputs.segments.count as usize;
-    let columns = scan.groups() * scan.group_blocks(fast::CHANNELS);
-    let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).min(GRID_ROWS);
-    let shape =
-        |variant, channels, threads, shared| LaunchShape { variant, channels, threads, rows, shared: [shared; 2] };
-    let fast = |variant| (Module::SCAN_BACKWARD, shape(variant, fast::CHANNELS, fast::THREADS, fast_shared), "fast");
-    let (module, backward, chunk_state) = match scan.kernel {
-        Kernel::General => {
-            use backward_general::{CHANNELS, SMEM, THREADS};
-            (Module::SCAN_BACKWARD_GENERAL, shape("general", CHANNELS, THREADS, SMEM), "general")
-        }
-        Kernel::Turns => fast("many_states"),
-        Kernel::Fast(_) => fast("fast"),
-    };
-    let chunk_state = shape(chunk_state, backward_chunk_state::CHANNELS, backward_chunk_state::THREADS, 0);
-    let group_blocks = scan.group_blocks(backward.channels);
+        && undivided.is_aligned::<T>(&[(gradients.u, row), (gradients.delta, row), (gradients.z.unwrap_or(0), row)]);
+    let shape = undivided.shape(problem);
+    let recipe = Recipe::backward(&shape, device.properties(), &plan);
+    let run = Run::new(&device, &recipe, &shape)?;
+    // All launches of the scan have as many blocks.
+    let scan = recipe.of_role(Role::Scan).next();
+    let (group_blocks, rows) = scan.map_or((0, 0), |launch| (launch.group_blocks, launch.grid[1]));
 
     let mut sums = Sums { device: &device, rows, workspaces: Vec::new(), sums: Vec::new() };
-    params.d_a = sums.add(d_inner * d_state, arguments.write("gradients.a", gradients.a)?)?;
-    params.d_b = sums.add(d_inner * d_state, constant_b)?;
-    params.d_c = sums.add(d_inner * d_state, constant_c)?;
-    params.d_d = sums.add(d_inner, arguments.write_optional("gradients.d", gradients.d)?)?;
-    params.d_bias = sums.add(d_inner, arguments.write_optional("gradients.delta_bias", gradients.delta_bias)?)?;
+    let written: Tensors<DeviceBuffers> = gradients.shaped(problem.dims).map(&mut sums)?;
+    let Tensors { u, delta, a, b, c, z, d, delta_bias, initial_state } = written;
+    (params.d_u, params.d_delta, params.d_a) = (u, delta, a);
+    let ((b, d_b), (c, d_c)) = (split(b), split(c));
+    (params.d_b, params.d_c) = (d_b, d_c);
+    [params.d_z, params.d_d, params.d_bias, params.d_initial_state] =
+        [z, d, delta_bias, initial_state].map(|address| address.unwrap_or(0));
 
     let lines = steps * groups;
     let projections = match b != 0 || c != 0 {
@@ -121,29 +104,12 @@ pub fn backward_with<T: Element>(
         false => None,
     };
     params.partial_sums = carried.as_ref().map_or(0, |sums| device.address(sums));
-    let workspace = scan.workspace(&device)?;
-    if let Some(workspace) = &workspace {
-        params.inputs = scan.split_inputs(&device, workspace);
-    }
-
-    // Each turn of states is a launch. (Each turn overwrites what the one before has left as the sums of D and the bias.)
-    let turns = if segments > 0 { d_state } else { 0 };
-    for first_state in (0..turns).step_by(STATE_BLOCK) {
-        let params = kernels::Backward { first_state: first_state as i64, ..params };
-        // SAFETY (both): every address and extent has been checked by `Inputs::check` and `check_backward`, and the
-        // workspaces have an element for each that the kernels write.
-        if workspace.is_some() {
-            unsafe {
-                scan.launch::<T, _>(
-                    &device,
-                    Module::SCAN_BACKWARD_CHUNK_STATE,
-                    "scan_backward_chunk_state",
-                    chunk_state,
-                    params,
-                )
-            }?;
-        }
-        unsafe { scan.launch::<T, _>(&device, module, "scan_backward", backward, params) }?;
+    // Each block of states is a launch. (Each overwrites what the one before has left as the sums of D and the bias.)
+    for launch in &recipe.launches {
+        let params = kernels::Backward { first_state: launch.first_state as i64, ..params };
+        // SAFETY: every address and extent has been checked by `Inputs::check` and `check_backward`, and the workspaces have
+        // an element for each that the kernels write.
+        unsafe { run.launch(launch, params) }?;
     }
     if let Some(parts) = &projections {
         let m = lines * d_state;
@@ -157,9 +123,6 @@ pub fn backward_with<T: Element>(
     unsafe { device.sum::<T>(&sums.sums) }
 }
 
-/// Blocks for each processor that the rows are enough for; more would only make more parts of sums.
-const BLOCKS_PER_PROCESSOR: usize = 8;
-
 /// Gradients that each row of blocks sums up for itself, and where the sums over the rows go.
 struct Sums<'d> {
     device: &'d Device<'d>,
@@ -169,15 +132,34 @@ struct Sums<'d> {
 }
 
 impl Sums<'_> {
-    /// Room for `m` sums of each row, whose totals go to the address `to`; a null stays one.
+    /// Room for `m` sums of each row, whose totals go to the address `to`.
     fn add(&mut self, m: usize, to: u64) -> Result<u64> {
-        if to == 0 {
-            return Ok(0);
-        }
         let workspace = self.device.workspace("the gradients of parameters", self.rows * m)?;
         let from = self.device.address(&workspace);
         self.workspaces.push(workspace);
         self.sums.push(Sum { from, parts: self.rows, m, stride: m, to, is_full: true });
         Ok(from)
+    }
+}
+
+/// Where the kernels write what becomes a gradient: a parameter's is summed over rows of blocks.
+impl Map<Shaped<DeviceBuffers>, DeviceBuffers> for Sums<'_> {
+    type Error = Error;
+
+    fn activation<const R: usize>(&mut self, _: Field, (to, _): (u64, [usize; R])) -> Result<u64> {
+        Ok(to)
+    }
+
+    fn parameter<const R: usize>(&mut self, _: Field, (to, shape): (u64, [usize; R])) -> Result<u64> {
+        // Of each state one block finds the gradient. (States have three dimensions.)
+        if R == 3 { Ok(to) } else { self.add(shape.iter().product(), to) }
+    }
+}
+
+/// The addresses of a projection's gradient if it varies, and if it is constant; the other is null.
+fn split(gradient: ProjectionOf<u64, u64>) -> (u64, u64) {
+    match gradient {
+        ProjectionOf::Varying(to) => (to, 0),
+        ProjectionOf::Constant(to) => (0, to),
     }
 }

@@ -21,9 +21,15 @@ mod backward;
 mod forward;
 mod launch;
 mod plan;
+mod recipe;
 
+#[cfg(feature = "candle-cuda")]
+pub(crate) use backward::backward_checked;
 pub use backward::{backward, backward_with};
+#[cfg(feature = "candle-cuda")]
+pub(crate) use forward::forward_checked;
 pub use forward::{forward, forward_with};
 pub use plan::{PerLane, Plan};
 
-use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem};
+use super::check::Problem;
+use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Tensors};

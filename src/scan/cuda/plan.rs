@@ -1,14 +1,7 @@
 //! How a call is divided over the device.
 
-use cudarc::driver::CudaSlice;
-
-use crate::arguments::Dims;
 use crate::cuda::params::scan::forward_few_channels as few;
-use crate::cuda::{Device, params};
-use crate::sequences::{CHECKPOINT_STEPS, Sequence, Sequences};
-use crate::{Element, Memory, Result};
-
-use super::Problem;
+use crate::sequences::CHECKPOINT_STEPS;
 
 /// How a call's work is divided; what is `None` is chosen by shape and device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -42,11 +35,11 @@ pub enum PerLane {
 }
 
 impl PerLane {
-    /// Bytes of dynamic shared memory that a block has.
-    pub(super) fn shared_memory<T>(self) -> usize {
+    /// Bytes of dynamic shared memory that a block has, where an activation's elements have `element` bytes.
+    pub(super) fn shared_memory(self, element: usize) -> usize {
         match self {
-            Self::Quarter => few::ONE_SMEM + few::ONE_SMEM_PER_BYTE * size_of::<T>(),
-            Self::Half => few::TWO_SMEM + few::TWO_SMEM_PER_BYTE * size_of::<T>(),
+            Self::Quarter => few::ONE_SMEM + few::ONE_SMEM_PER_BYTE * element,
+            Self::Half => few::TWO_SMEM + few::TWO_SMEM_PER_BYTE * element,
             Self::One | Self::Four => 0,
         }
     }
@@ -135,93 +128,6 @@ impl Plan {
             Some(whole @ (PerLane::One | PerLane::Four)) => whole,
             _ if steps <= SHORT_SEGMENT && has_enough() => PerLane::Four,
             _ => PerLane::One,
-        }
-    }
-}
-
-/// The segments of a problem as kernels take them.
-pub(super) struct Segments {
-    pub params: params::Segments,
-    /// Whether any sequence has more than one.
-    pub split: bool,
-    /// What a lane carries of the sequences that come first, and how many these are: see [`Plan::part_of_channel`].
-    pub parts: Option<(PerLane, i64)>,
-    /// The table that `params` points at for packed sequences.
-    _table: Option<CudaSlice<u64>>,
-}
-
-impl Segments {
-    /// Those of the pass; `may_carry_parts` says whether lanes can have parts of a channel.
-    pub fn new<T: Element, M: Memory>(
-        device: &Device,
-        problem: &Problem<T, M>,
-        plan: &Plan,
-        pass: Pass,
-        may_carry_parts: bool,
-    ) -> Result<Self> {
-        let Dims { batch, len, d_inner, .. } = problem.dims;
-        let part_of = |rows, len| match (pass, may_carry_parts) {
-            (Pass::Forward, true) => plan
-                .part_of_channel(rows, len, d_inner, device.processors)
-                .filter(|part| part.shared_memory::<T>() <= device.shared_memory),
-            _ => None,
-        };
-        match problem.sequences {
-            Sequences::Dense { .. } => {
-                let part = part_of(batch, len);
-                let plan = if part.is_some() { &Plan { segment_steps: Some(usize::MAX), ..*plan } } else { plan };
-                let steps = plan.steps(pass, batch, len, d_inner, device.processors);
-                // An empty sequence has one empty segment, which hands its state on.
-                let per_row = len.div_ceil(steps).max(1);
-                let params = params::Segments {
-                    packed: 0,
-                    count: (batch * per_row) as i64,
-                    len: len as i64,
-                    per_row: per_row as i64,
-                    steps: steps as i64,
-                };
-                let parts = part.map(|part| (part, params.count));
-                Ok(Self { params, split: per_row > 1, parts, _table: None })
-            }
-            Sequences::Packed(_) => {
-                // Each as if it were alone. Those of which lanes carry parts first: they are launched by themselves.
-                let (in_parts, others): (Vec<_>, Vec<_>) =
-                    problem.sequences.iter().partition(|sequence| part_of(1, sequence.len).is_some());
-                // They all carry the same part, as it depends on the channels.
-                let part = in_parts.first().and_then(|sequence| part_of(1, sequence.len));
-                let parts = part.map(|part| (part, in_parts.len() as i64));
-                let divided = |len| plan.steps(pass, 1, len, d_inner, device.processors);
-                let whole = in_parts.iter().map(|sequence| (sequence, usize::MAX));
-                let others = others.iter().map(|sequence| (sequence, divided(sequence.len)));
-                let (mut entries, mut split) = (Vec::new(), false);
-                for (sequence, steps) in whole.chain(others) {
-                    split |= sequence.len > steps;
-                    let count = sequence.len.div_ceil(steps).max(1);
-                    for rank in 0..count {
-                        let first = rank * steps;
-                        let steps = steps.min(sequence.len - first);
-                        let &Sequence { index, start, len, .. } = sequence;
-                        entries.push(params::PackedSegment {
-                            sequence: index as i64,
-                            start: start as i64,
-                            len: len as i64,
-                            first: first as i64,
-                            steps: steps as i64,
-                            rank: rank as i64,
-                            segments_after: (count - 1 - rank) as i64,
-                        });
-                    }
-                }
-                let table = device.upload("the segments of packed sequences", bytemuck::cast_slice(&entries))?;
-                let params = params::Segments {
-                    packed: device.address(&table),
-                    count: entries.len() as i64,
-                    len: len as i64,
-                    per_row: 1,
-                    steps: 0,
-                };
-                Ok(Self { params, split, parts, _table: Some(table) })
-            }
         }
     }
 }

@@ -1,0 +1,162 @@
+//! What is known of a context: its device, the kernels that have been loaded into it, and tables that they read.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUstreamCaptureStatus};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice};
+use cudarc::nvrtc::Ptx;
+
+use super::{Device, Module};
+use crate::{Error, Result};
+
+/// What of a device decides how work is divided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Properties {
+    /// The number of its multiprocessors.
+    pub processors: usize,
+    /// Bytes of shared memory that a block can have.
+    pub shared_memory: usize,
+}
+
+impl Properties {
+    fn of(context: &CudaContext) -> Result<Self> {
+        let ask = |attribute| {
+            let answer = context.attribute(attribute);
+            answer.map_err(|error| Error::cuda("asking the device for its size", error))
+        };
+        let processors = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let shared_memory = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        Ok(Self { processors: processors.max(1) as usize, shared_memory: shared_memory.max(0) as usize })
+    }
+}
+
+/// A kernel: where it is, and the parts of its name, which `_` joins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Kernel {
+    pub module: Module,
+    pub name: [&'static str; 4],
+    /// The most bytes of dynamic shared memory that any launch of it asks for.
+    pub most_shared: usize,
+}
+
+impl Kernel {
+    /// A kernel without dynamic shared memory, by up to four parts of its name.
+    pub fn new<const N: usize>(module: Module, parts: [&'static str; N]) -> Self {
+        const { assert!(N <= 4) };
+        let mut name = [""; 4];
+        name[..N].copy_from_slice(&parts);
+        Self { module, name, most_shared: 0 }
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let mut parts = self.name.iter().filter(|part| !part.is_empty());
+        f.write_str(parts.next().unwrap_or(&""))?;
+        parts.try_for_each(|part| write!(f, "_{part}"))
+    }
+}
+
+/// One for each CUDA context that has been used. It lives as long as the process, and keeps the CUDA context alive.
+pub(crate) struct Context {
+    cuda: Arc<CudaContext>,
+    pub properties: Properties,
+    modules: Mutex<HashMap<Module, Arc<CudaModule>>>,
+    kernels: RwLock<HashMap<Kernel, CudaFunction>>,
+    tables: Mutex<Vec<Table>>,
+}
+
+/// Found by comparing pointers: there are as many as devices, mostly.
+static CONTEXTS: RwLock<Vec<&'static Context>> = RwLock::new(Vec::new());
+
+impl Context {
+    pub fn of(cuda: &Arc<CudaContext>) -> Result<&'static Self> {
+        let find = |contexts: &[&'static Self]| contexts.iter().find(|known| Arc::ptr_eq(&known.cuda, cuda)).copied();
+        // (For all locks here: a panic while one was held cannot have left what it guards half changed.)
+        if let Some(known) = find(&CONTEXTS.read().unwrap_or_else(PoisonError::into_inner)) {
+            return Ok(known);
+        }
+        let mut contexts = CONTEXTS.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = find(&contexts) {
+            return Ok(known);
+        }
+        let (modules, kernels, tables) = Default::default();
+        let properties = Properties::of(cuda)?;
+        let new: &Self = Box::leak(Box::new(Self { cuda: cuda.clone(), properties, modules, kernels, tables }));
+        contexts.push(new);
+        Ok(new)
+    }
+
+    /// The function of a kernel, which is loaded when it is wanted first.
+    pub fn function(&self, kernel: &Kernel) -> Result<CudaFunction> {
+        if let Some(function) = self.kernels.read().unwrap_or_else(PoisonError::into_inner).get(kernel) {
+            return Ok(function.clone());
+        }
+        let error = |error| Error::cuda(format_args!("loading the kernel {kernel}"), error);
+        let function = self.module(kernel.module)?.load_function(&kernel.to_string()).map_err(error)?;
+        if kernel.most_shared > 0 {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(attribute, kernel.most_shared as i32).map_err(error)?;
+        }
+        self.kernels.write().unwrap_or_else(PoisonError::into_inner).insert(*kernel, function.clone());
+        Ok(function)
+    }
+
+    fn module(&self, module: Module) -> Result<Arc<CudaModule>> {
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(loaded) = modules.get(&module) {
+            return Ok(loaded.clone());
+        }
+        let loaded = if module.fatbin().is_empty() {
+            Err("this build is for its documentation and has none".to_string())
+        } else {
+            let image = Ptx::from_binary(module.fatbin().to_vec());
+            self.cuda.load_module(image).map_err(|error| error.to_string())
+        };
+        let action = || format!("loading the kernels of {}", module.name());
+        let loaded = loaded.map_err(|message| Error::Cuda { action: action(), message })?;
+        modules.insert(module, loaded.clone());
+        Ok(loaded)
+    }
+}
+
+/// Numbers in device memory, uploaded on a stream.
+struct Table {
+    numbers: Box<[u64]>,
+    uploaded: Arc<CudaSlice<u64>>,
+}
+
+/// Tables that are kept for each context, and the longest that is.
+const MOST_TABLES: usize = 16;
+const LONGEST_TABLE: usize = 1 << 16;
+
+impl Device<'_> {
+    /// A table in device memory.
+    ///
+    /// It is kept for the next call on this stream that wants the same: every layer and operator of a model reads the same
+    /// tables of a packed batch, or the same slots. While the stream is captured a table is uploaded for the call alone, as
+    /// a graph may be launched when it would be kept no more.
+    pub fn table(&self, what: &str, numbers: &[u64]) -> Result<Arc<CudaSlice<u64>>> {
+        let status = self.stream.capture_status().map_err(|error| Error::cuda("asking for a capture", error))?;
+        let is_captured = status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        if is_captured || numbers.len() > LONGEST_TABLE {
+            return self.upload(what, numbers).map(Arc::new);
+        }
+        let is_same = |table: &Table| {
+            table.uploaded.stream().cu_stream() == self.stream.cu_stream() && *table.numbers == *numbers
+        };
+        let mut tables = self.context.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = tables.iter().position(is_same) {
+            // What was used last is found first.
+            tables[..=at].rotate_right(1);
+            return Ok(tables[0].uploaded.clone());
+        }
+        let uploaded = Arc::new(self.upload(what, numbers)?);
+        // A table that is dropped is freed in the order of its stream, after what has been launched there.
+        tables.truncate(MOST_TABLES - 1);
+        tables.insert(0, Table { numbers: numbers.into(), uploaded: uploaded.clone() });
+        Ok(uploaded)
+    }
+}
