@@ -296,3 +296,83 @@ impl<'a, T: Element> Map<Mut<'a, Vectors<T, f32>>, Buffers<'a, T, Host>> for Sli
         Ok(tensor)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scan::{Gradients, Inputs};
+
+    /// Lists what a `map` comes to.
+    #[derive(Default)]
+    struct List(Vec<(&'static str, &'static str, Vec<usize>)>);
+
+    impl<'a> Map<Shaped<Views<'a, f32, Host>>, Nothing> for List {
+        type Error = Infallible;
+
+        fn activation<const R: usize>(
+            &mut self,
+            field: Field,
+            (_, shape): (View<'a, f32, R>, [usize; R]),
+        ) -> Result<(), Infallible> {
+            self.0.push((field.name, field.dims, shape.into()));
+            Ok(())
+        }
+
+        fn parameter<const R: usize>(
+            &mut self,
+            field: Field,
+            (_, shape): (View<'a, f32, R>, [usize; R]),
+        ) -> Result<(), Infallible> {
+            self.0.push((field.name, field.dims, shape.into()));
+            Ok(())
+        }
+    }
+
+    /// Two batch rows of 3 steps, 4 channels in 2 groups, 5 states.
+    fn inputs(data: &[f32]) -> Inputs<'_, f32> {
+        let (activation, varying) = (View::new(data, [2, 3, 4]), View::new(data, [2, 3, 2, 5]));
+        let constant = View::new(data, [4, 5]);
+        Inputs { d: Some(View::new(data, [4])), ..Inputs::new(activation, activation, constant, varying, constant) }
+    }
+
+    #[test]
+    fn a_map_comes_to_what_is_there_in_order_with_its_shape() {
+        let data = [0.0; 60];
+        let inputs = Inputs { initial_state: Some(View::new(&data, [2, 4, 5])), ..inputs(&data) };
+        let mut list = List::default();
+        let Ok(_) = inputs.tensors().shaped(inputs.check().expect("valid").dims).map(&mut list);
+        let activation = ("(batch, length, d_inner)", vec![2, 3, 4]);
+        let parameter = ("(d_inner, d_state)", vec![4, 5]);
+        let expected = [
+            ("u", activation.clone()),
+            ("delta", activation),
+            ("a", parameter.clone()),
+            ("b", ("(batch, length, groups, d_state)", vec![2, 3, 2, 5])),
+            ("c", parameter),
+            ("d", ("(d_inner)", vec![4])),
+            ("initial_state", ("(sequences, d_inner, d_state)", vec![2, 4, 5])),
+        ];
+        assert_eq!(list.0, expected.map(|(name, (dims, shape))| (name, dims, shape)));
+    }
+
+    #[test]
+    fn a_gradient_without_its_input_is_named() {
+        let data = [0.0; 60];
+        let inputs = inputs(&data);
+        let gradients = || Gradients::<f32>::zeroed(&inputs).expect("valid");
+        inputs.tensors().zip(gradients()).expect("one for each");
+        let refused = |change: &dyn Fn(&mut Gradients<f32>)| {
+            let mut gradients = gradients();
+            change(&mut gradients);
+            inputs.tensors().zip(gradients).expect_err("it does not fit").to_string()
+        };
+        let error = refused(&|g| g.d = None);
+        assert_eq!(error, "`gradients.d`: expected a buffer, since the input is given, got none");
+        let error = refused(&|g| g.z = Some(Vec::new()));
+        assert_eq!(error, "`gradients.z`: expected none, since the input is absent, got a buffer");
+        let error = refused(&|g| g.b = ProjectionOf::Constant(Vec::new()));
+        assert_eq!(error, "`gradients.b`: expected Varying, as its input is, got Constant");
+        let error = refused(&|g| g.c = ProjectionOf::Varying(Vec::new()));
+        assert_eq!(error, "`gradients.c`: expected Constant, as its input is, got Varying");
+    }
+}

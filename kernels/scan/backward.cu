@@ -22,6 +22,7 @@ namespace scan::backward {
 
 // Pairs of channels, of which each lane has one; tiles of a chunk.
 constexpr int PAIRS = WARP_CHANNELS / CHANNELS_PER_LANE, TILES = CHECKPOINT_STEPS / TILE;
+template <typename T> constexpr bool ACCURATE = sizeof(T) == 4;
 // Of a lane's channels.
 using LaneStates = float[CHANNELS_PER_LANE][STATE_VEC];
 // Vectors of 4 in a step of B and C.
@@ -69,12 +70,6 @@ template <typename T> struct WarpShared {
     static __device__ __forceinline__ int index_of_y(int t, int at) { return at ^ t % 2 * WARP_CHANNELS; }
 };
 
-// Where a chunk's first step lies in a tensor, for the first channel of the block, and the distance of its steps.
-template <typename T> struct Place {
-    const T *at;
-    int64_t step;
-};
-
 template <typename T> struct Shared {
     SegmentIndex next;
     Segment segment;
@@ -87,10 +82,46 @@ template <typename T> struct Shared {
 };
 static_assert(sizeof(Shared<float>) == SMEM + 4 * SMEM_PER_BYTE && sizeof(Shared<__half>) == SMEM + 2 * SMEM_PER_BYTE);
 
+// What a lane works on, and with: all of it as the kernel has it, so that functions take it together.
+template <typename T> struct Warp {
+    const Backward &params;
+    Shared<T> &shared;
+    WarpShared<T> &mine;
+    const Block &block;
+    const LaneMap &map;
+    const int &warp, &lane;
+    const bool &exists, &reverse, &plus, &gated;
+    const int &states, &first_state, &place_of_sums;
+};
+
+// A chunk of a segment: its number, the steps that there are, and the tiles of them.
+struct Chunk {
+    int index, remaining, tiles;
+    // Its first step, in the sequence's direction and in the batch row, and the batch row's first step among those of all rows.
+    int64_t first, step, row;
+    // The direction of the steps in the batch row.
+    int sign;
+
+    __device__ __forceinline__ Chunk(const Segment &segment, int index) : index(index) {
+        remaining = static_cast<int>(min(segment.steps - int64_t(index) * CHECKPOINT_STEPS, int64_t(CHECKPOINT_STEPS)));
+        tiles = (remaining + TILE - 1) / TILE;
+    }
+    __device__ __forceinline__ void find_steps(const Inputs &p, const Segment &segment, bool reverse) {
+        first = segment.first + int64_t(index) * CHECKPOINT_STEPS, step = segment.step(first, reverse);
+        row = segment.row * p.segments.len;
+        sign = reverse ? -1 : 1;
+    }
+};
+
 // The recurrence of a lane's channels through the steps of a chunk in shared memory, forward.
 template <typename T> struct Recurrence {
+    // Decays are computed a few steps ahead: were it a tile, the compiler would put most of them off to the tile's end,
+    // where they wait for the special-function unit in a row.
+    static constexpr int AHEAD = 2;
+    static_assert(TILE % AHEAD == 0, "the decays that are known at the end of a tile are of the first steps of the next");
+
     const Shared<T> &shared;
-    const WarpShared<T> &mine;
+    WarpShared<T> &mine;
     const int &state_group, &pair;
     // log2(e) A
     const LaneStates &a;
@@ -117,6 +148,25 @@ template <typename T> struct Recurrence {
         }
     }
 
+    // A chunk, for the states before each tile, of which `h` is the first; leaves the first decays of the last tile. (From one
+    // checkpoint to the next a rounded decay drifts by 2^-16 at most. The gradient of the state goes through the whole
+    // sequence.)
+    __device__ __forceinline__ void find_states(const int &tiles, const int &lane, LaneStates (&decays)[TILE], LaneStates &h) const {
+#pragma unroll
+        for (int t = 0; t < AHEAD; t++) decays_at(t, decays[t]);
+        for (int tile = 0;; tile++) {
+#pragma unroll
+            for (int c = 0; c < CHANNELS_PER_LANE; c++) write_shared(&mine.states[tile][c][lane].x, h[c]);
+            if (tile + 1 == tiles) break;
+#pragma unroll
+            for (int t = 0; t < TILE; t++) {
+                LaneStates &decay = decays[t % AHEAD];
+                advance(tile * TILE + t, decay, h, h);
+                decays_at(tile * TILE + t + AHEAD, decay);
+            }
+        }
+    }
+
     // A tile from step `t0` on, keeping the decays, of which there are `known` already, and the states after each step.
     __device__ __forceinline__ void go_through(int t0, int known, LaneStates (&decays)[TILE], LaneStates (&h)[TILE + 1]) const {
 #pragma unroll
@@ -129,10 +179,8 @@ template <typename T> struct Recurrence {
 // For a tile in which a product of zero and infinity has spread over the columns of the sums over channels: sums each step
 // alone, in the same way so that the others keep their bits, from the states and gradients at both ends of the tile.
 template <typename T>
-__device__ __forceinline__ void sum_again(const Recurrence<T> &recurrence, const Shared<T> &shared, const WarpShared<T> &mine,
-                                          const int &lane, const int &state_group, const int &pair, const LaneStates &a, const int &tile,
-                                          ChannelSums<T> &sums) {
-    constexpr bool ACCURATE = sizeof(T) == 4;
+__device__ __forceinline__ void sum_again(const Recurrence<T> &recurrence, const int &lane, const int &tile, ChannelSums<T> &sums) {
+    const auto &[shared, mine, state_group, pair, a] = recurrence;
     const int t0 = tile * TILE;
     LaneStates again;
 #pragma unroll
@@ -159,7 +207,7 @@ __device__ __forceinline__ void sum_again(const Recurrence<T> &recurrence, const
                 float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
                 d_b = c ? fmaf(gradient, in[CHANNELS_PER_LANE + c], d_b) : gradient * in[CHANNELS_PER_LANE + c];
                 d_c = c ? fmaf(d_y[c], state[c][n], d_c) : d_y[c] * state[c][n];
-                again[c][n] = Decay<ACCURATE>(in[c] * a[c][n], decay[c][n]).of(gradient);
+                again[c][n] = Decay<ACCURATE<T>>(in[c] * a[c][n], decay[c][n]).of(gradient);
             }
         }
         sums.replace(lane, t, terms);
@@ -169,8 +217,9 @@ __device__ __forceinline__ void sum_again(const Recurrence<T> &recurrence, const
 // Writes the block's sums of ∂B and ∂C over a chunk, the warps in order. (Where they go is read first: the first thread may be
 // at the next chunk before the others have left this one.)
 template <typename T>
-__device__ __forceinline__ void write_projections(const Backward &params, const Shared<T> &shared, int sign, int remaining,
-                                                  int states) {
+__device__ __forceinline__ void write_projections(const Backward &params, const Shared<T> &shared, const Chunk &chunk,
+                                                  const int &states) {
+    const int remaining = chunk.remaining, sign = chunk.sign;
     const Inputs &p = params.inputs;
     float *const to = params.projections + shared.lines;
     __syncthreads();
@@ -234,9 +283,335 @@ __device__ __forceinline__ void sum_states(const WarpShared<T> &mine, const Lane
     }
 }
 
-// With `MANY_STATES` exists are more than 16 states, of which a launch takes 16.
+// Back through a tile: the gradient `g` of the state after it becomes that of the state before it. Each channel's sums over
+// states are left in shared memory, `d_a` and the sums over channels are added to.
+template <typename T>
+__device__ __forceinline__ void go_back(const Recurrence<T> &recurrence, const int &lane, const bool &gated,
+                                        const int &remaining, const int &tile, const LaneStates (&decays)[TILE],
+                                        const LaneStates (&h)[TILE + 1], LaneStates &g, LaneStates &d_a, ChannelSums<T> &sums) {
+    const Shared<T> &shared = recurrence.shared;
+    WarpShared<T> &mine = recurrence.mine;
+    const LaneStates &a = recurrence.a;
+    const int state_group = recurrence.state_group, pair = recurrence.pair, t0 = tile * TILE;
+    // What is read from shared memory for a step.
+    struct Operands {
+        float in[2 * CHANNELS_PER_LANE], d_y[CHANNELS_PER_LANE], b[STATE_VEC], c[STATE_VEC];
+    } ahead;
+    const auto read = [&](int t) {
+        read_shared(ahead.in, &mine.steps[t0 + t][pair].x);
+        read_shared(ahead.d_y, &mine.d_y[t][pair * CHANNELS_PER_LANE]);
+        read_shared(ahead.b, &shared.projections[t0 + t][0][state_group * STATE_VEC]);
+        read_shared(ahead.c, &shared.projections[t0 + t][1][state_group * STATE_VEC]);
+    };
+    read(TILE - 1);
+#pragma unroll
+    for (int t = TILE - 1; t >= 0; t--) {
+        const auto [in, d_y, b, c_] = ahead;
+        if (t > 0) read(t - 1);
+        // A fence for the compiler, which would put the loads off to their first use.
+        __syncwarp();
+        float terms[2][4], gradients[2 * CHANNELS_PER_LANE], y[CHANNELS_PER_LANE];
+        const bool in_range = t < remaining - t0;
+#pragma unroll
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+#pragma unroll
+            for (int n = 0; n < STATE_VEC; n++) {
+                const Decay<ACCURATE<T>> decay(in[c] * a[c][n], decays[t][c][n]);
+                const float state = h[t + 1][c][n];
+                float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
+                y[c] = n ? fmaf(c_[n], state, y[c]) : c_[n] * state;
+                float gradient = fmaf(c_[n], d_y[c], g[c][n]);
+                d_b = c ? fmaf(gradient, in[CHANNELS_PER_LANE + c], d_b) : gradient * in[CHANNELS_PER_LANE + c];
+                d_c = c ? fmaf(d_y[c], state, d_c) : d_y[c] * state;
+                float &d_input = gradients[2 * c + 1], &d_delta = gradients[2 * c];
+                d_input = n ? fmaf(gradient, b[n], d_input) : gradient * b[n];
+                // Through the decay: ∂/∂(ΔA) is that of the state before, times that state.
+                g[c][n] = decay.of(gradient);
+                const float d_log = g[c][n] * h[t][c][n];
+                add_if(in_range, d_a[c][n], in[c], d_log);
+                d_delta = n ? fmaf(a[c][n], d_log, d_delta) : a[c][n] * d_log;
+            }
+        }
+        sums.add(lane, t, terms);
+        write_shared(&mine.gradients[t][lane].x, gradients);
+        if (gated) write_shared(&mine.y[t][mine.index_of_y(t, lane * CHANNELS_PER_LANE)], y);
+    }
+}
+
+// The quad of step `t` of a chunk in an activation, `within` channels after the block's first.
+template <typename T> __device__ __forceinline__ const T *quad_at(const Place<T> &place, int t, int within) {
+    return place.at + (t * static_cast<int>(place.step) + within);
+}
+
+// Stages what the recurrence reads of a chunk: B and C, and the warp's Δ and Δu.
+template <typename T>
+__device__ __forceinline__ void stage(const Warp<T> &work, const Segment &segment, const Chunk &chunk) {
+    const Inputs &p = work.params.inputs;
+    Shared<T> &shared = work.shared;
+    WarpShared<T> &mine = work.mine;
+    const Block &block = work.block;
+    const LaneMap &map = work.map;
+    const int &warp = work.warp, &states = work.states, &first_state = work.first_state;
+    const bool &exists = work.exists, &plus = work.plus;
+    const int &remaining = chunk.remaining, &tiles = chunk.tiles, &sign = chunk.sign;
+    const int64_t &i = chunk.step;
+    const int row = map.row, column = map.column, within = warp * WARP_CHANNELS + column;
+    constexpr int COUNT = CHECKPOINT_STEPS * PROJECTION_VECS / THREADS;
+    const bool of_c = threadIdx.x / STATE_LANES % 2;
+    const int first = threadIdx.x % STATE_LANES * STATE_VEC;
+    const Projection &from = of_c ? p.c : p.b;
+    const T *const steps = static_cast<const T *>(from.data) + segment.row * from.batch + i * from.step +
+                           block.group * from.group + first_state + first;
+    Pack<T, STATE_VEC> vecs[COUNT];
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+        const int t = threadIdx.x / PROJECTION_VECS + k * (THREADS / PROJECTION_VECS);
+        vecs[k] = load_vec<T, STATE_VEC, true>(steps + t * (sign * static_cast<int>(from.step)), 1,
+                                         t < remaining && first < states);
+    }
+    Pack<T, QUAD> x[TILES], step[TILES];
+#pragma unroll
+    for (int k = 0; k < TILES; k++) {
+        const int t = row + k * TILE;
+        x[k] = load_vec<T, QUAD, true>(quad_at(shared.u, t, within), 1, exists && t < remaining);
+        step[k] = load_vec<T, QUAD, true>(quad_at(shared.delta, t, within), 1, exists && t < remaining);
+    }
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+        const float values[STATE_VEC] = {vecs[k][0], vecs[k][1], vecs[k][2], vecs[k][3]};
+        write_shared(&shared.projections[0][0][0] + STATE_VEC * (threadIdx.x + k * THREADS), values);
+    }
+    float bias[QUAD];
+    read_shared(bias, &shared.biases[warp * WARP_CHANNELS + column]);
+    const auto stage = [&](auto count) {
+        float deltas[count.value][QUAD];
+#pragma unroll
+        for (int k = 0; k < count.value; k++) {
+#pragma unroll
+            for (int c = 0; c < QUAD; c++) deltas[k][c] = step[k][c] + bias[c];
+        }
+        if (plus) {
+#pragma unroll
+            for (int k = 0; k < count.value; k++) {
+#pragma unroll
+                for (int c = 0; c < QUAD; c++) deltas[k][c] = softplus<T>(deltas[k][c]);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < count.value; k++) {
+            float staged[2 * QUAD];
+#pragma unroll
+            for (int c = 0; c < QUAD; c++) {
+                const float delta = row + k * TILE < remaining ? deltas[k][c] : 0.0f;
+                staged[mine.index_in_pairs(c)] = delta;
+                staged[mine.index_in_pairs(c) + CHANNELS_PER_LANE] = delta * x[k][c];
+            }
+            write_shared(&mine.steps[row + k * TILE][column / CHANNELS_PER_LANE].x, staged);
+        }
+    };
+    // Short sequences have few tiles.
+    constexpr int FEW = 2;
+    if (tiles <= FEW) {
+        stage(IntConstant<FEW>());
+    } else {
+        stage(IntConstant<TILES>());
+    }
+}
+
+// For one thread: where a chunk lies in all tensors.
+template <typename T>
+__device__ __forceinline__ void locate(const Warp<T> &work, const Segment &segment, const Chunk &chunk) {
+    const Backward &params = work.params;
+    Shared<T> &shared = work.shared;
+    const Block &block = work.block;
+    const int64_t i = chunk.step, flat = chunk.row;
+    const int sign = chunk.sign, first_state = work.first_state;
+    const Inputs &p = params.inputs;
+    const auto place = [&](const Activation &tensor) {
+        return Place<T>::template of<true>(tensor, segment.row, i, block.first, sign);
+    };
+    shared.u = place(p.u);
+    shared.z = place(p.z);
+    shared.d_out = place(params.d_out);
+    shared.delta = place(p.delta);
+    shared.gradients = (flat + i) * p.d_inner + block.first;
+    const int64_t blocks = blockIdx.x % static_cast<uint32_t>(p.group_blocks) * params.steps;
+    shared.lines = ((blocks + flat + i) * params.groups + block.group) * p.d_state + first_state;
+}
+
+// Prefetches to L2 what the tiles of a chunk before its last will be loaded from, and what the chunk before it will stage.
+template <typename T>
+__device__ __forceinline__ void prefetch_tensors(const Warp<T> &work, const Chunk &chunk) {
+    const Shared<T> &shared = work.shared;
+    const Block &block = work.block;
+    const int lane = work.lane, warp = work.warp, remaining = chunk.remaining;
+    const bool gated = work.gated;
+#pragma unroll
+    for (int k = 0; k < CHECKPOINT_STEPS / 32; k++) {
+        const int t = lane + k * 32, first = warp * WARP_CHANNELS;
+        const auto prefetch_step = [&](const Place<T> &place, int t) {
+            prefetch(place.at + (t * static_cast<int>(place.step) + first));
+        };
+        if (t < remaining && first < block.width) {
+            if (gated) prefetch_step(shared.z, t);
+            prefetch_step(shared.d_out, t);
+        }
+        if (chunk.index > 0 && first < block.width) {
+            prefetch_step(shared.u, t - CHECKPOINT_STEPS);
+            prefetch_step(shared.delta, t - CHECKPOINT_STEPS);
+        }
+    }
+}
+
+// Makes of what a lane has loaded of a step what going back and finishing need.
+template <typename T>
+__device__ __forceinline__ void open(WarpShared<T> &mine, const LaneMap &map, const int &lane, const bool &gated,
+                                     const Pack<T, QUAD> &u, const Pack<T, QUAD> &z, const Pack<T, QUAD> &d_out) {
+    float d_y[QUAD], to_d_z[QUAD];
+#pragma unroll
+    for (int c = 0; c < QUAD; c++) {
+        const float gate = z[c], d = d_out[c], s = sigmoid(gate);
+        d_y[c] = gated ? d * (gate * s) : d;
+        to_d_z[c] = d * silu_slope(gate, s);
+    }
+    write_shared(&mine.d_y[map.row][map.column], d_y);
+    write_shared(&mine.to_d_z[lane].x, to_d_z);
+    mine.u[lane] = u;
+    __syncwarp();
+}
+
+// Goes through a chunk: forward, for the states before its tiles, and then back, tile by tile.
+template <bool MANY_STATES, typename T, typename LaneOf>
+__device__ __forceinline__ void go_through(const Warp<T> &work, const Recurrence<T> &recurrence, const Segment &segment,
+                                           const Chunk &chunk, const LaneOf &lane_of, LaneStates &g, LaneStates &d_a,
+                                           float (&d_skip)[QUAD], float (&d_bias)[QUAD]) {
+    const Backward &params = work.params;
+    const Inputs &p = params.inputs;
+    Shared<T> &shared = work.shared;
+    WarpShared<T> &mine = work.mine;
+    const LaneMap &map = work.map;
+    const int &warp = work.warp, &lane = work.lane, &place_of_sums = work.place_of_sums;
+    const bool &exists = work.exists, &reverse = work.reverse, &plus = work.plus, &gated = work.gated;
+    const int row = map.row, column = map.column;
+    const int within = warp * WARP_CHANNELS + column;
+    // What the lane finishes, a tile at a time from the last on: where it is read and, in the dense gradients, written.
+    const int last_t = (chunk.tiles - 1) * TILE + row;
+    const T *from_u = quad_at(shared.u, last_t, within), *from_z = quad_at(shared.z, last_t, within);
+    const T *from_d_out = quad_at(shared.d_out, last_t, within);
+    int64_t at = shared.gradients + (last_t * (chunk.sign * static_cast<int>(p.d_inner)) + within);
+    const int back = reverse ? TILE : -TILE;
+    Pack<T, QUAD> next_u, next_z, next_d_out;
+    // Puts the loads in flight of what the lane finishes next; `t` is the step, for which there may be nothing to finish.
+    const auto load_next = [&](int t) {
+        const int count = exists && t >= 0 && t < chunk.remaining ? QUAD : 0;
+        next_u = load_vec<T, QUAD, true>(from_u, 1, count);
+        next_z = load_vec<T, QUAD, true>(from_z, 1, gated ? count : 0);
+        next_d_out = load_vec<T, QUAD, true>(from_d_out, 1, count);
+        from_u += int64_t(back) * static_cast<int>(p.u.step);
+        from_z += int64_t(back) * static_cast<int>(p.z.step);
+        from_d_out += int64_t(back) * static_cast<int>(params.d_out.step);
+    };
+    prefetch_tensors(work, chunk);
+
+    // The state before the chunk.
+    LaneStates h[TILE + 1];
+#pragma unroll
+    for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+        const Lane own = lane_of(c);
+        if (chunk.first == 0) {
+            own.initial(h[0][c], p.initial_state, segment.sequence);
+        } else {
+            const int64_t slot = checkpoint_slot(chunk.row + segment.start, chunk.first);
+            own.read_dense<true>(h[0][c], params.checkpoints + own.at(p, slot));
+        }
+    }
+
+    stage(work, segment, chunk);
+    __syncthreads();
+
+    LaneStates decays[TILE];
+    recurrence.find_states(chunk.tiles, lane, decays, h[0]);
+
+    load_next(last_t);
+    if (MANY_STATES && exists && last_t < chunk.remaining) prefetch_partial_sums(params, at);
+    recurrence.go_through((chunk.tiles - 1) * TILE, Recurrence<T>::AHEAD, decays, h);
+    open(mine, map, lane, gated, next_u, next_z, next_d_out);
+    for (int tile = chunk.tiles - 1; tile >= 0; tile--) {
+        const int t0 = tile * TILE, mine_t = t0 + row;
+        const bool wanted = exists && mine_t < chunk.remaining;
+#pragma unroll
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) write_shared(&mine.states[tile + 1][c][lane].x, g[c]);
+
+        // Back.
+        ChannelSums<T> sums;
+        go_back(recurrence, lane, gated, chunk.remaining, tile, decays, h, g, d_a, sums);
+        __syncwarp();
+
+        float totals[2][STATE_VEC];
+        sums.total(lane, totals);
+        if (!__all_sync(~0u, sums.are_finite(totals))) {
+            sum_again(recurrence, lane, tile, sums);
+            sums.total(lane, totals);
+        }
+
+        // Finishes the tile, and goes forward through the one that comes next, if there is one, at the same time: the one waits
+        // for shared memory, the other for the special-function unit.
+        const auto finish = [&](auto more) {
+            const int next = tile > 0 ? tile - 1 : 1;
+            if (more) {
+                load_next(mine_t - TILE);
+#pragma unroll
+                for (int c = 0; c < CHANNELS_PER_LANE; c++) read_shared(h[0][c], &mine.states[next][c][lane].x);
+            }
+            // What each channel gets of the sums over its states.
+            float d_delta[QUAD], d_input[QUAD], y[QUAD];
+            sum_states(mine, map, gated, d_delta, d_input, y);
+
+            float in[2 * QUAD], skip[QUAD], d_y[QUAD], to_d_z[QUAD];
+            read_shared(in, &mine.steps[mine_t][column / CHANNELS_PER_LANE].x);
+            read_shared(skip, &shared.skips[warp * WARP_CHANNELS + column]);
+            read_shared(d_y, &mine.d_y[row][column]);
+            read_shared(to_d_z, &mine.to_d_z[lane].x);
+            const Pack<T, QUAD> x = mine.u[lane];
+            // Everyone has read what the sums over channels are going to replace.
+            __syncwarp();
+            float *const sums_to = &mine.steps[t0][0].x + place_of_sums;
+            write_shared(sums_to, totals[0]);
+            write_shared(sums_to + 4 * 2 * STATE_BLOCK, totals[1]);
+            if (MANY_STATES) {
+                carry<true>(params, at, wanted ? QUAD : 0, d_delta, d_input, y);
+                if (exists && tile > 0) prefetch_partial_sums(params, at + int64_t(back) * static_cast<int>(p.d_inner));
+            }
+            if (more) recurrence.go_through(next * TILE, 0, decays, h);
+
+            if (!MANY_STATES || is_last_block(params)) {
+                float d_z[QUAD], d_u[QUAD], d_step[QUAD];
+#pragma unroll
+                for (int c = 0; c < QUAD; c++) {
+                    input_gradients<T>(in[mine.index_in_pairs(c)], x[c], skip[c], d_y[c], to_d_z[c], d_delta[c], d_input[c],
+                                       y[c], plus, false, d_u[c], d_step[c], d_z[c]);
+                    d_skip[c] = wanted ? fmaf(d_y[c], x[c], d_skip[c]) : d_skip[c];
+                    d_bias[c] = wanted ? d_bias[c] + d_step[c] : d_bias[c];
+                }
+                store_narrowed_if(gated && wanted, static_cast<T *>(params.d_z) + at, d_z);
+                store_narrowed_if(wanted, static_cast<T *>(params.d_u) + at, d_u);
+                store_narrowed_if(wanted, static_cast<T *>(params.d_delta) + at, d_step);
+            }
+            at += int64_t(back) * static_cast<int>(p.d_inner);
+            if (more && tile > 0) open(mine, map, lane, gated, next_u, next_z, next_d_out);
+        };
+        // (Two instances take more registers than there are with many states. Tile 0 goes through tile 1 again then, and drops
+        // it, as tile 0's steps are being replaced.)
+        if (!MANY_STATES && tile == 0) {
+            finish(BoolConstant<false>());
+            break;
+        }
+        finish(BoolConstant<true>());
+    }
+}
+
+// With `MANY_STATES` there are more than 16 states, of which a launch takes 16.
 template <typename T, bool MANY_STATES> __device__ __forceinline__ void run(const Backward &params) {
-    constexpr bool ACCURATE = sizeof(T) == 4;
     extern __shared__ float4 memory[];
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(memory);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -246,25 +621,22 @@ template <typename T, bool MANY_STATES> __device__ __forceinline__ void run(cons
     const bool reverse = p.flags & FLAG_REVERSE, plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
     const Block block(p, blockIdx.x, CHANNELS);
     for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
-        const bool is_there = c < block.width;
-        shared.biases[c] = is_there ? element_or(p.delta_bias, block.first + c, 0.0f) : 0.0f;
-        shared.skips[c] = is_there ? element_or(p.d, block.first + c, 0.0f) : 0.0f;
+        const bool exists = c < block.width;
+        shared.biases[c] = exists ? element_or(p.delta_bias, block.first + c, 0.0f) : 0.0f;
+        shared.skips[c] = exists ? element_or(p.d, block.first + c, 0.0f) : 0.0f;
     }
 
-    // As a member of a quad: 8 steps of four quads at a time.
     const LaneMap map(lane);
     const int row = map.row, column = map.column, state_group = map.state_group, pair = map.pair;
+    // Whether there is the quad of channels that the lane stages and finishes.
     const bool exists = warp * WARP_CHANNELS + column < block.width;
     const int64_t d0 = block.first + warp * WARP_CHANNELS + column;
     float d_skip[QUAD] = {}, d_bias[QUAD] = {};
-
-    // As a lane of two channels: lanes that differ in the lowest two bits meet in a sum of the tensor cores, those that
-    // differ in the third in neighbouring columns of it.
     // Where the lane leaves its sums of ∂B and ∂C among those of a tile.
     const int sums_t = sum_step(lane);
     int place_of_sums = sums_t * 2 * STATE_BLOCK + ((sum_of_c(lane) * STATE_LANES + state_group) ^ sums_t) * STATE_VEC;
     opaque(place_of_sums);
-    // Of the states the first whose turn it is, and how many exists are from exists on.
+    // The first state of the block of 16, and how many there are from there on.
     const int first_state = MANY_STATES ? static_cast<int>(params.first_state) : 0;
     const int states = static_cast<int>(p.d_state) - first_state;
     const auto lane_of = [&](int c) {
@@ -273,336 +645,48 @@ template <typename T, bool MANY_STATES> __device__ __forceinline__ void run(cons
     };
     LaneStates a, d_a = {};
     read_rates<true>(a, lane_of, p.a);
+    const Warp<T> work{params,      shared, mine, block, map,         warp,   lane,         exists, reverse,
+                       plus, gated, states, first_state, place_of_sums};
+    const Recurrence<T> recurrence{shared, mine, state_group, pair, a};
 
     if (threadIdx.x == 0) shared.next = SegmentIndex(p.segments.per_row);
     for (int64_t index = blockIdx.y; index < p.segments.count; index += gridDim.y) {
         take_segment(shared, p.segments);
         const Segment &segment = shared.segment;
-
-        // The gradient of the state behind the segment.
         LaneStates g = {};
 #pragma unroll
-        for (int c = 0; c < CHANNELS_PER_LANE; c++) incoming_grad<ACCURATE, true>(params, segment, lane_of(c), a[c], g[c]);
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) incoming_grad<ACCURATE<T>, true>(params, segment, lane_of(c), a[c], g[c]);
 
-        for (int chunk = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); chunk >= 0; chunk--) {
-            const int remaining =
-                static_cast<int>(min(segment.steps - int64_t(chunk) * CHECKPOINT_STEPS, int64_t(CHECKPOINT_STEPS)));
-            const int tiles = (remaining + TILE - 1) / TILE;
-            if (remaining <= 0) break; // an empty sequence
-            const int64_t i0 = segment.first + int64_t(chunk) * CHECKPOINT_STEPS, i = segment.step(i0, reverse);
-            const int64_t flat = segment.row * p.segments.len;
-            const int sign = reverse ? -1 : 1;
-            if (threadIdx.x == 0) {
-                const auto place = [&](const Activation &tensor) {
-                    const int64_t at = segment.row * tensor.batch + i * tensor.step + block.first;
-                    return Place<T>{static_cast<const T *>(tensor.data) + at, sign * tensor.step};
-                };
-                shared.u = place(p.u);
-                shared.z = place(p.z);
-                shared.d_out = place(params.d_out);
-                shared.delta = place(p.delta);
-                shared.gradients = (flat + i) * p.d_inner + block.first;
-                const int64_t blocks = blockIdx.x % static_cast<uint32_t>(p.group_blocks) * params.steps;
-                shared.lines = ((blocks + flat + i) * params.groups + block.group) * p.d_state + first_state;
-            }
+        for (int i = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); i >= 0; i--) {
+            Chunk chunk(segment, i);
+            if (chunk.remaining <= 0) break; // an empty sequence
+            chunk.find_steps(p, segment, reverse);
+            if (threadIdx.x == 0) locate(work, segment, chunk);
             __syncthreads();
-            // The lane's quad of a step in an activation.
-            const int within = warp * WARP_CHANNELS + column;
-            const auto quad_at = [&](const Place<T> &place, int t) {
-                return place.at + (t * static_cast<int>(place.step) + within);
-            };
-            // What the lane finishes, a tile at a time from the last on: where it is read and, in the dense gradients, written.
-            const int last_t = (tiles - 1) * TILE + row;
-            const T *from_u = quad_at(shared.u, last_t), *from_z = quad_at(shared.z, last_t);
-            const T *from_d_out = quad_at(shared.d_out, last_t);
-            int64_t at = shared.gradients + (last_t * (sign * static_cast<int>(p.d_inner)) + within);
-            const int back = reverse ? TILE : -TILE;
-            Pack<T, QUAD> next_u, next_z, next_d_out;
-            // Has what the lane finishes next in flight; `t` is the step, for which exists may be nothing to finish.
-            const auto load_next = [&](int t) {
-                const int count = exists && t >= 0 && t < remaining ? QUAD : 0;
-                next_u = load_vec<T, QUAD, true>(from_u, 1, count);
-                next_z = load_vec<T, QUAD, true>(from_z, 1, gated ? count : 0);
-                next_d_out = load_vec<T, QUAD, true>(from_d_out, 1, count);
-                from_u += int64_t(back) * static_cast<int>(p.u.step);
-                from_z += int64_t(back) * static_cast<int>(p.z.step);
-                from_d_out += int64_t(back) * static_cast<int>(params.d_out.step);
-            };
-            // What the tiles before will be loaded from, and what the chunk before will stage.
-#pragma unroll
-            for (int k = 0; k < CHECKPOINT_STEPS / 32; k++) {
-                const int t = lane + k * 32, first = warp * WARP_CHANNELS;
-                const auto prefetch_step = [&](const Place<T> &place, int t) {
-                    prefetch(place.at + (t * static_cast<int>(place.step) + first));
-                };
-                if (t < remaining && first < block.width) {
-                    if (gated) prefetch_step(shared.z, t);
-                    prefetch_step(shared.d_out, t);
-                }
-                if (chunk > 0 && first < block.width) {
-                    prefetch_step(shared.u, t - CHECKPOINT_STEPS);
-                    prefetch_step(shared.delta, t - CHECKPOINT_STEPS);
-                }
-            }
-
-            // The state before the chunk.
-            LaneStates h[TILE + 1];
-#pragma unroll
-            for (int c = 0; c < CHANNELS_PER_LANE; c++) {
-                const Lane of_channel = lane_of(c);
-                if (i0 == 0) {
-                    of_channel.initial(h[0][c], p.initial_state, segment.sequence);
-                } else {
-                    const int64_t slot = checkpoint_slot(flat + segment.start, i0);
-                    of_channel.read_dense<true>(h[0][c], params.checkpoints + of_channel.at(p, slot));
-                }
-            }
-
-            // Stage what the recurrence reads.
-            {
-                constexpr int COUNT = CHECKPOINT_STEPS * PROJECTION_VECS / THREADS;
-                const bool of_c = threadIdx.x / STATE_LANES % 2;
-                const int first = threadIdx.x % STATE_LANES * STATE_VEC;
-                const Projection &from = of_c ? p.c : p.b;
-                const T *const steps = static_cast<const T *>(from.data) + segment.row * from.batch + i * from.step +
-                                       block.group * from.group + first_state + first;
-                Pack<T, STATE_VEC> vecs[COUNT];
-#pragma unroll
-                for (int k = 0; k < COUNT; k++) {
-                    const int t = threadIdx.x / PROJECTION_VECS + k * (THREADS / PROJECTION_VECS);
-                    vecs[k] = load_vec<T, STATE_VEC, true>(steps + t * (sign * static_cast<int>(from.step)), 1,
-                                                     t < remaining && first < states);
-                }
-                Pack<T, QUAD> x[TILES], step[TILES];
-#pragma unroll
-                for (int k = 0; k < TILES; k++) {
-                    const int t = row + k * TILE;
-                    x[k] = load_vec<T, QUAD, true>(quad_at(shared.u, t), 1, exists && t < remaining);
-                    step[k] = load_vec<T, QUAD, true>(quad_at(shared.delta, t), 1, exists && t < remaining);
-                }
-#pragma unroll
-                for (int k = 0; k < COUNT; k++) {
-                    const float values[STATE_VEC] = {vecs[k][0], vecs[k][1], vecs[k][2], vecs[k][3]};
-                    write_shared(&shared.projections[0][0][0] + STATE_VEC * (threadIdx.x + k * THREADS), values);
-                }
-                float bias[QUAD];
-                read_shared(bias, &shared.biases[warp * WARP_CHANNELS + column]);
-                const auto stage = [&](auto count) {
-                    float deltas[count.value][QUAD];
-#pragma unroll
-                    for (int k = 0; k < count.value; k++) {
-#pragma unroll
-                        for (int c = 0; c < QUAD; c++) deltas[k][c] = step[k][c] + bias[c];
-                    }
-                    if (plus) {
-#pragma unroll
-                        for (int k = 0; k < count.value; k++) {
-#pragma unroll
-                            for (int c = 0; c < QUAD; c++) deltas[k][c] = softplus<T>(deltas[k][c]);
-                        }
-                    }
-#pragma unroll
-                    for (int k = 0; k < count.value; k++) {
-                        float staged[2 * QUAD];
-#pragma unroll
-                        for (int c = 0; c < QUAD; c++) {
-                            const float delta = row + k * TILE < remaining ? deltas[k][c] : 0.0f;
-                            staged[mine.index_in_pairs(c)] = delta;
-                            staged[mine.index_in_pairs(c) + CHANNELS_PER_LANE] = delta * x[k][c];
-                        }
-                        write_shared(&mine.steps[row + k * TILE][column / CHANNELS_PER_LANE].x, staged);
-                    }
-                };
-                // Short sequences have few tiles.
-                constexpr int FEW = 2;
-                if (tiles <= FEW) {
-                    stage(IntConstant<FEW>());
-                } else {
-                    stage(IntConstant<TILES>());
-                }
-            }
-            __syncthreads();
-
-            // Forward through the chunk, for the states before each tile. (From one checkpoint to the next a rounded decay
-            // drifts by 2^-16 at most. The gradient of the state goes through the whole sequence.)
-            const Recurrence<T> recurrence{shared, mine, state_group, pair, a};
-            // Decays are computed a few steps ahead: were it a tile, the compiler would put most of them off to the tile's end,
-            // where they wait for the special-function unit in a row.
-            constexpr int AHEAD = 2;
-            static_assert(TILE % AHEAD == 0, "the decays that are known at the end of a tile are of the first steps of the next");
-            LaneStates decays[TILE];
-#pragma unroll
-            for (int t = 0; t < AHEAD; t++) recurrence.decays_at(t, decays[t]);
-            for (int tile = 0;; tile++) {
-#pragma unroll
-                for (int c = 0; c < CHANNELS_PER_LANE; c++) write_shared(&mine.states[tile][c][lane].x, h[0][c]);
-                if (tile + 1 == tiles) break;
-#pragma unroll
-                for (int t = 0; t < TILE; t++) {
-                    LaneStates &decay = decays[t % AHEAD];
-                    recurrence.advance(tile * TILE + t, decay, h[0], h[0]);
-                    recurrence.decays_at(tile * TILE + t + AHEAD, decay);
-                }
-            }
-
-            // Makes of what was loaded what going back and finishing need.
-            const auto open = [&] {
-                float d_y[QUAD], to_d_z[QUAD];
-#pragma unroll
-                for (int c = 0; c < QUAD; c++) {
-                    const float z = next_z[c], d_out = next_d_out[c], s = sigmoid(z);
-                    d_y[c] = gated ? d_out * (z * s) : d_out;
-                    to_d_z[c] = d_out * silu_slope(z, s);
-                }
-                write_shared(&mine.d_y[row][column], d_y);
-                write_shared(&mine.to_d_z[lane].x, to_d_z);
-                mine.u[lane] = next_u;
-                __syncwarp();
-            };
-            load_next(last_t);
-            if (MANY_STATES && exists && last_t < remaining) prefetch_partial_sums(params, at);
-            recurrence.go_through((tiles - 1) * TILE, AHEAD, decays, h);
-            open();
-            for (int tile = tiles - 1; tile >= 0; tile--) {
-                const int t0 = tile * TILE, mine_t = t0 + row;
-                const bool wanted = exists && mine_t < remaining;
-#pragma unroll
-                for (int c = 0; c < CHANNELS_PER_LANE; c++) write_shared(&mine.states[tile + 1][c][lane].x, g[c]);
-
-                // Back.
-                ChannelSums<T> sums;
-                struct Operands {
-                    float in[2 * CHANNELS_PER_LANE], d_y[CHANNELS_PER_LANE], b[STATE_VEC], c[STATE_VEC];
-                } ahead;
-                const auto read = [&](int t) {
-                    read_shared(ahead.in, &mine.steps[t0 + t][pair].x);
-                    read_shared(ahead.d_y, &mine.d_y[t][pair * CHANNELS_PER_LANE]);
-                    read_shared(ahead.b, &shared.projections[t0 + t][0][state_group * STATE_VEC]);
-                    read_shared(ahead.c, &shared.projections[t0 + t][1][state_group * STATE_VEC]);
-                };
-                read(TILE - 1);
-#pragma unroll
-                for (int t = TILE - 1; t >= 0; t--) {
-                    const auto [in, d_y, b, c_] = ahead;
-                    if (t > 0) read(t - 1);
-                    // Not for the lanes, but for the compiler, which would put the loads off until they are waited for.
-                    __syncwarp();
-                    float terms[2][4], gradients[2 * CHANNELS_PER_LANE], y[CHANNELS_PER_LANE];
-                    const bool in_range = t < remaining - t0;
-#pragma unroll
-                    for (int c = 0; c < CHANNELS_PER_LANE; c++) {
-#pragma unroll
-                        for (int n = 0; n < STATE_VEC; n++) {
-                            const Decay<ACCURATE> decay(in[c] * a[c][n], decays[t][c][n]);
-                            const float state = h[t + 1][c][n];
-                            float &d_b = terms[n / 2][n % 2], &d_c = terms[n / 2][2 + n % 2];
-                            y[c] = n ? fmaf(c_[n], state, y[c]) : c_[n] * state;
-                            float gradient = fmaf(c_[n], d_y[c], g[c][n]);
-                            d_b = c ? fmaf(gradient, in[CHANNELS_PER_LANE + c], d_b) : gradient * in[CHANNELS_PER_LANE + c];
-                            d_c = c ? fmaf(d_y[c], state, d_c) : d_y[c] * state;
-                            float &d_input = gradients[2 * c + 1], &d_delta = gradients[2 * c];
-                            d_input = n ? fmaf(gradient, b[n], d_input) : gradient * b[n];
-                            // Through the decay: ∂/∂(ΔA) is that of the state before, times that state.
-                            g[c][n] = decay.of(gradient);
-                            const float d_log = g[c][n] * h[t][c][n];
-                            add_if(in_range, d_a[c][n], in[c], d_log);
-                            d_delta = n ? fmaf(a[c][n], d_log, d_delta) : a[c][n] * d_log;
-                        }
-                    }
-                    sums.add(lane, t, terms);
-                    write_shared(&mine.gradients[t][lane].x, gradients);
-                    if (gated) write_shared(&mine.y[t][mine.index_of_y(t, lane * CHANNELS_PER_LANE)], y);
-                }
-                __syncwarp();
-
-                float totals[2][STATE_VEC];
-                sums.total(lane, totals);
-                if (!__all_sync(~0u, sums.are_finite(totals))) {
-                    sum_again(recurrence, shared, mine, lane, state_group, pair, a, tile, sums);
-                    sums.total(lane, totals);
-                }
-
-                // Finish, and go forward through the tile that comes next, if exists is one, at the same time: the one waits for
-                // shared memory, the other for the special-function unit.
-                const auto finish = [&](auto more) {
-                    const int next = tile > 0 ? tile - 1 : 1;
-                    if (more) {
-                        load_next(mine_t - TILE);
-#pragma unroll
-                        for (int c = 0; c < CHANNELS_PER_LANE; c++) read_shared(h[0][c], &mine.states[next][c][lane].x);
-                    }
-                    // What each channel gets of the sums over its states.
-                    float d_delta[QUAD], d_input[QUAD], y[QUAD];
-                    sum_states(mine, map, gated, d_delta, d_input, y);
-
-                    float in[2 * QUAD], skip[QUAD], d_y[QUAD], to_d_z[QUAD];
-                    read_shared(in, &mine.steps[mine_t][column / CHANNELS_PER_LANE].x);
-                    read_shared(skip, &shared.skips[warp * WARP_CHANNELS + column]);
-                    read_shared(d_y, &mine.d_y[row][column]);
-                    read_shared(to_d_z, &mine.to_d_z[lane].x);
-                    const Pack<T, QUAD> x = mine.u[lane];
-                    // Everyone has read what the sums over channels are going to replace.
-                    __syncwarp();
-                    float *const sums_to = &mine.steps[t0][0].x + place_of_sums;
-                    write_shared(sums_to, totals[0]);
-                    write_shared(sums_to + 4 * 2 * STATE_BLOCK, totals[1]);
-                    if (MANY_STATES) {
-                        carry<true>(params, at, wanted ? QUAD : 0, d_delta, d_input, y);
-                        if (exists && tile > 0) prefetch_partial_sums(params, at + int64_t(back) * static_cast<int>(p.d_inner));
-                    }
-                    if (more) recurrence.go_through(next * TILE, 0, decays, h);
-
-                    if (!MANY_STATES || is_last_block(params)) {
-                        float d_z[QUAD], d_u[QUAD], d_step[QUAD];
-#pragma unroll
-                        for (int c = 0; c < QUAD; c++) {
-                            const float delta = in[mine.index_in_pairs(c)], slope = softplus_slope<T>(delta);
-                            d_z[c] = to_d_z[c] * fmaf(skip[c], x[c], y[c]);
-                            d_u[c] = fmaf(skip[c], d_y[c], d_input[c] * delta);
-                            d_step[c] = fmaf(d_input[c], x[c], d_delta[c] * LN_2) * (plus ? slope : 1.0f);
-                            d_skip[c] = wanted ? fmaf(d_y[c], x[c], d_skip[c]) : d_skip[c];
-                            d_bias[c] = wanted ? d_bias[c] + d_step[c] : d_bias[c];
-                        }
-                        store_narrowed_if(gated && wanted, static_cast<T *>(params.d_z) + at, d_z);
-                        store_narrowed_if(wanted, static_cast<T *>(params.d_u) + at, d_u);
-                        store_narrowed_if(wanted, static_cast<T *>(params.d_delta) + at, d_step);
-                    }
-                    at += int64_t(back) * static_cast<int>(p.d_inner);
-                    if (more && tile > 0) open();
-                };
-                // (With turns, both forms would take more registers than exists are. Tile 1 is gone through again then, and
-                // dropped, as tile 0's steps are being replaced.)
-                if (!MANY_STATES && tile == 0) {
-                    finish(BoolConstant<false>());
-                    break;
-                }
-                finish(BoolConstant<true>());
-            }
-
-            write_projections(params, shared, sign, remaining, states);
+            go_through<MANY_STATES>(work, recurrence, segment, chunk, lane_of, g, d_a, d_skip, d_bias);
+            write_projections(params, shared, chunk, states);
         }
         if (params.d_initial_state && segment.first == 0) {
 #pragma unroll
             for (int c = 0; c < CHANNELS_PER_LANE; c++) {
-                const Lane of_channel = lane_of(c);
-                of_channel.write(params.d_initial_state + of_channel.at(p, segment.sequence), g[c]);
+                const Lane lane = lane_of(c);
+                lane.write(params.d_initial_state + lane.at(p, segment.sequence), g[c]);
             }
         }
     }
 #pragma unroll
     for (int c = 0; c < CHANNELS_PER_LANE; c++) {
-        const Lane of_channel = lane_of(c);
-        of_channel.write(params.d_a + of_channel.at(p, blockIdx.y), d_a[c]);
+        const Lane lane = lane_of(c);
+        lane.write(params.d_a + lane.at(p, blockIdx.y), d_a[c]);
     }
-
     write_sums(params, d0, exists, row, d_skip, params.d_d);
     write_sums(params, d0, exists, row, d_bias, params.d_bias);
 }
 
-#define INSTANCE(NAME, T, MANY_STATES)                                                                                       \
+#define INSTANCE(NAME, T, MANY_STATES)                                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
         scan_backward_##NAME(const __grid_constant__ Backward params) {                                                \
-        run<T, MANY_STATES>(params);                                                                                         \
+        run<T, MANY_STATES>(params);                                                                                   \
     }
 
 #define INSTANCES(SUFFIX, T)                                                                                           \

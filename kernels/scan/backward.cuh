@@ -56,6 +56,34 @@ template <typename Shared> __device__ __forceinline__ void take_segment(Shared &
     __syncthreads();
 }
 
+// The gradients of a step's u, Δ and z in one channel, of which `d_y` is ∂/∂y, `to_d_z` ∂out ∂silu(z)/∂z, and `d_delta`,
+// `d_input` and `y` are the sums over states: of ∂/∂Δ through the decays, in units of log2(e), of ∂/∂(Δu), or with zero-order
+// hold (`zoh`) ∂/∂u, and of y.
+template <typename T>
+__device__ __forceinline__ void input_gradients(float delta, float u, float skip, float d_y, float to_d_z, float d_delta,
+                                                float d_input, float y, bool plus, bool zoh, float &to_u, float &to_delta,
+                                                float &to_z) {
+    const float slope = softplus_slope<T>(delta);
+    to_z = to_d_z * fmaf(skip, u, y);
+    to_u = fmaf(skip, d_y, zoh ? d_input : d_input * delta);
+    const float through_decays = d_delta * LN_2;
+    to_delta = (zoh ? through_decays : fmaf(d_input, u, through_decays)) * (plus ? slope : 1.0f);
+}
+
+// Where a chunk's first step lies in a tensor, for the first channel of the block, and the distance of its steps.
+template <typename T> struct Place {
+    const T *at;
+    int64_t step;
+
+    // Of step `i` of the batch row and channel `d`; the steps go on in the direction of `sign`. Channels are contiguous if the
+    // kernel is for such tensors (`VECTOR`).
+    template <bool VECTOR>
+    static __device__ __forceinline__ Place of(const Activation &tensor, int64_t row, int64_t i, int64_t d, int64_t sign) {
+        const int64_t at = row * tensor.batch + i * tensor.step + (VECTOR ? d : d * tensor.channel);
+        return {static_cast<const T *>(tensor.data) + at, sign * tensor.step};
+    }
+};
+
 // The gradient of the state after a segment: that of the final state, propagated back through the chunk states of the segments
 // after it.
 template <bool ACCURATE, bool VECTOR>

@@ -1,19 +1,19 @@
 // Chunk states: the state that each segment of a split sequence reaches from a zero state, and its ΣΔ.
-#include "forward.cuh"
+#include "forward_general.cuh"
 
 namespace scan::chunk_state {
 
-#define INSTANCE(NAME, T, KERNEL, TILE, CLASS, BLOCKS)                                                                 \
-    extern "C" __global__ void __launch_bounds__(KERNEL::THREADS, BLOCKS)                                              \
+#define INSTANCE(NAME, T, THREADS, BLOCKS, ...)                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         scan_chunk_state_##NAME(const __grid_constant__ Forward params) {                                              \
-        forward::run<T, 1, KERNEL::THREADS, KERNEL::TILE, forward::Takes::CLASS, true>(params);                        \
+        __VA_ARGS__(params);                                                                                           \
     }
 
 // Sequences that are split have one channel to a lane.
 #define INSTANCES(SUFFIX, T, ONE_BLOCKS)                                                                               \
-    INSTANCE(one_##SUFFIX, T, forward, ONE_TILE, MAMBA, ONE_BLOCKS)                                                    \
-    INSTANCE(many_states_##SUFFIX, T, forward, ONE_TILE, MANY_STATES, 4)                                               \
-    INSTANCE(general_##SUFFIX, T, forward_general, TILE, ALL, 2)
+    INSTANCE(one_##SUFFIX, T, forward::THREADS, ONE_BLOCKS, forward::run<T, 1, forward::ONE_TILE, false, true>)        \
+    INSTANCE(many_states_##SUFFIX, T, forward::THREADS, 4, forward::run<T, 1, forward::ONE_TILE, true, true>)          \
+    INSTANCE(general_##SUFFIX, T, forward_general::THREADS, 2, forward_general::run<T, true>)
 
 INSTANCES(f32, float, 4)
 INSTANCES(f16, __half, 5)

@@ -4,16 +4,16 @@
 
 namespace scan::forward {
 
-#define INSTANCE(NAME, T, CHANNELS_PER_LANE, TILE, CLASS, BLOCKS)                                                      \
+#define INSTANCE(NAME, T, CHANNELS_PER_LANE, TILE, MANY_STATES, BLOCKS)                                                      \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         scan_forward_##NAME(const __grid_constant__ Forward params) {                                                  \
-        run<T, CHANNELS_PER_LANE, THREADS, TILE, Takes::CLASS, false>(params);                                         \
+        run<T, CHANNELS_PER_LANE, TILE, MANY_STATES, false>(params);                                         \
     }
 
 #define INSTANCES(SUFFIX, T, FOUR_BLOCKS, ONE_BLOCKS)                                                                  \
-    INSTANCE(four_##SUFFIX, T, 4, FOUR_TILE, MAMBA, FOUR_BLOCKS)                                                       \
-    INSTANCE(one_##SUFFIX, T, 1, ONE_TILE, MAMBA, ONE_BLOCKS)                                                          \
-    INSTANCE(many_states_##SUFFIX, T, 1, ONE_TILE, MANY_STATES, 4)
+    INSTANCE(four_##SUFFIX, T, 4, FOUR_TILE, false, FOUR_BLOCKS)                                                       \
+    INSTANCE(one_##SUFFIX, T, 1, ONE_TILE, false, ONE_BLOCKS)                                                          \
+    INSTANCE(many_states_##SUFFIX, T, 1, ONE_TILE, true, 4)
 
 INSTANCES(f32, float, 3, 4)
 INSTANCES(f16, __half, 4, 5)

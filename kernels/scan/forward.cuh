@@ -1,4 +1,4 @@
-// The selective scan, forward, whose instances are in forward.cu, forward_general.cu and chunk_state.cu.
+// The selective scan, forward, in the form that Mamba uses; instances are in forward.cu and chunk_state.cu.
 #pragma once
 #include "tile.cuh"
 
@@ -52,20 +52,17 @@ template <int STEPS, int OWN, int QUADS> struct OutputsInShared {
     }
 };
 
-// What a kernel takes: in channels and states that are side by side and aligned by fours what Mamba uses, with at most 16
-// states or with any number; or everything: any stride and width, constant B and C, zero-order hold, compensated sums.
-// More than 16 states take turns in each tile, and are kept in dynamic shared memory meanwhile.
-enum class Takes { MAMBA, MANY_STATES, ALL };
-
+// With `MANY_STATES` there are more than 16 states, which take turns by blocks of 16 in each tile and are kept in dynamic shared
+// memory meanwhile.
+//
 // A `SUMMARY` runs a segment from zero for the state that it reaches, and writes no output.
-template <typename T, int OWN, int THREADS, int STEPS, Takes TAKES, bool SUMMARY>
+template <typename T, int OWN, int STEPS, bool MANY_STATES, bool SUMMARY>
 __device__ __forceinline__ void run(const Forward &params) {
     constexpr int CHANNELS = THREADS / STATE_LANES * OWN;
     constexpr int COLUMNS = CHANNELS / QUAD, ROWS = THREADS / COLUMNS, QUADS = STEPS / ROWS;
-    constexpr bool GENERAL = TAKES == Takes::ALL, TURNS = TAKES != Takes::MAMBA;
-    constexpr bool VECTOR = !GENERAL, ACCURATE = sizeof(T) == 4, AHEAD = !GENERAL && OWN == 1;
+    constexpr bool ACCURATE = sizeof(T) == 4, AHEAD = OWN == 1;
     static_assert(QUADS * ROWS == STEPS && CHECKPOINT_STEPS % STEPS == 0, "whole tiles");
-    static_assert(!TURNS || OWN == 1, "the states that take turns are one channel's");
+    static_assert(!MANY_STATES || OWN == 1, "the states that take turns are one channel's");
 
     using Steps = StepsInShared<STEPS, OWN, COLUMNS>;
     __shared__ Steps staged;
@@ -76,15 +73,13 @@ __device__ __forceinline__ void run(const Forward &params) {
     extern __shared__ float4 carried[];
 
     const Inputs &p = params.inputs;
-    const bool reverse = p.flags & FLAG_REVERSE, hold = GENERAL && (p.flags & FLAG_ZOH);
-    const bool plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
+    const bool reverse = p.flags & FLAG_REVERSE, plus = p.flags & FLAG_SOFTPLUS, gated = p.z.data;
     const Block block(p, blockIdx.x, CHANNELS);
 
     // As a member of a quad. One that does not exist reads the last that does, and writes nothing.
     const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS;
     const int count = max(0, min(block.width - column, QUAD));
-    const int64_t d0 = block.first + (VECTOR ? min(column, block.width - QUAD) : column);
-    const int readable = VECTOR ? QUAD : count;
+    const int64_t d0 = block.first + min(column, block.width - QUAD);
     // What a block reads once is asked for here, and waited for when the first tile's loads are under way as well.
     constexpr int ONCE = (2 * CHANNELS + THREADS - 1) / THREADS;
     float once[ONCE];
@@ -102,7 +97,7 @@ __device__ __forceinline__ void run(const Forward &params) {
     const int lane_index = threadIdx.x % 32, sub = lane_index / 2 % 2 + lane_index / 16 * 2;
     const int place = threadIdx.x / 32 * 8 + lane_index % 2 + lane_index / 4 % 4 * 2;
     const int part = place / COLUMNS, quad = place % COLUMNS, own = quad * QUAD + part * OWN;
-    const int turns = TURNS ? static_cast<int>((p.d_state + STATE_BLOCK - 1) / STATE_BLOCK) : 1;
+    const int turns = MANY_STATES ? static_cast<int>((p.d_state + STATE_BLOCK - 1) / STATE_BLOCK) : 1;
     const auto lane_of = [&](int c, int turn) {
         return Lane(p, block.first + own + c, own + c < block.width, turn * STATE_BLOCK + sub * STATE_VEC);
     };
@@ -110,44 +105,41 @@ __device__ __forceinline__ void run(const Forward &params) {
 
     const bool from_zero = SUMMARY || (!p.initial_state.data && !p.chunk_states);
     float a[OWN][STATE_VEC];
-    const auto read_a = [&](int turn) { read_rates<VECTOR>(a, [&](int c) { return lane_of(c, turn); }, p.a); };
+    const auto read_a = [&](int turn) { read_rates<true>(a, [&](int c) { return lane_of(c, turn); }, p.a); };
 
     for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
         const Segment segment = segment_at(p.segments, at);
         if (SUMMARY && segment.ends_sequence()) continue;
         const int64_t end = segment.first + segment.steps;
-        // By the sequence's own length, so that it gets the same bits whatever it is packed with.
-        const bool compensate = GENERAL && (p.flags & FLAG_COMPENSATE) && segment.len > LONG_SEQUENCE;
-
         using Step = Pack<T, QUAD>;
-        Walk<T, VECTOR> u(p.u, segment, segment.first + row, d0, reverse);
-        Walk<T, VECTOR> delta(p.delta, segment, segment.first + row, d0, reverse);
-        Walk<T, VECTOR> z(p.z, segment, segment.first + row, d0, reverse);
+        Walk<T, true> u(p.u, segment, segment.first + row, d0, reverse);
+        Walk<T, true> delta(p.delta, segment, segment.first + row, d0, reverse);
+        Walk<T, true> z(p.z, segment, segment.first + row, d0, reverse);
         T *out = static_cast<T *>(params.out) +
                  (segment.row * p.segments.len + segment.step(segment.first + row, reverse)) * p.d_inner + d0;
-        typename Distance<VECTOR>::type out_step = reverse ? -p.d_inner : p.d_inner;
+        typename Distance<true>::type out_step = reverse ? -p.d_inner : p.d_inner;
         opaque(out_step);
-        using Projections = ProjectionWalk<T, STEPS, THREADS, VECTOR>;
+        using Projections = ProjectionWalk<T, STEPS, THREADS, true>;
         Projections next(p, segment, block.group, segment.first, 0);
 
         Step next_u[QUADS], next_delta[QUADS];
         const auto load_next = [&](auto ragged, int left) {
 #pragma unroll
             for (int k = 0; k < QUADS; k++) {
-                const int there = !ragged || row + k * ROWS < left ? readable : 0;
+                const int there = !ragged || row + k * ROWS < left ? QUAD : 0;
                 next_u[k] = u.load(k * ROWS, there);
                 next_delta[k] = delta.load(k * ROWS, there);
             }
-            if (!TURNS) next.template load<ragged.value>(left);
+            if (!MANY_STATES) next.template load<ragged.value>(left);
         };
         const auto load_first = [&](auto ragged, int left) {
             load_next(ragged, left);
-            if (TAKES == Takes::MANY_STATES) next.template load<ragged.value>(left);
+            if (MANY_STATES) next.template load<ragged.value>(left);
         };
         int64_t whole = segment.steps / STEPS;
         if (whole > 0) load_first(BoolConstant<false>(), STEPS);
         if (is_first) {
-            if (!TURNS) read_a(0);
+            if (!MANY_STATES) read_a(0);
 #pragma unroll
             for (int k = 0; k < ONCE; k++) {
                 const int i = threadIdx.x + k * THREADS;
@@ -159,10 +151,8 @@ __device__ __forceinline__ void run(const Forward &params) {
 
         float h[OWN][STATE_VEC];
         [[maybe_unused]] DeltaSum delta_sum;
-        // What rounding has taken from the states, where they are compensated. (Those that take turns start each tile anew.)
-        [[maybe_unused]] float lost[STATE_VEC] = {};
         for (int turn = 0; turn < turns; turn++) {
-            if (TURNS) read_a(turn);
+            if (MANY_STATES) read_a(turn);
             if (from_zero) {
 #pragma unroll
                 for (int c = 0; c < OWN; c++) {
@@ -171,9 +161,9 @@ __device__ __forceinline__ void run(const Forward &params) {
                 }
             } else {
 #pragma unroll
-                for (int c = 0; c < OWN; c++) enter<ACCURATE, VECTOR>(p, segment, lane_of(c, turn), a[c], h[c]);
+                for (int c = 0; c < OWN; c++) enter<ACCURATE, true>(p, segment, lane_of(c, turn), a[c], h[c]);
             }
-            if (TURNS) write_shared(parked + turn * THREADS * STATE_VEC, h[0]);
+            if (MANY_STATES) write_shared(parked + turn * THREADS * STATE_VEC, h[0]);
         }
 
         // Carries the states through a tile, `left` steps of it if it is ragged, for which `next` holds what there is to
@@ -202,46 +192,28 @@ __device__ __forceinline__ void run(const Forward &params) {
 #pragma unroll
                 for (int c = 0; c < QUAD; c++) {
                     if (ragged && row + k * ROWS >= left) steps[k][c] = 0.0f;
-                    in[c] = hold ? tile_u[k][c] : steps[k][c] * tile_u[k][c];
+                    in[c] = steps[k][c] * tile_u[k][c];
                 }
                 if (SUMMARY) delta_sum.add(steps[k]);
                 staged.write(row + k * ROWS, column / QUAD, steps[k], in);
             }
-            if (!GENERAL) next.store(&projections[0][0][0]);
+            next.store(&projections[0][0][0]);
             if (!SUMMARY) {
 #pragma unroll
                 for (int k = 0; k < QUADS; k++) {
-                    tile_z[k] = z.load(k * ROWS, gated && (!ragged || row + k * ROWS < left) ? readable : 0);
+                    tile_z[k] = z.load(k * ROWS, gated && (!ragged || row + k * ROWS < left) ? QUAD : 0);
                 }
                 z.advance(STEPS);
             }
             u.advance(STEPS);
             delta.advance(STEPS);
-            if (!TURNS) next.advance(STEPS);
+            if (!MANY_STATES) next.advance(STEPS);
             if (more) load_next(BoolConstant<false>(), STEPS);
-            if (!GENERAL) __syncthreads();
+            __syncthreads();
 
             // Advance.
             for (int turn = 0; turn < turns; turn++) {
-                [[maybe_unused]] float inverse_a[STATE_VEC], constant_b[STATE_VEC], constant_c[STATE_VEC];
-                if constexpr (GENERAL) {
-                    Projections tile(p, segment, block.group, i, turn * STATE_BLOCK);
-                    tile.template load<ragged.value>(left);
-                    __syncthreads();
-                    tile.store(&projections[0][0][0]);
-                    __syncthreads();
-                    read_shared(h[0], parked + turn * THREADS * STATE_VEC);
-                    read_a(turn);
-                    const Lane lane = lane_of(0, turn);
-                    lane.template parameter<VECTOR>(inverse_a, p.a);
-#pragma unroll
-                    for (int n = 0; n < STATE_VEC; n++) {
-                        // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
-                        inverse_a[n] = hold_inverse(inverse_a[n]);
-                    }
-                    if (p.b.constant) lane.constant(constant_b, p.b);
-                    if (p.c.constant) lane.constant(constant_c, p.c);
-                } else if constexpr (TURNS) {
+                if constexpr (MANY_STATES) {
                     if (turn > 0) {
                         __syncthreads();
                         next.store(&projections[0][0][0]);
@@ -259,10 +231,6 @@ __device__ __forceinline__ void run(const Forward &params) {
                         if (more) next.template load<false>(STEPS);
                     }
                 }
-                if (turns > 1) {
-#pragma unroll
-                    for (int n = 0; n < STATE_VEC; n++) lost[n] = 0.0f;
-                }
                 // What is read from shared memory for one step, or two.
                 struct Operands {
                     float step[Steps::TOGETHER][OWN], in[Steps::TOGETHER][OWN];
@@ -274,17 +242,10 @@ __device__ __forceinline__ void run(const Forward &params) {
                     for (int i = 0; i < Steps::TOGETHER; i++) {
                         read_shared(to.b[i], &projections[t + i][0][sub * STATE_VEC]);
                         if (!SUMMARY) read_shared(to.c[i], &projections[t + i][1][sub * STATE_VEC]);
-                        if constexpr (GENERAL) {
-#pragma unroll
-                            for (int n = 0; n < STATE_VEC; n++) {
-                                if (p.b.constant) to.b[i][n] = constant_b[n];
-                                if (!SUMMARY && p.c.constant) to.c[i][n] = constant_c[n];
-                            }
-                        }
                     }
                 };
                 if (AHEAD) read(0, next_operands);
-#pragma unroll(GENERAL ? 1 : STEPS / (SUMMARY ? 4 : ACCURATE ? 2 : 1) / Steps::TOGETHER)
+#pragma unroll(STEPS / (SUMMARY ? 4 : ACCURATE ? 2 : 1) / Steps::TOGETHER)
                 for (int first = 0; first < STEPS; first += Steps::TOGETHER) {
                     if (AHEAD) {
                         now = next_operands;
@@ -304,29 +265,14 @@ __device__ __forceinline__ void run(const Forward &params) {
 #pragma unroll
                             for (int n = 0; n < STATE_VEC; n++) {
                                 const float x = now.step[i][k] * a[k][n];
-                                if (GENERAL && (hold || compensate)) {
-                                    const Decay<true> decay(x);
-                                    float weighted = now.in[i][k];
-                                    if (hold) {
-                                        const float by_a = decay.minus_one() * inverse_a[n];
-                                        weighted *= inverse_a[n] == 0.0f ? now.step[i][k] : by_a;
-                                    }
-                                    const float input = weighted * now.b[i][n];
-                                    if (compensate) {
-                                        decay.advance(h[k][n], lost[n], input);
-                                    } else {
-                                        h[k][n] = decay.advance(h[k][n], input);
-                                    }
-                                } else {
-                                    h[k][n] = Decay<ACCURATE, bool>(x).advance(h[k][n], now.in[i][k] * now.b[i][n]);
-                                }
+                                h[k][n] = Decay<ACCURATE, bool>(x).advance(h[k][n], now.in[i][k] * now.b[i][n]);
                                 if (!SUMMARY) y[k] = n || turn ? fmaf(now.c[i][n], h[k][n], y[k]) : now.c[i][n] * h[k][n];
                             }
                         }
                         if (!SUMMARY) write_shared(outputs.of(t, sub, quad, part), y);
                     }
                 }
-                if (TURNS) write_shared(parked + turn * THREADS * STATE_VEC, h[0]);
+                if (MANY_STATES) write_shared(parked + turn * THREADS * STATE_VEC, h[0]);
             }
             __syncthreads();
 
@@ -349,7 +295,7 @@ __device__ __forceinline__ void run(const Forward &params) {
 #pragma unroll
                         for (int c = 0; c < QUAD; c++) y[c] *= silu(tile_z[k][c]);
                     }
-                    store_narrowed<T, VECTOR>(out + k * ROWS * out_step, y, !ragged || t < left ? count : 0);
+                    store_narrowed<T, true>(out + k * ROWS * out_step, y, !ragged || t < left ? count : 0);
                 }
                 out += STEPS * out_step;
             }
@@ -361,7 +307,7 @@ __device__ __forceinline__ void run(const Forward &params) {
                 const int64_t slot =
                     (segment.row * p.segments.len + segment.start) / CHECKPOINT_STEPS + i / CHECKPOINT_STEPS - 1;
                 for (int turn = 0; turn < turns; turn++) {
-                    if (TURNS) read_shared(h[0], parked + turn * THREADS * STATE_VEC);
+                    if (MANY_STATES) read_shared(h[0], parked + turn * THREADS * STATE_VEC);
 #pragma unroll
                     for (int c = 0; c < OWN; c++) {
                         const Lane lane = lane_of(c, turn);
@@ -386,12 +332,12 @@ __device__ __forceinline__ void run(const Forward &params) {
             delta_sum.write<COLUMNS, THREADS>(&staged.data[0][0][0][0], p.delta_sums + segment.index * p.d_inner + d0, count);
         }
         for (int turn = 0; turn < turns; turn++) {
-            if (TURNS) read_shared(h[0], parked + turn * THREADS * STATE_VEC);
+            if (MANY_STATES) read_shared(h[0], parked + turn * THREADS * STATE_VEC);
 #pragma unroll
             for (int c = 0; c < OWN; c++) {
                 const Lane lane = lane_of(c, turn);
                 if constexpr (SUMMARY) {
-                    lane.write_dense<VECTOR>(p.chunk_states + lane.at(p, segment.index), h[c]);
+                    lane.write_dense<true>(p.chunk_states + lane.at(p, segment.index), h[c]);
                 } else if (params.final_state && segment.ends_sequence()) {
                     lane.write(params.final_state + lane.at(p, segment.sequence), h[c]);
                 }

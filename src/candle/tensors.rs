@@ -239,24 +239,28 @@ impl<'a, 'l, B: Backend, T: Value> Map<Ref<'a, CandleTensors>, Views<'l, T, B::M
         field: Field,
         tensor: ProjectionOf<&'a Tensor, &'a Tensor>,
     ) -> candle_core::Result<ProjectionAs<Views<'l, T, B::Memory>>> {
-        let (name, dims) = (field.name, field.dims);
-        let three = dims.replace("groups, ", "");
-        Ok(match tensor {
+        let Field { name, dims, constant_dims, .. } = field;
+        let tensor = match tensor {
             ProjectionOf::Constant(tensor) => {
-                ProjectionOf::Constant(self.reader.view::<B, f32, 2>(name, field.constant_dims, tensor)?)
+                return Ok(ProjectionOf::Constant(self.reader.view::<B, f32, 2>(name, constant_dims, tensor)?));
             }
-            ProjectionOf::Varying(tensor) if tensor.rank() == 3 => {
-                let View { data, offset, shape, strides } = self.reader.view::<B, T, 3>(name, &three, tensor)?;
+            ProjectionOf::Varying(tensor) => tensor,
+        };
+        match tensor.rank() {
+            3 => {
+                let View { data, offset, shape, strides } = self.reader.view::<B, T, 3>(name, dims, tensor)?;
                 let [batch, len, d_state] = shape;
                 // There is one group, so that its stride does not matter.
                 let strides = [strides[0], strides[1], 0, strides[2]];
-                ProjectionOf::Varying(View { data, offset, shape: [batch, len, 1, d_state], strides })
+                Ok(ProjectionOf::Varying(View { data, offset, shape: [batch, len, 1, d_state], strides }))
             }
-            ProjectionOf::Varying(tensor) => {
-                let dims = format!("{dims}, {three} or {}", field.constant_dims);
-                ProjectionOf::Varying(self.reader.view::<B, T, 4>(name, &dims, tensor)?)
+            4 => Ok(ProjectionOf::Varying(self.reader.view::<B, T, 4>(name, dims, tensor)?)),
+            _ => {
+                let of_one_group = dims.replace("groups, ", "");
+                let expected = format_args!("shape {dims}, {of_one_group} or {constant_dims}").to_string();
+                Err(Error::argument(name, expected, format_args!("{:?}", tensor.dims())).into())
             }
-        })
+        }
     }
 }
 

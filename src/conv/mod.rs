@@ -26,7 +26,7 @@ pub(crate) mod tensors;
 mod update;
 
 pub use crate::pool::{UpdateMut, UpdateOutput, rollback};
-pub use tensors::{Gradients, GradientsMut, Inputs, Tensors, UpdateInputs, UpdateTensors};
+pub use tensors::{Gradients, GradientsMut, Inputs, Tensors, UpdateInputs};
 
 use std::ops::RangeInclusive;
 

@@ -48,6 +48,7 @@ macro_rules! tensors {
             )*
         }
 
+        #[allow(dead_code, reason = "not every operator has gradients")]
         impl<K: $crate::kinds::Kind> $Tensors<K> {
             #[doc = concat!(
                 "Those that every call has; the others are absent. Add them with struct update syntax: `",
@@ -56,10 +57,7 @@ macro_rules! tensors {
             pub fn new($($r: $crate::kinds::declare::of_kind!(K, $rrole($($rdims)*))),*) -> Self {
                 Self { $($r,)* $($o: None,)* }
             }
-        }
 
-        #[allow(dead_code, reason = "not every operator has gradients")]
-        impl<K: $crate::kinds::Kind> $Tensors<K> {
             /// All tensors as another kind.
             pub(crate) fn map<L: $crate::kinds::Kind, F: $crate::kinds::Map<K, L>>(
                 self,

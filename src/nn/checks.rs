@@ -1,4 +1,4 @@
-//! The checks of arguments that the modules of `nn` share. They use public items of the rest of the crate alone.
+//! The checks of arguments that the modules of `nn` share. Those of slots, sequences and pools of states are the crate's.
 
 use std::fmt::Display;
 

@@ -12,7 +12,8 @@ use bytemuck::Zeroable;
 use cudarc::driver::CudaStream;
 
 use super::check::Problem;
-use super::{Inputs, Tensors, UpdateMut};
+use super::tensors::Tensors;
+use super::{Inputs, UpdateMut};
 use crate::arguments::Dims;
 use crate::cuda::params::state_update::{self as kernels, QUADS, THREADS};
 use crate::cuda::params::{self, QUAD};

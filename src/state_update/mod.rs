@@ -29,7 +29,7 @@ pub mod reference;
 pub(crate) mod tensors;
 
 pub use crate::pool::{UpdateMut, UpdateOutput, rollback};
-pub use tensors::{Inputs, Tensors};
+pub use tensors::Inputs;
 
 use crate::arguments::zeroed;
 use crate::simd::Isa;

@@ -15,9 +15,7 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use super::{
-    GradientsMut, Inputs, OutputGradients, OutputMut, Problem, Tensors, UpdateInputs, UpdateMut, UpdateTensors,
-};
+use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem, Tensors, UpdateInputs, UpdateMut};
 use crate::cuda::params::conv::{self as kernels, THREADS};
 use crate::cuda::params::{self, QUAD};
 use crate::cuda::{

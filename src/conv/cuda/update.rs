@@ -5,8 +5,9 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use cudarc::driver::CudaStream;
 
+use super::super::tensors::UpdateTensors;
 use super::super::update::UpdateProblem;
-use super::{UpdateInputs, UpdateMut, UpdateTensors};
+use super::{UpdateInputs, UpdateMut};
 use crate::cuda::params::conv::{self as kernels, THREADS};
 use crate::cuda::params::{self, QUAD};
 use crate::cuda::{
