@@ -30,7 +30,8 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
     const Block block(p, blockIdx.x, CHANNELS);
 
     // As a member of a quad. One that does not exist reads the last that does, and writes nothing.
-    const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS;
+    const forward::QuadMap<THREADS, 1> quads(threadIdx.x);
+    const int column = quads.column, row = quads.row;
     const int count = max(0, min(block.width - column, QUAD));
     const int64_t d0 = block.first + column;
     // What a block reads once is asked for here, and waited for when the first tile's loads are under way as well.
@@ -44,12 +45,9 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
     }
     bool is_first = true;
 
-    // As a lane of channels: the `part`th of a quad. Neighbouring lanes have the same part of neighbouring quads, so that
-    // what they read and write in shared memory is side by side. The bits of a lane are dealt out so that whatever is read
-    // by fours, a lane has a neighbour, one or two away, that reads the same: such loads take half the time.
-    const int lane_index = threadIdx.x % 32, sub = lane_index / 2 % 2 + lane_index / 16 * 2;
-    const int place = threadIdx.x / 32 * 8 + lane_index % 2 + lane_index / 4 % 4 * 2;
-    const int part = place / COLUMNS, quad = place % COLUMNS, own = quad * QUAD + part;
+    // As a lane of channels: the `part`th of a quad.
+    const forward::LaneMap<THREADS, 1> map(threadIdx.x);
+    const int sub = map.state_group, place = map.index, part = map.part, quad = map.quad, own = map.channel;
     const int turns = static_cast<int>((p.d_state + STATE_BLOCK - 1) / STATE_BLOCK);
     const auto lane_of = [&](int c, int turn) {
         return Lane(p, block.first + own + c, own + c < block.width, turn * STATE_BLOCK + sub * STATE_VEC);
@@ -112,7 +110,7 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
                 }
             } else {
 #pragma unroll
-                for (int c = 0; c < 1; c++) enter<ACCURATE, false>(p, segment, lane_of(c, turn), a[c], h[c]);
+                for (int c = 0; c < 1; c++) incoming_state<ACCURATE, false>(p, segment, lane_of(c, turn), a[c], h[c]);
             }
             write_shared(parked + turn * THREADS * STATE_VEC, h[0]);
         }
@@ -122,32 +120,10 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
         const auto tile = [&](auto ragged, int64_t i, int left, bool more) {
             // Stage.
             Step tile_u[QUADS], tile_z[QUADS];
-            float steps[QUADS][QUAD], bias[QUAD];
+            float bias[QUAD];
             read_shared(bias, &of_channels[0][column]);
-#pragma unroll
-            for (int k = 0; k < QUADS; k++) {
-                tile_u[k] = next_u[k];
-#pragma unroll
-                for (int c = 0; c < QUAD; c++) steps[k][c] = next_delta[k][c] + bias[c];
-            }
-            if (plus) {
-#pragma unroll
-                for (int k = 0; k < QUADS; k++) {
-#pragma unroll
-                    for (int c = 0; c < QUAD; c++) steps[k][c] = softplus<T>(steps[k][c]);
-                }
-            }
-#pragma unroll
-            for (int k = 0; k < QUADS; k++) {
-                float in[QUAD];
-#pragma unroll
-                for (int c = 0; c < QUAD; c++) {
-                    if (ragged && row + k * ROWS >= left) steps[k][c] = 0.0f;
-                    in[c] = zoh ? tile_u[k][c] : steps[k][c] * tile_u[k][c];
-                }
-                if (SUMMARY) delta_sum.add(steps[k]);
-                staged.write(row + k * ROWS, column / QUAD, steps[k], in);
-            }
+            forward::stage<T, ROWS, SUMMARY>(staged, delta_sum, tile_u, next_u, next_delta, bias, row, column, plus, zoh,
+                                             ragged, left);
             if (!SUMMARY) {
 #pragma unroll
                 for (int k = 0; k < QUADS; k++) {
@@ -245,23 +221,8 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
             if constexpr (!SUMMARY) {
                 float skip[QUAD];
                 read_shared(skip, &of_channels[1][column]);
-#pragma unroll
-                for (int k = 0; k < QUADS; k++) {
-                    const int t = row + k * ROWS;
-                    float parts[STATE_LANES][QUAD], y[QUAD];
-#pragma unroll
-                    for (int s = 0; s < STATE_LANES; s++) outputs.read(t, s, column / QUAD, parts[s]);
-#pragma unroll
-                    for (int c = 0; c < QUAD; c++) {
-                        y[c] = (parts[0][c] + parts[1][c]) + (parts[2][c] + parts[3][c]);
-                        y[c] = fmaf(skip[c], tile_u[k][c], y[c]);
-                    }
-                    if (gated) {
-#pragma unroll
-                        for (int c = 0; c < QUAD; c++) y[c] *= silu(tile_z[k][c]);
-                    }
-                    store_narrowed<T, false>(out + k * ROWS * out_step, y, !ragged || t < left ? count : 0);
-                }
+                forward::finish<T, ROWS, false>(outputs, out, out_step, tile_u, tile_z, skip, row, column, gated,
+                                       ragged, left, count);
                 out += STEPS * out_step;
             }
         };
@@ -269,8 +230,7 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
         // Whole tiles, those between two checkpoints together, then what is left.
         for (int64_t i = segment.first; i < end; i += CHECKPOINT_STEPS) {
             if (!SUMMARY && params.checkpoints && i > 0) {
-                const int64_t slot =
-                    (segment.row * p.segments.len + segment.start) / CHECKPOINT_STEPS + i / CHECKPOINT_STEPS - 1;
+                const int64_t slot = checkpoint_slot(segment.row * p.segments.len + segment.start, i);
                 for (int turn = 0; turn < turns; turn++) {
                     read_shared(h[0], parked + turn * THREADS * STATE_VEC);
 #pragma unroll
