@@ -7,6 +7,67 @@ namespace scan::forward_general {
 using forward::OutputsInShared;
 using forward::StepsInShared;
 
+// What a lane's states are advanced by: log2(e) A, 1/A, and B and C where they are constant.
+struct Coefficients {
+    const Inputs &p;
+    const bool &zoh, &compensate;
+    const float (&a)[STATE_VEC], (&inverse_a)[STATE_VEC], (&constant_b)[STATE_VEC], (&constant_c)[STATE_VEC];
+};
+
+// Carries a lane's states, those of one block of 16, through a tile; `lost` is what rounding has taken from them.
+template <typename T, bool SUMMARY, typename Steps, typename Outputs, typename Map>
+__device__ __forceinline__ void advance(const Coefficients &coefficients, const Steps &staged,
+                                        const float (&projections)[TILE][2][STATE_BLOCK], Outputs &outputs, const Map &map,
+                                        const int &state_block, float (&h)[STATE_VEC], float (&lost)[STATE_VEC]) {
+    const Inputs &p = coefficients.p;
+    const bool &zoh = coefficients.zoh, &compensate = coefficients.compensate;
+    const float(&a)[STATE_VEC] = coefficients.a, (&inverse_a)[STATE_VEC] = coefficients.inverse_a;
+#pragma unroll 1
+    for (int first = 0; first < TILE; first += Steps::TOGETHER) {
+        float step[Steps::TOGETHER][1], in[Steps::TOGETHER][1];
+        float b[Steps::TOGETHER][STATE_VEC], c[Steps::TOGETHER][STATE_VEC];
+        staged.read(first, map.index, step, in);
+#pragma unroll
+        for (int i = 0; i < Steps::TOGETHER; i++) {
+            read_shared(b[i], &projections[first + i][0][map.state_group * STATE_VEC]);
+            if (!SUMMARY) read_shared(c[i], &projections[first + i][1][map.state_group * STATE_VEC]);
+#pragma unroll
+            for (int n = 0; n < STATE_VEC; n++) {
+                if (p.b.constant) b[i][n] = coefficients.constant_b[n];
+                if (!SUMMARY && p.c.constant) c[i][n] = coefficients.constant_c[n];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < Steps::TOGETHER; i++) {
+            const int t = first + i;
+            float y[1];
+            if (!SUMMARY && state_block > 0) read_shared(y, outputs.of(t, map.state_group, map.quad, map.part));
+#pragma unroll
+            for (int n = 0; n < STATE_VEC; n++) {
+                const float x = step[i][0] * a[n];
+                if (zoh || compensate) {
+                    const Decay<true, bool> decay(x);
+                    float weighted = in[i][0];
+                    if (zoh) {
+                        const float by_a = decay.minus_one() * inverse_a[n];
+                        weighted *= inverse_a[n] == 0.0f ? step[i][0] : by_a;
+                    }
+                    const float input = weighted * b[i][n];
+                    if (compensate) {
+                        decay.advance(h[n], lost[n], input);
+                    } else {
+                        h[n] = decay.advance(h[n], input);
+                    }
+                } else {
+                    h[n] = Decay<sizeof(T) == 4, bool>(x).advance(h[n], in[i][0] * b[i][n]);
+                }
+                if (!SUMMARY) y[0] = n || state_block ? fmaf(c[i][n], h[n], y[0]) : c[i][n] * h[n];
+            }
+            if (!SUMMARY) write_shared(outputs.of(t, map.state_group, map.quad, map.part), y);
+        }
+    }
+}
+
 // States take turns by blocks of 16 in each tile, and are kept in dynamic shared memory meanwhile.
 //
 // A `SUMMARY` runs a segment from zero for the state that it reaches, and writes no output.
@@ -45,12 +106,11 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
     }
     bool is_first = true;
 
-    // As a lane of channels: the `part`th of a quad.
     const forward::LaneMap<THREADS, 1> map(threadIdx.x);
-    const int sub = map.state_group, place = map.index, part = map.part, quad = map.quad, own = map.channel;
+    const int own = map.channel;
     const int turns = static_cast<int>((p.d_state + STATE_BLOCK - 1) / STATE_BLOCK);
     const auto lane_of = [&](int c, int turn) {
-        return Lane(p, block.first + own + c, own + c < block.width, turn * STATE_BLOCK + sub * STATE_VEC);
+        return Lane(p, block.first + own + c, own + c < block.width, turn * STATE_BLOCK + map.state_group * STATE_VEC);
     };
     float *const parked = reinterpret_cast<float *>(carried + threadIdx.x);
 
@@ -99,7 +159,7 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
         float h[1][STATE_VEC];
         [[maybe_unused]] DeltaSum delta_sum;
         // What rounding has taken from the states, where they are compensated. (Those that take turns start each tile anew.)
-        [[maybe_unused]] float lost[STATE_VEC] = {};
+        float lost[STATE_VEC] = {};
         for (int turn = 0; turn < turns; turn++) {
             read_a(turn);
             if (from_zero) {
@@ -137,82 +197,26 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
 
             // Advance.
             for (int turn = 0; turn < turns; turn++) {
+                Projections tile(p, segment, block.group, i, turn * STATE_BLOCK);
+                tile.template load<ragged.value>(left);
+                __syncthreads();
+                tile.store(&projections[0][0][0]);
+                __syncthreads();
+                read_shared(h[0], parked + turn * THREADS * STATE_VEC);
+                read_a(turn);
                 float inverse_a[STATE_VEC], constant_b[STATE_VEC], constant_c[STATE_VEC];
-                {
-                    Projections tile(p, segment, block.group, i, turn * STATE_BLOCK);
-                    tile.template load<ragged.value>(left);
-                    __syncthreads();
-                    tile.store(&projections[0][0][0]);
-                    __syncthreads();
-                    read_shared(h[0], parked + turn * THREADS * STATE_VEC);
-                    read_a(turn);
-                    const Lane lane = lane_of(0, turn);
-                    lane.template parameter<false>(inverse_a, p.a);
+                const Lane lane = lane_of(0, turn);
+                lane.template parameter<false>(inverse_a, p.a);
 #pragma unroll
-                    for (int n = 0; n < STATE_VEC; n++) {
-                        // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
-                        inverse_a[n] = hold_inverse(inverse_a[n]);
-                    }
-                    if (p.b.constant) lane.constant(constant_b, p.b);
-                    if (p.c.constant) lane.constant(constant_c, p.c);
-                }
+                for (int n = 0; n < STATE_VEC; n++) inverse_a[n] = hold_inverse(inverse_a[n]);
+                if (p.b.constant) lane.constant(constant_b, p.b);
+                if (p.c.constant) lane.constant(constant_c, p.c);
                 if (turns > 1) {
 #pragma unroll
                     for (int n = 0; n < STATE_VEC; n++) lost[n] = 0.0f;
                 }
-                // What is read from shared memory for one step, or two.
-                struct Operands {
-                    float step[Steps::TOGETHER][1], in[Steps::TOGETHER][1];
-                    float b[Steps::TOGETHER][STATE_VEC], c[Steps::TOGETHER][STATE_VEC];
-                } now;
-                const auto read = [&](int t, Operands &to) {
-                    staged.read(t, place, to.step, to.in);
-#pragma unroll
-                    for (int i = 0; i < Steps::TOGETHER; i++) {
-                        read_shared(to.b[i], &projections[t + i][0][sub * STATE_VEC]);
-                        if (!SUMMARY) read_shared(to.c[i], &projections[t + i][1][sub * STATE_VEC]);
-#pragma unroll
-                        for (int n = 0; n < STATE_VEC; n++) {
-                            if (p.b.constant) to.b[i][n] = constant_b[n];
-                            if (!SUMMARY && p.c.constant) to.c[i][n] = constant_c[n];
-                        }
-                    }
-                };
-#pragma unroll 1
-                for (int first = 0; first < STEPS; first += Steps::TOGETHER) {
-                    read(first, now);
-#pragma unroll
-                    for (int i = 0; i < Steps::TOGETHER; i++) {
-                        const int t = first + i;
-                        float y[1];
-                        if (!SUMMARY && turn > 0) read_shared(y, outputs.of(t, sub, quad, part));
-#pragma unroll
-                        for (int k = 0; k < 1; k++) {
-#pragma unroll
-                            for (int n = 0; n < STATE_VEC; n++) {
-                                const float x = now.step[i][k] * a[k][n];
-                                if (zoh || compensate) {
-                                    const Decay<true, bool> decay(x);
-                                    float weighted = now.in[i][k];
-                                    if (zoh) {
-                                        const float by_a = decay.minus_one() * inverse_a[n];
-                                        weighted *= inverse_a[n] == 0.0f ? now.step[i][k] : by_a;
-                                    }
-                                    const float input = weighted * now.b[i][n];
-                                    if (compensate) {
-                                        decay.advance(h[k][n], lost[n], input);
-                                    } else {
-                                        h[k][n] = decay.advance(h[k][n], input);
-                                    }
-                                } else {
-                                    h[k][n] = Decay<ACCURATE, bool>(x).advance(h[k][n], now.in[i][k] * now.b[i][n]);
-                                }
-                                if (!SUMMARY) y[k] = n || turn ? fmaf(now.c[i][n], h[k][n], y[k]) : now.c[i][n] * h[k][n];
-                            }
-                        }
-                        if (!SUMMARY) write_shared(outputs.of(t, sub, quad, part), y);
-                    }
-                }
+                const Coefficients coefficients{p, zoh, compensate, a[0], inverse_a, constant_b, constant_c};
+                advance<T, SUMMARY>(coefficients, staged, projections, outputs, map, turn, h[0], lost);
                 write_shared(parked + turn * THREADS * STATE_VEC, h[0]);
             }
             __syncthreads();
@@ -222,7 +226,7 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
                 float skip[QUAD];
                 read_shared(skip, &of_channels[1][column]);
                 forward::finish<T, ROWS, false>(outputs, out, out_step, tile_u, tile_z, skip, row, column, gated,
-                                       ragged, left, count);
+                                                ragged, left, count);
                 out += STEPS * out_step;
             }
         };
