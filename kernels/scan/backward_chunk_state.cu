@@ -1,10 +1,26 @@
 // Backward chunk states: the gradient that each segment of a split sequence hands to the one before it if the gradient after it
 // is zero, and its ΣΔ.
+#include "../common/lane_map.cuh"
 #include "backward.cuh"
 
 namespace scan::backward_chunk_state {
 
 constexpr int COLUMNS = CHANNELS / QUAD;
+
+// Which channel and states a thread carries:
+//
+//   thread         0 … 7   8 … 15   16 … 23   24 … 31   32 … 39   …
+//   channel        0 … 7   0 … 7    0 … 7     0 … 7     8 … 15
+//   states         0-3     4-7      8-11      12-15     0-3
+struct LaneMap {
+    int state_group, channel;
+
+    __host__ __device__ constexpr explicit LaneMap(unsigned thread)
+        : state_group(thread % 32 / 8), channel(thread / 32 * 8 + thread % 8) {}
+};
+static_assert(is_bijection<THREADS>([](int thread) {
+    return LaneMap(thread).channel * STATE_LANES + LaneMap(thread).state_group;
+}));
 
 template <typename T, bool GENERAL> __device__ __forceinline__ void run(const Backward &params) {
     constexpr bool VECTOR = !GENERAL, ACCURATE = sizeof(T) == 4;
@@ -18,7 +34,8 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void run(const Ba
     const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS;
     const int count = max(0, min(block.width - column, QUAD));
     const int64_t d0 = block.first + column;
-    const int sub = threadIdx.x % 32 / 8, own = threadIdx.x / 32 * 8 + threadIdx.x % 8;
+    const LaneMap map(threadIdx.x);
+    const int sub = map.state_group, own = map.channel;
     const int first_state = static_cast<int>(params.first_state);
     float bias[QUAD];
 #pragma unroll

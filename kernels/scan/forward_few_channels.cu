@@ -4,6 +4,7 @@
 // A lane carries one or two states, so that a thousand channels give every scheduler of a large device a warp, and
 // sequences need not be split for that. Such a warp must not wait: others stage the next tile and finish the one before
 // while it advances one.
+#include "../common/lane_map.cuh"
 #include "tile.cuh"
 
 namespace scan::forward_few_channels {
@@ -21,6 +22,31 @@ __device__ __forceinline__ void meet() {
     asm volatile("barrier.sync.aligned 1, %0;" ::"n"(THREADS) : "memory");
 #endif
 }
+
+// Which states and channel a thread carries, with `LANES` lanes to a channel. The lowest bit of a lane is one of the states', and
+// the next one of the channels': whatever is read in vectors of 4, a lane has a neighbour, one or two away, that reads the same.
+// Such loads take half the time.
+//
+//   bits of a thread          6 5   4   3   2   1   0
+//   16 lanes   state group          3   2   1       0
+//              channel        2 1               0
+//   8 lanes    state group              2   1       0
+//              channel        3 2   1           0
+template <int LANES> struct LaneMap {
+    int state_group, channel;
+
+    __host__ __device__ constexpr explicit LaneMap(unsigned thread) : state_group(), channel() {
+        const int lane = thread % 32, above = lane / 4;
+        state_group = lane % 2 + above % (LANES / 2) * 2;
+        channel = thread / 32 * (32 / LANES) + lane / 2 % 2 + above / (LANES / 2) * 2;
+    }
+};
+template <int LANES> constexpr bool deals_out_all() {
+    return is_bijection<ROLE_THREADS>([](int thread) {
+        return LaneMap<LANES>(thread).channel * LANES + LaneMap<LANES>(thread).state_group;
+    });
+}
+static_assert(deals_out_all<STATE_BLOCK>() && deals_out_all<STATE_BLOCK / 2>());
 
 // A tile, staged, and what the lanes make of it.
 template <typename T, int OWN> struct Tile {
@@ -57,11 +83,8 @@ template <typename T, int OWN> __device__ __forceinline__ void advance(const For
     constexpr bool ACCURATE = sizeof(T) == 4;
     const Inputs &p = params.inputs;
     const Block block(p, blockIdx.x, Tile::CHANNELS);
-    // The lowest bit is one of the states', and the next one of the channels': whatever is read by fours, a lane has a
-    // neighbour, one or two away, that reads the same. Such loads take half the time.
-    const int lane = threadIdx.x % 32, above = lane / 4;
-    const int sub = lane % 2 + above % (Tile::LANES / 2) * 2;
-    const int own = threadIdx.x / 32 * (32 / Tile::LANES) + lane / 2 % 2 + above / (Tile::LANES / 2) * 2;
+    const LaneMap<Tile::LANES> map(threadIdx.x);
+    const int sub = map.state_group, own = map.channel;
     const int64_t channel = block.first + own;
     const auto has = [&](int n) { return own < block.width && sub * OWN + n < p.d_state; };
     float a[OWN];

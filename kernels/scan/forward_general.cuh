@@ -7,6 +7,67 @@ namespace scan::forward_general {
 using forward::OutputsInShared;
 using forward::StepsInShared;
 
+// What a lane's states are advanced by: log2(e) A, 1/A, and B and C where they are constant.
+struct Coefficients {
+    const Inputs &p;
+    const bool &zoh, &compensate;
+    const float (&a)[STATE_VEC], (&inverse_a)[STATE_VEC], (&constant_b)[STATE_VEC], (&constant_c)[STATE_VEC];
+};
+
+// Carries a lane's states, those of one block of 16, through a tile; `lost` is what rounding has taken from them.
+template <typename T, bool SUMMARY, typename Steps, typename Outputs, typename Map>
+__device__ __forceinline__ void advance(const Coefficients &coefficients, const Steps &staged,
+                                        const float (&projections)[TILE][2][STATE_BLOCK], Outputs &outputs, const Map &map,
+                                        const int &state_block, float (&h)[STATE_VEC], float (&lost)[STATE_VEC]) {
+    const Inputs &p = coefficients.p;
+    const bool &zoh = coefficients.zoh, &compensate = coefficients.compensate;
+    const float(&a)[STATE_VEC] = coefficients.a, (&inverse_a)[STATE_VEC] = coefficients.inverse_a;
+#pragma unroll 1
+    for (int first = 0; first < TILE; first += Steps::TOGETHER) {
+        float step[Steps::TOGETHER][1], in[Steps::TOGETHER][1];
+        float b[Steps::TOGETHER][STATE_VEC], c[Steps::TOGETHER][STATE_VEC];
+        staged.read(first, map.index, step, in);
+#pragma unroll
+        for (int i = 0; i < Steps::TOGETHER; i++) {
+            read_shared(b[i], &projections[first + i][0][map.state_group * STATE_VEC]);
+            if (!SUMMARY) read_shared(c[i], &projections[first + i][1][map.state_group * STATE_VEC]);
+#pragma unroll
+            for (int n = 0; n < STATE_VEC; n++) {
+                if (p.b.constant) b[i][n] = coefficients.constant_b[n];
+                if (!SUMMARY && p.c.constant) c[i][n] = coefficients.constant_c[n];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < Steps::TOGETHER; i++) {
+            const int t = first + i;
+            float y[1];
+            if (!SUMMARY && state_block > 0) read_shared(y, outputs.of(t, map.state_group, map.quad, map.part));
+#pragma unroll
+            for (int n = 0; n < STATE_VEC; n++) {
+                const float x = step[i][0] * a[n];
+                if (zoh || compensate) {
+                    const Decay<true> decay(x);
+                    float weighted = in[i][0];
+                    if (zoh) {
+                        const float by_a = decay.minus_one() * inverse_a[n];
+                        weighted *= inverse_a[n] == 0.0f ? step[i][0] : by_a;
+                    }
+                    const float input = weighted * b[i][n];
+                    if (compensate) {
+                        decay.advance(h[n], lost[n], input);
+                    } else {
+                        h[n] = decay.advance(h[n], input);
+                    }
+                } else {
+                    h[n] = Decay<sizeof(T) == 4, bool>(x).advance(h[n], in[i][0] * b[i][n]);
+                }
+                if (!SUMMARY) y[0] = n || state_block ? fmaf(c[i][n], h[n], y[0]) : c[i][n] * h[n];
+            }
+            if (!SUMMARY) write_shared(outputs.of(t, map.state_group, map.quad, map.part), y);
+        }
+    }
+}
+
 // States take turns by blocks of 16 in each tile, and are kept in dynamic shared memory meanwhile.
 //
 // A `SUMMARY` runs a segment from zero for the state that it reaches, and writes no output.
@@ -30,7 +91,8 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
     const Block block(p, blockIdx.x, CHANNELS);
 
     // As a member of a quad. One that does not exist reads the last that does, and writes nothing.
-    const int column = threadIdx.x % COLUMNS * QUAD, row = threadIdx.x / COLUMNS;
+    const forward::QuadMap<THREADS, 1> quads(threadIdx.x);
+    const int column = quads.column, row = quads.row;
     const int count = max(0, min(block.width - column, QUAD));
     const int64_t d0 = block.first + column;
     // What a block reads once is asked for here, and waited for when the first tile's loads are under way as well.
@@ -44,15 +106,11 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
     }
     bool is_first = true;
 
-    // As a lane of channels: the `part`th of a quad. Neighbouring lanes have the same part of neighbouring quads, so that
-    // what they read and write in shared memory is side by side. The bits of a lane are dealt out so that whatever is read
-    // by fours, a lane has a neighbour, one or two away, that reads the same: such loads take half the time.
-    const int lane_index = threadIdx.x % 32, sub = lane_index / 2 % 2 + lane_index / 16 * 2;
-    const int place = threadIdx.x / 32 * 8 + lane_index % 2 + lane_index / 4 % 4 * 2;
-    const int part = place / COLUMNS, quad = place % COLUMNS, own = quad * QUAD + part;
+    const forward::LaneMap<THREADS, 1> map(threadIdx.x);
+    const int own = map.channel;
     const int turns = static_cast<int>((p.d_state + STATE_BLOCK - 1) / STATE_BLOCK);
     const auto lane_of = [&](int c, int turn) {
-        return Lane(p, block.first + own + c, own + c < block.width, turn * STATE_BLOCK + sub * STATE_VEC);
+        return Lane(p, block.first + own + c, own + c < block.width, turn * STATE_BLOCK + map.state_group * STATE_VEC);
     };
     float *const parked = reinterpret_cast<float *>(carried + threadIdx.x);
 
@@ -101,7 +159,7 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
         float h[1][STATE_VEC];
         [[maybe_unused]] DeltaSum delta_sum;
         // What rounding has taken from the states, where they are compensated. (Those that take turns start each tile anew.)
-        [[maybe_unused]] float lost[STATE_VEC] = {};
+        float lost[STATE_VEC] = {};
         for (int turn = 0; turn < turns; turn++) {
             read_a(turn);
             if (from_zero) {
@@ -112,7 +170,7 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
                 }
             } else {
 #pragma unroll
-                for (int c = 0; c < 1; c++) enter<ACCURATE, false>(p, segment, lane_of(c, turn), a[c], h[c]);
+                for (int c = 0; c < 1; c++) incoming_state<ACCURATE, false>(p, segment, lane_of(c, turn), a[c], h[c]);
             }
             write_shared(parked + turn * THREADS * STATE_VEC, h[0]);
         }
@@ -122,32 +180,10 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
         const auto tile = [&](auto ragged, int64_t i, int left, bool more) {
             // Stage.
             Step tile_u[QUADS], tile_z[QUADS];
-            float steps[QUADS][QUAD], bias[QUAD];
+            float bias[QUAD];
             read_shared(bias, &of_channels[0][column]);
-#pragma unroll
-            for (int k = 0; k < QUADS; k++) {
-                tile_u[k] = next_u[k];
-#pragma unroll
-                for (int c = 0; c < QUAD; c++) steps[k][c] = next_delta[k][c] + bias[c];
-            }
-            if (plus) {
-#pragma unroll
-                for (int k = 0; k < QUADS; k++) {
-#pragma unroll
-                    for (int c = 0; c < QUAD; c++) steps[k][c] = softplus<T>(steps[k][c]);
-                }
-            }
-#pragma unroll
-            for (int k = 0; k < QUADS; k++) {
-                float in[QUAD];
-#pragma unroll
-                for (int c = 0; c < QUAD; c++) {
-                    if (ragged && row + k * ROWS >= left) steps[k][c] = 0.0f;
-                    in[c] = zoh ? tile_u[k][c] : steps[k][c] * tile_u[k][c];
-                }
-                if (SUMMARY) delta_sum.add(steps[k]);
-                staged.write(row + k * ROWS, column / QUAD, steps[k], in);
-            }
+            forward::stage<T, ROWS, SUMMARY>(staged, delta_sum, tile_u, next_u, next_delta, bias, row, column, plus, zoh,
+                                             ragged, left);
             if (!SUMMARY) {
 #pragma unroll
                 for (int k = 0; k < QUADS; k++) {
@@ -161,82 +197,26 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
 
             // Advance.
             for (int turn = 0; turn < turns; turn++) {
+                Projections tile(p, segment, block.group, i, turn * STATE_BLOCK);
+                tile.template load<ragged.value>(left);
+                __syncthreads();
+                tile.store(&projections[0][0][0]);
+                __syncthreads();
+                read_shared(h[0], parked + turn * THREADS * STATE_VEC);
+                read_a(turn);
                 float inverse_a[STATE_VEC], constant_b[STATE_VEC], constant_c[STATE_VEC];
-                {
-                    Projections tile(p, segment, block.group, i, turn * STATE_BLOCK);
-                    tile.template load<ragged.value>(left);
-                    __syncthreads();
-                    tile.store(&projections[0][0][0]);
-                    __syncthreads();
-                    read_shared(h[0], parked + turn * THREADS * STATE_VEC);
-                    read_a(turn);
-                    const Lane lane = lane_of(0, turn);
-                    lane.template parameter<false>(inverse_a, p.a);
+                const Lane lane = lane_of(0, turn);
+                lane.template parameter<false>(inverse_a, p.a);
 #pragma unroll
-                    for (int n = 0; n < STATE_VEC; n++) {
-                        // Below this, (exp(ΔA) - 1)/A is Δ to more digits than an f32 has.
-                        inverse_a[n] = hold_inverse(inverse_a[n]);
-                    }
-                    if (p.b.constant) lane.constant(constant_b, p.b);
-                    if (p.c.constant) lane.constant(constant_c, p.c);
-                }
+                for (int n = 0; n < STATE_VEC; n++) inverse_a[n] = hold_inverse(inverse_a[n]);
+                if (p.b.constant) lane.constant(constant_b, p.b);
+                if (p.c.constant) lane.constant(constant_c, p.c);
                 if (turns > 1) {
 #pragma unroll
                     for (int n = 0; n < STATE_VEC; n++) lost[n] = 0.0f;
                 }
-                // What is read from shared memory for one step, or two.
-                struct Operands {
-                    float step[Steps::TOGETHER][1], in[Steps::TOGETHER][1];
-                    float b[Steps::TOGETHER][STATE_VEC], c[Steps::TOGETHER][STATE_VEC];
-                } now;
-                const auto read = [&](int t, Operands &to) {
-                    staged.read(t, place, to.step, to.in);
-#pragma unroll
-                    for (int i = 0; i < Steps::TOGETHER; i++) {
-                        read_shared(to.b[i], &projections[t + i][0][sub * STATE_VEC]);
-                        if (!SUMMARY) read_shared(to.c[i], &projections[t + i][1][sub * STATE_VEC]);
-#pragma unroll
-                        for (int n = 0; n < STATE_VEC; n++) {
-                            if (p.b.constant) to.b[i][n] = constant_b[n];
-                            if (!SUMMARY && p.c.constant) to.c[i][n] = constant_c[n];
-                        }
-                    }
-                };
-#pragma unroll 1
-                for (int first = 0; first < STEPS; first += Steps::TOGETHER) {
-                    read(first, now);
-#pragma unroll
-                    for (int i = 0; i < Steps::TOGETHER; i++) {
-                        const int t = first + i;
-                        float y[1];
-                        if (!SUMMARY && turn > 0) read_shared(y, outputs.of(t, sub, quad, part));
-#pragma unroll
-                        for (int k = 0; k < 1; k++) {
-#pragma unroll
-                            for (int n = 0; n < STATE_VEC; n++) {
-                                const float x = now.step[i][k] * a[k][n];
-                                if (zoh || compensate) {
-                                    const Decay<true> decay(x);
-                                    float weighted = now.in[i][k];
-                                    if (zoh) {
-                                        const float by_a = decay.minus_one() * inverse_a[n];
-                                        weighted *= inverse_a[n] == 0.0f ? now.step[i][k] : by_a;
-                                    }
-                                    const float input = weighted * now.b[i][n];
-                                    if (compensate) {
-                                        decay.advance(h[k][n], lost[n], input);
-                                    } else {
-                                        h[k][n] = decay.advance(h[k][n], input);
-                                    }
-                                } else {
-                                    h[k][n] = Decay<ACCURATE, bool>(x).advance(h[k][n], now.in[i][k] * now.b[i][n]);
-                                }
-                                if (!SUMMARY) y[k] = n || turn ? fmaf(now.c[i][n], h[k][n], y[k]) : now.c[i][n] * h[k][n];
-                            }
-                        }
-                        if (!SUMMARY) write_shared(outputs.of(t, sub, quad, part), y);
-                    }
-                }
+                const Coefficients coefficients{p, zoh, compensate, a[0], inverse_a, constant_b, constant_c};
+                advance<T, SUMMARY>(coefficients, staged, projections, outputs, map, turn, h[0], lost);
                 write_shared(parked + turn * THREADS * STATE_VEC, h[0]);
             }
             __syncthreads();
@@ -245,23 +225,8 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
             if constexpr (!SUMMARY) {
                 float skip[QUAD];
                 read_shared(skip, &of_channels[1][column]);
-#pragma unroll
-                for (int k = 0; k < QUADS; k++) {
-                    const int t = row + k * ROWS;
-                    float parts[STATE_LANES][QUAD], y[QUAD];
-#pragma unroll
-                    for (int s = 0; s < STATE_LANES; s++) outputs.read(t, s, column / QUAD, parts[s]);
-#pragma unroll
-                    for (int c = 0; c < QUAD; c++) {
-                        y[c] = (parts[0][c] + parts[1][c]) + (parts[2][c] + parts[3][c]);
-                        y[c] = fmaf(skip[c], tile_u[k][c], y[c]);
-                    }
-                    if (gated) {
-#pragma unroll
-                        for (int c = 0; c < QUAD; c++) y[c] *= silu(tile_z[k][c]);
-                    }
-                    store_narrowed<T, false>(out + k * ROWS * out_step, y, !ragged || t < left ? count : 0);
-                }
+                forward::finish<T, ROWS, false>(outputs, out, out_step, tile_u, tile_z, skip, row, column, gated,
+                                                ragged, left, count);
                 out += STEPS * out_step;
             }
         };
@@ -269,8 +234,7 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
         // Whole tiles, those between two checkpoints together, then what is left.
         for (int64_t i = segment.first; i < end; i += CHECKPOINT_STEPS) {
             if (!SUMMARY && params.checkpoints && i > 0) {
-                const int64_t slot =
-                    (segment.row * p.segments.len + segment.start) / CHECKPOINT_STEPS + i / CHECKPOINT_STEPS - 1;
+                const int64_t slot = checkpoint_slot(segment.row * p.segments.len + segment.start, i);
                 for (int turn = 0; turn < turns; turn++) {
                     read_shared(h[0], parked + turn * THREADS * STATE_VEC);
 #pragma unroll

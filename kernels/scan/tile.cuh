@@ -227,9 +227,9 @@ __device__ __forceinline__ void read_rates(float (&a)[OWN][STATE_VEC], const Lan
     }
 }
 
-// The state that enters a segment: the initial state, carried through what the segments before it are summed up by.
+// The state at a segment's start: the initial state, propagated through the chunk states of the segments before it.
 template <bool ACCURATE, bool VECTOR>
-__device__ __forceinline__ void enter(const Inputs &p, const Segment &segment, const Lane &lane,
+__device__ __forceinline__ void incoming_state(const Inputs &p, const Segment &segment, const Lane &lane,
                                       const float (&a)[STATE_VEC], float (&h)[STATE_VEC]) {
     lane.initial(h, p.initial_state, segment.sequence);
     if (!p.chunk_states || !lane.exists) return;
