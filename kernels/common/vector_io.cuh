@@ -46,7 +46,8 @@ __device__ __forceinline__ void store_vec(T *p, int64_t stride, const Pack<T, CO
 }
 
 // Rounds and writes the first `count` of `COUNT` neighbouring elements, 2 or 4.
-template <typename T, bool VECTOR, int COUNT> __device__ __forceinline__ void store_narrowed(T *p, const float (&value)[COUNT], int count) {
+template <typename T, bool VECTOR, int COUNT>
+__device__ __forceinline__ void store_narrowed(T *p, const float (&value)[COUNT], int count) {
     if constexpr (VECTOR) {
         if (count > 0) *reinterpret_cast<decltype(Pack<T, COUNT>::raw) *>(p) = narrow_pack<T>(value).raw;
     } else {

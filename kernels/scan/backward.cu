@@ -151,7 +151,8 @@ template <typename T> struct Recurrence {
     // A chunk, for the states before each tile, of which `h` is the first; leaves the first decays of the last tile. (From one
     // checkpoint to the next a rounded decay drifts by 2^-16 at most. The gradient of the state goes through the whole
     // sequence.)
-    __device__ __forceinline__ void find_states(const int &tiles, const int &lane, LaneStates (&decays)[TILE], LaneStates &h) const {
+    __device__ __forceinline__ void find_states(const int &tiles, const int &lane, LaneStates (&decays)[TILE],
+                                                LaneStates &h) const {
 #pragma unroll
         for (int t = 0; t < AHEAD; t++) decays_at(t, decays[t]);
         for (int tile = 0;; tile++) {
@@ -179,7 +180,8 @@ template <typename T> struct Recurrence {
 // For a tile in which a product of zero and infinity has spread over the columns of the sums over channels: sums each step
 // alone, in the same way so that the others keep their bits, from the states and gradients at both ends of the tile.
 template <typename T>
-__device__ __forceinline__ void sum_again(const Recurrence<T> &recurrence, const int &lane, const int &tile, ChannelSums<T> &sums) {
+__device__ __forceinline__ void sum_again(const Recurrence<T> &recurrence, const int &lane, const int &tile,
+                                          ChannelSums<T> &sums) {
     const auto &[shared, mine, state_group, pair, a] = recurrence;
     const int t0 = tile * TILE;
     LaneStates again;
@@ -247,7 +249,8 @@ __device__ __forceinline__ void write_projections(const Backward &params, const 
 
 // Writes a parameter's gradients of a quad of channels from `d` on: the sums over the lanes that have the quad, of which one
 // `writes` them.
-__device__ __forceinline__ void write_sums(const Backward &params, int64_t d, bool exists, int row, float (&partial)[QUAD], float *to) {
+__device__ __forceinline__ void write_sums(const Backward &params, int64_t d, bool exists, int row,
+                                           float (&partial)[QUAD], float *to) {
 #pragma unroll
     for (int c = 0; c < QUAD; c++) {
 #pragma unroll

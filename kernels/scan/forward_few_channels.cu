@@ -73,8 +73,10 @@ template <typename T, int OWN> struct Shared {
     // What the threads that stage hand to those that finish two tiles later: u in their two steps.
     Pack<T, Tile<T, OWN>::WIDTH> u[3][2][ROLE_THREADS];
 };
-static_assert(sizeof(Shared<float, 1>) == ONE_SMEM + 4 * ONE_SMEM_PER_BYTE && sizeof(Shared<__half, 1>) == ONE_SMEM + 2 * ONE_SMEM_PER_BYTE);
-static_assert(sizeof(Shared<float, 2>) == TWO_SMEM + 4 * TWO_SMEM_PER_BYTE && sizeof(Shared<__half, 2>) == TWO_SMEM + 2 * TWO_SMEM_PER_BYTE);
+static_assert(sizeof(Shared<float, 1>) == ONE_SMEM + 4 * ONE_SMEM_PER_BYTE);
+static_assert(sizeof(Shared<__half, 1>) == ONE_SMEM + 2 * ONE_SMEM_PER_BYTE);
+static_assert(sizeof(Shared<float, 2>) == TWO_SMEM + 4 * TWO_SMEM_PER_BYTE);
+static_assert(sizeof(Shared<__half, 2>) == TWO_SMEM + 2 * TWO_SMEM_PER_BYTE);
 static_assert(Tile<float, 1>::CHANNELS == ONE_CHANNELS && Tile<float, 2>::CHANNELS == TWO_CHANNELS);
 
 // For those who carry states, one or two each.
