@@ -16,7 +16,7 @@ use common::{Random, UpdateData, default_threads, pools, touched};
 
 /// D, N.
 const CHANNELS: [usize; 2] = [1536, 16];
-/// Sequences that are decoded side by side.
+/// Sequences that are decoded together.
 const BATCHES: [usize; 3] = [1, 8, 64];
 const SEED: u64 = 1;
 

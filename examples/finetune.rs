@@ -95,7 +95,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     for step in 0..arguments.steps {
         let start = step * length % (text.len() - length);
         let part = |from: usize| Tensor::new(&text[from..from + length], &Device::Cpu)?.unsqueeze(0);
-        // The sums are computed anew, for the adapters have changed.
+        // The sums are computed again, for the adapters have changed.
         let loss = cross_entropy(&adapters.apply(&model)?.forward(&part(start)?)?, &part(start + 1)?)?;
         optimizer.step(&loss.backward()?, schedule.rate(arguments.learning_rate, step, arguments.steps))?;
         if step % 20 == 0 || step + 1 == arguments.steps {

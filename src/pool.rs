@@ -23,13 +23,13 @@ pub struct UpdateMut<'a, T: Element, St: Element, M: Memory = Host> {
     pub state: ViewMut<'a, St, 3, M>,
     /// `(batch, tokens, d_inner)`, dense, overwritten whole: zeros for padding rows.
     pub out: &'a mut M::Buffer<T>,
-    /// The state behind each token, `(batch, tokens, ..state_shape)`, dense, overwritten whole: zeros for padding rows.
+    /// The state after each token, `(batch, tokens, ..state_shape)`, dense, overwritten whole: zeros for padding rows.
     /// [`rollback`] restores a state from it.
     pub token_states: Option<&'a mut M::Buffer<St>>,
 }
 
 impl<'a, T: Element, St: Element, M: Memory> UpdateMut<'a, T, St, M> {
-    /// The buffers that every update has; the states behind each token are not kept. Add their buffer with struct update
+    /// The buffers that every update has; the states after each token are not kept. Add their buffer with struct update
     /// syntax: `UpdateMut { token_states: Some(&mut states), ..UpdateMut::new(state, &mut out) }`.
     pub fn new(state: ViewMut<'a, St, 3, M>, out: &'a mut M::Buffer<T>) -> Self {
         Self { state, out, token_states: None }
@@ -46,7 +46,7 @@ impl<T: Element, St: Element, M: Memory> fmt::Debug for UpdateMut<'_, T, St, M> 
     }
 }
 
-/// The results of an update that keeps the state behind each token.
+/// The results of an update that keeps the state after each token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct UpdateOutput<T, St> {
     /// `(batch, tokens, d_inner)`.
@@ -156,7 +156,7 @@ impl<'a, St: Element> Pool<'a, St> {
         self.offset + index[0] * slot + index[1] * row + index[2] * column
     }
 
-    /// The `len` rows of `columns` elements from `row` on, if they lie one behind another.
+    /// The `len` rows of `columns` elements from `row` on, if they lie one after another.
     ///
     /// # Safety
     /// While the result lives, no other call may give out, read or write any of these rows.
@@ -227,10 +227,10 @@ impl<'a, St: Element> Pool<'a, St> {
     }
 }
 
-/// Puts states of a pool back to what they were behind a token, after the tokens that follow it have been rejected.
+/// Puts states of a pool back to what they were after a token, after the tokens that follow it have been rejected.
 ///
 /// `state` is the pool, `(slots, ..state_shape)`; `token_states` is what an update over the same `slots` left in
-/// [`UpdateMut::token_states`], `(batch, tokens, ..state_shape)`. The slot of batch row `i` gets the state behind the
+/// [`UpdateMut::token_states`], `(batch, tokens, ..state_shape)`. The slot of batch row `i` gets the state after the
 /// first `accepted[i]` tokens. A padding row (a negative slot) touches nothing, and its `accepted` is not looked at.
 ///
 /// # Errors

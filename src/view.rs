@@ -204,7 +204,7 @@ pub(crate) struct Ahead {
     step: isize,
 }
 
-/// A place that can always be asked for: asking for an address that does not exist is slow.
+/// A mapped address to prefetch where there is nothing to prefetch: unmapped ones are slow.
 static NOTHING: u8 = 0;
 
 impl Ahead {

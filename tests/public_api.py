@@ -3,7 +3,7 @@
 unseen.
 
     python3 tests/public_api.py            # prints the difference and fails if there is one
-    python3 tests/public_api.py --write    # writes the list anew
+    python3 tests/public_api.py --write    # writes the list again
 
 The list is read from the documentation that docs.rs shows (features `nn` and `cuda`, without nvcc), which this builds: of
 each item its declaration, its methods, and the traits that it implements.

@@ -59,13 +59,13 @@ impl Case {
         self.variant.len() < before
     }
 
-    /// The number behind `prefix` in one of the variant's words; taken out.
+    /// The number after `prefix` in one of the variant's words; taken out.
     pub fn take_number(&mut self, prefix: &str) -> Result<Option<usize>> {
         let Some(at) = self.variant.iter().position(|word| word.starts_with(prefix)) else { return Ok(None) };
         let word = self.variant.remove(at);
         match word[prefix.len()..].parse() {
             Ok(number) => Ok(Some(number)),
-            Err(_) => Err(format!("expected a number behind `{prefix}`, got `{word}`").into()),
+            Err(_) => Err(format!("expected a number after `{prefix}`, got `{word}`").into()),
         }
     }
 

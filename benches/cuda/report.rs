@@ -87,7 +87,7 @@ impl Report {
     }
 }
 
-/// The device, its driver and its clocks, as far as they can be asked for.
+/// The device, its driver and its clocks, as far as they can be read.
 fn device(bench: &Bench) -> Vec<String> {
     let context = bench.stream.context();
     let mut version = 0;

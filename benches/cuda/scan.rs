@@ -47,7 +47,7 @@ impl<T: Element> Data<T> {
     }
 }
 
-/// Variants: `packed` sequences of mixed lengths, no sequence split (`whole`) or all into `segments-` of so many steps,
+/// Variants: `packed` sequences of mixed lengths, no sequence split (`whole`) or all into `segments-` of that many steps,
 /// `one` or `four` channels a lane.
 pub fn prepare<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Prepared> {
     let mut rest = case.clone();

@@ -1,4 +1,4 @@
-"""Times the crate's operators on a GPU beside other implementations', in one run and turn about.
+"""Times the crate's operators on a GPU beside other implementations', in one run, interleaved.
 
     python benches/peers/gpu.py --crate "COMMAND" [--built FOLDER] [--csv FILE]
 
@@ -96,7 +96,7 @@ class Gone(Exception):
 
 
 class Server:
-    """A process that answers lines; one that has died or hung is started anew for the next."""
+    """A process that answers lines; one that has died or hung is started again for the next."""
 
     def __init__(self, command, limit):
         self.command, self.limit, self.process = command, limit, None

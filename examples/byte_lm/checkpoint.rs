@@ -158,7 +158,7 @@ pub fn read_run(checkpoint: &Path) -> Result<Run> {
     Ok(read().map_err(|error: Box<dyn std::error::Error>| format!("{}: {error}", path.display()))?)
 }
 
-/// Gives an optimizer the moments of a checkpoint after so many steps.
+/// Gives an optimizer the moments of a checkpoint after that many steps.
 pub fn restore(checkpoint: &Path, optimizer: &mut AdamW, steps: usize, device: &Device) -> Result<()> {
     let path = checkpoint.join(MOMENTS);
     let at = |error| format!("{}: {error}", path.display());

@@ -57,11 +57,11 @@ struct TrainArguments {
     #[arg(long, conflicts_with_all = ["RunOptions", "fresh"])]
     resume: bool,
 
-    /// Begin anew where the folder already has a run, which is lost
+    /// Begin again where the folder already has a run, which is lost
     #[arg(long)]
     fresh: bool,
 
-    /// Stop after so many steps, with a checkpoint
+    /// Stop after this many steps, with a checkpoint
     #[arg(long, value_name = "STEP")]
     until: Option<usize>,
 
@@ -176,7 +176,7 @@ struct GenerateArguments {
     #[arg(long, default_value_t = 0.7)]
     temperature: f64,
 
-    /// Choose among the so many likeliest bytes
+    /// Choose among this many likeliest bytes
     #[arg(long, value_name = "N")]
     top_k: Option<usize>,
 

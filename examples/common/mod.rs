@@ -47,7 +47,7 @@ pub fn touched<T: Element>(len: usize) -> Vec<T> {
     vec![T::from_f32(1.0); len]
 }
 
-/// A pool of so many threads for each of `counts`.
+/// A pool of threads for each of `counts`.
 pub fn pools(counts: &[usize]) -> Result<Vec<ThreadPool>, ThreadPoolBuildError> {
     counts.iter().map(|&threads| ThreadPoolBuilder::new().num_threads(threads).build()).collect()
 }

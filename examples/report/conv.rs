@@ -17,7 +17,7 @@ pub struct Exact<'a, T> {
 }
 
 impl<'a, T: Element> Exact<'a, T> {
-    /// Computes them for so many channels, spread over all, that it takes about a second.
+    /// Computes them for that many channels, spread over all, that it takes about a second.
     pub fn new(data: &'a ConvData<T>) -> Result<Self> {
         const STEPS: usize = 4 << 20;
         let count = (STEPS / (data.batch * data.len).max(1)).clamp(16, data.d_inner);

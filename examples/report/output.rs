@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::measure::Measured;
 
-/// One operator at one shape on so many threads.
+/// One operator at one shape on a number of threads.
 #[derive(Debug, Serialize)]
 pub struct Row {
     pub op: &'static str,

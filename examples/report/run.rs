@@ -34,7 +34,7 @@ pub const MODELS: [Model; 2] = [
 
 /// The taps of Mamba's convolution.
 const CONV_WIDTH: usize = 4;
-/// The sequences that are decoded side by side.
+/// The sequences that are decoded together.
 const DECODE_BATCHES: [usize; 3] = [1, 8, 64];
 /// Unfused tensors larger than this are not made.
 const UNFUSED_BYTES: usize = 4 << 30;

@@ -17,7 +17,7 @@ pub struct Exact<'a, T> {
 }
 
 impl<'a, T: Element> Exact<'a, T> {
-    /// Computes them for so many channels, spread over all, that it takes about a second.
+    /// Computes them for that many channels, spread over all, that it takes about a second.
     pub fn new(data: &'a ScanData<T>) -> Result<Self> {
         const STATE_STEPS: usize = 16 << 20;
         let count = (STATE_STEPS / (data.batch * data.len * data.d_state).max(1)).clamp(16, data.d_inner);

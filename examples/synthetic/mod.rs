@@ -1,6 +1,6 @@
 //! What the two synthetic tasks of the paper share: Gu and Dao, *Mamba* (2023), arXiv 2312.00752, section 4.1.
 //!
-//! Sequences are drawn anew for every step of training, so there is no training set to learn by heart. A model is asked
+//! Sequences are drawn again for every step of training, so there is no training set to learn by heart. A model is asked
 //! at the last steps of a sequence alone; the other steps have no loss.
 #![allow(dead_code, reason = "each program uses a part")]
 
@@ -25,7 +25,7 @@ pub trait Task {
     /// Appends a sequence of a length to `ids`, and what is to be answered to `targets`.
     fn draw(&self, length: usize, random: &mut StdRng, ids: &mut Vec<u32>, targets: &mut Vec<u32>);
 
-    /// So many sequences of a length.
+    /// A number of sequences of a length.
     fn batch(&self, [sequences, length]: [usize; 2], random: &mut StdRng, device: &Device) -> Result<Batch> {
         let mut ids = room("--batch, --length", [sequences, length, self.answers()])?;
         let mut targets = Vec::new();
@@ -41,7 +41,7 @@ pub trait Task {
     }
 }
 
-/// An empty list that has room for so many sequences of `length` and the steps that ask; an error names the flags that
+/// An empty list that has room for that many sequences of `length` and the steps that ask; an error names the flags that
 /// want more than there is.
 pub fn room(flags: &str, [sequences, length, answers]: [usize; 3]) -> Result<Vec<u32>> {
     let mut ids = Vec::new();

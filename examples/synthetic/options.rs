@@ -130,7 +130,7 @@ pub struct Settings {
 }
 
 impl Options {
-    /// Whether the paper's size is asked for.
+    /// Whether the paper's size is requested.
     pub fn paper(&self) -> bool {
         self.paper
     }

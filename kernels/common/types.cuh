@@ -60,7 +60,7 @@ __device__ __forceinline__ uint32_t narrow_pair(float x, float y, __nv_bfloat16)
     return *reinterpret_cast<const uint32_t *>(&both);
 }
 
-// Element `i` of both, side by side.
+// Element `i` of both, interleaved.
 template <typename T, int COUNT>
 __device__ __forceinline__ Pack<T, 2> pair_up(const Pack<T, COUNT> &x, const Pack<T, COUNT> &y, int i) {
     Pack<T, 2> both;

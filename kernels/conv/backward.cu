@@ -1,7 +1,7 @@
 // The causal convolution, backward.
 //
 // With g the gradient of the sum that SiLU is applied to, a thread walks on from its run until the last of its inputs has
-// met all its weights, computing s and g anew on the way:
+// met all its weights, computing s and g again on the way:
 //
 //   d_line_p = Σ_k weight_k g_{p - k}      d_weight_k = Σ_t g_t line_{t + k}      d_bias = Σ_t g_t
 //
@@ -37,7 +37,7 @@ __device__ __forceinline__ void run(const Backward &params) {
             const int64_t step = run.step(run.first, reverse);
             // The input whose gradient is complete.
             T *d_x = static_cast<T *>(params.d_x) + (run.row * p.runs.len + step) * p.d_inner + d - BEFORE * out_step;
-            // Steps that there are; of them, those behind the run that its inputs reach.
+            // Steps that there are; of them, those after the run that its inputs reach.
             const int there = static_cast<int>(min(run.len - run.first, int64_t(run.steps + width - 1)));
             // Positions of the line from here on are of the final state.
             const int end = static_cast<int>(min(run.len - run.first, int64_t(run.steps + width)));

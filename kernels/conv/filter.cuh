@@ -8,14 +8,14 @@ namespace conv {
 using namespace common;
 
 // `COUNT` neighbouring channels. Kernels are made for widths from `LEAST` to `MOST`: a narrower filter's weights are the
-// last of `weight`, behind `gap` that are not to be used (a product with zero would spread NaN).
+// last of `weight`, after `gap` that are not to be used (a product with zero would spread NaN).
 template <int LEAST, int MOST, int COUNT> struct Filter {
     float weight[MOST][COUNT], bias[COUNT];
     int gap;
 
     __device__ __forceinline__ Filter(const Matrix &weights, const Vector &biases, int64_t width, int64_t d, int count)
         : gap(LEAST == MOST ? 0 : MOST - static_cast<int>(width)) {
-        // The weights of a channel side by side and aligned, as they usually are.
+        // The weights of a channel contiguous and aligned, as they usually are.
         const bool whole = LEAST == MOST && MOST == 4 && weights.state == 1 && weights.channel % 4 == 0 &&
                            reinterpret_cast<uint64_t>(weights.data) % 16 == 0;
 #pragma unroll

@@ -97,7 +97,7 @@ template <typename T, int COUNT, bool VECTOR, int LINES, int TILE, int AHEAD> st
     Tiles &tiles;
     const T *at[LINES];
     int64_t step[LINES], channel[LINES];
-    // Steps that have been asked for, and the places of the next tile to copy and to take.
+    // Steps that have been requested, and the places of the next tile to copy and to take.
     int count, steps, taken, asked = 0, to = 0, from = 0;
 
     __device__ __forceinline__ void copy() {

@@ -1,7 +1,7 @@
 // The causal convolution on a pool of states, in place.
 //
 // A thread holds the states of four neighbouring channels, as they are stored, and takes one batch row after another
-// through its tokens. `FAST` is for filters of four weights where everything lies side by side and aligned.
+// through its tokens. `FAST` is for filters of four weights where everything is contiguous and aligned.
 #include "filter.cuh"
 #include "params.cuh"
 

@@ -38,7 +38,7 @@ __device__ __forceinline__ void prefetch_partial_sums(const Backward &params, in
     prefetch(carried + 2 * QUAD);
 }
 
-// Adds x y to a sum if it is `wanted`, without a branch. (Steps beyond the end of a sequence add zero times the state behind
+// Adds x y to a sum if it is `wanted`, without a branch. (Steps beyond the end of a sequence add zero times the state after
 // it, which is NaN if that is infinite.)
 __device__ __forceinline__ void add_if(bool wanted, float &sum, float x, float y) {
     asm("{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %3, 0;\n@wanted fma.rn.f32 %0, %1, %2, %0;\n}"

@@ -5,8 +5,8 @@
 
 namespace scan::forward {
 
-// Δ and what the recurrence takes in of a tile, as the lanes read them: by fours, `TOGETHER` steps of their `OWN` channels
-// at once, neighbouring lanes what is side by side.
+// Δ and what the recurrence takes in of a tile, as the lanes read them: in vectors of 4, `TOGETHER` steps of their `OWN` channels
+// at once, neighbouring lanes what is contiguous.
 template <int STEPS, int OWN, int QUADS> struct StepsInShared {
     static_assert(OWN == 1 || OWN == QUAD, "a channel or a quad to a lane");
     static constexpr int TOGETHER = OWN == 1 ? 2 : 1;
@@ -233,7 +233,7 @@ __device__ __forceinline__ void run(const Forward &params) {
     const int column = quads.column, row = quads.row;
     const int count = max(0, min(block.width - column, QUAD));
     const int64_t d0 = block.first + min(column, block.width - QUAD);
-    // What a block reads once is asked for here, and waited for when the first tile's loads are under way as well.
+    // What a block reads once is requested here, and waited for when the first tile's loads are under way as well.
     constexpr int ONCE = (2 * CHANNELS + THREADS - 1) / THREADS;
     float once[ONCE];
 #pragma unroll

@@ -1,5 +1,5 @@
 // The selective scan, forward, of few channels in the form that Mamba uses: 16 states or fewer, B and C that vary,
-// channels and states side by side.
+// contiguous channels and states.
 //
 // A lane carries one or two states, so that a thousand channels give every scheduler of a large device a warp, and
 // sequences need not be split for that. Such a warp must not wait: others stage the next tile and finish the one before
@@ -187,7 +187,7 @@ template <typename T, int OWN> struct Part {
     }
 };
 
-// Walks two steps of each tile, side by side elements of a tensor from its `first` on, with those of the next tiles in
+// Walks two steps of each tile, contiguous elements of a tensor from its `first` on, with those of the next tiles in
 // flight: of one, or of an even and an odd one. (Two are faster with two states to a lane and slower with one.)
 template <typename T, int COUNT, int AHEAD> struct Pairs {
     const T *at;

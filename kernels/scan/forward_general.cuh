@@ -95,7 +95,7 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
     const int column = quads.column, row = quads.row;
     const int count = max(0, min(block.width - column, QUAD));
     const int64_t d0 = block.first + column;
-    // What a block reads once is asked for here, and waited for when the first tile's loads are under way as well.
+    // What a block reads once is requested here, and waited for when the first tile's loads are under way as well.
     constexpr int ONCE = (2 * CHANNELS + THREADS - 1) / THREADS;
     float once[ONCE];
 #pragma unroll
@@ -158,7 +158,7 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
 
         float h[1][STATE_VEC];
         [[maybe_unused]] DeltaSum delta_sum;
-        // What rounding has taken from the states, where they are compensated. (Those that take turns start each tile anew.)
+        // What rounding has taken from the states, where they are compensated. (Those that take turns start each tile from zero.)
         float lost[STATE_VEC] = {};
         for (int turn = 0; turn < turns; turn++) {
             read_a(turn);

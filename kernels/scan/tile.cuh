@@ -87,7 +87,7 @@ struct DeltaSum {
 };
 
 // Walks B and C for a tile in shared memory, `(STEPS, 2, STATE_BLOCK)` with the states from `first_state` on: zero beyond the
-// segment's end and beyond d_state, and where a projection is constant. Each thread brings in states by fours.
+// segment's end and beyond d_state, and where a projection is constant. Each thread brings in states in vectors of 4.
 template <typename T, int STEPS, int THREADS, bool VECTOR> struct ProjectionWalk {
     static constexpr int ROW = 2 * STATE_LANES; // fours in a step
     static constexpr int COUNT = (STEPS * ROW + THREADS - 1) / THREADS, ROWS = THREADS / ROW;
@@ -163,7 +163,7 @@ struct Lane {
             if (i < count) to[i] = from[i];
         }
     }
-    // The same where they lie side by side: in one piece if all lanes have all or none of them, and aligned.
+    // The same where they are contiguous: in one piece if all lanes have all or none of them, and aligned.
     template <bool VECTOR> __device__ __forceinline__ void read_dense(float (&to)[STATE_VEC], const float *from) const {
         const Pack<float, STATE_VEC> states = load_vec<float, STATE_VEC, VECTOR>(from, 1, count);
 #pragma unroll
@@ -204,7 +204,7 @@ __device__ __forceinline__ int64_t checkpoint_slot(int64_t start, int64_t i) {
     return start / CHECKPOINT_STEPS + i / CHECKPOINT_STEPS - 1;
 }
 
-// log2(e) A of a lane's channels. It is asked for together, so that none of the loads waits for another.
+// log2(e) A of a lane's channels. It is requested together, so that none of the loads waits for another.
 template <bool VECTOR, int OWN, typename LaneOf>
 __device__ __forceinline__ void read_rates(float (&a)[OWN][STATE_VEC], const LaneOf &lane_of, const Matrix &from) {
     if (VECTOR && is_vectorizable(from)) {

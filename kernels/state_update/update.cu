@@ -5,7 +5,7 @@
 // what is computed for the channel is computed by half as many). A thread takes its channel through batch rows that share
 // the row of A.
 //
-// The fast kernel does what Mamba uses: varying B and C, Euler's rule, up to 128 states; states side by side and aligned;
+// The fast kernel does what Mamba uses: varying B and C, Euler's rule, up to 128 states; states contiguous and aligned;
 // activations of fewer than 2^31 elements, so that indices are 32 bits wide (those of 64 would be half of all
 // instructions, and more than the processors can issue while memory keeps up). The general one does everything, with the
 // same bits.

@@ -12,8 +12,8 @@
 //!
 //! The results are computed before any node is made; a node only hands out what it was given. candle walks the nodes from
 //! a loss backwards, each after all that depend on it. The final state's node leaves its gradient for the hub, the hub
-//! computes all gradients at once and leaves them for the leaves, and these hand them out. What is left lies in a cell
-//! under the thread's name, so that two threads may walk one graph.
+//! computes all gradients at once and leaves them for the leaves, and these hand them out. Pending gradients are keyed
+//! by thread, so that two threads may run backward through one graph.
 //!
 //! Only inputs that candle tracks (variables, and what is computed from them) have a leaf. Every token must get a
 //! gradient, since candle takes for granted that all tracked nodes have one; zero is the right one, as no result depends
@@ -304,7 +304,7 @@ impl CustomOp3 for Hub {
     }
 }
 
-/// The node of the final state. It stands behind the output, so that candle comes to the hub after it.
+/// The node of the final state. It stands after the output, so that candle comes to the hub after it.
 struct FinalState {
     name: &'static str,
     final_state: Given,

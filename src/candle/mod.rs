@@ -49,7 +49,7 @@
 //!
 //! - Operators cannot be differentiated twice: where candle keeps gradients in its graph (the variable
 //!   `CANDLE_GRAD_DO_NOT_DETACH`), a backward pass gives an error.
-//! - After a backward pass that failed halfway, compute the results anew before another over the same ones: a gradient of
+//! - After a backward pass that failed halfway, compute the results again before another over the same ones: a gradient of
 //!   the final state may have been left behind.
 //! - The updates in place have no gradients.
 //!

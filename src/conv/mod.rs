@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! s_t   = bias + Σ_k weight_k x_{t - (W-1) + k}      summed over k = 0..W
-//! out_t = silu(s_t)                                  SiLU if asked for
+//! out_t = silu(s_t)                                  SiLU if `silu`
 //! ```
 //!
 //! The inputs before the first step are the `W - 1` rows of the initial state, oldest first, or zero; the last `W - 1`
@@ -47,7 +47,7 @@ pub struct Options {
     /// Apply `silu(x) = x/(1 + e^-x)` to the result.
     pub silu: bool,
     /// Run from the last step of each sequence to its first, as the second half of a bidirectional model does: the
-    /// filter then reaches to later steps. The initial state stands behind the last step, its oldest row farthest, and
+    /// filter then reaches to later steps. The initial state stands after the last step, its oldest row farthest, and
     /// the final state holds the first steps, the very first in its last row.
     pub reverse: bool,
 }

@@ -86,7 +86,7 @@ pub fn backward<'a, T: Element>(
     Ok(grad)
 }
 
-/// Runs an update without writing to the pool: the state behind each token is returned instead, not rounded. The
+/// Runs an update without writing to the pool: the state after each token is returned instead, not rounded. The
 /// results of padding rows are zero.
 pub fn update<T: Element, St: Element>(inputs: &UpdateInputs<T>, state: View<St, 3>) -> Result<UpdateOutput<f64, f64>> {
     let problem = inputs.check()?;

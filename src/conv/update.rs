@@ -8,7 +8,7 @@ use crate::pool::{Slots, UpdateMut, UpdateOutput};
 use crate::simd::Isa;
 use crate::{Element, Host, Memory, Result, ViewMut};
 
-/// The names of the dimensions of the pool and of the states behind each token.
+/// The names of the dimensions of the pool and of the states after each token.
 pub(crate) const POOL_NAMES: [&str; 2] = ["(slots, width - 1, d_inner)", "(batch, tokens, width - 1, d_inner)"];
 
 /// Inputs that have passed [`UpdateInputs::check`].

@@ -185,8 +185,7 @@ pub(crate) fn suffix(dtype: DType) -> &'static str {
     }
 }
 
-/// Whether elements of type `T` at this address and all those at multiples of the strides behind it can be accessed
-/// `count` at a time. Null, which stands for what is absent, can.
-pub(crate) fn lies_whole<T>(address: u64, strides: &[i64], count: usize) -> bool {
+/// True if base and strides allow aligned vector accesses of `count` elements of type `T`; a null (absent) tensor qualifies.
+pub(crate) fn is_vectorizable<T>(address: u64, strides: &[i64], count: usize) -> bool {
     address.is_multiple_of((count * size_of::<T>()) as u64) && strides.iter().all(|stride| stride % count as i64 == 0)
 }

@@ -49,7 +49,7 @@ use crate::view::dense_strides;
 use crate::{Element, Error, Memory, Result, View, ViewMut};
 
 pub(crate) use context::{Context, Kernel, Properties};
-pub(crate) use launch::{Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, lies_whole, suffix};
+pub(crate) use launch::{Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, is_vectorizable, suffix};
 pub(crate) use module::Module;
 pub(crate) use sum::Sum;
 pub(crate) use tensors::{DeviceBuffers, DeviceViews, Strided, or_null};
@@ -98,7 +98,7 @@ pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
 }
 
 /// Lets the device keep memory that is freed in the order of a stream, for the next allocation. By default all of it goes
-/// back to the driver whenever the device is waited for, and a backward pass that then has to have 100 MB mapped anew
+/// back to the driver whenever the device is waited for, and a backward pass that then has to have 100 MB mapped again
 /// waits longer for that than it computes. For contexts that [`context`] has not made.
 pub fn keep_freed_memory(context: &CudaContext) {
     let mut pool = std::mem::MaybeUninit::uninit();

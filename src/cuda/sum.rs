@@ -4,7 +4,7 @@ use bytemuck::Zeroable;
 
 use super::params::reduce_partials::{AHEAD, FLAG_F32, FLAG_VECTOR, THREADS};
 use super::params::{MAX_SUMS, QUAD};
-use super::{Device, GRID_COLUMNS, Kernel, Module, blocks, lies_whole, params, suffix};
+use super::{Device, GRID_COLUMNS, Kernel, Module, blocks, is_vectorizable, params, suffix};
 use crate::{Element, Result};
 
 /// Threads of a block that share a column, by the shape alone, so that a sum is the same bits on any device: few columns
@@ -56,7 +56,7 @@ fn launches(sums: &[Sum], size: usize) -> Vec<(params::Sums, usize)> {
             let blocks = blocks(sum.m.div_ceil(QUAD), THREADS / rows).min(GRID_COLUMNS / MAX_SUMS);
             let size = if sum.is_full { size_of::<f32>() } else { size };
             let is_whole = sum.m.is_multiple_of(QUAD)
-                && lies_whole::<f32>(sum.from, &[sum.stride as i64], QUAD)
+                && is_vectorizable::<f32>(sum.from, &[sum.stride as i64], QUAD)
                 && sum.to.is_multiple_of((QUAD * size) as u64);
             *to = params::Sum {
                 from: sum.from,

@@ -43,7 +43,7 @@ pub(crate) fn check_room(name: &'static str, shape: &[usize], dtype: DType, devi
     Err(argument(name, "sizes that fit in memory", got))
 }
 
-/// So many parameters have an address each, in any type.
+/// As many parameters as can have an address each, in any type.
 pub(crate) const COUNTABLE: usize = isize::MAX as usize / 8;
 
 /// The elements of all shapes together, if they can be counted.

@@ -3,7 +3,7 @@
 //! For every batch row, channel and state, with `Δ`, `B` and `C` projected from the input at each step:
 //!
 //! ```text
-//! Δ_t = softplus(delta_t + delta_bias)          softplus if asked for
+//! Δ_t = softplus(delta_t + delta_bias)          softplus if `delta_softplus`
 //! h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t        or exact zero-order hold, see Discretization
 //! y_t = Σ_n C_t h_t + D u_t                     summed over the d_state states
 //! out = y · silu(z)                             if there is a gate z
@@ -61,7 +61,7 @@ pub struct Options {
     /// How the input is weighted.
     pub discretization: Discretization,
     /// Run from the last step of each sequence to its first, as the second half of a bidirectional model does. The
-    /// initial state then stands behind the last step and the final state before the first.
+    /// initial state then applies after the last step and the final state before the first.
     pub reverse: bool,
 }
 
@@ -76,7 +76,7 @@ impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
 pub struct OutputMut<'a, T: Element, M: Memory = Host> {
     /// `(batch, length, d_inner)`.
     pub out: &'a mut M::Buffer<T>,
-    /// The state behind the last step, `(sequences, d_inner, d_state)`.
+    /// The state after the last step, `(sequences, d_inner, d_state)`.
     pub final_state: Option<&'a mut M::Buffer<f32>>,
     /// What a backward pass needs to recompute the states: [`Inputs::checkpoint_len`] elements, of which only that pass
     /// makes sense. A bare buffer does not say whose they are, and no backward pass can tell: whoever keeps it keeps it
@@ -127,7 +127,7 @@ pub type ProjectionGradient<T, P = f32> = ProjectionOf<Vec<T>, Vec<P>>;
 pub struct Output<T, P = f32> {
     /// `(batch, length, d_inner)`.
     pub out: Vec<T>,
-    /// The state behind the last step, `(sequences, d_inner, d_state)`.
+    /// The state after the last step, `(sequences, d_inner, d_state)`.
     pub final_state: Vec<P>,
 }
 

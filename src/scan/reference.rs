@@ -63,7 +63,7 @@ pub fn backward<'a, T: Element>(
                 }
             }
 
-            // d_h is the gradient of the state behind the step at hand.
+            // d_h is the gradient of the state after the step at hand.
             let mut d_h: Vec<f64> = (0..d_state)
                 .map(|n| d_outputs.d_final_state.map_or(0.0, |view| view.at([sequence.index, d, n]).into()))
                 .collect();

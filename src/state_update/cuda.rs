@@ -2,7 +2,7 @@
 //!
 //! Every state is read and written once, by one thread, and that is what the time goes to: a thread holds four
 //! neighbouring states of a channel as they are stored, and four more in the fast kernel. What Mamba uses (Euler's rule,
-//! varying `B` and `C`, `d_state` a multiple of 4 and at most 128) takes the fast kernel where states lie side by side and
+//! varying `B` and `C`, `d_state` a multiple of 4 and at most 128) takes the fast kernel where states are contiguous and
 //! start at multiples of 4 elements, those of the pool as well as those of `A`, `B` and `C`, and where no activation spans
 //! 2^31 elements. Everything else gets the same bits from a general one.
 
@@ -17,7 +17,9 @@ use super::{Inputs, UpdateMut};
 use crate::arguments::Dims;
 use crate::cuda::params::state_update::{self as kernels, QUADS, THREADS};
 use crate::cuda::params::{self, QUAD};
-use crate::cuda::{Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, grid_rows, lies_whole, suffix};
+use crate::cuda::{
+    Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, grid_rows, is_vectorizable, suffix,
+};
 use crate::pool::cuda::SlotList;
 use crate::{Discretization, Element, Result};
 
@@ -100,18 +102,18 @@ fn is_small(p: &kernels::Update) -> bool {
     [&p.u, &p.dt, &p.z].into_iter().all(activation) && projection(&p.b) && projection(&p.c) && fits(&out)
 }
 
-/// Whether all that has states as its last dimension can be accessed by fours.
+/// Whether all that has states as its last dimension can be accessed in vectors of 4.
 fn is_whole<T, St>(p: &kernels::Update) -> bool {
     let projection = |x: &params::Projection| match x.constant {
-        0 => x.state == 1 && lies_whole::<T>(x.data, &[x.batch, x.step, x.group], QUAD),
-        _ => x.state == 1 && lies_whole::<f32>(x.data, &[x.channel], QUAD),
+        0 => x.state == 1 && is_vectorizable::<T>(x.data, &[x.batch, x.step, x.group], QUAD),
+        _ => x.state == 1 && is_vectorizable::<f32>(x.data, &[x.channel], QUAD),
     };
     p.d_state % QUAD as i64 == 0
         && p.a.state == 1
-        && lies_whole::<f32>(p.a.data, &[p.a.channel], QUAD)
+        && is_vectorizable::<f32>(p.a.data, &[p.a.channel], QUAD)
         && projection(&p.b)
         && projection(&p.c)
         && p.state.column == 1
-        && lies_whole::<St>(p.state.data, &[p.state.slot, p.state.row], QUAD)
-        && lies_whole::<St>(p.token_states, &[], QUAD)
+        && is_vectorizable::<St>(p.state.data, &[p.state.slot, p.state.row], QUAD)
+        && is_vectorizable::<St>(p.token_states, &[], QUAD)
 }

@@ -4,7 +4,7 @@
 //! few for speculative decoding:
 //!
 //! ```text
-//! Δ   = softplus(dt + dt_bias)                  softplus if asked for
+//! Δ   = softplus(dt + dt_bias)                  softplus if `dt_softplus`
 //! h   ← exp(Δ A) h + Δ B u                      or exact zero-order hold, see Discretization
 //! y   = Σ_n C h + D u                           summed over the d_state states
 //! out = y · silu(z)                             if there is a gate z
@@ -12,7 +12,7 @@
 //!
 //! These are the equations of [`scan`](crate::scan), so a scan over a prompt followed by updates equals one scan.
 //!
-//! The state is rounded to the pool's type behind *every* token, also where the next one follows at once. So `K` tokens
+//! The state is rounded to the pool's type after *every* token, also where the next one follows at once. So `K` tokens
 //! in one update give the same bits as `K` updates of one token, and speculative decoding, with rejected tokens rolled
 //! back by [`rollback`], gives what plain decoding gives. (The output of a token is read from its state before rounding.)
 //!
@@ -55,7 +55,7 @@ impl<T: Element> Inputs<'_, T> {
         Ok(out)
     }
 
-    /// Runs the update on the CPU and also returns the state behind each token, for [`rollback`].
+    /// Runs the update on the CPU and also returns the state after each token, for [`rollback`].
     pub fn update_with_token_states<St: Element>(&self, state: ViewMut<St, 3>) -> Result<UpdateOutput<T, St>> {
         let problem = self.check()?;
         let mut output = UpdateOutput {

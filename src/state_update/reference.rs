@@ -6,7 +6,7 @@ use crate::pool::Slots;
 use crate::reference::{input_weight, silu, softplus};
 use crate::{Element, Projection, Result, View};
 
-/// Runs the update without writing to the pool: the state behind each token is returned instead.
+/// Runs the update without writing to the pool: the state after each token is returned instead.
 ///
 /// States are not rounded between tokens. The results are what exact arithmetic on the inputs would give, to about 15
 /// digits; those of padding rows are zero.

@@ -1,7 +1,7 @@
 //! Sizes beyond all memory, most of them of views that repeat one element: every operator gives an answer or an error at
 //! once, without hanging, aborting, panicking or taking gigabytes.
 //!
-//! Sizes are small, or at least 2^40: what has so many elements has no room on any machine (4 TiB of f32), so that a call
+//! Sizes are small, or at least 2^40: what has that many elements has no room on any machine (4 TiB of f32), so that a call
 //! that goes on has to fail or to have nothing to do.
 
 use proptest::prelude::*;

@@ -105,7 +105,7 @@ impl<T: Element> Activation<T> {
             (true, false) => (0, [d * len, 1, len]),
             // Columns 3.. of a matrix that is 5 wider.
             (false, true) => (3, [len * (d + 5), d + 5, 1]),
-            // Rows of a transposed matrix with room behind each.
+            // Rows of a transposed matrix with room after each.
             (true, true) => (7, [d * (len + 2), 1, len + 2]),
         };
         let span: usize = shape.iter().zip(strides).map(|(&n, stride)| n.saturating_sub(1) * stride).sum();

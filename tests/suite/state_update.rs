@@ -152,7 +152,7 @@ impl<T: Element, St: Element> Case<T, St> {
         out
     }
 
-    /// [`Case::run`] of all tokens, with the states behind each.
+    /// [`Case::run`] of all tokens, with the states after each.
     fn run_all(&self, device: Device, pool: &mut [St]) -> (Vec<T>, Vec<St>) {
         let tokens = [0, self.shape[1]];
         let mut token_states = vec![St::from_f32(7.0); self.shape.iter().product::<usize>() * self.d_state];
@@ -236,7 +236,7 @@ fn half_activations_are_as_the_reference() {
     against_reference::<bf16, f32>(&cpu, 0..60, &[1, 3]);
 }
 
-// The reference does not round between tokens, so half states are compared behind a single one.
+// The reference does not round between tokens, so half states are compared after a single one.
 #[test]
 fn half_states_are_as_the_reference() {
     against_reference::<f32, f16>(&cpu, 0..60, &[1]);

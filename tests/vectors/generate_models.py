@@ -14,8 +14,8 @@ A folder has the checkpoint as it is published, and `expected.safetensors` with
 
     ids            (batch, length)            what the model reads
     logits         (batch, length, vocab)     what it answers
-    hidden/N       (batch, length, d_model)   the residual stream behind layer N
-    hidden/final   (batch, length, d_model)   the same behind the last norm
+    hidden/N       (batch, length, d_model)   the residual stream after layer N
+    hidden/final   (batch, length, d_model)   the same after the last norm
     loss           ()                         the mean cross entropy of ids[t + 1] given ids[..= t]
     grad/NAME                                 its gradient by each parameter
     prompt         (batch, length)            and what follows by taking the likeliest token each time:

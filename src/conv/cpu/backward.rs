@@ -8,7 +8,7 @@
 //! d_weight_k = Σ_t g_t line_{t + k}        d_bias = Σ_t g_t
 //! ```
 //!
-//! A tile of the steps from `first` on computes the `g` of its own steps and of the `width - 1` steps behind them, and
+//! A tile of the steps from `first` on computes the `g` of its own steps and of the `width - 1` steps after them, and
 //! from these the gradient of the line from `first + width - 1` on, which is that of the inputs of its own steps. The
 //! first tile of a sequence also does the rows before, which are the initial state's.
 
@@ -104,8 +104,8 @@ impl<T: Element> Pass<'_, '_, T> {
         let filters = Filters::read(&inputs.weight, &inputs.bias, unit);
         let mut sums = unit_rows(self.problem.width + 1);
         for &tile in run {
-            let behind = (tile.sequence.len - tile.first - tile.len).min(self.problem.width - 1);
-            let steps = tile.len + behind;
+            let after = (tile.sequence.len - tile.first - tile.len).min(self.problem.width - 1);
+            let steps = tile.len + after;
             self.isa.run(Stage { pass: self, tile, steps, unit, scratch });
             let (silu, whole) = (inputs.options.silu, tile.first == 0);
             self.isa.run(Spread {
@@ -128,7 +128,7 @@ impl<T: Element> Pass<'_, '_, T> {
 struct Stage<'t, 'p, 'a, T: Element> {
     pass: &'t Pass<'p, 'a, T>,
     tile: Tile,
-    /// The steps of the tile and those behind them that matter.
+    /// The steps of the tile and those after them that matter.
     steps: usize,
     unit: Unit,
     scratch: &'t mut Scratch,
@@ -142,7 +142,7 @@ impl<T: Element> Kernel for Stage<'_, '_, '_, T> {
         let Self { pass, tile: Tile { sequence, first, len }, steps, unit, scratch } = self;
         let Problem { inputs, width, .. } = pass.problem;
         let before = width - 1;
-        // The sums behind the tile are only computed again for the slope of SiLU.
+        // The sums after the tile are only computed again for the slope of SiLU.
         let needed = if inputs.options.silu { steps } else { len };
         for r in 0..needed + before {
             pass.problem.read_line(sequence, first + r, unit, channels_mut(&mut scratch.line, r, unit));
@@ -163,7 +163,7 @@ struct Spread<'t> {
     unit: Unit,
     /// The steps of the tile.
     own: usize,
-    /// Those and the steps behind them that matter.
+    /// Those and the steps after them that matter.
     steps: usize,
     silu: bool,
     /// Do the rows of the line before the tile's inputs too.

@@ -2,7 +2,7 @@
 //!
 //! A thread walks four neighbouring channels (two in the backward pass, where a filter has more than four weights) through
 //! a run of steps, the last inputs in registers, so that each input is read once but for the few before a run. That is as
-//! fast as memory is where channels lie side by side, are a multiple of those four or two, and start at such multiples.
+//! fast as memory is where channels are contiguous, are a multiple of those four or two, and start at such multiples.
 //! Everything else gets the same bits from loads of single elements, and slower.
 //!
 //! What a sequence gets does not depend on how the work is divided; only the gradients of the parameters sum over steps,
@@ -20,7 +20,7 @@ use crate::cuda::params::conv::{self as kernels, THREADS};
 use crate::cuda::params::{self, QUAD};
 use crate::cuda::{
     Arguments, Cuda, Device, DeviceBuffers, DeviceViews, GRID_COLUMNS, Kernel, Module, Sum, blocks, grid_rows,
-    lies_whole, or_null, suffix,
+    is_vectorizable, or_null, suffix,
 };
 use crate::sequences::Sequences;
 use crate::{Element, Result};
@@ -203,7 +203,7 @@ impl Layout {
         if most < 2 {
             return shortest;
         }
-        // The shortest runs of which a processor has no more blocks than so many.
+        // The shortest runs of which a processor has no more blocks than this.
         let shortest_for = |per_processor: usize| {
             let rows = per_processor * device.properties().processors / shortest.columns(d_inner);
             let per_sequence = rows * (THREADS >> shortest.lane_shift(d_inner)) / batch;
@@ -313,6 +313,6 @@ fn conv_inputs<'a, T: Element>(
 /// Whether `count` neighbouring channels of a tensor, and of the dense one at `written`, can be accessed at a time.
 fn is_whole<T>(inputs: &kernels::Inputs, tensor: &params::Activation, written: u64, count: usize) -> bool {
     tensor.channel == 1
-        && lies_whole::<T>(tensor.data, &[tensor.batch, tensor.step], count)
-        && lies_whole::<T>(written, &[inputs.d_inner], count)
+        && is_vectorizable::<T>(tensor.data, &[tensor.batch, tensor.step], count)
+        && is_vectorizable::<T>(written, &[inputs.d_inner], count)
 }

@@ -11,7 +11,7 @@ use super::{UpdateInputs, UpdateMut};
 use crate::cuda::params::conv::{self as kernels, THREADS};
 use crate::cuda::params::{self, QUAD};
 use crate::cuda::{
-    Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, blocks, grid_rows, lies_whole, suffix,
+    Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, blocks, grid_rows, is_vectorizable, suffix,
 };
 use crate::pool::cuda::SlotList;
 use crate::{Element, Result};
@@ -75,9 +75,9 @@ pub(crate) fn update_checked<T: Element, St: Element>(
 /// Whether four neighbouring channels can be accessed at a time.
 fn is_whole<T, St>(p: &kernels::Update) -> bool {
     p.x.channel == 1
-        && lies_whole::<T>(p.x.data, &[p.x.batch, p.x.step], QUAD)
-        && lies_whole::<T>(p.out, &[p.d_inner], QUAD)
+        && is_vectorizable::<T>(p.x.data, &[p.x.batch, p.x.step], QUAD)
+        && is_vectorizable::<T>(p.out, &[p.d_inner], QUAD)
         && p.state.column == 1
-        && lies_whole::<St>(p.state.data, &[p.state.slot, p.state.row], QUAD)
-        && lies_whole::<St>(p.token_states, &[], QUAD)
+        && is_vectorizable::<St>(p.state.data, &[p.state.slot, p.state.row], QUAD)
+        && is_vectorizable::<St>(p.token_states, &[], QUAD)
 }

@@ -88,7 +88,7 @@ pub struct SaveOptions {
     pub format: CheckpointFormat,
     /// In what kind of file tensors are stored.
     pub file: FileFormat,
-    /// Above so many bytes, tensors are written to several files, with an index. A tensor is never divided.
+    /// Above this many bytes, tensors are written to several files, with an index. A tensor is never divided.
     /// state-spaces/mamba reads one file only.
     pub max_shard_size: Option<usize>,
 }

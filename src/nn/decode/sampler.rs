@@ -12,7 +12,7 @@ pub struct Sampling {
     /// What logits are divided by: below 1 the likely become likelier, and 0 takes the likeliest token (of several, the
     /// first).
     pub temperature: f64,
-    /// Only so many of the most likely tokens.
+    /// Sample from the `k` most likely tokens only.
     pub top_k: Option<usize>,
     /// Only the likeliest tokens that reach this probability together (Holtzman et al. 2020, arXiv 1904.09751), of those
     /// that `top_k` leaves.

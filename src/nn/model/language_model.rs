@@ -260,7 +260,7 @@ impl LanguageModel {
     /// // An adapter of rank 2 beside a frozen matrix (Hu et al. 2021, arXiv 2106.09685).
     /// let name = "backbone.layers.0.mixer.out_proj.weight"; // (32, 64)
     /// let (up, down) = (Var::zeros((32, 2), DType::F32, &device)?, Var::randn(0f32, 0.1, (2, 64), &device)?);
-    /// // Anew in every step of training, for what `f` gives is computed once.
+    /// // Again in every step of training, for what `f` gives is computed once.
     /// let adapted = model.map_parameters(|n, w| if n == name { w + up.matmul(&down)? } else { Ok(w.clone()) })?;
     /// let loss = adapted.forward(&Tensor::new(&[[1u32, 2, 3]], &device)?)?.sqr()?.mean_all()?;
     /// assert!(loss.backward()?.get(&up).is_some());

@@ -193,7 +193,7 @@ impl AdamW {
         self.parameters.iter().flat_map(named).collect()
     }
 
-    /// Goes on from the moments after so many steps. The bits of what follows are those of a run that did not stop.
+    /// Goes on from the moments after that many steps. The bits of what follows are those of a run that did not stop.
     ///
     /// # Errors
     /// A moment that is missing, or of another shape or type, by name. Nothing is changed then.

@@ -7,7 +7,7 @@ use crate::nn::argument;
 /// The mean negative log-likelihood of `targets`, in nats: logits `(.., vocab_size)` and tokens `(..)` of an integer type
 /// to a scalar. Differentiable in the logits.
 ///
-/// Where only the last steps of a sequence are asked for, `narrow` the logits to them.
+/// Where only the last steps of a sequence are predicted, `narrow` the logits to them.
 ///
 /// # Errors
 /// Shapes that do not fit each other; no token at all; what candle refuses, such as a token beyond the vocabulary.

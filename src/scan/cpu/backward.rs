@@ -211,7 +211,7 @@ struct Pass<'p, 'a, T: Element> {
     reader: Reader<'p, 'a, T>,
     checkpoints: &'p [f32],
     d_outputs: OutputGradients<'a, T>,
-    /// The gradient of the state behind each segment, `(segments, d_state, d_inner)`, if there are more segments than
+    /// The gradient of the state after each segment, `(segments, d_state, d_inner)`, if there are more segments than
     /// sequences.
     exit_gradients: Option<&'p [f32]>,
     d_u: Shared<'p, T>,
@@ -254,7 +254,7 @@ impl<T: Element> Pass<'_, '_, T> {
         sums
     }
 
-    /// The gradient of the state behind a segment.
+    /// The gradient of the state after a segment.
     fn enter(&self, segment: &Segment, BlockGradients { block, d_h, lost, .. }: &mut BlockGradients) {
         let block = *block;
         lost.fill(Row::ZERO);
@@ -430,9 +430,9 @@ fn softplus_slope<S: Lanes>(simd: S, delta: S::f32s) -> S::f32s {
     simd.neg_f32s(Decay::exp2(simd, exponent).minus_one(simd))
 }
 
-/// The gradient of the state behind each segment, `(segments, d_state, d_inner)`.
+/// The gradient of the state after each segment, `(segments, d_state, d_inner)`.
 ///
-/// A segment turns the gradient `g` behind it into `exp(A ΣΔ) g + s`, where `s` is what it makes of zero: the forward
+/// A segment turns the gradient `g` after it into `exp(A ΣΔ) g + s`, where `s` is what it makes of zero: the forward
 /// pass' summary, read from the end.
 fn exit_gradients<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan, d_outputs: &OutputGradients<T>) -> Vec<f32> {
     let reader = Reader { problem };

@@ -161,7 +161,7 @@ pub(super) struct Advance<'t> {
     pub lost: &'t mut [Row],
     /// `Σ_n C h` is added to this at each step.
     pub y: &'t mut [Row],
-    /// What will be read next, asked for one row in each step: asked for at once it would hold up what is read now.
+    /// What will be read next, prefetched one row in each step: all at once would hold up what is read now.
     pub ahead: [Ahead; 3],
 }
 

@@ -123,9 +123,8 @@ struct Plan {
 }
 
 impl Plan {
-    /// `hands_on`: whether the state behind (backward, before) each sequence is asked for, so that even an empty one is
-    /// some work.
-    fn new<T: Element>(problem: &Problem<T>, hands_on: bool) -> Self {
+    /// `needs_state`: the final (backward, the initial) state is requested, so that empty sequences count as work.
+    fn new<T: Element>(problem: &Problem<T>, needs_state: bool) -> Self {
         let Dims { groups, .. } = problem.dims;
         let channels = problem.dims.group_channels();
         let blocks: Vec<_> = (0..groups)
@@ -139,7 +138,7 @@ impl Plan {
             .collect();
         let mut segments = Vec::new();
         // Without steps and states the batch can be any number, and is not to be counted through.
-        let idle = problem.dims.len == 0 && !hands_on;
+        let idle = problem.dims.len == 0 && !needs_state;
         for sequence in problem.sequences.iter().take_while(|_| !idle) {
             let step = segment_steps(blocks.len(), sequence.len);
             // An empty sequence has one empty segment, which hands its state on.
@@ -218,7 +217,7 @@ impl<T: Element> Reader<'_, '_, T> {
         }
     }
 
-    /// The rows of an activation for a block from step `first` on, to be asked for ahead of time: those of one block lie
+    /// The rows of an activation for a block from step `first` on, to be prefetched: those of one block lie
     /// too far apart for the processor to foresee them.
     fn ahead(&self, view: &View<T, 3>, sequence: Sequence, first: usize, block: Block) -> Ahead {
         if first >= sequence.len {

@@ -7,7 +7,7 @@ use crate::simd::{Kernel, Lanes, Row, Sum};
 
 use super::{Block, BlockParameters};
 
-/// Adds up the partial sums of the units, laid one behind the other, in order.
+/// Adds up the partial sums of the units, laid one after the other, in order.
 pub(super) fn add_partial<T: Element>(partial: &[f32], out: &mut [T]) {
     const CHUNK: usize = 4096;
     let len = out.len();

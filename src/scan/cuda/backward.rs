@@ -11,7 +11,7 @@ use super::{GradientsMut, Inputs, OutputGradients, Plan, Problem, Tensors};
 use crate::ProjectionOf;
 use crate::arguments::Dims;
 use crate::cuda::params::scan::{self as kernels, STATE_BLOCK};
-use crate::cuda::{Arguments, Cuda, Device, DeviceBuffers, Sum, lies_whole, or_null};
+use crate::cuda::{Arguments, Cuda, Device, DeviceBuffers, Sum, is_vectorizable, or_null};
 use crate::kinds::{Field, Map, Shaped};
 use crate::{Element, Error, Result};
 
@@ -73,7 +73,7 @@ pub(crate) fn backward_checked<T: Element>(
     };
     let (d_out, row) = (params.d_out, &[d_inner as i64][..]);
     let d_out_is_aligned = d_out.channel == 1 && undivided.is_aligned::<T>(&[(d_out.data, &[d_out.batch, d_out.step])]);
-    let checkpoints_are_aligned = lies_whole::<f32>(params.checkpoints, &[], 4);
+    let checkpoints_are_aligned = is_vectorizable::<f32>(params.checkpoints, &[], 4);
     undivided.is_fast &= d_out_is_aligned
         && checkpoints_are_aligned
         && undivided.is_aligned::<T>(&[(gradients.u, row), (gradients.delta, row), (gradients.z.unwrap_or(0), row)]);

@@ -9,7 +9,7 @@ use super::recipe::{Division, Launch, Recipe, Shape};
 use super::{Problem, Tensors};
 use crate::arguments::Dims;
 use crate::cuda::params::{self, scan as kernels};
-use crate::cuda::{Arguments, Cuda, Device, DeviceViews, lies_whole};
+use crate::cuda::{Arguments, Cuda, Device, DeviceViews, is_vectorizable};
 use crate::sequences::{CHECKPOINT_STEPS, Sequences};
 use crate::{DType, Discretization, Element, Projection, Result};
 
@@ -68,11 +68,11 @@ impl Undivided {
         Shape { dtype, sequences, len, d_inner, d_state, groups, is_fast: self.is_fast }
     }
 
-    /// Whether the inputs can be read, and `outputs`, given by address and strides, written by fours.
+    /// Whether the inputs can be read, and `outputs`, given by address and strides, written in vectors of 4.
     pub fn is_aligned<T>(&self, outputs: &[(u64, &[i64])]) -> bool {
         let whole = |address: u64, strides: &[i64]| {
             // Distances within a tile are 32 bits wide.
-            lies_whole::<T>(address, strides, 4) && strides.last().is_none_or(|step| *step < 1 << 24)
+            is_vectorizable::<T>(address, strides, 4) && strides.last().is_none_or(|step| *step < 1 << 24)
         };
         let inputs = &self.inputs;
         let activations = [&inputs.u, &inputs.delta, &inputs.z].into_iter().filter(|tensor| tensor.data != 0);

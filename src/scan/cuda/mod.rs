@@ -9,7 +9,7 @@
 //! sequence is packed with, as a packed sequence is divided as it would be alone.
 //!
 //! The fast kernels take what Mamba uses: states in multiples of 4, channels in multiples of 4 (per group), varying `B` and
-//! `C`, Euler's rule; activations whose channels, and projections whose states, lie side by side and start at multiples of 4
+//! `C`, Euler's rule; activations whose channels, and projections whose states, are contiguous and start at multiples of 4
 //! elements. They work on 16 states at a time, and more take turns; backward, what they sum up is carried from one turn to
 //! the next in 12 bytes for each step and channel. Everything else takes a general kernel, which is slower. Both give the
 //! same bits, but for the gradients that sum over channels or steps (those of `B`, `C`, `D` and the bias), which they sum in

@@ -49,7 +49,7 @@ impl PerLane {
 /// grows with their number.)
 const LEAST_SEGMENT: usize = CHECKPOINT_STEPS;
 
-/// Segments of up to so many steps waste too much of a tile of 32 steps.
+/// Segments of up to this many steps waste too much of a tile of 32 steps.
 const SHORT_SEGMENT: usize = 128;
 
 /// The pass that is divided.
@@ -73,8 +73,8 @@ impl Pass {
 }
 
 impl Plan {
-    /// What a lane carries of sequences of `len` steps, of which `rows` are worked on at once, if their channels are too few
-    /// for the kernels of whole channels to fill the device and they are better off with less to a lane than split.
+    /// Picks a sub-channel tiling where `rows` sequences of `len` steps and `d_inner` channels cannot fill the device and it
+    /// beats splitting along the length; `None` otherwise.
     pub(super) fn part_of_channel(
         &self,
         rows: usize,
@@ -87,7 +87,7 @@ impl Plan {
             (_, Some(part @ (PerLane::Quarter | PerLane::Half))) => return Some(part),
             _ => return None,
         }
-        // How far blocks of so many channels fill the device, one to a processor.
+        // How far blocks of that many channels fill the device, one to a processor.
         let fill = |channels| rows.saturating_mul(d_inner.div_ceil(channels)) as f64 / processors as f64;
         // A step takes such a block the same time however few there are of them; split, it takes what the channels need, and
         // the whole some microseconds more. Measured, see benches/tuning.md.
@@ -121,7 +121,7 @@ impl Plan {
         steps.clamp(1, longest).next_multiple_of(CHECKPOINT_STEPS)
     }
 
-    /// What a lane carries of whole channels, in segments of so many steps on average, of which `rows` are worked on at once.
+    /// What a lane carries of whole channels, in segments of `steps` steps on average, of which `rows` are worked on at once.
     pub(super) fn per_lane(&self, steps: usize, rows: usize, d_inner: usize, processors: usize) -> PerLane {
         let has_enough = || rows.saturating_mul(d_inner.div_ceil(8)) >= 2 * Pass::Forward.groups() * processors;
         match self.per_lane {
@@ -178,7 +178,7 @@ mod tests {
         ] {
             assert_eq!(part(rows, len, d_inner), expected, "{rows} rows of {len} steps, {d_inner} channels");
         }
-        // What is asked for is what happens.
+        // What the plan says is what happens.
         let split = Plan { segment_steps: Some(64), ..Plan::default() };
         assert_eq!(split.part_of_channel(1, 512, 1024, 132), None);
         let half = Plan { per_lane: Some(PerLane::Half), ..Plan::default() };

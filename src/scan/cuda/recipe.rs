@@ -304,7 +304,7 @@ impl Recipe {
     }
 }
 
-/// The segments of a sequence, of so many steps each but the last.
+/// The segments of a sequence, of `steps` steps each but the last.
 fn packed_segments(sequence: &Sequence, steps: usize) -> impl Iterator<Item = PackedSegment> {
     let &Sequence { index, start, len, .. } = sequence;
     let count = len.div_ceil(steps).max(1);

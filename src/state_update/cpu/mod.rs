@@ -224,7 +224,7 @@ impl<T: Element, St: Element> Pass<'_, '_, T, St> {
                 let step = Step { a, inverse_a, b: b.row(i), c: c.row(i), delta: delta[t].0[i], u: u[t].0[i] };
                 *y = step.run::<S, HOLD>(simd, h, &tail);
             }
-            // Rounded behind every token, so that any number of them at once gives the same bits.
+            // Rounded after every token, so that any number of them at once gives the same bits.
             if St::DTYPE != DType::F32 || self.token_states.is_some() {
                 let rounded = sized(rounded, block.width * d_state);
                 narrow_padded(h, rounded, d_state, padded);
@@ -272,7 +272,7 @@ impl<T: Element, St: Element> Pass<'_, '_, T, St> {
         }
     }
 
-    /// Writes the states behind token `t` of the block, if they are asked for.
+    /// Writes the states after token `t` of the block, if they are requested.
     #[inline(always)]
     fn keep(&self, block: Block, t: usize, states: &[St]) {
         let Some(token_states) = &self.token_states else { return };

@@ -11,7 +11,7 @@ use super::{tensor, track, values, weighted};
 use crate::case::seeded;
 use crate::common::{Draw, assert_close};
 
-/// A problem drawn anew with each combination of options, held to the `f64` reference and to the graph's properties: the
+/// A problem drawn again with each combination of options, held to the `f64` reference and to the graph's properties: the
 /// gradients are those of exactly the inputs that are tracked, which are drawn too.
 pub fn agrees_with_the_reference<T: Element + WithDType>(device: &Device, rounds: usize) {
     for round in 0..rounds {

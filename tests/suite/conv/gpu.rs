@@ -153,7 +153,7 @@ fn many_tokens_give_the_bits_of_single_ones() {
     }
 }
 
-/// Filters of every width over channels that can be read by fours, so that the kernels for that are met; the same bits
+/// Filters of every width over channels that can be read in vectors of 4, so that the kernels for that are met; the same bits
 /// from a column slice that starts at an odd channel; and the same bits again in a second run.
 #[test]
 fn any_layout_and_every_run_give_the_same_bits() {

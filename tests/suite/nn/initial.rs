@@ -27,7 +27,7 @@ fn config(seed: u64) -> LanguageModelConfig {
     config
 }
 
-/// Holds values to be uniform between two bounds: all within, and their mean and mean square where those of so many draws
+/// Holds values to be uniform between two bounds: all within, and their mean and mean square where those of that many draws
 /// are but once in 10^9 (six deviations).
 fn assert_uniform(values: &[f64], low: f64, high: f64, what: &str) {
     assert!(values.iter().all(|x| (low..=high).contains(x)), "{what}: beyond {low} to {high}");

@@ -78,7 +78,7 @@ fn the_second_direction_is_the_first_reversed() {
     }
 }
 
-/// Two directions are two blocks of one direction, of which the second reads from the end, added and, if asked for, halved.
+/// Two directions are two blocks of one direction, of which the second reads from the end, added and, if requested, halved.
 #[test]
 fn two_directions_are_two_blocks() {
     let mut random = random();

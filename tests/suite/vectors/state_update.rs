@@ -28,7 +28,7 @@ fn for_each_case(mut test: impl FnMut(&Case, Inputs<f32>)) {
     }
 }
 
-/// What the pool should hold behind the update when the states behind each token are `token_states`: the last of them in
+/// What the pool should hold after the update when the states after each token are `token_states`: the last of them in
 /// the slots of their rows, the rest as before.
 fn pool_after(case: &Case, inputs: &Inputs<f32>, token_states: &[f64]) -> Vec<f64> {
     let (shape, before) = &case.inputs["state"];
