@@ -38,8 +38,8 @@ __device__ __forceinline__ void prefetch_partial_sums(const Backward &params, in
     prefetch(carried + 2 * QUAD);
 }
 
-// Adds x y to a sum if it is `wanted`, without a branch. (Steps beyond the end of a sequence add zero times the state after
-// it, which is NaN if that is infinite.)
+// Adds x y to a sum if it is `wanted`, by predicate and not by a factor: past the end of a sequence zero times an infinite
+// state would be NaN.
 __device__ __forceinline__ void add_if(bool wanted, float &sum, float x, float y) {
     asm("{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %3, 0;\n@wanted fma.rn.f32 %0, %1, %2, %0;\n}"
         : "+f"(sum)

@@ -352,11 +352,11 @@ template <typename T, int OWN> __device__ __forceinline__ void run(const Forward
 
 #define INSTANCES(SUFFIX, T)                                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                           \
-        scan_forward_few_channels_one_##SUFFIX(const __grid_constant__ Forward params) {                               \
+        scan_forward_few_channels_one_state_##SUFFIX(const __grid_constant__ Forward params) {                               \
         run<T, 1>(params);                                                                                             \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                           \
-        scan_forward_few_channels_two_##SUFFIX(const __grid_constant__ Forward params) {                               \
+        scan_forward_few_channels_two_states_##SUFFIX(const __grid_constant__ Forward params) {                               \
         run<T, 2>(params);                                                                                             \
     }
 

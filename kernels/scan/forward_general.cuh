@@ -164,13 +164,9 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
             read_a(turn);
             if (from_zero) {
 #pragma unroll
-                for (int c = 0; c < 1; c++) {
-#pragma unroll
-                    for (int n = 0; n < STATE_VEC; n++) h[c][n] = 0.0f;
-                }
+                for (int n = 0; n < STATE_VEC; n++) h[0][n] = 0.0f;
             } else {
-#pragma unroll
-                for (int c = 0; c < 1; c++) incoming_state<ACCURATE, false>(p, segment, lane_of(c, turn), a[c], h[c]);
+                incoming_state<ACCURATE, false>(p, segment, lane_of(0, turn), a[0], h[0]);
             }
             write_shared(parked + turn * THREADS * STATE_VEC, h[0]);
         }
@@ -237,11 +233,8 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
                 const int64_t slot = checkpoint_slot(segment.row * p.segments.len + segment.start, i);
                 for (int turn = 0; turn < turns; turn++) {
                     read_shared(h[0], parked + turn * THREADS * STATE_VEC);
-#pragma unroll
-                    for (int c = 0; c < 1; c++) {
-                        const Lane lane = lane_of(c, turn);
-                        lane.write(params.checkpoints + lane.at(p, slot), h[c]);
-                    }
+                    const Lane lane = lane_of(0, turn);
+                    lane.write(params.checkpoints + lane.at(p, slot), h[0]);
                 }
             }
             const int tiles = static_cast<int>(min(whole, int64_t(CHECKPOINT_STEPS / STEPS)));
@@ -262,14 +255,11 @@ template <typename T, bool SUMMARY> __device__ __forceinline__ void run(const Fo
         }
         for (int turn = 0; turn < turns; turn++) {
             read_shared(h[0], parked + turn * THREADS * STATE_VEC);
-#pragma unroll
-            for (int c = 0; c < 1; c++) {
-                const Lane lane = lane_of(c, turn);
-                if constexpr (SUMMARY) {
-                    lane.write_dense<false>(p.chunk_states + lane.at(p, segment.index), h[c]);
-                } else if (params.final_state && segment.ends_sequence()) {
-                    lane.write(params.final_state + lane.at(p, segment.sequence), h[c]);
-                }
+            const Lane lane = lane_of(0, turn);
+            if constexpr (SUMMARY) {
+                lane.write_dense<false>(p.chunk_states + lane.at(p, segment.index), h[0]);
+            } else if (params.final_state && segment.ends_sequence()) {
+                lane.write(params.final_state + lane.at(p, segment.sequence), h[0]);
             }
         }
     }

@@ -16,7 +16,8 @@ constexpr int CHECKPOINT_STEPS = 64;
 // Sequences with more steps than this are long: a sum of n terms loses about sqrt(n/2)·2^-25, which passes 2e-6 here.
 constexpr int64_t LONG_SEQUENCE = 16384;
 
-// Zero-order hold instead of Euler's rule; f32 states of long sequences are summed with compensation.
+// Softplus of Δ; zero-order hold instead of Euler's rule; from the last step to the first; f32 states of long sequences are
+// summed with compensation.
 constexpr uint64_t FLAG_SOFTPLUS = 1, FLAG_ZOH = 2, FLAG_REVERSE = 4, FLAG_COMPENSATE = 8;
 
 // What forward and backward both read.

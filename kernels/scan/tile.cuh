@@ -9,8 +9,8 @@
 //            (and more than 16 take turns);
 //   finish   the threads that staged four channels sum the lanes' parts of y up and write them.
 //
-// Loads of the next tile are in flight while a tile is advanced. Steps beyond the end are staged as zero step sizes,
-// which leave every state as it is, so that no loop depends on the length.
+// Loads of the next tile are in flight while a tile is advanced. Steps past the end are staged with Δ = 0,
+// whatever softplus makes of it, so that every state passes through them unchanged and no loop depends on the length.
 #pragma once
 #include "../common/compiler.cuh"
 #include "../common/math.cuh"

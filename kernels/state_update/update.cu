@@ -213,7 +213,7 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const Up
     }
 
 #define INSTANCES(NAME, T, St)                                                                                         \
-    INSTANCE(fast_##NAME, (fast<T, St>), 6)                                                                            \
+    INSTANCE(fast_##NAME, (fast<T, St>), 8)                                                                            \
     INSTANCE(general_##NAME, (general<T, St>), 6)
 
 #define POOLS(NAME, T)                                                                                                 \

@@ -25,7 +25,7 @@
 //! of more than 16,384 steps; shorter ones, and gradients within each part of a sequence that is split, may lose 2^-24 for
 //! each step where all are rounded the same way. A state beyond about 1e38 may become infinite, or not a number, in a step
 //! where plain arithmetic would just have kept it; so may one whose decay is formed of an infinite `A` and a `Δ` of 0, which
-//! on GPUs stands for the steps that a sequence lacks to a multiple of 16, in its final state. An
+//! on GPUs stands for the steps that a sequence lacks to a whole tile of its kernel (8 to 64 steps), in its final state. An
 //! output of type `f16` is infinite beyond 65,504, whatever the state is; `bf16` has the range of `f32`. (An output in `f32`
 //! of half activations is had by widening these: the arithmetic is the same.)
 //!

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use super::launch::{Run, Undivided};
+use super::launch::{Launcher, Undivided};
 use super::recipe::{Recipe, Role};
 use super::{GradientsMut, Inputs, OutputGradients, Plan, Problem, Tensors};
 use crate::ProjectionOf;
@@ -79,7 +79,7 @@ pub(crate) fn backward_checked<T: Element>(
         && undivided.is_aligned::<T>(&[(gradients.u, row), (gradients.delta, row), (gradients.z.unwrap_or(0), row)]);
     let shape = undivided.shape(problem);
     let recipe = Recipe::backward(&shape, device.properties(), &plan);
-    let run = Run::new(&device, &recipe, &shape)?;
+    let launcher = Launcher::new(&device, &recipe, &shape)?;
     // All launches of the scan have as many blocks.
     let scan = recipe.of_role(Role::Scan).next();
     let (group_blocks, rows) = scan.map_or((0, 0), |launch| (launch.group_blocks, launch.grid[1]));
@@ -109,7 +109,7 @@ pub(crate) fn backward_checked<T: Element>(
         let params = kernels::Backward { first_state: launch.first_state as i64, ..params };
         // SAFETY: every address and extent has been checked by `Inputs::check` and `check_backward`, and the workspaces have
         // an element for each that the kernels write.
-        unsafe { run.launch(launch, params) }?;
+        unsafe { launcher.launch(launch, params) }?;
     }
     if let Some(parts) = &projections {
         let m = lines * d_state;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::launch::{Run, Undivided};
+use super::launch::{Launcher, Undivided};
 use super::recipe::Recipe;
 use super::{Inputs, OutputMut, Plan, Problem};
 use crate::arguments::Dims;
@@ -55,12 +55,12 @@ pub(crate) fn forward_checked<T: Element>(
     undivided.is_fast &= !undivided.compensates && undivided.is_aligned::<T>(&[(out, &[d_inner as i64])]);
     let shape = undivided.shape(problem);
     let recipe = Recipe::forward(&shape, device.properties(), &plan);
-    let run = Run::new(&device, &recipe, &shape)?;
+    let launcher = Launcher::new(&device, &recipe, &shape)?;
     let params = kernels::Forward { inputs: undivided.inputs, out, final_state, checkpoints };
     for launch in &recipe.launches {
         // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`, and the workspace has an
         // element for each that the chunk states' kernel writes and the kernel after it reads.
-        unsafe { run.launch(launch, params) }?;
+        unsafe { launcher.launch(launch, params) }?;
     }
     Ok(())
 }

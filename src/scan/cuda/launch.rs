@@ -84,7 +84,7 @@ impl Undivided {
 }
 
 /// The memory that the launches of a recipe share, beside the call's arguments.
-pub(super) struct Run<'d> {
+pub(super) struct Launcher<'d> {
     device: &'d Device<'d>,
     segments: params::Segments,
     /// What each segment reaches from zero, and its ΣΔ, if sequences are split.
@@ -94,7 +94,7 @@ pub(super) struct Run<'d> {
     _workspace: Option<CudaSlice<f32>>,
 }
 
-impl<'d> Run<'d> {
+impl<'d> Launcher<'d> {
     pub fn new(device: &'d Device, recipe: &Recipe, shape: &Shape) -> Result<Self> {
         let mut segments = params::Segments {
             count: recipe.segments as i64,

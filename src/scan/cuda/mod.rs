@@ -13,7 +13,8 @@
 //! elements. They work on 16 states at a time, and more take turns; backward, what they sum up is carried from one turn to
 //! the next in 12 bytes for each step and channel. Everything else takes a general kernel, which is slower. Both give the
 //! same bits, but for the gradients that sum over channels or steps (those of `B`, `C`, `D` and the bias), which they sum in
-//! different orders. In f32, the states of sequences of more than 16,384 steps are summed with compensation, forward by the
+//! different orders. Few channels have a third kernel ([`PerLane::Quarter`], [`PerLane::Half`]), which sums over states in
+//! another order, so that its last bits differ. In f32, the states of sequences of more than 16,384 steps are summed with compensation, forward by the
 //! general kernel. Backward, the general kernel takes everything on devices whose blocks have less than 110 kB of shared
 //! memory, such as those of compute capability 8.6, 8.9 and 12.0.
 

@@ -62,7 +62,7 @@ pub(super) enum Pass {
 impl Pass {
     /// Groups of 8 channels that a processor's blocks carry at a time, of the fast kernels in halves: others carry fewer, but
     /// are divided the same way, so that they give the same bits.
-    fn groups(self) -> usize {
+    fn channel_groups(self) -> usize {
         match self {
             // 20 warps of 8 channels.
             Self::Forward => 20,
@@ -73,8 +73,9 @@ impl Pass {
 }
 
 impl Plan {
-    /// Picks a sub-channel tiling where `rows` sequences of `len` steps and `d_inner` channels cannot fill the device and it
-    /// beats splitting along the length; `None` otherwise.
+    /// The part of a channel that a lane carries: what the plan says; else, if the plan leaves it open, a part where blocks of
+    /// so few channels fill the device about once or twice, or the sequences are short, so that not splitting them is faster.
+    /// `None`: whole channels. `rows` sequences of `len` steps are worked on at once.
     pub(super) fn part_of_channel(
         &self,
         rows: usize,
@@ -89,8 +90,8 @@ impl Plan {
         }
         // How far blocks of that many channels fill the device, one to a processor.
         let fill = |channels| rows.saturating_mul(d_inner.div_ceil(channels)) as f64 / processors as f64;
-        // A step takes such a block the same time however few there are of them; split, it takes what the channels need, and
-        // the whole some microseconds more. Measured, see benches/tuning.md.
+        // Unsplit, the time of a step does not depend on how many blocks run; split, it is proportional to the channels, and
+        // the whole takes some microseconds more. The numbers are measured, see benches/tuning.md.
         let len = len as f64;
         match (fill(few::ONE_CHANNELS), fill(few::TWO_CHANNELS)) {
             (quarter, _) if quarter <= 1.0 => (len * (1.0 - 0.87 * quarter) <= 400.0).then_some(PerLane::Quarter),
@@ -102,18 +103,18 @@ impl Plan {
 
     /// The steps in each segment of a sequence of `len` steps, of which `rows` are worked on at once.
     pub(super) fn steps(&self, pass: Pass, rows: usize, len: usize, d_inner: usize, processors: usize) -> usize {
-        let slots = pass.groups() * processors;
+        let capacity = pass.channel_groups() * processors;
         let steps = self.segment_steps.unwrap_or_else(|| {
             let groups = rows.saturating_mul(d_inner.div_ceil(8)).max(1);
             // As many as fill the processors once, or more often where they are long: blocks that work in turns wait less
             // than those that work in step. Measured, see benches/tuning.md.
-            let waves = match len / (slots / groups).max(1) {
+            let waves = match len / (capacity / groups).max(1) {
                 0..768 => 1,
                 768..4096 => 2,
                 _ => 4,
             };
             // Splitting costs nearly as much again, so it must make far more warps.
-            let segments = (waves * slots / groups).min(len / LEAST_SEGMENT);
+            let segments = (waves * capacity / groups).min(len / LEAST_SEGMENT);
             let segments = if segments < 3 { 1 } else { segments };
             if segments == 1 { usize::MAX } else { len.div_ceil(segments) }
         });
@@ -123,7 +124,7 @@ impl Plan {
 
     /// What a lane carries of whole channels, in segments of `steps` steps on average, of which `rows` are worked on at once.
     pub(super) fn per_lane(&self, steps: usize, rows: usize, d_inner: usize, processors: usize) -> PerLane {
-        let has_enough = || rows.saturating_mul(d_inner.div_ceil(8)) >= 2 * Pass::Forward.groups() * processors;
+        let has_enough = || rows.saturating_mul(d_inner.div_ceil(8)) >= 2 * Pass::Forward.channel_groups() * processors;
         match self.per_lane {
             Some(whole @ (PerLane::One | PerLane::Four)) => whole,
             _ if steps <= SHORT_SEGMENT && has_enough() => PerLane::Four,

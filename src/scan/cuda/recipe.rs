@@ -127,9 +127,11 @@ impl Recipe {
             let shared = per_lane.shared_memory(shape.element());
             let (module, variant, channels, threads) = match per_lane {
                 PerLane::Quarter => {
-                    (Module::ScanForwardFewChannels, "few_channels_one", few::ONE_CHANNELS, few::THREADS)
+                    (Module::ScanForwardFewChannels, "few_channels_one_state", few::ONE_CHANNELS, few::THREADS)
                 }
-                PerLane::Half => (Module::ScanForwardFewChannels, "few_channels_two", few::TWO_CHANNELS, few::THREADS),
+                PerLane::Half => {
+                    (Module::ScanForwardFewChannels, "few_channels_two_states", few::TWO_CHANNELS, few::THREADS)
+                }
                 PerLane::One => (Module::ScanForward, "one", forward::ONE_CHANNELS, forward::THREADS),
                 PerLane::Four => (Module::ScanForward, "four", forward::FOUR_CHANNELS, forward::THREADS),
             };
@@ -396,10 +398,15 @@ mod tests {
             (
                 &["8.9"],
                 [1, 2048, 1024, 16],
-                "1 forward_few_channels_one",
+                "1 forward_few_channels_one_state",
                 "16 backward_chunk_state_general backward_general",
             ),
-            (&["9.0"], [1, 2048, 1024, 16], "1 forward_few_channels_one", "16 backward_chunk_state_fast backward_fast"),
+            (
+                &["9.0"],
+                [1, 2048, 1024, 16],
+                "1 forward_few_channels_one_state",
+                "16 backward_chunk_state_fast backward_fast",
+            ),
             (
                 &["12.0"],
                 [1, 2048, 1024, 16],
@@ -430,7 +437,7 @@ mod tests {
             (
                 &["9.0"],
                 [1, 65_536, 2048, 16],
-                "1 forward_few_channels_two",
+                "1 forward_few_channels_two_states",
                 "32 backward_chunk_state_fast backward_fast",
             ),
             (
