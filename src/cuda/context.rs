@@ -109,13 +109,13 @@ impl Context {
         if let Some(loaded) = modules.get(&module) {
             return Ok(loaded.clone());
         }
-        let loaded = if module.fatbin().is_empty() {
+        let loaded = if module.fatbin.is_empty() {
             Err("this build is for its documentation and has none".to_string())
         } else {
-            let image = Ptx::from_binary(module.fatbin().to_vec());
+            let image = Ptx::from_binary(module.fatbin.to_vec());
             self.cuda.load_module(image).map_err(|error| error.to_string())
         };
-        let action = || format!("loading the kernels of {}", module.name());
+        let action = || format!("loading the kernels of {}", module.name);
         let loaded = loaded.map_err(|message| Error::Cuda { action: action(), message })?;
         modules.insert(module, loaded.clone());
         Ok(loaded)

@@ -45,7 +45,7 @@ impl<'a> Device<'a> {
     /// A table in device memory, for one call.
     pub(super) fn upload(&self, what: &str, numbers: &[u64]) -> Result<CudaSlice<u64>> {
         let table = self.workspace(what, numbers.len())?;
-        let kernel = Kernel::new(Module::Upload, ["upload"]);
+        let kernel = Kernel::new(Module::UPLOAD, ["upload"]);
         let address = self.address(&table);
         for (i, part) in numbers.chunks(UPLOAD_VALUES).enumerate() {
             let mut params = params::Upload::zeroed_boxed();

@@ -1,44 +1,60 @@
 //! The compiled kernels.
 
+use std::hash::{Hash, Hasher};
+
+/// A file of kernels in `kernels/`. Each is a constant of its own, so that a program holds those only that it uses.
+#[derive(Clone, Copy)]
+pub(crate) struct Module {
+    /// Its path, without the extension.
+    pub name: &'static str,
+    /// What it was compiled to; empty in a build for documentation.
+    pub fatbin: &'static [u8],
+}
+
+impl PartialEq for Module {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for Module {}
+
+impl Hash for Module {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
+    }
+}
+
+impl std::fmt::Debug for Module {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
 macro_rules! modules {
-    ($($module:ident = $name:literal),* $(,)?) => {
-        /// A file of kernels in `kernels/`.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-        pub(crate) enum Module {
-            $($module,)*
-        }
-
+    ($($constant:ident = $name:literal),* $(,)?) => {
         impl Module {
-            /// Its path, without the extension.
-            pub fn name(self) -> &'static str {
-                match self {
-                    $(Self::$module => $name,)*
-                }
-            }
-
-            /// What it was compiled to; empty in a build for documentation.
-            pub fn fatbin(self) -> &'static [u8] {
-                match self {
-                    $(Self::$module => include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")),)*
-                }
-            }
+            $(pub const $constant: Self = Self {
+                name: $name,
+                fatbin: include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")),
+            };)*
         }
     };
 }
 
 modules! {
-    Upload = "common/upload",
-    ReducePartials = "common/reduce_partials",
-    Rollback = "common/rollback",
-    ScanForward = "scan/forward",
-    ScanForwardGeneral = "scan/forward_general",
-    ScanForwardFewChannels = "scan/forward_few_channels",
-    ScanChunkState = "scan/chunk_state",
-    ScanBackward = "scan/backward",
-    ScanBackwardGeneral = "scan/backward_general",
-    ScanBackwardChunkState = "scan/backward_chunk_state",
-    StateUpdate = "state_update/update",
-    ConvForward = "conv/forward",
-    ConvBackward = "conv/backward",
-    ConvUpdate = "conv/update",
+    UPLOAD = "common/upload",
+    REDUCE_PARTIALS = "common/reduce_partials",
+    ROLLBACK = "common/rollback",
+    SCAN_FORWARD = "scan/forward",
+    SCAN_FORWARD_GENERAL = "scan/forward_general",
+    SCAN_FORWARD_FEW_CHANNELS = "scan/forward_few_channels",
+    SCAN_CHUNK_STATE = "scan/chunk_state",
+    SCAN_BACKWARD = "scan/backward",
+    SCAN_BACKWARD_GENERAL = "scan/backward_general",
+    SCAN_BACKWARD_CHUNK_STATE = "scan/backward_chunk_state",
+    STATE_UPDATE = "state_update/update",
+    CONV_FORWARD = "conv/forward",
+    CONV_BACKWARD = "conv/backward",
+    CONV_UPDATE = "conv/update",
 }

@@ -34,7 +34,7 @@ impl Device<'_> {
     /// # Safety
     /// Each `from` and `to` must be addresses of memory that is valid for that, and `to` of elements that nothing else uses.
     pub unsafe fn sum<T: Element>(&self, sums: &[Sum]) -> Result<()> {
-        let kernel = Kernel::new(Module::ReducePartials, ["reduce_partials", suffix(T::DTYPE)]);
+        let kernel = Kernel::new(Module::REDUCE_PARTIALS, ["reduce_partials", suffix(T::DTYPE)]);
         for (params, grid) in launches(sums, size_of::<T>()) {
             // SAFETY: as the caller promises.
             unsafe { self.launch(&kernel, [grid, 1], THREADS, 0, &params) }?;

@@ -76,7 +76,7 @@ pub fn rollback<St: Element>(
     };
     let threads = 256;
     let grid = [(rows * columns).div_ceil(threads).min(1 << 16), count.min(GRID_ROWS)];
-    let kernel = Kernel::new(Module::Rollback, ["rollback", if size_of::<St>() == 2 { "16" } else { "32" }]);
+    let kernel = Kernel::new(Module::ROLLBACK, ["rollback", if size_of::<St>() == 2 { "16" } else { "32" }]);
     // SAFETY: shapes, slots and tokens have been checked against both buffers, and every element of the pool is written
     // by one thread because slots and places differ.
     unsafe { device.launch(&kernel, grid, threads, 0, &params) }

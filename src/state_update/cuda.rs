@@ -81,7 +81,7 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     let list = SlotList::new(&device, slots)?;
     params.slots = list.params;
     let variant = if fast { "fast" } else { "general" };
-    let kernel = Kernel::new(Module::StateUpdate, ["state_update", variant, suffix(T::DTYPE), suffix(St::DTYPE)]);
+    let kernel = Kernel::new(Module::STATE_UPDATE, ["state_update", variant, suffix(T::DTYPE), suffix(St::DTYPE)]);
     // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`; slots of different rows
     // differ, and each state and output is written by one thread.
     unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }

@@ -74,7 +74,7 @@ pub(crate) fn forward_checked<T: Element>(
     let grid = layout.grid(&inputs);
     let _table = upload_runs(&device, problem, layout, &mut inputs.runs)?;
     let params = kernels::Forward { inputs, out, final_state };
-    let kernel = Kernel::new(Module::ConvForward, ["conv_forward", variant, suffix(T::DTYPE)]);
+    let kernel = Kernel::new(Module::CONV_FORWARD, ["conv_forward", variant, suffix(T::DTYPE)]);
     // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`, and each element of the
     // outputs is written by one thread.
     unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }
@@ -133,7 +133,7 @@ pub(crate) fn backward_checked<T: Element>(
         };
         let _table = upload_runs(&device, problem, layout, &mut inputs.runs)?;
         let params = kernels::Backward { inputs, d_out, d_final_state, d_x, d_initial_state, partials: from };
-        let kernel = Kernel::new(Module::ConvBackward, ["conv_backward", variant, suffix(T::DTYPE)]);
+        let kernel = Kernel::new(Module::CONV_BACKWARD, ["conv_backward", variant, suffix(T::DTYPE)]);
         // SAFETY: every address and extent has been checked by `Inputs::check` and `check_backward`, each element of the
         // gradients is written by one thread, and the workspace has room for what each row of blocks leaves.
         unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }?;

@@ -66,7 +66,7 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     let list = SlotList::new(&device, slots)?;
     params.slots = list.params;
     let variant = if whole && problem.width == 4 { "fast" } else { "general" };
-    let kernel = Kernel::new(Module::ConvUpdate, ["conv_update", variant, suffix(T::DTYPE), suffix(St::DTYPE)]);
+    let kernel = Kernel::new(Module::CONV_UPDATE, ["conv_update", variant, suffix(T::DTYPE), suffix(St::DTYPE)]);
     // SAFETY: every address and extent has been checked by `UpdateInputs::check` and `check_outputs`; slots of different
     // rows differ, and each state and output is written by one thread.
     unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }

@@ -127,13 +127,13 @@ impl Recipe {
             let shared = per_lane.shared_memory(shape.element());
             let (module, variant, channels, threads) = match per_lane {
                 PerLane::Quarter => {
-                    (Module::ScanForwardFewChannels, "few_channels_one_state", few::ONE_CHANNELS, few::THREADS)
+                    (Module::SCAN_FORWARD_FEW_CHANNELS, "few_channels_one_state", few::ONE_CHANNELS, few::THREADS)
                 }
                 PerLane::Half => {
-                    (Module::ScanForwardFewChannels, "few_channels_two_states", few::TWO_CHANNELS, few::THREADS)
+                    (Module::SCAN_FORWARD_FEW_CHANNELS, "few_channels_two_states", few::TWO_CHANNELS, few::THREADS)
                 }
-                PerLane::One => (Module::ScanForward, "one", forward::ONE_CHANNELS, forward::THREADS),
-                PerLane::Four => (Module::ScanForward, "four", forward::FOUR_CHANNELS, forward::THREADS),
+                PerLane::One => (Module::SCAN_FORWARD, "one", forward::ONE_CHANNELS, forward::THREADS),
+                PerLane::Four => (Module::SCAN_FORWARD, "four", forward::FOUR_CHANNELS, forward::THREADS),
             };
             let is_whole_channels = matches!(per_lane, PerLane::One | PerLane::Four);
             Blocks { module, is_whole_channels, variant, channels, threads, shared, most_shared: shared }
@@ -150,9 +150,9 @@ impl Recipe {
         let main = match (shape.is_fast, has_many_states) {
             (false, _) => {
                 let (channels, threads) = (forward_general::CHANNELS, forward_general::THREADS);
-                turns(Module::ScanForwardGeneral, "general", channels, threads)
+                turns(Module::SCAN_FORWARD_GENERAL, "general", channels, threads)
             }
-            (true, true) => turns(Module::ScanForward, "many_states", forward::ONE_CHANNELS, forward::THREADS),
+            (true, true) => turns(Module::SCAN_FORWARD, "many_states", forward::ONE_CHANNELS, forward::THREADS),
             (true, false) if recipe.is_split => fast(PerLane::One),
             (true, false) => {
                 let steps = match shape.sequences {
@@ -172,7 +172,7 @@ impl Recipe {
         let others = in_parts..segments;
         if !others.is_empty() {
             if recipe.is_split {
-                let chunk_state = Blocks { module: Module::ScanChunkState, ..main };
+                let chunk_state = Blocks { module: Module::SCAN_CHUNK_STATE, ..main };
                 let rows = rows(&others);
                 recipe.add(shape, Role::ChunkState, "scan_chunk_state", &chunk_state, others.clone(), rows, 0);
             }
@@ -189,7 +189,7 @@ impl Recipe {
         let is_fast = shape.is_fast && shared <= device.shared_memory;
         let scan = match is_fast {
             true => Blocks {
-                module: Module::ScanBackward,
+                module: Module::SCAN_BACKWARD,
                 is_whole_channels: true,
                 variant: if shape.d_state > STATE_BLOCK { "many_states" } else { "fast" },
                 channels: backward::CHANNELS,
@@ -198,7 +198,7 @@ impl Recipe {
                 most_shared: shared,
             },
             false => Blocks {
-                module: Module::ScanBackwardGeneral,
+                module: Module::SCAN_BACKWARD_GENERAL,
                 is_whole_channels: true,
                 variant: "general",
                 channels: backward_general::CHANNELS,
@@ -208,7 +208,7 @@ impl Recipe {
             },
         };
         let chunk_state = Blocks {
-            module: Module::ScanBackwardChunkState,
+            module: Module::SCAN_BACKWARD_CHUNK_STATE,
             is_whole_channels: true,
             variant: if is_fast { "fast" } else { "general" },
             channels: backward_chunk_state::CHANNELS,
