@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUstreamCaptureStatus};
@@ -33,7 +34,9 @@ impl Properties {
 }
 
 /// A kernel: where it is, and the parts of its name, which `_` joins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+///
+/// Two are the same if the parts are, at the same addresses: a kernel that is named in several places may be loaded as often.
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Kernel {
     pub module: Module,
     pub name: [&'static str; 4],
@@ -48,6 +51,26 @@ impl Kernel {
         let mut name = [""; 4];
         name[..N].copy_from_slice(&parts);
         Self { module, name, most_shared: 0 }
+    }
+}
+
+impl Kernel {
+    fn parts(&self) -> [(*const u8, usize); 4] {
+        self.name.map(|part| (part.as_ptr(), part.len()))
+    }
+}
+
+impl PartialEq for Kernel {
+    fn eq(&self, other: &Self) -> bool {
+        self.parts() == other.parts()
+    }
+}
+
+impl Eq for Kernel {}
+
+impl Hash for Kernel {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.parts().hash(state);
     }
 }
 

@@ -61,7 +61,7 @@ pub(super) enum Role {
 }
 
 /// One launch.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(super) struct Launch {
     pub kernel: Kernel,
     pub role: Role,
