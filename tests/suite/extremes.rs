@@ -6,7 +6,10 @@ use rand::rngs::StdRng;
 use selective_scan::state_update::UpdateMut;
 use selective_scan::{DType, Discretization, Element, Isa, View, ViewMut, state_update};
 
-use crate::case::{Case, Device, Flags, Results, Shape, seeded};
+use crate::scan::case::{Case, Flags, Results, Shape};
+use crate::support::device::Device;
+use crate::support::draw::seeded;
+use crate::support::tolerance::error;
 
 /// The relative error of a rounding to `f32`, twice.
 const EPSILON: f64 = 1.0 / (1u64 << 23) as f64;
@@ -167,7 +170,7 @@ pub fn equal_steps(device: Device, len: usize, d_inner: usize, plain_steps: usiz
         let of_gradients = (few + 2.0 * plain_steps as f64) * EPSILON;
         assert_entries(&ours, &exact, &gradients, |_| of_gradients, &what);
         for (name, bound) in [("out", 1e-5), ("d_u", of_gradients), ("d_delta", of_gradients)] {
-            let error = crate::case::error(ours.get(name), exact.get(name));
+            let error = error(ours.get(name), exact.get(name));
             assert!(error <= bound, "{what}: {name} is off by {error:.1e}");
         }
     }

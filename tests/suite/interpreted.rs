@@ -5,8 +5,9 @@
 use half::{bf16, f16};
 use selective_scan::{Discretization, Isa, Projection, View, ViewMut, conv, state_update};
 
-use crate::case::{Case, Device, Flags, Shape, seeded};
-use crate::common::Draw;
+use crate::scan::case::{Case, Flags, Shape};
+use crate::support::device::Device;
+use crate::support::draw::{Draw, seeded};
 
 fn on_two_threads(work: impl FnOnce() + Send) {
     rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("a pool of threads").install(work);

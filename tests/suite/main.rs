@@ -1,24 +1,21 @@
-//! The correctness suite: one program with a module per property, because each program that links GPU code is large.
+//! The correctness suite: one program, because each program that links GPU code is large. A folder for each operator, with a
+//! module per property; what concerns several operators is beside them.
 
-mod absurd;
-mod accuracy;
-mod arguments;
+#[path = "../support/mod.rs"]
+mod support;
+
 #[cfg(feature = "candle")]
 mod candle;
-mod case;
-mod common;
 mod conv;
+#[cfg(feature = "nn")]
+mod nn;
+mod scan;
+mod state_update;
+
+mod absurd;
 mod extremes;
-mod finite_differences;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod interpreted;
-mod memory;
-#[cfg(feature = "nn")]
-mod nn;
 mod nonfinite;
-mod properties;
 mod readme;
-mod state_update;
-mod vectors;
-mod wild;

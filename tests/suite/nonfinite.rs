@@ -9,8 +9,7 @@ use std::collections::BTreeMap;
 use selective_scan::scan::{self, ProjectionGradient};
 use selective_scan::{Discretization, Projection, View, ViewMut, conv, state_update};
 
-use crate::case::seeded;
-use crate::common::Draw;
+use crate::support::draw::{Draw, seeded};
 
 type Tensors = BTreeMap<&'static str, Vec<f32>>;
 type Results = BTreeMap<&'static str, Vec<f64>>;

@@ -1,4 +1,4 @@
-"""Writes the reference vectors that tests/suite/vectors.rs reads: scan, conv and state_update .safetensors, here.
+"""Writes the reference vectors that tests/support/vectors.rs reads: scan, conv and state_update .safetensors, here.
 
 Run it again with
 

@@ -8,8 +8,8 @@ use selective_scan::conv::{Inputs, Options, OutputGradients};
 use selective_scan::{Element, View};
 
 use super::{tensor, track, values, weighted};
-use crate::case::seeded;
-use crate::common::{Draw, assert_close};
+use crate::support::draw::{Draw, seeded};
+use crate::support::tolerance::assert_close;
 
 /// A problem drawn again with each combination of options, held to the `f64` reference and to the graph's properties: the
 /// gradients are those of exactly the inputs that are tracked, which are drawn too.

@@ -6,13 +6,15 @@ use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use selective_scan::candle::Scan;
 
-use super::{conv, graph, scan, update, views};
-use crate::case::Shape;
+use super::{conv, graph, scan, update, vectors, views};
+use crate::scan::case::Shape;
 
 fn device() -> Option<Device> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
     // cudarc panics where there is no driver, so ask for that first; it says so if there is none.
-    DEVICE.get_or_init(|| crate::gpu::stream().map(|_| Device::new_cuda(0).expect("a GPU that candle can use"))).clone()
+    DEVICE
+        .get_or_init(|| crate::support::gpu::stream().map(|_| Device::new_cuda(0).expect("a GPU that candle can use")))
+        .clone()
 }
 
 /// A test for each line: what it is called, and what it does with the device.
@@ -67,8 +69,8 @@ on_the_device! {
     a_pool_that_is_an_input_is_refused: |device| update::aliasing(device);
     states_of_the_graph_are_refused: |device| update::states_of_the_graph(device);
     agrees_with_pytorch: |device| {
-        crate::vectors::candle::scan(device);
-        crate::vectors::candle::conv(device);
+        vectors::scan(device);
+        vectors::conv(device);
     };
     tensors_on_two_devices_are_refused: |device| {
         let [gpu, cpu] = [device, &Device::Cpu].map(|device| {

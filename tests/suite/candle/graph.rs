@@ -7,8 +7,9 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Tensor};
 use selective_scan::candle::Scan;
 
 use super::{INPUTS, Problem, assert_same, plain, values, weighted};
-use crate::case::{Case, Flags, Shape, seeded};
-use crate::memory;
+use crate::scan::case::{Case, Flags, Shape};
+use crate::support::draw::seeded;
+use crate::support::memory;
 
 const SHAPE: Shape = Shape { batch: 1, len: 3, d_inner: 2, d_state: 3 };
 

@@ -5,7 +5,9 @@ use half::{bf16, f16};
 use selective_scan::Element;
 
 use super::{Problem, assert_same, plain, run, values, weighted};
-use crate::case::{self, Case, Flags, Shape, seeded};
+use crate::scan::case::{Case, Flags, Shape};
+use crate::support::draw::seeded;
+use crate::support::tolerance;
 
 const SHAPE: Shape = Shape { batch: 2, len: 70, d_inner: 6, d_state: 5 };
 
@@ -33,7 +35,7 @@ fn has_the_bits_of_the_scan_on_slices() {
     let (mut rng, seed) = seeded();
     for row in 0..16 {
         let case = Case::<f32>::new(&mut rng, SHAPE, Flags::pairwise(row));
-        let (ours, slices) = (run(&case, &Device::Cpu), case.run(case::Device::best()));
+        let (ours, slices) = (run(&case, &Device::Cpu), case.run(crate::support::device::Device::best()));
         assert_eq!(ours.0.len(), slices.0.len(), "row {row}, seed {seed}");
         for (ours, slices) in ours.0.iter().zip(&slices.0) {
             assert_eq!(ours.name, slices.name);
@@ -54,7 +56,7 @@ pub fn agrees_with_plain_operators(device: &Device, shape: Shape, rows: usize) {
         let (plain_out, plain_state) = plain::scan(&problem.scan()).expect("the case is valid");
         // What the crate promises in f32; the other side is computed in f64.
         for (ours, expected) in [(&out, &plain_out), (&final_state, &plain_state)] {
-            let error = case::error(&values(ours), &values(expected));
+            let error = tolerance::error(&values(ours), &values(expected));
             assert!(error <= 1e-5, "row {row}, seed {seed}: off by {error:.1e}");
         }
         let double = |tensor: &candle_core::Tensor| tensor.to_dtype(DType::F64).expect("a float");

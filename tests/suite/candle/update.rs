@@ -6,8 +6,8 @@ use selective_scan::candle::{CausalConv, ConvUpdate, Scan, StateUpdate, rollback
 use selective_scan::{Element, View, ViewMut, conv, scan, state_update};
 
 use super::values;
-use crate::case::{self, seeded};
-use crate::common::Draw;
+use crate::support::draw::{Draw, seeded};
+use crate::support::tolerance;
 
 const BATCH: usize = 3;
 const TOKENS: usize = 4;
@@ -126,7 +126,7 @@ fn check(device: &Device, is_narrow: bool, ours: &[f64], expected: &[f64], what:
     match device {
         Device::Cpu => assert_eq!(ours, expected, "{what}"),
         _ => {
-            let (error, bound) = (case::error(ours, expected), if is_narrow { 2.0 / 512.0 } else { 1e-5 });
+            let (error, bound) = (tolerance::error(ours, expected), if is_narrow { 2.0 / 512.0 } else { 1e-5 });
             assert!(error <= bound, "off by {error:.1e}, {what}");
         }
     }
@@ -176,11 +176,11 @@ pub fn continues_a_scan(device: &Device) {
         let update = StateUpdate { options, ..StateUpdate::new(&u, &delta, &a, &b, &c) };
         let out = update.update(&state).expect("valid");
         // The crate's bound on f32.
-        let error = case::error(&values(&out), &values(&part(&whole, t, 1)));
+        let error = tolerance::error(&values(&out), &values(&part(&whole, t, 1)));
         assert!(error <= 1e-5, "step {t} is off by {error:.1e}, seed {seed}");
     }
     for (ours, expected) in [(&state, &whole_state), (&conv_state, &whole_conv_state)] {
-        assert!(case::error(&values(ours), &values(expected)) <= 1e-5, "seed {seed}");
+        assert!(tolerance::error(&values(ours), &values(expected)) <= 1e-5, "seed {seed}");
     }
 }
 

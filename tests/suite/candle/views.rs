@@ -6,8 +6,8 @@ use selective_scan::Element;
 use selective_scan::candle::{CausalConv, Scan};
 
 use super::{Problem, tensor, track, values, weighted};
-use crate::case::{Case, Flags, Shape, seeded};
-use crate::common::Draw;
+use crate::scan::case::{Case, Flags, Shape};
+use crate::support::draw::{Draw, seeded};
 
 const SHAPE: Shape = Shape { batch: 2, len: 11, d_inner: 4, d_state: 4 };
 

@@ -9,9 +9,10 @@ use selective_scan::{Element, View, ViewMut, cuda::Cuda};
 
 use super::update::{tokens_at_once, update_against_reference};
 use super::{Case, against_reference, chunks, infinite_weights, packed_alone};
-use crate::case::Device;
-use crate::common::{Draw, assert_close, bits};
-use crate::gpu::{Copies, stream};
+use crate::support::device::Device;
+use crate::support::draw::Draw;
+use crate::support::gpu::{Copies, stream};
+use crate::support::tolerance::{assert_close, bits};
 
 fn on_device<'a, T: Element>(copies: &'a Copies, inputs: &Inputs<'a, T>) -> Inputs<'a, T, Cuda> {
     Inputs {
@@ -179,7 +180,7 @@ fn any_layout_and_every_run_give_the_same_bits() {
                 let tensor = |values: &[bf16]| {
                     let dense = (values.to_vec(), 0, [len * d, d, 1]);
                     let (data, offset, strides) = if shifted { strided(values) } else { dense };
-                    crate::common::Strided { data, offset, shape, strides }
+                    crate::support::strided::Strided { data, offset, shape, strides }
                 };
                 let draw = &mut Draw::new(9);
                 Case {

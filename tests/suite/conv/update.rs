@@ -5,8 +5,10 @@ use selective_scan::conv::{Inputs, Options, UpdateInputs, UpdateMut, cpu, refere
 use selective_scan::{Element, View, ViewMut};
 
 use super::{FORWARD, on_cpu, steps};
-use crate::case::Device;
-use crate::common::{Draw, Strided, assert_close, bits, shares_words};
+use crate::support::device::Device;
+use crate::support::draw::Draw;
+use crate::support::strided::{Strided, shares_words};
+use crate::support::tolerance::{assert_close, bits};
 
 /// An update's inputs and pool, drawn at random.
 struct Update<T, St> {
@@ -91,7 +93,7 @@ impl<T: Element, St: Element> Update<T, St> {
         match device {
             Device::Cpu(_) => rollback(self.state(pool), token_states, slots, &accepted).unwrap(),
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => crate::gpu::rollback(self.state(pool), token_states, slots, &accepted),
+            Device::Cuda(_) => crate::state_update::gpu::rollback(self.state(pool), token_states, slots, &accepted),
         }
     }
 }

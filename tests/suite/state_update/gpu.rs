@@ -6,10 +6,11 @@ use selective_scan::state_update::{Inputs, Options, UpdateMut, cuda};
 use selective_scan::{Element, View, ViewMut};
 
 use super::{against_reference, tokens_at_once};
-use crate::case::Device;
-use crate::common::{Draw, bits};
 use crate::extremes::an_update_forgets_as_well;
-use crate::gpu::{Copies, stream};
+use crate::support::device::Device;
+use crate::support::draw::Draw;
+use crate::support::gpu::{Copies, stream};
+use crate::support::tolerance::bits;
 
 /// Runs an update on the device, on copies of all that it reads and writes.
 pub fn update<T: Element, St: Element>(inputs: &Inputs<T>, outputs: UpdateMut<T, St>) {
@@ -39,6 +40,23 @@ pub fn update<T: Element, St: Element>(inputs: &Inputs<T>, outputs: UpdateMut<T,
     if let (Some(from), Some(to)) = (kept, outputs.token_states) {
         copies.download(from, to);
     }
+}
+
+/// A rollback on the device.
+pub fn rollback<St: Element>(
+    state: ViewMut<St, 3>,
+    token_states: View<St, 4>,
+    slots: Option<&[i32]>,
+    accepted: &[usize],
+) {
+    let stream = stream().expect("only called where there is a device");
+    let copies = Copies::new(&stream);
+    let ViewMut { data, offset, shape, strides } = state;
+    let pool = copies.slice(data);
+    let state = ViewMut { data: &mut *pool, offset, shape, strides };
+    let token_states = copies.view(&token_states);
+    cuda::rollback(&stream, state, token_states, slots, accepted).expect("the case is valid");
+    copies.download(pool, data);
 }
 
 fn device(_: &mut Draw) -> Device {

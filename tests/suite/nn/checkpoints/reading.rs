@@ -10,7 +10,7 @@ use selective_scan::nn::{Checkpoint, CheckpointFormat, FileFormat, LanguageModel
 
 use super::super::{checkpoint, model, random, refusal};
 use super::{Folder, named_bits};
-use crate::memory::peak_of;
+use crate::support::memory::peak_of;
 
 type Tensors = HashMap<String, Tensor>;
 

@@ -5,7 +5,9 @@ use rand::Rng;
 use selective_scan::scan::{self, Gradients, Inputs, OutputGradients, OutputMut, cpu};
 use selective_scan::{Discretization, Error, ProjectionOf, View};
 
-use crate::case::{Case, Flags, Shape, seeded};
+use super::case::{Case, Flags, Shape};
+use crate::support::draw::seeded;
+use crate::support::wild::{size, view3};
 
 const SHAPE: Shape = Shape { batch: 2, len: 70, d_inner: 6, d_state: 4 };
 
@@ -294,15 +296,6 @@ fn endless_empty_batch() {
     let mut gradients = Gradients::zeroed(&inputs).expect("six channels");
     assert_eq!(cpu::backward(&inputs, &[], OutputGradients::from(activation), gradients.as_mut()), Ok(()));
     assert_eq!(gradients.a, [0.0; 6]);
-}
-
-/// Sizes that fit together, nearly fit, and cannot fit anything.
-pub fn size() -> impl Strategy<Value = usize> {
-    prop_oneof![8 => 0usize..6, 2 => 6usize..40, 1 => Just(1 << 33), 1 => Just(usize::MAX), 1 => any::<usize>()]
-}
-
-pub fn view3() -> impl Strategy<Value = (usize, [usize; 3], [usize; 3])> {
-    (size(), [size(), size(), size()], [size(), size(), size()])
 }
 
 proptest! {

@@ -5,7 +5,7 @@ use selective_scan::scan::{
     Gradients, Inputs, Options, Output, OutputGradients, OutputMut, ProjectionGradient, cpu, reference,
 };
 
-use super::{Case, Comparison, FORWARD, GRADIENTS, REFERENCE, widen};
+use crate::support::vectors::{Case, Comparison, FORWARD, GRADIENTS, REFERENCE, widen};
 
 fn inputs<'a>(case: &'a Case, cu_seqlens: &'a Option<Vec<usize>>) -> Inputs<'a, f32> {
     Inputs {

@@ -2,7 +2,8 @@
 
 use selective_scan::scan;
 
-use crate::case::{Case, Flags, Shape, seeded};
+use super::case::{Case, Flags, Shape};
+use crate::support::draw::seeded;
 
 /// `Σ out·d_out + Σ final_state·d_final_state`, whose gradient the backward pass gives.
 fn loss(case: &Case<f32>) -> f64 {

@@ -8,6 +8,7 @@ mod graph;
 mod plain;
 mod scan;
 mod update;
+mod vectors;
 mod views;
 
 use std::collections::BTreeMap;
@@ -18,7 +19,8 @@ use selective_scan::candle::Scan;
 use selective_scan::scan::Options;
 use selective_scan::{Element, Projection, View};
 
-use crate::case::{self, Case, Results};
+use crate::scan::case::{self, Case, Results};
+use crate::support::tolerance;
 
 /// The inputs of a scan.
 const INPUTS: [&str; 9] = ["u", "delta", "a", "b", "c", "z", "d", "delta_bias", "initial_state"];
@@ -180,7 +182,7 @@ fn assert_same(
 ) {
     assert_eq!(ours.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{what}");
     for (name, expected) in expected {
-        let error = case::error(&ours[name], expected);
+        let error = tolerance::error(&ours[name], expected);
         assert!(error <= bound, "{what}: the gradient of {name} is off by {error:.1e}");
     }
 }

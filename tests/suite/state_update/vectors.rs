@@ -3,7 +3,7 @@
 use selective_scan::state_update::{Inputs, Options, UpdateMut, UpdateOutput, cpu, reference};
 use selective_scan::{Isa, ViewMut};
 
-use super::{Case, Comparison, FORWARD, REFERENCE, widen};
+use crate::support::vectors::{Case, Comparison, FORWARD, REFERENCE, widen};
 
 fn inputs<'a>(case: &'a Case, slots: &'a Option<Vec<i32>>) -> Inputs<'a, f32> {
     Inputs {

@@ -4,6 +4,8 @@
 #[cfg(feature = "cuda")]
 mod gpu;
 mod update;
+mod vectors;
+mod wild;
 
 use half::{bf16, f16};
 use selective_scan::conv::{
@@ -11,8 +13,10 @@ use selective_scan::conv::{
 };
 use selective_scan::{Element, View, ViewMut};
 
-use crate::case::Device;
-use crate::common::{Draw, Strided, assert_close, bits};
+use crate::support::device::Device;
+use crate::support::draw::Draw;
+use crate::support::strided::Strided;
+use crate::support::tolerance::{assert_close, bits};
 
 /// A sum of at most 9 terms, each rounded to 2^-24, and SiLU within 2^-21.
 const FORWARD: f64 = 1e-5;

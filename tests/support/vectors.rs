@@ -1,11 +1,5 @@
-//! The references and the fast paths against PyTorch, which computed the vectors of `tests/vectors/generate.py` in
+//! What the operators are held to beside their references: PyTorch computed the vectors of `tests/vectors/generate.py` in
 //! `f64`, the gradients by autograd.
-
-#[cfg(feature = "candle")]
-pub mod candle;
-mod conv;
-mod scan;
-mod state_update;
 
 use std::collections::BTreeMap;
 
@@ -16,22 +10,22 @@ use serde_json::Value;
 /// `f64` against `f64`, measured 1e-15: both sides round each operation to 1.1e-16, in different orders and with
 /// different exponentials, and the recurrence forgets old errors. The rest is room for another libm or PyTorch. It must
 /// not be looser, for softplus differs from the identity above 20 by only 1e-10 of its value.
-const REFERENCE: f64 = 1e-12;
+pub const REFERENCE: f64 = 1e-12;
 /// The accuracy that the crate promises in `f32`, relative by the norm of each tensor.
-const FORWARD: f64 = 1e-5;
-const GRADIENTS: f64 = 1e-4;
+pub const FORWARD: f64 = 1e-5;
+pub const GRADIENTS: f64 = 1e-4;
 
 /// One case of a file: inputs and the gradients that flow in are `f32`, results `f64`.
-struct Case {
-    name: String,
-    options: Value,
-    inputs: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
-    results: BTreeMap<String, Vec<f64>>,
+pub struct Case {
+    pub name: String,
+    pub options: Value,
+    pub inputs: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    pub results: BTreeMap<String, Vec<f64>>,
 }
 
 impl Case {
     /// The cases that generate.py wrote for an operator.
-    fn all(operator: &str) -> Vec<Self> {
+    pub fn all(operator: &str) -> Vec<Self> {
         let path = format!("{}/tests/vectors/{operator}.safetensors", env!("CARGO_MANIFEST_DIR"));
         let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
         let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
@@ -63,52 +57,52 @@ impl Case {
         cases.into_values().collect()
     }
 
-    fn optional<const R: usize>(&self, name: &str) -> Option<View<'_, f32, R>> {
+    pub fn optional<const R: usize>(&self, name: &str) -> Option<View<'_, f32, R>> {
         let (shape, data) = self.inputs.get(name)?;
         let shape = shape[..].try_into().unwrap_or_else(|_| panic!("{}/{name} is of shape {shape:?}", self.name));
         Some(View::new(data, shape))
     }
 
-    fn view<const R: usize>(&self, name: &str) -> View<'_, f32, R> {
+    pub fn view<const R: usize>(&self, name: &str) -> View<'_, f32, R> {
         self.optional(name).unwrap_or_else(|| panic!("{}/{name} is missing", self.name))
     }
 
-    fn projection(&self, name: &str) -> Projection<'_, f32> {
+    pub fn projection(&self, name: &str) -> Projection<'_, f32> {
         match self.inputs[name].0.len() {
             2 => Projection::Constant(self.view(name)),
             _ => Projection::Varying(self.view(name)),
         }
     }
 
-    fn option(&self, name: &str) -> bool {
+    pub fn option(&self, name: &str) -> bool {
         self.options[name].as_bool().unwrap_or_else(|| panic!("{}: {name} is no bool", self.name))
     }
 
     /// A list of whole numbers, or nothing.
-    fn list<T: serde::de::DeserializeOwned>(&self, name: &str) -> Option<Vec<T>> {
+    pub fn list<T: serde::de::DeserializeOwned>(&self, name: &str) -> Option<Vec<T>> {
         serde_json::from_value(self.options[name].clone()).unwrap()
     }
 
-    fn discretization(&self) -> Discretization {
+    pub fn discretization(&self) -> Discretization {
         if self.option("zero_order_hold") { Discretization::ZeroOrderHold } else { Discretization::Euler }
     }
 }
 
 /// Compares results with the vectors; says at the end what was out of bounds, all of it.
-struct Comparison {
+pub struct Comparison {
     what: String,
     failures: Vec<String>,
     largest: f64,
 }
 
 impl Comparison {
-    fn new(what: impl Into<String>) -> Self {
+    pub fn new(what: impl Into<String>) -> Self {
         Self { what: what.into(), failures: Vec::new(), largest: 0.0 }
     }
 
     /// Holds the results of one case to `bound`. They must be all the results that the vectors have in this group, the
     /// gradients or the rest.
-    fn hold(&mut self, case: &Case, bound: f64, results: &[(&str, Vec<f64>)]) {
+    pub fn hold(&mut self, case: &Case, bound: f64, results: &[(&str, Vec<f64>)]) {
         let of_gradients = |name: &str| name.starts_with("grad_");
         let group = of_gradients(results[0].0);
         let mut names: Vec<_> = results.iter().map(|(name, _)| *name).collect();
@@ -126,7 +120,7 @@ impl Comparison {
         }
     }
 
-    fn finish(self) {
+    pub fn finish(self) {
         println!("{}: largest error {:.1e}", self.what, self.largest);
         assert!(self.failures.is_empty(), "{}: out of bounds:\n  {}", self.what, self.failures.join("\n  "));
     }
@@ -144,6 +138,6 @@ fn relative_error(got: &[f64], expected: &[f64]) -> f64 {
 }
 
 /// Results of either precision as `f64`.
-fn widen<T: Copy + Into<f64>>(values: &[T]) -> Vec<f64> {
+pub fn widen<T: Copy + Into<f64>>(values: &[T]) -> Vec<f64> {
     values.iter().map(|&x| x.into()).collect()
 }

@@ -1,20 +1,14 @@
-//! Random scans, the ways to run them, and how results are compared.
+//! Random scans, and what they are held to.
 
-use std::ops::Range;
-
+use rand::Rng;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 use selective_scan::scan::{self, Inputs, Options, OutputGradients, OutputMut, ProjectionGradient};
-use selective_scan::{DType, Discretization, Element, Isa, Projection, View};
+use selective_scan::{DType, Discretization, Element, Projection, View};
 
-/// A generator whose seed is new in every run, or that of the variable SEED. Failures name the seed.
-pub fn seeded() -> (StdRng, u64) {
-    let seed = match std::env::var("SEED") {
-        Ok(seed) => seed.parse().expect("SEED is a number"),
-        Err(_) => rand::rng().random(),
-    };
-    (StdRng::seed_from_u64(seed), seed)
-}
+use crate::support::device::Device;
+use crate::support::draw::normal;
+use crate::support::strided::{Layout, Strided};
+use crate::support::tolerance::error;
 
 /// What a scan has beside the inputs that every scan has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -88,88 +82,15 @@ pub struct Shape {
     pub d_state: usize,
 }
 
-/// An activation and how it is stored.
-#[derive(Debug, Clone)]
-pub struct Activation<T> {
-    data: Vec<T>,
-    shape: [usize; 3],
-    offset: usize,
-    strides: [usize; 3],
-}
-
-impl<T: Element> Activation<T> {
-    fn new(shape: [usize; 3], flags: Flags, mut value: impl FnMut() -> f32) -> Self {
-        let [batch, len, d] = shape;
-        let (offset, strides) = match (flags.time_contiguous, flags.column_slice) {
-            (false, false) => (0, [len * d, d, 1]),
-            (true, false) => (0, [d * len, 1, len]),
-            // Columns 3.. of a matrix that is 5 wider.
-            (false, true) => (3, [len * (d + 5), d + 5, 1]),
-            // Rows of a transposed matrix with room after each.
-            (true, true) => (7, [d * (len + 2), 1, len + 2]),
-        };
-        let span: usize = shape.iter().zip(strides).map(|(&n, stride)| n.saturating_sub(1) * stride).sum();
-        // What lies between the elements must not be read: NaN would show.
-        let data = vec![T::from_f32(f32::NAN); offset + span + 1];
-        let mut activation = Self { data, shape, offset, strides };
-        for i in 0..batch * len * d {
-            activation.set([i / (len * d), i / d % len, i % d], value());
-        }
-        activation
-    }
-
-    pub fn view(&self) -> View<'_, T, 3> {
-        View::new(&self.data, self.shape).with_layout(self.offset, self.strides)
-    }
-
-    /// The same values dense and channels-last.
-    pub fn dense(&self) -> Self {
-        let [batch, len, d] = self.shape;
-        let at = |i: usize| self.data[self.index([i / (len * d), i / d % len, i % d])];
-        let data = (0..batch * len * d).map(at).collect();
-        Self { data, shape: self.shape, offset: 0, strides: [len * d, d, 1] }
-    }
-
-    /// The stored elements.
-    pub fn values(&self) -> &[T] {
-        &self.data
-    }
-
-    /// Batch row `batch` as an activation of its own.
-    pub fn row(&self, batch: usize) -> Self {
-        let offset = self.offset + batch * self.strides[0];
-        Self { shape: [1, self.shape[1], self.shape[2]], offset, ..self.clone() }
-    }
-
-    /// Steps `range` as an activation of its own.
-    pub fn steps(&self, range: Range<usize>) -> Self {
-        let offset = self.offset + range.start * self.strides[1];
-        Self { shape: [self.shape[0], range.len(), self.shape[2]], offset, ..self.clone() }
-    }
-
-    pub fn set(&mut self, index: [usize; 3], value: f32) {
-        *self.at_mut(index) = T::from_f32(value);
-    }
-
-    fn at_mut(&mut self, index: [usize; 3]) -> &mut T {
-        let at = self.index(index);
-        &mut self.data[at]
-    }
-
-    fn index(&self, index: [usize; 3]) -> usize {
-        self.offset + index.iter().zip(self.strides).map(|(i, stride)| i * stride).sum::<usize>()
-    }
-}
-
 /// A random problem with the gradients that flow into it. All tensors are there, whichever `flags` ask for.
 #[derive(Debug, Clone)]
 pub struct Case<T> {
     pub shape: Shape,
     pub flags: Flags,
     pub groups: usize,
-    pub u: Activation<T>,
-    pub delta: Activation<T>,
-    pub z: Activation<T>,
+    pub u: Strided<T>,
+    pub delta: Strided<T>,
+    pub z: Strided<T>,
     pub a: Vec<f32>,
     /// `(batch, len, groups, d_state)`
     pub b: Vec<T>,
@@ -181,7 +102,7 @@ pub struct Case<T> {
     pub delta_bias: Vec<f32>,
     pub initial_state: Vec<f32>,
     pub cu_seqlens: Vec<usize>,
-    pub d_out: Activation<T>,
+    pub d_out: Strided<T>,
     pub d_final_state: Vec<f32>,
 }
 
@@ -204,6 +125,7 @@ impl<T: Element> Case<T> {
         let sequences = if flags.packed { cu_seqlens.len() - 1 } else { batch };
         let (states, projected) = (sequences * d_inner * d_state, batch * len * groups * d_state);
         let activation = [batch, len, d_inner];
+        let layout = Layout { time_contiguous: flags.time_contiguous, column_slice: flags.column_slice };
         // Step sizes from 0.003 to 0.7 after softplus, or as they are.
         let (low, high) = if flags.softplus { (-6.0, 0.0) } else { (0.001, 0.7) };
         Self {
@@ -211,9 +133,9 @@ impl<T: Element> Case<T> {
             flags,
             groups,
             cu_seqlens,
-            u: Activation::new(activation, flags, || normal(rng)),
-            delta: Activation::new(activation, flags, || rng.random_range(low..high)),
-            z: Activation::new(activation, flags, || normal(rng)),
+            u: Strided::new(activation, layout, || normal(rng)),
+            delta: Strided::new(activation, layout, || rng.random_range(low..high)),
+            z: Strided::new(activation, layout, || normal(rng)),
             // Mamba's -1, -2, …, scattered.
             a: (0..d_inner * d_state).map(|i| -((i % d_state + 1) as f32) * rng.random_range(0.7..1.4)).collect(),
             b: (0..projected).map(|_| T::from_f32(normal(rng))).collect(),
@@ -224,7 +146,7 @@ impl<T: Element> Case<T> {
             // A negative step size would let states grow beyond all bounds.
             delta_bias: (0..d_inner).map(|_| rng.random_range(0.0..0.1)).collect(),
             initial_state: (0..states).map(|_| normal(rng)).collect(),
-            d_out: Activation::new(activation, flags, || normal(rng)),
+            d_out: Strided::new(activation, layout, || normal(rng)),
             d_final_state: (0..states).map(|_| normal(rng)).collect(),
         }
     }
@@ -280,19 +202,40 @@ impl<T: Element> Case<T> {
 
     /// The same problem run by a fast path.
     pub fn run(&self, device: Device) -> Results {
-        let (output, gradients) = device.run(self);
+        let (output, gradients) = self.run_both(device);
         Results::new(output, gradients, |x: T| f64::from(x.to_f32()), f64::from)
+    }
+
+    /// Forward with checkpoints, then backward.
+    pub fn run_both(&self, device: Device) -> (scan::Output<T>, scan::Gradients<T>) {
+        let (inputs, Shape { batch, len, d_inner, d_state }) = (self.inputs(), self.shape);
+        let mut output = scan::Output {
+            out: vec![T::from_f32(f32::NAN); batch * len * d_inner],
+            final_state: vec![f32::NAN; self.sequences() * d_inner * d_state],
+        };
+        let mut checkpoints = vec![f32::NAN; inputs.checkpoint_len().expect("the case is valid")];
+        let mut gradients = scan::Gradients::zeroed(&inputs).expect("the case is valid");
+        let to = OutputMut {
+            out: &mut output.out[..],
+            final_state: Some(&mut output.final_state[..]),
+            checkpoints: Some(&mut checkpoints[..]),
+        };
+        match device {
+            Device::Cpu(isa) => {
+                scan::cpu::forward_with(isa, &inputs, to).expect("the case is valid");
+                scan::cpu::backward_with(isa, &inputs, &checkpoints, self.d_outputs(), gradients.as_mut())
+                    .expect("the case is valid");
+            }
+            #[cfg(feature = "cuda")]
+            Device::Cuda(plan) => super::gpu::both_passes(plan, &inputs, to, self.d_outputs(), &mut gradients),
+        }
+        (output, gradients)
     }
 
     /// Holds a fast path to the reference.
     pub fn check(&self, device: Device, what: &dyn Fn() -> String) {
         self.run(device).assert_close(&self.reference(), T::DTYPE, what);
     }
-}
-
-/// The sum of four uniform numbers, scaled to variance 1.
-fn normal(rng: &mut StdRng) -> f32 {
-    (0..4).map(|_| rng.random_range(-1.0f32..1.0)).sum::<f32>() * 0.866
 }
 
 impl Case<f32> {
@@ -331,52 +274,6 @@ impl Case<f32> {
             &mut self.initial_state,
         ];
         activations.into_iter().chain(parameters).flatten().for_each(change);
-    }
-}
-
-/// A fast path.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Device {
-    Cpu(Isa),
-    #[cfg(feature = "cuda")]
-    Cuda(scan::cuda::Plan),
-}
-
-impl Device {
-    /// The device that results are usually taken from.
-    pub fn best() -> Self {
-        Self::Cpu(Isa::best())
-    }
-
-    /// All that this machine has.
-    pub fn all() -> Vec<Self> {
-        Isa::available().map(Self::Cpu).collect()
-    }
-
-    /// Forward with checkpoints, then backward.
-    pub fn run<T: Element>(self, case: &Case<T>) -> (scan::Output<T>, scan::Gradients<T>) {
-        let (inputs, Shape { batch, len, d_inner, d_state }) = (case.inputs(), case.shape);
-        let mut output = scan::Output {
-            out: vec![T::from_f32(f32::NAN); batch * len * d_inner],
-            final_state: vec![f32::NAN; case.sequences() * d_inner * d_state],
-        };
-        let mut checkpoints = vec![f32::NAN; inputs.checkpoint_len().expect("the case is valid")];
-        let mut gradients = scan::Gradients::zeroed(&inputs).expect("the case is valid");
-        let to = OutputMut {
-            out: &mut output.out[..],
-            final_state: Some(&mut output.final_state[..]),
-            checkpoints: Some(&mut checkpoints[..]),
-        };
-        match self {
-            Self::Cpu(isa) => {
-                scan::cpu::forward_with(isa, &inputs, to).expect("the case is valid");
-                scan::cpu::backward_with(isa, &inputs, &checkpoints, case.d_outputs(), gradients.as_mut())
-                    .expect("the case is valid");
-            }
-            #[cfg(feature = "cuda")]
-            Self::Cuda(plan) => crate::gpu::scan(plan, &inputs, to, case.d_outputs(), &mut gradients),
-        }
-        (output, gradients)
     }
 }
 
@@ -459,16 +356,4 @@ impl Results {
 
 fn round<H: Into<f64>>(values: &[f64], narrow: impl Fn(f64) -> H) -> Vec<f64> {
     values.iter().map(|&x| narrow(x).into()).collect()
-}
-
-/// `‖ours - exact‖ / ‖exact‖`; infinite where that is not a number.
-pub fn error(ours: &[f64], exact: &[f64]) -> f64 {
-    assert_eq!(ours.len(), exact.len());
-    let difference: f64 = ours.iter().zip(exact).map(|(x, y)| (x - y) * (x - y)).sum();
-    let norm: f64 = exact.iter().map(|x| x * x).sum();
-    match (difference / norm).sqrt() {
-        _ if difference == 0.0 => 0.0,
-        ratio if ratio.is_finite() => ratio,
-        _ => f64::INFINITY,
-    }
 }

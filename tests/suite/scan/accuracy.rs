@@ -5,7 +5,9 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use selective_scan::Element;
 
-use crate::case::{Case, Device, Flags, Shape, seeded};
+use super::case::{Case, Flags, Shape};
+use crate::support::device::Device;
+use crate::support::draw::seeded;
 
 const LENGTHS: [usize; 12] = [1, 2, 3, 8, 17, 64, 129, 372, 784, 1134, 2048, 4096];
 const STATES: [usize; 6] = [1, 4, 8, 16, 64, 256];

@@ -1,14 +1,18 @@
 //! The state update: the fast path against the reference, many tokens against single ones, and against the scan.
 
 #[cfg(feature = "cuda")]
-mod gpu;
+pub mod gpu;
+mod vectors;
+mod wild;
 
 use half::{bf16, f16};
 use selective_scan::state_update::{Inputs, Options, UpdateMut, cpu, reference, rollback};
 use selective_scan::{Discretization, Element, Isa, Projection, View, ViewMut, scan};
 
-use crate::case::Device;
-use crate::common::{Draw, Strided, assert_close, bits, shares_words};
+use crate::support::device::Device;
+use crate::support::draw::Draw;
+use crate::support::strided::{Strided, shares_words};
+use crate::support::tolerance::{assert_close, bits};
 
 /// Each token sums `d_state` products of values that carry a few roundings of 2^-24 and an exponential within 2^-22.
 const FORWARD: f64 = 1e-5;
@@ -166,7 +170,7 @@ impl<T: Element, St: Element> Case<T, St> {
         match device {
             Device::Cpu(_) => rollback(self.state(pool), token_states, slots, &accepted).unwrap(),
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => crate::gpu::rollback(self.state(pool), token_states, slots, &accepted),
+            Device::Cuda(_) => crate::state_update::gpu::rollback(self.state(pool), token_states, slots, &accepted),
         }
     }
 }

@@ -1,23 +1,17 @@
 //! The operators on candle's tensors against PyTorch.
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use selective_scan::candle::{CausalConv, Scan};
 use selective_scan::{conv, scan};
 
-use super::{Case, Comparison, FORWARD, GRADIENTS};
+use super::values;
+use crate::support::vectors::{Case, Comparison, FORWARD, GRADIENTS};
 
-impl Case {
-    /// An input as a variable on a device.
-    fn variable(&self, name: &str, device: &Device) -> Option<Tensor> {
-        let (shape, data) = self.inputs.get(name)?;
-        let tensor = Tensor::from_slice(data, &shape[..], device).expect("as many as the shape says");
-        Some(Var::from_tensor(&tensor).expect("a copy").as_tensor().clone())
-    }
-}
-
-fn values(tensor: &Tensor) -> Vec<f64> {
-    let flat = tensor.flatten_all().and_then(|flat| flat.to_dtype(DType::F64));
-    flat.and_then(|flat| flat.to_vec1()).expect("a tensor of numbers")
+/// An input of a case as a variable on a device.
+fn variable(case: &Case, name: &str, device: &Device) -> Option<Tensor> {
+    let (shape, data) = case.inputs.get(name)?;
+    let tensor = Tensor::from_slice(data, &shape[..], device).expect("as many as the shape says");
+    Some(Var::from_tensor(&tensor).expect("a copy").as_tensor().clone())
 }
 
 /// Holds an operator's results, and the gradients of the vectors' loss, to the vectors.
@@ -29,7 +23,7 @@ fn hold(
 ) {
     comparisons[0].hold(case, FORWARD, &[("out", values(&out)), ("final_state", values(&final_state))]);
     let part = |result: &Tensor, weights: &str| {
-        let weights = case.variable(weights, out.device())?.detach();
+        let weights = variable(case, weights, out.device())?.detach();
         Some(result.mul(&weights).and_then(|product| product.sum_all()).expect("of one shape"))
     };
     let loss = part(&out, "d_out").expect("the vectors have it");
@@ -48,7 +42,7 @@ pub fn scan(device: &Device) {
     let mut comparisons = ["forward", "backward"].map(|pass| Comparison::new(format!("candle, {pass}")));
     for case in Case::all("scan") {
         let cu_seqlens: Option<Vec<usize>> = case.list("cu_seqlens");
-        let get = |name: &str| case.variable(name, device);
+        let get = |name: &str| variable(&case, name, device);
         let [u, delta, a, b, c] = ["u", "delta", "a", "b", "c"].map(|name| get(name).expect("every case has it"));
         let [z, d, delta_bias, initial_state] = ["z", "d", "delta_bias", "initial_state"].map(get);
         let scan = Scan {
@@ -84,7 +78,7 @@ pub fn conv(device: &Device) {
     let mut comparisons = ["forward", "backward"].map(|pass| Comparison::new(format!("candle, convolution {pass}")));
     for case in Case::all("conv") {
         let cu_seqlens: Option<Vec<usize>> = case.list("cu_seqlens");
-        let get = |name: &str| case.variable(name, device);
+        let get = |name: &str| variable(&case, name, device);
         let [x, weight] = ["x", "weight"].map(|name| get(name).expect("every case has it"));
         let [bias, initial_state] = ["bias", "initial_state"].map(get);
         let conv = CausalConv {

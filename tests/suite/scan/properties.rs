@@ -9,7 +9,11 @@ use rand::{Rng, SeedableRng};
 use selective_scan::scan::{self, Inputs};
 use selective_scan::{Element, View};
 
-use crate::case::{Activation, Case, Device, Flags, Shape, error, seeded};
+use super::case::{Case, Flags, Shape};
+use crate::support::device::Device;
+use crate::support::draw::seeded;
+use crate::support::strided::Strided;
+use crate::support::tolerance::error;
 
 fn pool(threads: usize) -> rayon::ThreadPool {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool of threads")
@@ -24,9 +28,12 @@ fn repeatable_on_any_number_of_threads() {
         for row in [2 * row + 1, 15 - row] {
             let shape = Shape { batch: 2, len, d_inner, d_state: 5 };
             let case = Case::<f32>::new(&mut rng, shape, Flags::pairwise(row));
-            let first = one.install(|| Device::best().run(&case));
-            assert!(first == one.install(|| Device::best().run(&case)), "SEED={seed} {shape:?} {row}: again");
-            assert!(first == two.install(|| Device::best().run(&case)), "SEED={seed} {shape:?} {row}: on two threads");
+            let first = one.install(|| case.run_both(Device::best()));
+            assert!(first == one.install(|| case.run_both(Device::best())), "SEED={seed} {shape:?} {row}: again");
+            assert!(
+                first == two.install(|| case.run_both(Device::best())),
+                "SEED={seed} {shape:?} {row}: on two threads"
+            );
         }
     }
 }
@@ -37,7 +44,7 @@ fn alone<T: Element>(case: &Case<T>, sequence: usize) -> Case<T> {
         true => (0, case.cu_seqlens[sequence]..case.cu_seqlens[sequence + 1]),
         false => (sequence, 0..case.shape.len),
     };
-    let row = |activation: &Activation<T>| activation.row(batch).steps(range.clone());
+    let row = |activation: &Strided<T>| activation.row(batch).steps(range.clone());
     let projection = |values: &[T]| {
         let step = case.groups * case.shape.d_state;
         let start = (batch * case.shape.len + range.start) * step;
@@ -200,7 +207,7 @@ pub fn parts_equal_whole(device: Device, rows: Range<usize>) {
         let flags = Flags { packed: false, grouped: false, initial_state: true, ..Flags::pairwise(row) };
         let shape = Shape { batch: 2, len: 200, d_inner: 19, d_state: 6 };
         let case = Case::<f32>::new(&mut rng, shape, flags);
-        let whole = device.run(&case).0;
+        let whole = case.run_both(device).0;
         for cut in [1, 63, 64, 65, rng.random_range(2..198), 199] {
             let mut ranges = [0..cut, cut..200];
             if flags.reverse {
@@ -210,7 +217,7 @@ pub fn parts_equal_whole(device: Device, rows: Range<usize>) {
             let mut out = vec![0.0; whole.out.len()];
             for range in ranges {
                 let part = part_of(&case, range.clone(), &state);
-                let output = device.run(&part).0;
+                let output = part.run_both(device).0;
                 for b in 0..2 {
                     let (len, d) = (range.len(), 19);
                     out[(b * 200 + range.start) * d..][..len * d]
@@ -315,7 +322,7 @@ pub fn empty_problems(device: Device) {
         for packed in [false, true] {
             let shape = Shape { batch, len, d_inner: 9, d_state: 4 };
             let case = Case::<f32>::new(&mut rng, shape, Flags { packed, ..flags });
-            let (output, gradients) = device.run(&case);
+            let (output, gradients) = case.run_both(device);
             assert!(output.out.is_empty() && gradients.u.is_empty());
             assert_eq!(output.final_state, case.initial_state[..output.final_state.len()]);
             assert_eq!(gradients.initial_state.as_deref(), Some(&case.d_final_state[..]));

@@ -23,7 +23,8 @@ use selective_scan::nn::{
     Cache, LanguageModel, LanguageModelConfig, LayerState, Mamba, MambaConfig, MambaState, Norms,
 };
 
-use crate::case::seeded;
+use crate::candle::values;
+use crate::support::draw::seeded;
 
 /// Two ways to one result in `f32`: each is within what the crate promises of the exact one.
 const SAME: f64 = 1e-5;
@@ -124,11 +125,6 @@ fn cuts(random: &mut StdRng, length: usize) -> Vec<usize> {
         cuts.push(cuts.last().unwrap() + random.random_range(1..=rest.min(9)));
     }
     cuts
-}
-
-fn values(tensor: &Tensor) -> Vec<f64> {
-    let tensor = tensor.to_dtype(DType::F64).unwrap();
-    tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// The norm of the difference over the norm of what is expected.
