@@ -93,8 +93,6 @@ pub(super) struct Recipe {
 /// How a kernel is launched, whatever it takes.
 struct Blocks {
     module: Module,
-    /// Whether lanes carry whole channels; parts of channels are for sequences that are not split.
-    is_whole_channels: bool,
     variant: &'static str,
     channels: usize,
     threads: usize,
@@ -135,12 +133,10 @@ impl Recipe {
                 PerLane::One => (Module::SCAN_FORWARD, "one", forward::ONE_CHANNELS, forward::THREADS),
                 PerLane::Four => (Module::SCAN_FORWARD, "four", forward::FOUR_CHANNELS, forward::THREADS),
             };
-            let is_whole_channels = matches!(per_lane, PerLane::One | PerLane::Four);
-            Blocks { module, is_whole_channels, variant, channels, threads, shared, most_shared: shared }
+            Blocks { module, variant, channels, threads, shared, most_shared: shared }
         };
         let turns = |module, variant, channels, threads| Blocks {
             module,
-            is_whole_channels: true,
             variant,
             channels,
             threads,
@@ -190,7 +186,6 @@ impl Recipe {
         let scan = match is_fast {
             true => Blocks {
                 module: Module::SCAN_BACKWARD,
-                is_whole_channels: true,
                 variant: if shape.d_state > STATE_BLOCK { "many_states" } else { "fast" },
                 channels: backward::CHANNELS,
                 threads: backward::THREADS,
@@ -199,7 +194,6 @@ impl Recipe {
             },
             false => Blocks {
                 module: Module::SCAN_BACKWARD_GENERAL,
-                is_whole_channels: true,
                 variant: "general",
                 channels: backward_general::CHANNELS,
                 threads: backward_general::THREADS,
@@ -209,7 +203,6 @@ impl Recipe {
         };
         let chunk_state = Blocks {
             module: Module::SCAN_BACKWARD_CHUNK_STATE,
-            is_whole_channels: true,
             variant: if is_fast { "fast" } else { "general" },
             channels: backward_chunk_state::CHANNELS,
             threads: backward_chunk_state::THREADS,
@@ -288,7 +281,8 @@ impl Recipe {
         first_state: usize,
     ) {
         let group_blocks = shape.group_blocks(blocks.channels);
-        let is_split = self.is_split && blocks.is_whole_channels;
+        // Lanes carry parts of channels where sequences are not split.
+        let is_split = self.is_split && blocks.module != Module::SCAN_FORWARD_FEW_CHANNELS;
         self.launches.push(Launch {
             kernel: Kernel {
                 most_shared: blocks.most_shared,
