@@ -132,14 +132,12 @@ impl Context {
         if let Some(loaded) = modules.get(&module) {
             return Ok(loaded.clone());
         }
-        let loaded = if module.fatbin.is_empty() {
-            Err("this build is for its documentation and has none".to_string())
-        } else {
-            let image = Ptx::from_binary(module.fatbin.to_vec());
-            self.cuda.load_module(image).map_err(|error| error.to_string())
-        };
-        let action = || format!("loading the kernels of {}", module.name);
-        let loaded = loaded.map_err(|message| Error::Cuda { action: action(), message })?;
+        let action = format!("loading the kernels of {}", module.name);
+        if module.fatbin.is_empty() {
+            return Err(Error::Cuda { action, message: "this build is for its documentation and has none".into() });
+        }
+        let image = Ptx::from_binary(module.fatbin.to_vec());
+        let loaded = self.cuda.load_module(image).map_err(|error| Error::cuda(action, error))?;
         modules.insert(module, loaded.clone());
         Ok(loaded)
     }
@@ -151,7 +149,7 @@ struct Table {
     uploaded: Arc<CudaSlice<u64>>,
 }
 
-/// Tables that are kept for each context, and the longest that is.
+/// Tables that are kept for each stream, and the longest that is.
 const MOST_TABLES: usize = 16;
 const LONGEST_TABLE: usize = 1 << 16;
 
@@ -167,19 +165,61 @@ impl Device<'_> {
         if is_captured || numbers.len() > LONGEST_TABLE {
             return self.upload(what, numbers).map(Arc::new);
         }
-        let is_same = |table: &Table| {
-            table.uploaded.stream().cu_stream() == self.stream.cu_stream() && *table.numbers == *numbers
-        };
+        let is_here = |table: &&Table| table.uploaded.stream().cu_stream() == self.stream.cu_stream();
         let mut tables = self.context.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = tables.iter().position(is_same) {
+        if let Some(at) = tables.iter().position(|table| is_here(&table) && *table.numbers == *numbers) {
             // What was used last is found first.
             tables[..=at].rotate_right(1);
             return Ok(tables[0].uploaded.clone());
         }
         let uploaded = Arc::new(self.upload(what, numbers)?);
-        // A table that is dropped is freed in the order of its stream, after what has been launched there.
-        tables.truncate(MOST_TABLES - 1);
+        // A table that is dropped is freed in the order of its stream, after what has been launched there. Those of other
+        // streams stay, as these may be captured just now, which a free would end.
+        if tables.iter().filter(is_here).count() == MOST_TABLES
+            && let Some(oldest) = tables.iter().rposition(|table| is_here(&table))
+        {
+            tables.remove(oldest);
+        }
         tables.insert(0, Table { numbers: numbers.into(), uploaded: uploaded.clone() });
         Ok(uploaded)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    mod gpu {
+        use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+
+        use super::super::*;
+
+        /// As many tables as make a stream drop its oldest, beside a stream that is captured; skipped, and said so, where
+        /// there is no device.
+        #[test]
+        fn a_captured_stream_is_left_alone() {
+            let context = match crate::cuda::context(0) {
+                Ok(context) => context,
+                Err(error) => return eprintln!("no GPU, and none simulated ({error}): skipped"),
+            };
+            let streams = [(); 2].map(|()| context.new_stream().expect("a stream"));
+            let devices = streams.each_ref().map(|stream| Device::new(stream).expect("a device"));
+            let first = devices[0].table("a table", &[7]).expect("room");
+            drop(first);
+            streams[0].begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).expect("a capture");
+            for number in 0..2 * MOST_TABLES as u64 {
+                devices[1].table("a table", &[number]).expect("room");
+            }
+            let status = streams[0].capture_status().expect("a status");
+            assert_eq!(status, CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE);
+            let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+            streams[0].end_capture(flags).expect("the capture is whole");
+            // What was uploaded before is found again, and what is new still goes through.
+            for numbers in [[7], [8]] {
+                let table = devices[0].table("a table", &numbers).expect("room");
+                assert_eq!(streams[0].clone_dtoh(&*table).expect("numbers"), numbers);
+            }
+            let kept = devices[1].context.tables.lock().unwrap_or_else(PoisonError::into_inner);
+            let of_second = |table: &&Table| table.uploaded.stream().cu_stream() == streams[1].cu_stream();
+            assert_eq!(kept.iter().filter(of_second).count(), MOST_TABLES);
+        }
     }
 }
