@@ -32,7 +32,8 @@
 //! ```
 //!
 //! The kernels are compiled when this crate is (its `build.rs` says for which devices) and loaded once for each context,
-//! which then lives as long as the process.
+//! which then lives as long as the process; so does a stream on which packed sequences or many slots were worked on, as the
+//! last 16 of its tables are kept for the next call.
 
 mod context;
 mod launch;
