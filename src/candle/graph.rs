@@ -105,7 +105,12 @@ pub(crate) struct Computed {
 
 impl Computed {
     pub fn new<const R: usize>(storage: Storage, shape: [usize; R]) -> Self {
-        Self { storage, shape: (&shape).into() }
+        Self::of_shape(storage, (&shape).into())
+    }
+
+    /// The same, of any number of dimensions.
+    pub fn of_shape(storage: Storage, shape: Shape) -> Self {
+        Self { storage, shape }
     }
 
     /// The result as a tensor that candle does not track.
