@@ -5,6 +5,7 @@
 //! | selective scan | [`scan`] | runs the recurrence over whole sequences, dense or packed, with gradients |
 //! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
 //! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
+//! | gradient of an embedding | [`embedding`] | sums the gradients of the rows that tokens were looked up in |
 //! | RMS norm | [`norm`] | the norm between layers, with the residual added and with a gate, with gradients |
 //!
 //! With the features of the same names, the module `candle` has the operators on candle's tensors, with gradients in
@@ -91,6 +92,7 @@ pub mod conv;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod element;
+pub mod embedding;
 mod error;
 mod kinds;
 #[cfg(feature = "nn")]

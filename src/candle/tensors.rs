@@ -199,7 +199,8 @@ impl<'l> Reader<'l> {
         like: &Tensor,
     ) -> candle_core::Result<View<'l, T, 2, B::Memory>> {
         let layout = tensor.layout();
-        let expected = |expected: &dyn std::fmt::Display| Error::argument(name, expected, format_args!("{:?}", layout.dims()));
+        let expected =
+            |expected: &dyn std::fmt::Display| Error::argument(name, expected, format_args!("{:?}", layout.dims()));
         if layout.dims() != like.dims() {
             return Err(expected(&format_args!("shape {:?}", like.dims())).into());
         }
@@ -220,16 +221,20 @@ impl<'l> Reader<'l> {
         tensor: &Tensor,
     ) -> candle_core::Result<&'l Buffer<B, T>> {
         check_dtype(name, <T as WithDType>::DTYPE, tensor.dtype())?;
+        B::elements(self.storage::<B>(name, tensor)?)
+    }
+
+    /// candle's storage of a tensor, whatever its elements.
+    pub fn storage<B: Backend>(&self, name: &'static str, tensor: &Tensor) -> Result<&'l B::Storage> {
         let stored = self.storages.iter().find(|stored| std::ptr::eq(stored.tensor, tensor));
         let storage = stored.and_then(|stored| {
             let mut guards = self.guards.iter().copied().flatten();
             guards.find(|(storage, _)| *storage == stored.storage).map(|(_, guard)| &**guard)
         });
-        let storage = storage.and_then(B::open).ok_or_else(|| {
+        storage.and_then(B::open).ok_or_else(|| {
             // `check_devices` has seen to it, except where another thread moves a variable between the two.
             Error::argument(name, "a tensor on the device of the others", "one elsewhere")
-        })?;
-        B::elements(storage)
+        })
     }
 }
 

@@ -59,4 +59,6 @@ modules! {
     CONV_UPDATE = "conv/update",
     NORM_FORWARD = "norm/forward",
     NORM_BACKWARD = "norm/backward",
+    EMBEDDING_SORT = "embedding/sort",
+    EMBEDDING_SUM = "embedding/sum",
 }

@@ -175,7 +175,8 @@ impl<'a> RmsNorm<'a> {
     fn run(&self, with_residual_out: bool) -> Result<(Tensor, Option<Tensor>)> {
         let [x, residual, z] = [Some(self.x), self.residual, self.z].map(|tensor| tensor.map(as_rows).transpose());
         let (x, residual, z) = (x?, residual?, z?);
-        let with_rows = RmsNorm { x: x.as_deref().unwrap_or(self.x), residual: residual.as_deref(), z: z.as_deref(), ..*self };
+        let with_rows =
+            RmsNorm { x: x.as_deref().unwrap_or(self.x), residual: residual.as_deref(), z: z.as_deref(), ..*self };
         with_rows.run_on_rows(with_residual_out)
     }
 

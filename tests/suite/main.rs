@@ -7,8 +7,10 @@ mod support;
 #[cfg(feature = "candle")]
 mod candle;
 mod conv;
+mod embedding;
 #[cfg(feature = "nn")]
 mod nn;
+mod norm;
 mod scan;
 mod state_update;
 

@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::Parameter;
+use crate::candle::embedding_gradient;
 use crate::nn::{argument, check_once, check_room};
 
 /// Token ids that are all in the vocabulary.
@@ -138,14 +139,11 @@ impl CustomOp1 for Embedding {
 
     fn bwd(&self, table: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         check_once(self.name(), grad)?;
-        let (grad, shape) = (grad.contiguous()?, table.dims2()?);
-        Ok(Some(match &self.on_device {
-            None => grad.apply_op1_no_bwd(&Gradient { ids: self.ids.clone(), shape, dtype: table.dtype() })?,
-            // Without atomics: each thread of candle's kernel has a column and goes through the rows in their order.
-            Some(ids) => {
-                Tensor::zeros(shape, DType::F32, grad.device())?.index_add(ids, &grad, 0)?.to_dtype(table.dtype())?
-            }
-        }))
+        let ids = match &self.on_device {
+            Some(ids) => ids.clone(),
+            None => Tensor::new(&*self.ids, grad.device())?,
+        };
+        Ok(Some(embedding_gradient(&ids, grad, table.dim(0)?)?.to_dtype(table.dtype())?))
     }
 }
 
@@ -159,71 +157,5 @@ impl Embedding {
             }
         });
         rows
-    }
-}
-
-/// The gradient of the rows to that of the matrix.
-struct Gradient {
-    ids: Arc<[u32]>,
-    shape: (usize, usize),
-    dtype: DType,
-}
-
-impl CustomOp1 for Gradient {
-    fn name(&self) -> &'static str {
-        "embedding-gradient"
-    }
-
-    fn cpu_fwd(&self, grad: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (start, end) =
-            layout.contiguous_offsets().ok_or_else(|| Error::RequiresContiguous { op: "embedding" }.bt())?;
-        let grad = &grad.as_slice::<f32>()?[start..end];
-        let sum = match self.dtype {
-            DType::F32 => CpuStorage::F32(self.sum(grad, |x| x as f32)),
-            DType::F64 => CpuStorage::F64(self.sum(grad, |x| x)),
-            DType::F16 => CpuStorage::F16(self.sum(grad, f16::from_f64)),
-            DType::BF16 => CpuStorage::BF16(self.sum(grad, bf16::from_f64)),
-            other => return Err(Error::UnsupportedDTypeForOp(other, "embedding").bt()),
-        };
-        Ok((sum, self.shape.into()))
-    }
-}
-
-impl Gradient {
-    /// Sums the rows of each token in their order, in `f64`, so that a token that is there a million times loses nothing,
-    /// and rounds once.
-    fn sum<T: Copy + Default + Send>(&self, grad: &[f32], round: impl Fn(f64) -> T + Sync) -> Vec<T> {
-        let (vocab_size, width) = self.shape;
-        // Where the rows of each token begin in `order`: the rows, sorted by token.
-        let mut starts = vec![0usize; vocab_size + 1];
-        for &id in &self.ids[..] {
-            starts[id as usize + 1] += 1;
-        }
-        for token in 0..vocab_size {
-            starts[token + 1] += starts[token];
-        }
-        let (mut next, mut order) = (starts.clone(), vec![0usize; self.ids.len()]);
-        for (row, &id) in self.ids.iter().enumerate() {
-            let place = &mut next[id as usize];
-            order[*place] = row;
-            *place += 1;
-        }
-        let mut out = vec![T::default(); vocab_size * width];
-        out.par_chunks_mut(width).zip(starts.par_windows(2)).with_min_len(16).for_each(|(out, range)| {
-            let rows = &order[range[0]..range[1]];
-            if rows.is_empty() {
-                return;
-            }
-            let mut sum = vec![0.0f64; width];
-            for row in rows {
-                for (sum, &grad) in sum.iter_mut().zip(&grad[row * width..][..width]) {
-                    *sum += f64::from(grad);
-                }
-            }
-            for (out, &sum) in out.iter_mut().zip(&sum) {
-                *out = round(sum);
-            }
-        });
-        out
     }
 }

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use selective_scan::candle::Scan;
 
-use super::{conv, graph, scan, update, vectors, views};
+use super::{conv, embedding, graph, norm, scan, update, vectors, views};
 use crate::scan::case::Shape;
 
 fn device() -> Option<Device> {
@@ -60,6 +60,15 @@ on_the_device! {
         conv::agrees_with_the_reference::<f16>(device, 4);
         conv::agrees_with_the_reference::<bf16>(device, 4);
     };
+    embedding_gradient: |device| embedding::has_the_values_of_a_loop(device);
+    norm_agrees_with_the_reference: |device| {
+        norm::agrees_with_the_reference::<f32, f32, f32>(device, 16);
+        norm::agrees_with_the_reference::<f32, f32, bf16>(device, 8);
+        norm::agrees_with_the_reference::<f16, f16, f16>(device, 8);
+        norm::agrees_with_the_reference::<bf16, f32, bf16>(device, 8);
+    };
+    norms_in_a_row: |device| norm::layers_of_a_stream(device);
+    norm_of_slices: |device| norm::slices_are_not_copied(device);
     updates_have_the_results_of_those_on_slices: |device| {
         update::like_slices::<f32, f32>(device);
         update::like_slices::<bf16, bf16>(device);

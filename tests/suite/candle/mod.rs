@@ -1,10 +1,12 @@
 //! The operators on candle's tensors. Each test is a function of the device; `gpu` calls them with another.
 
 mod conv;
+mod embedding;
 mod errors;
 #[cfg(feature = "candle-cuda")]
 mod gpu;
 mod graph;
+mod norm;
 mod plain;
 mod scan;
 mod update;
