@@ -379,6 +379,10 @@ impl CustomOp3 for Hub {
         if got != expected {
             return Err(Error::Msg(format!("{}: {got} gradients for {expected} inputs", self.name)));
         }
+        // candle panics where a node that it tracks has no gradient.
+        if let Some(i) = (0..expected).find(|&i| self.tracked[i] && all[i].is_none()) {
+            return Err(Error::Msg(format!("{}: no gradient for input {i}, which candle tracks", self.name)));
+        }
         let kept =
             all.into_iter().zip(&self.tracked).map(|(gradient, tracked)| gradient.filter(|_| *tracked)).collect();
         lock(&self.cells.gradients).insert(thread, kept);

@@ -57,6 +57,16 @@ impl RmsNorm {
         self.weight.stored()
     }
 
+    /// The weight.
+    pub(crate) fn parameter(&self) -> &Parameter {
+        &self.weight
+    }
+
+    /// Added to the mean square.
+    pub(crate) fn eps(&self) -> f64 {
+        self.eps
+    }
+
     /// Normalises the rows of `x`, `(.., size)` of `f32`, `f16` or `bf16`, computed in `f32`. Differentiable.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let size = self.weight().elem_count();
@@ -97,6 +107,32 @@ pub(crate) fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f64, dtype: DTy
         }
     };
     out.to_dtype(dtype)
+}
+
+/// The gradients of `x`, in its type, and of the weight, from that of the norm.
+pub(crate) fn rms_norm_gradients(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    eps: f64,
+    d_out: &Tensor,
+    d_stream: Option<&Tensor>,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let s = x.to_dtype(DType::F32)?;
+    let d_out = d_out.to_dtype(DType::F32)?;
+    let scale = ((s.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip())?;
+    let normed = s.broadcast_mul(&scale)?;
+    let d_normed = match weight {
+        Some(weight) => d_out.broadcast_mul(&weight.to_dtype(DType::F32)?)?,
+        None => d_out.clone(),
+    };
+    let along = (&d_normed * &normed)?.mean_keepdim(D::Minus1)?;
+    let mut d_x = (d_normed - normed.broadcast_mul(&along)?)?.broadcast_mul(&scale)?;
+    if let Some(d_stream) = d_stream {
+        d_x = (d_x + d_stream.to_dtype(DType::F32)?)?;
+    }
+    let width = x.dim(D::Minus1)?;
+    let d_weight = weight.map(|_| (d_out * normed)?.reshape(((), width))?.sum(0)).transpose()?;
+    Ok((d_x.to_dtype(x.dtype())?, d_weight))
 }
 
 /// Rows that are worked on, and whose gradients are summed, together: by this the order of sums is fixed, whatever the

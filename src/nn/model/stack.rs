@@ -1,0 +1,121 @@
+//! Layers one after the other as one node of candle's graph.
+//!
+//! Between them nothing goes through the graph: the residual stream is added to where it lies, and on the way back its
+//! gradient is handed from layer to layer.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::backbone::Layer;
+use super::mixer::Mixer;
+use crate::candle::node;
+use crate::nn::check_once;
+use crate::nn::layers::{Gradients, Parameter, rms_norm, rms_norm_gradients};
+use crate::nn::mamba::{Kept, Parts, rows};
+
+/// A layer outside of candle's graph.
+struct Detached {
+    norm: Parameter,
+    eps: f64,
+    parts: Parts,
+}
+
+/// What a layer leaves for the way back.
+struct KeptLayer {
+    layer: Detached,
+    /// The stream before the layer.
+    stream: Tensor,
+    block: Kept,
+}
+
+/// Runs a residual stream, `(batch, length, d_model)` with at least one element, through layers. Differentiable.
+pub(super) fn forward(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
+    let tracked: Vec<Vec<Tensor>> = layers.iter().map(Layer::tracked).collect();
+    // What lies before the first tensor that is tracked has no way back.
+    let first = match stream.track_op() {
+        true => 0,
+        false => tracked.iter().position(|tensors| !tensors.is_empty()).unwrap_or(layers.len()),
+    };
+    let mut current = stream.detach().contiguous()?;
+    if first > 0 {
+        current = current.copy()?;
+    }
+    for layer in &layers[..first] {
+        Detached::new(layer)?.run(&current, cu_seqlens)?;
+    }
+    let mut kept = Vec::new();
+    for layer in &layers[first..] {
+        let (next, layer) = Detached::new(layer)?.run_kept(current, cu_seqlens)?;
+        kept.push(layer);
+        current = next;
+    }
+    if kept.is_empty() {
+        return Ok(current);
+    }
+    let mut parameters: Vec<&Tensor> = Vec::new();
+    for tensor in tracked.iter().flatten() {
+        if parameters.iter().all(|other| other.id() != tensor.id()) {
+            parameters.push(tensor);
+        }
+    }
+    let (is_stream_tracked, ids) = (stream.track_op(), parameters.iter().map(|tensor| tensor.id()).collect::<Vec<_>>());
+    let inputs: Vec<_> = [stream].into_iter().chain(parameters).collect();
+    let backward = move |d_stream: &Tensor| {
+        check_once("layers", d_stream)?;
+        let (mut gradients, mut d_stream) = (Gradients::default(), d_stream.contiguous()?);
+        for layer in kept.iter().rev() {
+            d_stream = layer.backward(&d_stream, &mut gradients)?;
+        }
+        let d_stream = is_stream_tracked.then_some(d_stream);
+        Ok([d_stream].into_iter().chain(ids.iter().map(|&id| gradients.take(id))).collect())
+    };
+    // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
+    unsafe { node("layers", &inputs, current, backward) }
+}
+
+impl Detached {
+    fn new(layer: &Layer) -> Result<Self> {
+        let Mixer::Mamba(block) = &layer.mixer;
+        Ok(Self {
+            norm: layer.norm.parameter().leave_graph()?,
+            eps: layer.norm.eps(),
+            parts: block.parts().leave_graph()?,
+        })
+    }
+
+    fn dtype(&self) -> DType {
+        self.norm.dtype()
+    }
+
+    /// Adds what the layer gives to the stream, in place.
+    fn run(&self, stream: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<()> {
+        let normed = rms_norm(stream, Some(&self.norm.tensor()?), self.eps, self.dtype())?;
+        let y = self.parts.forward(&normed, cu_seqlens)?;
+        self.parts.out_proj.apply_onto(&rows(stream)?, &y)
+    }
+
+    /// The stream after the layer, and what the way back needs.
+    fn run_kept(self, stream: Tensor, cu_seqlens: Option<&[usize]>) -> Result<(Tensor, KeptLayer)> {
+        let normed = rms_norm(&stream, Some(&self.norm.tensor()?), self.eps, self.dtype())?;
+        let next = stream.copy()?;
+        let block = self.parts.forward_kept(&normed, cu_seqlens)?;
+        self.parts.out_proj.apply_onto(&rows(&next)?, &block.y)?;
+        Ok((next, KeptLayer { layer: self, stream, block }))
+    }
+}
+
+impl KeptLayer {
+    /// The gradient of the stream before the layer, from that of the stream after it.
+    fn backward(&self, d_stream: &Tensor, gradients: &mut Gradients) -> Result<Tensor> {
+        let Detached { norm, eps, parts } = &self.layer;
+        let d_out = d_stream.to_dtype(self.layer.dtype())?;
+        let d_normed = parts.backward(&self.block, &d_out, true, gradients)?;
+        let d_normed = d_normed.ok_or_else(|| candle_core::Error::Msg("a block without a gradient".into()))?;
+        let d_normed = d_normed.reshape(self.stream.shape())?;
+        let (d_before, d_weight) =
+            rms_norm_gradients(&self.stream, Some(&norm.tensor()?), *eps, &d_normed, Some(d_stream))?;
+        if let Some(d_weight) = d_weight {
+            gradients.add(norm, |_| Ok(d_weight))?;
+        }
+        Ok(d_before)
+    }
+}
