@@ -152,13 +152,18 @@ pub(crate) struct Computed {
 
 impl Computed {
     pub fn new<const R: usize>(storage: Storage, shape: [usize; R]) -> Self {
-        Self { storage, shape: (&shape).into() }
+        Self::of_shape(storage, (&shape).into())
+    }
+
+    /// The same, of any number of dimensions.
+    pub fn of_shape(storage: Storage, shape: Shape) -> Self {
+        Self { storage, shape }
     }
 
     /// The storage of a tensor, which is left without elements.
     fn of(tensor: &Tensor) -> Result<Self> {
-        let dense = tensor.detach().contiguous()?;
-        let dense = if dense.layout().start_offset() == 0 { dense } else { dense.copy()? };
+        let is_whole = tensor.is_contiguous() && tensor.layout().start_offset() == 0;
+        let dense = if is_whole { tensor.detach() } else { tensor.detach().force_contiguous()? };
         let taken = Take(Mutex::new(None));
         dense.inplace_op1(&taken)?;
         match lock(&taken.0).take() {

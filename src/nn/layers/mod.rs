@@ -9,4 +9,4 @@ pub(crate) use embedding::Tokens;
 pub(crate) use linear::Linear;
 pub(crate) use parameters::{Change, Gradients, Initial, Parameter, ParameterList, Parameters};
 pub use rms_norm::RmsNorm;
-pub(crate) use rms_norm::{rms_norm, rms_norm_gradients};
+pub(crate) use rms_norm::rms_norm;

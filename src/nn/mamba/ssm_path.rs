@@ -3,14 +3,14 @@
 //!
 //! All of it is outside of candle's graph: a block is one node there, whose backward pass is written by hand.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::parts::rows;
 use super::state::States;
 use super::{MambaConfig, MambaState, Norms};
-use crate::candle::{CausalConv, ConvUpdate, Scan, StateUpdate};
-use crate::nn::layers::{Gradients, Initial, Linear, Parameter, Parameters, rms_norm, rms_norm_gradients};
-use crate::{conv, scan, state_update};
+use crate::candle::{CausalConv, ConvUpdate, RmsNorm, Scan, StateUpdate};
+use crate::nn::layers::{Gradients, Initial, Linear, Parameter, Parameters, rms_norm};
+use crate::{conv, norm, scan, state_update};
 
 /// The convolution and the scan of one direction, with their parameters.
 #[derive(Debug, Clone)]
@@ -402,7 +402,10 @@ impl ProjectionNorms {
 
     /// The gradient of `x`, whose norm has the gradient `d_out`, and that of the weight.
     fn backward(&self, i: usize, x: &Tensor, d_out: &Tensor, gradients: &mut Gradients) -> Result<Tensor> {
-        let (d_x, d_weight) = rms_norm_gradients(x, self.weight(i)?.as_ref(), self.eps, d_out, None)?;
+        let weight = self.weight(i)?.map(|weight| weight.to_dtype(DType::F32)).transpose()?;
+        let options = norm::Options { eps: self.eps, ..Default::default() };
+        let norm = RmsNorm { weight: weight.as_ref(), options, ..RmsNorm::new(x) };
+        let (d_x, d_weight) = norm.backward(d_out, None)?;
         if let (Some(weights), Some(d_weight)) = (&self.weights, d_weight) {
             gradients.add(&weights[i], |_| Ok(d_weight))?;
         }

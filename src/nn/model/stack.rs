@@ -7,14 +7,17 @@ use candle_core::{DType, Result, Tensor};
 
 use super::backbone::Layer;
 use super::mixer::Mixer;
-use crate::candle::node;
+use crate::candle::{RmsNorm, node};
 use crate::nn::check_once;
-use crate::nn::layers::{Gradients, Parameter, rms_norm, rms_norm_gradients};
+use crate::nn::layers::{Gradients, Parameter};
 use crate::nn::mamba::{Kept, Parts, rows};
+use crate::norm;
 
 /// A layer outside of candle's graph.
 struct Detached {
     norm: Parameter,
+    /// The norm's weight in `f32`, as it is computed with.
+    norm_weight: Tensor,
     eps: f64,
     parts: Parts,
 }
@@ -75,28 +78,27 @@ pub(super) fn forward(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[us
 impl Detached {
     fn new(layer: &Layer) -> Result<Self> {
         let Mixer::Mamba(block) = &layer.mixer;
-        Ok(Self {
-            norm: layer.norm.parameter().leave_graph()?,
-            eps: layer.norm.eps(),
-            parts: block.parts().leave_graph()?,
-        })
+        let norm = layer.norm.parameter().leave_graph()?;
+        let norm_weight = norm.tensor()?.to_dtype(DType::F32)?;
+        Ok(Self { norm, norm_weight, eps: layer.norm.eps(), parts: block.parts().leave_graph()? })
     }
 
-    fn dtype(&self) -> DType {
-        self.norm.dtype()
+    /// The norm of the stream, in the type in which the layer computes.
+    fn norm<'a>(&'a self, stream: &'a Tensor) -> RmsNorm<'a> {
+        let options = norm::Options { eps: self.eps, ..Default::default() };
+        RmsNorm { weight: Some(&self.norm_weight), options, dtype: self.norm.dtype(), ..RmsNorm::new(stream) }
     }
 
     /// Adds what the layer gives to the stream, in place.
     fn run(&self, stream: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<()> {
-        let normed = rms_norm(stream, Some(&self.norm.tensor()?), self.eps, self.dtype())?;
+        let normed = self.norm(stream).forward()?;
         let y = self.parts.forward(&normed, cu_seqlens)?;
         self.parts.out_proj.apply_onto(&rows(stream)?, &y)
     }
 
     /// The stream after the layer, and what the way back needs.
     fn run_kept(self, stream: Tensor, cu_seqlens: Option<&[usize]>) -> Result<(Tensor, KeptLayer)> {
-        let normed = rms_norm(&stream, Some(&self.norm.tensor()?), self.eps, self.dtype())?;
-        let next = stream.copy()?;
+        let (normed, next) = self.norm(&stream).forward_with_residual()?;
         let block = self.parts.forward_kept(&normed, cu_seqlens)?;
         self.parts.out_proj.apply_onto(&rows(&next)?, &block.y)?;
         Ok((next, KeptLayer { layer: self, stream, block }))
@@ -106,15 +108,13 @@ impl Detached {
 impl KeptLayer {
     /// The gradient of the stream before the layer, from that of the stream after it.
     fn backward(&self, d_stream: &Tensor, gradients: &mut Gradients) -> Result<Tensor> {
-        let Detached { norm, eps, parts } = &self.layer;
-        let d_out = d_stream.to_dtype(self.layer.dtype())?;
-        let d_normed = parts.backward(&self.block, &d_out, true, gradients)?;
+        let (layer, norm) = (&self.layer, self.layer.norm(&self.stream));
+        let d_out = d_stream.to_dtype(norm.dtype)?;
+        let d_normed = layer.parts.backward(&self.block, &d_out, true, gradients)?;
         let d_normed = d_normed.ok_or_else(|| candle_core::Error::Msg("a block without a gradient".into()))?;
-        let d_normed = d_normed.reshape(self.stream.shape())?;
-        let (d_before, d_weight) =
-            rms_norm_gradients(&self.stream, Some(&norm.tensor()?), *eps, &d_normed, Some(d_stream))?;
+        let (d_before, d_weight) = norm.backward(&d_normed.reshape(self.stream.shape())?, Some(d_stream))?;
         if let Some(d_weight) = d_weight {
-            gradients.add(norm, |_| Ok(d_weight))?;
+            gradients.add(&layer.norm, |_| Ok(d_weight))?;
         }
         Ok(d_before)
     }
