@@ -20,6 +20,7 @@ pub struct Prepared {
 /// What was measured of a case, in milliseconds of a call.
 pub struct Measured {
     pub case: Case,
+    pub parameters: usize,
     pub median: f64,
     pub min: f64,
     /// Medians of a training step's phases.
@@ -69,7 +70,8 @@ impl Prepared {
             Work::Prefill(_) | Work::Decode(_) => None,
         };
         let min = times.iter().copied().fold(f64::INFINITY, f64::min);
-        Ok(Measured { case: self.case.clone(), median: median(times), min, phases, peak })
+        let parameters = self.work.parameters();
+        Ok(Measured { case: self.case.clone(), parameters, median: median(times), min, phases, peak })
     }
 }
 
@@ -83,7 +85,7 @@ impl Measured {
         let Case { what, model, mode, batch, length } = &self.case;
         let mut line = json!({
             "what": name(what), "model": name(model), "dtype": name(mode), "batch": batch, "length": length,
-            "ms": self.median, "min": self.min, "tokens_per_s": self.tokens_per_second(),
+            "parameters": self.parameters, "ms": self.median, "min": self.min, "tokens_per_s": self.tokens_per_second(),
         });
         for (phase, ms) in Training::PHASES.into_iter().zip(self.phases.into_iter().flatten()) {
             line[format!("{phase}_ms")] = json!(ms);

@@ -33,6 +33,18 @@ impl Work {
         })
     }
 
+    /// The number of parameters, by which another program's model is seen to be the same.
+    pub fn parameters(&self) -> usize {
+        let model = match self {
+            Self::Train(training) => &training.model,
+            Self::Prefill(prefill) => &prefill.model,
+            Self::Decode(decoding) => &decoding.model,
+        };
+        let mut count = 0;
+        model.visit(&mut |_, tensor| count += tensor.elem_count());
+        count
+    }
+
     pub fn run(&mut self) -> Result<()> {
         match self {
             Self::Train(training) => training.step(&mut || Ok(())),
