@@ -538,16 +538,20 @@ mod tests {
     /// An operator whose backward pass does not give each input its gradient is told of.
     #[test]
     fn gradients_are_counted() {
-        struct Short;
+        struct Short(Vec<bool>);
         impl Backward for Short {
-            fn backward(&self, d_out: &Tensor, _: Option<&Tensor>) -> Result<Vec<Tensor>> {
-                Ok(vec![d_out.clone()])
+            fn backward(&self, d_out: &Tensor, _: Option<&Tensor>) -> Result<Vec<Option<Tensor>>> {
+                Ok(self.0.iter().map(|is_there| is_there.then(|| d_out.clone())).collect())
             }
         }
         let x = Var::new(&[1f32, 2.0], &Device::Cpu).expect("floats");
-        let out = Computed::new(Storage::Cpu(CpuStorage::F32(vec![0.0; 2])), [2]);
-        let (out, _) = attach("short", &[&x, &x], out, None, Short).expect("two inputs");
-        let error = out.sum_all().and_then(|loss| loss.backward()).expect_err("one gradient").to_string();
-        assert!(error.contains("short: 1 gradients for 2 inputs"), "{error}");
+        let error = |given: &[bool]| {
+            let out = Computed::new(Storage::Cpu(CpuStorage::F32(vec![0.0; 2])), [2]);
+            let (out, _) = attach("short", &[&x, &x], out, None, Short(given.into())).expect("two inputs");
+            out.sum_all().and_then(|loss| loss.backward()).expect_err("one gradient").to_string()
+        };
+        let (one, other) = (error(&[true]), error(&[true, false]));
+        assert!(one.contains("short: 1 gradients for 2 inputs"), "{one}");
+        assert!(other.contains("short: no gradient for input 1"), "{other}");
     }
 }

@@ -82,7 +82,7 @@ pub(crate) mod tensors;
 use std::io;
 
 pub use crate::conv::tensors::{CausalConv, ConvUpdate};
-pub use crate::norm::candle::RmsNorm;
+pub use crate::norm::candle::{RmsNorm, RmsNormGradients};
 pub use crate::pool::candle::rollback;
 pub use crate::scan::tensors::Scan;
 pub use crate::state_update::tensors::StateUpdate;

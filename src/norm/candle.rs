@@ -166,27 +166,26 @@ impl<'a> RmsNorm<'a> {
         self.run(true).map(both)
     }
 
-    /// The gradients of a norm without residual and gate, from that of the norm and, if it was given, of the sum: that of
-    /// `x`, of its type, and that of the weight if there is one, `(width)` of `f32`. This is what candle's backward pass does;
-    /// here nothing is recorded in its graph. Where there was a residual, `x` is the sum.
+    /// The gradients of a norm without residual and gate, from that of the norm and, if it was given, of the sum. This is
+    /// what candle's backward pass does; here nothing is recorded in its graph. Where there was a residual, `x` is the sum.
     ///
     /// # Errors
     /// An argument that does not fit, which the message names. What the device refuses.
-    pub fn backward(&self, d_out: &Tensor, d_residual_out: Option<&Tensor>) -> Result<(Tensor, Option<Tensor>)> {
+    pub fn backward(&self, d_out: &Tensor, d_residual_out: Option<&Tensor>) -> Result<RmsNormGradients> {
         for (name, tensor) in [("residual", self.residual), ("z", self.z)] {
             if tensor.is_some() {
                 return Err(Error::argument(name, "none, for `backward`", "a tensor").into());
             }
         }
         let s = as_rows(self.x)?;
-        // The type of what was added up is not asked for but to say which go together.
         let x_dtype = if s.dtype() == DType::F32 { d_out.dtype() } else { s.dtype() };
         let given =
             Given { s: &s, weight: self.weight, z: None, d_out, d_residual_out, options: self.options, x_dtype };
-        let wanted = Wanted { x: false, residual: true, weight: self.weight.is_some(), z: false };
-        let found = given.gradients(wanted)?;
-        let d_x = found.residual.ok_or_else(|| candle_core::Error::Msg(format!("{NAME}: a gradient was left out")))?;
-        Ok((d_x, found.weight))
+        let is_narrower = x_dtype != s.dtype();
+        let wanted = Wanted { x: is_narrower, residual: true, weight: self.weight.is_some(), z: false };
+        let Found { x, residual, weight, .. } = given.gradients(wanted)?;
+        let sum = residual.ok_or_else(|| candle_core::Error::Msg(format!("{NAME}: a gradient was left out")))?;
+        Ok(RmsNormGradients { x: x.unwrap_or_else(|| sum.clone()), sum, weight })
     }
 
     fn tensors(&self) -> impl Iterator<Item = (&'static str, &'a Tensor)> {
@@ -276,6 +275,18 @@ impl<'a> RmsNorm<'a> {
         let computed = |storage| Computed::of_shape(storage, self.x.shape().clone());
         Ok((computed(backend.store(out)), sum.map(|sum| computed(backend.store(sum)))))
     }
+}
+
+/// What [`RmsNorm::backward`] gives.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct RmsNormGradients {
+    /// The gradient of what is normed, of its shape and type.
+    pub sum: Tensor,
+    /// The same in the type of the norm's gradient: that of what was added to a residual stream of `f32`.
+    pub x: Tensor,
+    /// The gradient of the weight if there is one, `(width)` of `f32`.
+    pub weight: Option<Tensor>,
 }
 
 /// A tensor whose rows lie at one distance from each other: the same or, where they do not, a copy.
@@ -442,13 +453,14 @@ mod tests {
         let (x, weight) = (x.detach(), weight.detach());
         let norm = RmsNorm { weight: Some(&weight), dtype: DType::BF16, ..RmsNorm::new(&x) };
         let parts = norm.forward_with_residual()?;
-        let (d_s, d_weight) = norm.backward(&d_out, Some(&d_sum))?;
         let same = |ours: &Tensor, theirs: &Tensor| -> Result<()> {
             assert_eq!((ours.dtype(), ours.dims()), (theirs.dtype(), theirs.dims()));
             let bits = |tensor: &Tensor| tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>();
             assert_eq!(bits(ours)?, bits(theirs)?);
             Ok(())
         };
+        let RmsNormGradients { sum: d_s, x: rounded, weight: d_weight } = norm.backward(&d_out, Some(&d_sum))?;
+        same(&rounded, &d_s.to_dtype(DType::BF16)?)?;
         same(&parts.0, &out)?;
         same(&parts.1, &sum)?;
         same(&d_s, gradients.get(&x).expect("it is a variable"))?;

@@ -8,7 +8,7 @@ use candle_core::{DType, Result, Tensor};
 use super::parts::rows;
 use super::state::States;
 use super::{MambaConfig, MambaState, Norms};
-use crate::candle::{CausalConv, ConvUpdate, RmsNorm, Scan, StateUpdate};
+use crate::candle::{CausalConv, ConvUpdate, RmsNorm, RmsNormGradients, Scan, StateUpdate};
 use crate::nn::layers::{Gradients, Initial, Linear, Parameter, Parameters, rms_norm};
 use crate::{conv, norm, scan, state_update};
 
@@ -405,7 +405,7 @@ impl ProjectionNorms {
         let weight = self.weight(i)?.map(|weight| weight.to_dtype(DType::F32)).transpose()?;
         let options = norm::Options { eps: self.eps, ..Default::default() };
         let norm = RmsNorm { weight: weight.as_ref(), options, ..RmsNorm::new(x) };
-        let (d_x, d_weight) = norm.backward(d_out, None)?;
+        let RmsNormGradients { sum: d_x, weight: d_weight, .. } = norm.backward(d_out, None)?;
         if let (Some(weights), Some(d_weight)) = (&self.weights, d_weight) {
             gradients.add(&weights[i], |_| Ok(d_weight))?;
         }

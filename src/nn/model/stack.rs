@@ -64,11 +64,12 @@ pub(super) fn forward(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[us
     let inputs: Vec<_> = [stream].into_iter().chain(parameters).collect();
     let backward = move |d_stream: &Tensor| {
         check_once("layers", d_stream)?;
-        let (mut gradients, mut d_stream) = (Gradients::default(), d_stream.contiguous()?);
+        let mut gradients = Gradients::default();
+        let mut d_stream = (d_stream.contiguous()?, d_stream.clone());
         for layer in kept.iter().rev() {
-            d_stream = layer.backward(&d_stream, &mut gradients)?;
+            d_stream = layer.backward(d_stream, &mut gradients)?;
         }
-        let d_stream = is_stream_tracked.then_some(d_stream);
+        let d_stream = is_stream_tracked.then_some(d_stream.0);
         Ok([d_stream].into_iter().chain(ids.iter().map(|&id| gradients.take(id))).collect())
     };
     // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
@@ -106,16 +107,17 @@ impl Detached {
 }
 
 impl KeptLayer {
-    /// The gradient of the stream before the layer, from that of the stream after it.
-    fn backward(&self, d_stream: &Tensor, gradients: &mut Gradients) -> Result<Tensor> {
+    /// The gradient of the stream before the layer, from that of the stream after it: in the stream's type, and in that of
+    /// the layer that wrote it.
+    fn backward(&self, d_stream: (Tensor, Tensor), gradients: &mut Gradients) -> Result<(Tensor, Tensor)> {
         let (layer, norm) = (&self.layer, self.layer.norm(&self.stream));
-        let d_out = d_stream.to_dtype(norm.dtype)?;
+        let d_out = d_stream.1.to_dtype(norm.dtype)?;
         let d_normed = layer.parts.backward(&self.block, &d_out, true, gradients)?;
         let d_normed = d_normed.ok_or_else(|| candle_core::Error::Msg("a block without a gradient".into()))?;
-        let (d_before, d_weight) = norm.backward(&d_normed.reshape(self.stream.shape())?, Some(d_stream))?;
-        if let Some(d_weight) = d_weight {
+        let of_norm = norm.backward(&d_normed.reshape(self.stream.shape())?, Some(&d_stream.0))?;
+        if let Some(d_weight) = of_norm.weight {
             gradients.add(&layer.norm, |_| Ok(d_weight))?;
         }
-        Ok(d_before)
+        Ok((of_norm.sum, of_norm.x))
     }
 }

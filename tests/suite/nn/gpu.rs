@@ -7,4 +7,5 @@ on_the_device! {
     a_block_is_its_operators: |device| nodes::a_block_is_its_operators(device);
     subsets_of_parameters: |device| nodes::subsets_of_parameters(device);
     layers_are_their_operators: |device| nodes::layers_are_their_operators(device);
+    losses_of_training: |device| nodes::losses_of_training(device);
 }

@@ -6,14 +6,14 @@ use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
-use candle_nn::{VarBuilder, VarMap};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use rand::Rng;
 use rand::rngs::StdRng;
 use selective_scan::candle::{CausalConv, Scan};
 use selective_scan::nn::{LanguageModel, LanguageModelConfig, Mamba, MambaConfig, Norms};
 use selective_scan::{conv, scan};
 
-use super::{SAME, SAME_GRADIENTS, all_blocks, assert_close, bits, cuts, random, tensor};
+use super::{SAME, SAME_GRADIENTS, all_blocks, assert_close, bits, cuts, random, tensor, values};
 
 type Parameters = BTreeMap<String, Tensor>;
 
@@ -245,6 +245,98 @@ pub fn layers_are_their_operators(device: &Device) {
             assert_eq!(bits_of(&got), expected, "{name}: {parameter}");
         }
     }
+}
+
+/// What trains.
+enum Way<'a> {
+    Nodes(&'a LanguageModel),
+    Operators(&'a LanguageModel),
+}
+
+/// The losses of steps of AdamW from given values, and Σ|gradient| at the first.
+fn train(variables: &VarMap, way: Way, ids: &Tensor, next: &Tensor, steps: usize, rate: f64) -> (Vec<f64>, f64) {
+    let named: Parameters = {
+        let data = variables.data().lock().unwrap();
+        data.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone())).collect()
+    };
+    let all = variables.all_vars();
+    let params = ParamsAdamW { lr: rate, weight_decay: 0.0, ..Default::default() };
+    let mut optimizer = AdamW::new(all.clone(), params).unwrap();
+    let (mut losses, mut slope) = (Vec::new(), 0.0);
+    for step in 0..steps {
+        let logits = match way {
+            Way::Nodes(model) => model.forward(ids).unwrap(),
+            Way::Operators(model) => model_by_operators(model, &named, ids).unwrap(),
+        };
+        let logits = logits.to_dtype(DType::F32).unwrap().flatten(0, 1).unwrap();
+        let loss = candle_nn::loss::cross_entropy(&logits, &next.flatten_all().unwrap()).unwrap();
+        let store = loss.backward().unwrap();
+        if step == 0 {
+            let sum = |variable: &Var| values(&store.get(variable).unwrap().abs().unwrap().sum_all().unwrap())[0];
+            slope = all.iter().map(sum).sum();
+        }
+        optimizer.step(&store).unwrap();
+        losses.push(values(&loss)[0]);
+    }
+    (losses, slope)
+}
+
+/// 200 steps of training by nodes, by the operators one by one, and by nodes in bf16 on the same `f32` variables.
+///
+/// AdamW moves no parameter by more than about its rate in a step, in a direction as exact as the gradient, of which the
+/// error is known: `SAME_GRADIENTS` in f32, and in bf16 a few roundings of 2^-9, 2^-6 in all. So after t steps parameters
+/// are apart by 2 t · rate · error at most (moments count it twice), and losses by Σ|gradient| times that, which is largest
+/// at the beginning.
+pub fn losses_of_training(device: &Device) {
+    const STEPS: usize = 200;
+    const RATE: f64 = 1e-3;
+    let mut random = random();
+    let mamba = MambaConfig { d_state: 4, seed: random.random(), ..MambaConfig::new(16) };
+    let config = LanguageModelConfig { tie_embeddings: false, ..LanguageModelConfig::with_mixer(11, 2, mamba) };
+    // A walk that goes on by 3 most of the time, so that there is something to learn and something to guess.
+    let mut walk = vec![0u32];
+    for _ in 0..64 {
+        let step = if random.random_bool(0.8) { 3 } else { random.random_range(0..11) };
+        walk.push((walk.last().unwrap() + step) % 11);
+    }
+    let text = |part: &[u32]| Tensor::new(part, device).unwrap().reshape((2, 32)).unwrap();
+    let (ids, next) = (text(&walk[..64]), text(&walk[1..]));
+    let start = VarMap::new();
+    LanguageModel::new(&config, VarBuilder::from_varmap(&start, DType::F32, device)).unwrap();
+    let copy = || {
+        let variables = VarMap::new();
+        for (name, variable) in start.data().lock().unwrap().iter() {
+            let copy = Var::from_tensor(&variable.as_tensor().copy().unwrap()).unwrap();
+            variables.data().lock().unwrap().insert(name.clone(), copy);
+        }
+        variables
+    };
+    let model = |variables: &VarMap, dtype| {
+        LanguageModel::new(&config, VarBuilder::from_varmap(variables, dtype, device)).unwrap()
+    };
+    let run = |way: fn(&LanguageModel) -> Way, dtype| {
+        let variables = copy();
+        let model = model(&variables, dtype);
+        train(&variables, way(&model), &ids, &next, STEPS, RATE)
+    };
+    let (expected, slope) = run(|model| Way::Operators(model), DType::F32);
+    assert!(expected[STEPS - 1] < 0.7 * expected[0], "{} to {}: it learns nothing", expected[0], expected[STEPS - 1]);
+    for (dtype, error) in [(DType::F32, SAME_GRADIENTS), (DType::BF16, 2f64.powi(-6))] {
+        let (got, _) = run(|model| Way::Nodes(model), dtype);
+        for (step, (got, expected)) in got.iter().zip(&expected).enumerate() {
+            // The first loss has the error of the values.
+            let tolerance = error * expected + 2.0 * step as f64 * RATE * error * slope;
+            assert!(
+                (got - expected).abs() <= tolerance,
+                "{dtype:?}, step {step}: {got} for {expected} ± {tolerance:.1e}"
+            );
+        }
+    }
+}
+
+#[test]
+fn training_on_the_processor() {
+    losses_of_training(&Device::Cpu);
 }
 
 #[test]
