@@ -76,6 +76,7 @@
 #[cfg(feature = "candle-cuda")]
 pub(crate) mod cuda;
 pub(crate) mod device;
+pub(crate) mod gemm;
 pub(crate) mod graph;
 pub(crate) mod in_place;
 pub(crate) mod tensors;
@@ -84,11 +85,20 @@ use std::io;
 
 pub use crate::conv::tensors::{CausalConv, ConvUpdate};
 pub use crate::embedding::candle::embedding_gradient;
-pub use crate::norm::candle::RmsNorm;
+pub use crate::norm::candle::{RmsNorm, RmsNormGradients};
 pub use crate::pool::candle::rollback;
 pub use crate::scan::tensors::Scan;
 pub use crate::state_update::tensors::StateUpdate;
+pub use gemm::gemm;
+pub use graph::node;
 pub use in_place::check_pool;
+pub use tensors::CandleTensors;
+
+/// The gradients of the tensors of a [`Scan`], dense, each of its tensor's shape and type: of those that were given.
+pub type ScanGradients = crate::scan::Tensors<CandleTensors>;
+
+/// The gradients of the tensors of a [`CausalConv`], dense, each of its tensor's shape and type: of those that were given.
+pub type CausalConvGradients = crate::conv::Tensors<CandleTensors>;
 
 impl From<crate::Error> for candle_core::Error {
     fn from(error: crate::Error) -> Self {

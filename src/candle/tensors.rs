@@ -11,7 +11,8 @@ use crate::kinds::{Buffers, Field, Kind, Map, Mut, Nothing, Pair, ProjectionAs, 
 use crate::{Error, Result, View};
 
 /// candle's tensors, of any element type.
-pub(crate) struct CandleTensors;
+#[derive(Debug)]
+pub struct CandleTensors;
 
 impl Kind for CandleTensors {
     type Activation<const R: usize> = Tensor;
@@ -373,40 +374,49 @@ impl<'a, B: Backend, T: Value> Map<Mut<'a, Owned<B, T>>, Buffers<'a, T, B::Memor
     }
 }
 
-/// Makes tensors of buffers, each of the shape of the tensor beside it, in the order in which they are listed.
-pub(crate) struct Store<'b, B> {
-    pub backend: &'b B,
-    pub tensors: Vec<Tensor>,
-}
+/// Makes tensors of buffers, each of the shape of the tensor beside it.
+pub(crate) struct Store<'b, B>(pub &'b B);
 
-impl<'b, B: Backend> Store<'b, B> {
-    pub fn new(backend: &'b B) -> Self {
-        Self { backend, tensors: Vec::new() }
-    }
-
-    fn add<T: Value>(&mut self, buffer: B::Owned<T>, like: &Tensor) {
-        self.tensors.push(graph::untracked(self.backend.store(buffer), like.shape()));
+impl<B: Backend> Store<'_, B> {
+    fn tensor<T: Value>(&self, buffer: B::Owned<T>, like: &Tensor) -> Tensor {
+        graph::untracked(self.0.store(buffer), like.shape())
     }
 }
 
-impl<'a, B: Backend, T: Value> Map<Pair<Owned<B, T>, Ref<'a, CandleTensors>>, Nothing> for Store<'_, B> {
+impl<'a, B: Backend, T: Value> Map<Pair<Owned<B, T>, Ref<'a, CandleTensors>>, CandleTensors> for Store<'_, B> {
     type Error = Infallible;
 
     fn activation<const R: usize>(
         &mut self,
         _: Field,
         (buffer, like): (B::Owned<T>, &'a Tensor),
-    ) -> Result<(), Infallible> {
-        self.add(buffer, like);
-        Ok(())
+    ) -> Result<Tensor, Infallible> {
+        Ok(self.tensor(buffer, like))
     }
 
     fn parameter<const R: usize>(
         &mut self,
         _: Field,
         (buffer, like): (B::Owned<f32>, &'a Tensor),
-    ) -> Result<(), Infallible> {
-        self.add(buffer, like);
+    ) -> Result<Tensor, Infallible> {
+        Ok(self.tensor(buffer, like))
+    }
+}
+
+/// Tensors in the order in which they are listed.
+#[derive(Default)]
+pub(crate) struct List(pub Vec<Option<Tensor>>);
+
+impl Map<CandleTensors, Nothing> for List {
+    type Error = Infallible;
+
+    fn activation<const R: usize>(&mut self, _: Field, tensor: Tensor) -> Result<(), Infallible> {
+        self.0.push(Some(tensor));
+        Ok(())
+    }
+
+    fn parameter<const R: usize>(&mut self, _: Field, tensor: Tensor) -> Result<(), Infallible> {
+        self.0.push(Some(tensor));
         Ok(())
     }
 }

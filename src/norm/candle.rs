@@ -166,6 +166,28 @@ impl<'a> RmsNorm<'a> {
         self.run(true).map(both)
     }
 
+    /// The gradients of a norm without residual and gate, from that of the norm and, if it was given, of the sum. This is
+    /// what candle's backward pass does; here nothing is recorded in its graph. Where there was a residual, `x` is the sum.
+    ///
+    /// # Errors
+    /// An argument that does not fit, which the message names. What the device refuses.
+    pub fn backward(&self, d_out: &Tensor, d_residual_out: Option<&Tensor>) -> Result<RmsNormGradients> {
+        for (name, tensor) in [("residual", self.residual), ("z", self.z)] {
+            if tensor.is_some() {
+                return Err(Error::argument(name, "none, for `backward`", "a tensor").into());
+            }
+        }
+        let s = as_rows(self.x)?;
+        let x_dtype = if s.dtype() == DType::F32 { d_out.dtype() } else { s.dtype() };
+        let given =
+            Given { s: &s, weight: self.weight, z: None, d_out, d_residual_out, options: self.options, x_dtype };
+        let is_narrower = x_dtype != s.dtype();
+        let wanted = Wanted { x: is_narrower, residual: true, weight: self.weight.is_some(), z: false };
+        let Found { x, residual, weight, .. } = given.gradients(wanted)?;
+        let sum = residual.ok_or_else(|| candle_core::Error::Msg(format!("{NAME}: a gradient was left out")))?;
+        Ok(RmsNormGradients { x: x.unwrap_or_else(|| sum.clone()), sum, weight })
+    }
+
     fn tensors(&self) -> impl Iterator<Item = (&'static str, &'a Tensor)> {
         let optional = [("residual", self.residual), ("weight", self.weight), ("z", self.z)];
         let optional = optional.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)));
@@ -255,6 +277,18 @@ impl<'a> RmsNorm<'a> {
     }
 }
 
+/// What [`RmsNorm::backward`] gives.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct RmsNormGradients {
+    /// The gradient of what is normed, of its shape and type.
+    pub sum: Tensor,
+    /// The same in the type of the norm's gradient: that of what was added to a residual stream of `f32`.
+    pub x: Tensor,
+    /// The gradient of the weight if there is one, `(width)` of `f32`.
+    pub weight: Option<Tensor>,
+}
+
 /// A tensor whose rows lie at one distance from each other: the same or, where they do not, a copy.
 fn as_rows(tensor: &Tensor) -> Result<Cow<'_, Tensor>> {
     match has_rows(tensor) {
@@ -286,7 +320,7 @@ struct Kept {
 }
 
 impl Backward for Kept {
-    fn backward(&self, d_out: &Tensor, d_residual_out: Option<&Tensor>) -> Result<Vec<Tensor>> {
+    fn backward(&self, d_out: &Tensor, d_residual_out: Option<&Tensor>) -> Result<Vec<Option<Tensor>>> {
         let Some(s) = self.s.get() else { unreachable!("nothing is differentiated before it is there") };
         let given = Given {
             s,
@@ -298,15 +332,14 @@ impl Backward for Kept {
             x_dtype: self.x_dtype,
         };
         let gradients = given.gradients(self.wanted)?;
-        // In the order of the inputs. Those that nobody asks for are not looked at, and anything may stand in their place.
-        let or_any = |gradient: Option<Tensor>| gradient.unwrap_or_else(|| d_out.clone());
-        let shaped = |gradient: Option<Tensor>| or_any(gradient).reshape(&self.shape);
+        let shaped = |gradient: Option<Tensor>| gradient.map(|tensor| tensor.reshape(&self.shape)).transpose();
+        // In the order of the inputs.
         let mut all = vec![shaped(gradients.x)?];
         if self.has_residual {
             all.push(shaped(gradients.residual)?);
         }
         if self.weight.is_some() {
-            all.push(or_any(gradients.weight));
+            all.push(gradients.weight);
         }
         if self.z.is_some() {
             all.push(shaped(gradients.z)?);
@@ -400,51 +433,13 @@ impl Given<'_> {
     }
 }
 
-/// The norm of detached tensors, for operators that have a norm in them: `out` of `dtype`, and the sum if it is wanted.
-#[cfg_attr(not(test), expect(dead_code, reason = "the fused block is being built on it"))]
-pub(crate) fn forward(
-    x: &Tensor,
-    residual: Option<&Tensor>,
-    weight: Option<&Tensor>,
-    eps: f64,
-    dtype: DType,
-    with_residual_out: bool,
-) -> Result<(Tensor, Option<Tensor>)> {
-    let options = Options { eps, ..Options::default() };
-    let (x, residual) = (as_rows(x)?, residual.map(as_rows).transpose()?);
-    let norm = RmsNorm { residual: residual.as_deref(), weight, options, dtype, ..RmsNorm::new(&x) };
-    let (out, sum) = norm.compute(with_residual_out)?;
-    Ok((out.untracked(), sum.map(Computed::untracked)))
-}
-
-/// The gradients of [`forward`], from the sum that was normed: that of the sum, of its type, and that of the weight.
-#[cfg_attr(not(test), expect(dead_code, reason = "the fused block is being built on it"))]
-pub(crate) fn backward(
-    s: &Tensor,
-    weight: Option<&Tensor>,
-    eps: f64,
-    d_out: &Tensor,
-    d_residual_out: Option<&Tensor>,
-) -> Result<(Tensor, Option<Tensor>)> {
-    let options = Options { eps, ..Options::default() };
-    let s = as_rows(s)?;
-    // The type of `x` is not asked for but to say which go together.
-    let x_dtype = if s.dtype() == DType::F32 { d_out.dtype() } else { s.dtype() };
-    let given = Given { s: &s, weight, z: None, d_out, d_residual_out, options, x_dtype };
-    let wanted = Wanted { x: false, residual: true, weight: weight.is_some(), z: false };
-    let Found { residual: Some(d_s), weight: d_weight, .. } = given.gradients(wanted)? else {
-        unreachable!("it was wanted")
-    };
-    Ok((d_s, d_weight))
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::{Device, Var};
 
     use super::*;
 
-    /// What operators with a norm in them call has the bits of the operator and of its gradients.
+    /// The backward pass on its own has the bits of candle's.
     #[test]
     fn the_parts_are_those_of_the_operator() -> Result<()> {
         let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu);
@@ -456,17 +451,18 @@ mod tests {
         let gradients = loss.backward()?;
 
         let (x, weight) = (x.detach(), weight.detach());
-        let eps = Options::default().eps;
-        let parts = forward(&x, None, Some(&weight), eps, DType::BF16, true)?;
-        let (d_s, d_weight) = backward(&x, Some(&weight), eps, &d_out, Some(&d_sum))?;
+        let norm = RmsNorm { weight: Some(&weight), dtype: DType::BF16, ..RmsNorm::new(&x) };
+        let parts = norm.forward_with_residual()?;
         let same = |ours: &Tensor, theirs: &Tensor| -> Result<()> {
             assert_eq!((ours.dtype(), ours.dims()), (theirs.dtype(), theirs.dims()));
             let bits = |tensor: &Tensor| tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>();
             assert_eq!(bits(ours)?, bits(theirs)?);
             Ok(())
         };
+        let RmsNormGradients { sum: d_s, x: rounded, weight: d_weight } = norm.backward(&d_out, Some(&d_sum))?;
+        same(&rounded, &d_s.to_dtype(DType::BF16)?)?;
         same(&parts.0, &out)?;
-        same(&parts.1.expect("it was wanted"), &sum)?;
+        same(&parts.1, &sum)?;
         same(&d_s, gradients.get(&x).expect("it is a variable"))?;
         same(&d_weight.expect("there is a weight"), gradients.get(&weight).expect("it is a variable"))
     }

@@ -54,6 +54,16 @@ impl RmsNorm {
         self.weight.stored()
     }
 
+    /// The weight.
+    pub(crate) fn parameter(&self) -> &Parameter {
+        &self.weight
+    }
+
+    /// Added to the mean square.
+    pub(crate) fn eps(&self) -> f64 {
+        self.eps
+    }
+
     /// Normalises the rows of `x`, `(.., size)` of `f32`, `f16` or `bf16`, computed in `f32`. Differentiable.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let size = self.weight().elem_count();

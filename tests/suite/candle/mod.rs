@@ -4,7 +4,7 @@ mod conv;
 mod embedding;
 mod errors;
 #[cfg(feature = "candle-cuda")]
-mod gpu;
+pub mod gpu;
 mod graph;
 mod norm;
 mod plain;
