@@ -305,6 +305,7 @@ impl<'a> Parser<'a> {
         let plain = |rust: &str, size| Ok(Type { rust: rust.into(), layout: Layout { size, align: size } });
         match name {
             "int32_t" => plain("i32", 4),
+            "float" => plain("f32", 4),
             "int64_t" => plain("i64", 8),
             "uint64_t" => plain("u64", 8),
             _ => {

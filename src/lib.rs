@@ -5,6 +5,7 @@
 //! | selective scan | [`scan`] | runs the recurrence over whole sequences, dense or packed, with gradients |
 //! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
 //! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
+//! | cross entropy | [`loss`] | the loss of rows of logits, with its gradient in their place |
 //!
 //! With the features of the same names, the module `candle` has the operators on candle's tensors, with gradients in
 //! candle's graph, and the module `nn` the Mamba block and a language model.
@@ -92,6 +93,7 @@ pub mod cuda;
 mod element;
 mod error;
 mod kinds;
+pub mod loss;
 #[cfg(feature = "nn")]
 pub mod nn;
 mod pool;

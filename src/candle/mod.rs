@@ -6,6 +6,7 @@
 //! | causal convolution | [`CausalConv`] | [`conv`](crate::conv) |
 //! | state update, in place | [`StateUpdate`], [`rollback()`] | [`state_update`](crate::state_update) |
 //! | causal convolution, in place | [`ConvUpdate`], [`rollback()`] | [`conv::UpdateInputs`](crate::conv::UpdateInputs) |
+//! | cross entropy, its gradient in place | [`CrossEntropy`] | [`loss`](crate::loss) |
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -81,6 +82,7 @@ pub(crate) mod tensors;
 use std::io;
 
 pub use crate::conv::tensors::{CausalConv, ConvUpdate};
+pub use crate::loss::candle::CrossEntropy;
 pub use crate::pool::candle::rollback;
 pub use crate::scan::tensors::Scan;
 pub use crate::state_update::tensors::StateUpdate;

@@ -102,7 +102,7 @@ impl<'a> Arguments<'a> {
         Self { stream, uses: Vec::new() }
     }
 
-    fn check<T: Element>(&self, argument: &'static str, slice: &CudaSlice<T>) -> Result<()> {
+    fn check<T>(&self, argument: &'static str, slice: &CudaSlice<T>) -> Result<()> {
         if Arc::ptr_eq(slice.context(), self.stream.context()) {
             return Ok(());
         }
@@ -121,6 +121,14 @@ impl<'a> Arguments<'a> {
         self.uses.push(used);
         // An empty buffer is at no address, and a view of no elements may start anywhere.
         Ok(if slice.is_empty() { address } else { address.wrapping_add((offset * size_of::<T>()) as u64) })
+    }
+
+    /// The address of a buffer of token ids, to be read.
+    pub fn tokens(&mut self, argument: &'static str, tokens: &'a CudaSlice<u32>) -> Result<u64> {
+        self.check(argument, tokens)?;
+        let (address, used) = tokens.device_ptr(self.stream);
+        self.uses.push(used);
+        Ok(address)
     }
 
     /// The address of a buffer to be written.

@@ -57,4 +57,5 @@ modules! {
     CONV_FORWARD = "conv/forward",
     CONV_BACKWARD = "conv/backward",
     CONV_UPDATE = "conv/update",
+    LOSS_CROSS_ENTROPY = "loss/cross_entropy",
 }
