@@ -7,6 +7,7 @@ mod support;
 #[cfg(feature = "candle")]
 mod candle;
 mod conv;
+mod loss;
 #[cfg(feature = "nn")]
 mod nn;
 mod scan;

@@ -72,6 +72,14 @@ on_the_device! {
         vectors::scan(device);
         vectors::conv(device);
     };
+    #[cfg(feature = "nn")]
+    losses_in_chunks: |device| {
+        crate::nn::loss::agrees_with_plain_operators(device);
+        crate::nn::loss::agrees_with_the_reference(device);
+        crate::nn::loss::half_types(device);
+    };
+    #[cfg(feature = "nn")]
+    losses_of_models: |device| crate::nn::loss::models_lose_what_their_logits_do(device);
     tensors_on_two_devices_are_refused: |device| {
         let [gpu, cpu] = [device, &Device::Cpu].map(|device| {
             [&[2, 3, 4][..], &[4, 5], &[2, 3, 5]].map(|shape| Tensor::zeros(shape, candle_core::DType::F32, device).unwrap())

@@ -4,6 +4,7 @@ mod checkpoints;
 mod decoding;
 mod initial;
 mod layers;
+pub mod loss;
 mod mixed;
 mod packed;
 mod parity;
