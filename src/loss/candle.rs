@@ -163,7 +163,8 @@ impl Losses {
     ) -> Result<R> {
         let (storage, _) = self.targets.storage_and_layout();
         // Their device has been compared.
-        let storage = B::open(&storage).ok_or_else(|| Error::argument("targets", "a tensor beside `logits`", "another"));
+        let storage =
+            B::open(&storage).ok_or_else(|| Error::argument("targets", "a tensor beside `logits`", "another"));
         f(B::tokens(storage?)?)
     }
 }

@@ -50,7 +50,11 @@ impl Problem {
             return Err(Error::argument("logits", "logits of a row that are neighbours in memory", got));
         }
         if rows.checked_mul(vocab).is_none_or(|count| count > isize::MAX as usize) {
-            return Err(Error::argument("logits", "fewer than 2^63 elements", format_args!("shape {:?}", [rows, vocab])));
+            return Err(Error::argument(
+                "logits",
+                "fewer than 2^63 elements",
+                format_args!("shape {:?}", [rows, vocab]),
+            ));
         }
         check_len("targets", "(rows)", &[rows], M::token_count(targets))?;
         Ok(Self { rows, vocab, offset: 0, stride: strides[0], options: Options::default(), scale: None })

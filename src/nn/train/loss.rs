@@ -181,7 +181,8 @@ impl<'a> Targets<'a> {
                 let flat = gradient.flatten_all()?.to_dtype(DType::F32)?.broadcast_mul(&factor)?;
                 flat.to_dtype(dtype)?.reshape(gradient.shape())
             };
-            let d_hidden = d_hidden.as_ref().map(|d_hidden| scaled(d_hidden, dtypes[0])?.reshape(&shape)).transpose()?;
+            let d_hidden =
+                d_hidden.as_ref().map(|d_hidden| scaled(d_hidden, dtypes[0])?.reshape(&shape)).transpose()?;
             let d_weight = d_weight.as_ref().map(|d_weight| scaled(d_weight, dtypes[1])).transpose()?;
             Ok(vec![d_hidden, d_weight])
         };

@@ -274,15 +274,21 @@ fn rows_are_by_themselves() {
 
 #[test]
 fn bad_arguments_are_named() {
-    let logits = [0f32; 12];
+    let (logits, four) = ([0f32; 12], [0u32; 4]);
     let view = || View::new(&logits, [3, 4]);
     let inputs = Inputs::new(view(), &[0u32; 3]);
     let option = |label_smoothing, z_loss| Options { label_smoothing, z_loss };
     for (inputs, message) in [
-        (Inputs { targets: &[0; 4], ..inputs }, "`targets`: expected (rows) = [3] elements, got 4 elements"),
+        (Inputs { targets: &four[..], ..inputs }, "`targets`: expected (rows) = [3] elements, got 4 elements"),
         (Inputs { logits: View::new(&logits, [3, 0]), ..inputs }, "`logits`: expected from 1 to 2147483647 logits"),
-        (Inputs { logits: view().with_layout(0, [1, 3]), ..inputs }, "`logits`: expected logits of a row that are neigh"),
-        (Inputs { logits: view().with_layout(1, [4, 1]), ..inputs }, "`logits`: expected a storage that holds offset 1"),
+        (
+            Inputs { logits: view().with_layout(0, [1, 3]), ..inputs },
+            "`logits`: expected logits of a row that are neigh",
+        ),
+        (
+            Inputs { logits: view().with_layout(1, [4, 1]), ..inputs },
+            "`logits`: expected a storage that holds offset 1",
+        ),
         (Inputs { options: option(1.5, 0.0), ..inputs }, "`label_smoothing`: expected a number from 0 to 1, got 1.5"),
         (Inputs { options: option(f32::NAN, 0.0), ..inputs }, "`label_smoothing`: expected a number from 0 to 1, got"),
         (Inputs { options: option(0.0, -1.0), ..inputs }, "`z_loss`: expected a finite number of 0 or more, got -1"),

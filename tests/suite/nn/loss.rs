@@ -176,8 +176,7 @@ pub fn models_lose_what_their_logits_do(device: &Device) {
     let mut random = random();
     let mamba = MambaConfig { d_inner: 20, d_state: 5, d_conv: 3, dt_rank: 3, ..MambaConfig::new(12) };
     for tie_embeddings in [true, false] {
-        let config =
-            LanguageModelConfig { tie_embeddings, ..LanguageModelConfig::with_mixer(11, 2, mamba.clone()) };
+        let config = LanguageModelConfig { tie_embeddings, ..LanguageModelConfig::with_mixer(11, 2, mamba.clone()) };
         let masters = VarMap::new();
         model_on(&config, &masters, DType::F32, device);
         let draw = |random: &mut StdRng, shape: &[usize]| {
@@ -315,13 +314,28 @@ fn what_does_not_fit_is_refused() {
             "`targets`: expected tokens from 0 to 6, or -100 for those that are left out, got 7 at [3]",
         ),
         (refused(hidden, weight, &int([0, -1, 2, 3, 0, 0]), &options), "got -1 at [1]"),
-        (refused(hidden, weight, &targets.narrow(0, 0, 5).unwrap(), &options), "`targets`: expected shape [6], got [5]"),
+        (
+            refused(hidden, weight, &targets.narrow(0, 0, 5).unwrap(), &options),
+            "`targets`: expected shape [6], got [5]",
+        ),
         (refused(hidden, weight, hidden, &options), "`targets`: expected shape [6], got [6, 4]"),
-        (refused(hidden, weight, &hidden.narrow(1, 0, 1).unwrap().squeeze(1).unwrap(), &options), "`targets`: expected int"),
+        (
+            refused(hidden, weight, &hidden.narrow(1, 0, 1).unwrap().squeeze(1).unwrap(), &options),
+            "`targets`: expected int",
+        ),
         (refused(&none, weight, &targets.narrow(0, 0, 0).unwrap(), &options), "`targets`: expected at least one token"),
-        (refused(hidden, &weight.narrow(1, 0, 3).unwrap(), targets, &options), "`weight`: expected shape (vocab, d_model) with"),
-        (refused(hidden, &weight.narrow(0, 0, 0).unwrap(), targets, &options), "`weight`: expected a vocabulary of at least"),
-        (refused(hidden, &weight.flatten_all().unwrap(), targets, &options), "`weight`: expected shape (vocab, d_model), got"),
+        (
+            refused(hidden, &weight.narrow(1, 0, 3).unwrap(), targets, &options),
+            "`weight`: expected shape (vocab, d_model) with",
+        ),
+        (
+            refused(hidden, &weight.narrow(0, 0, 0).unwrap(), targets, &options),
+            "`weight`: expected a vocabulary of at least",
+        ),
+        (
+            refused(hidden, &weight.flatten_all().unwrap(), targets, &options),
+            "`weight`: expected shape (vocab, d_model), got",
+        ),
         (refused(&f64s, weight, targets, &options), "`dtype`: expected f32, f16 or bf16, got f64"),
         (refused(hidden, weight, targets, &chunked(0)), "`chunk_rows`: expected at least one row, got 0"),
         (
@@ -339,7 +353,10 @@ fn what_does_not_fit_is_refused() {
     let (model, _) = super::model(&super::causal_blocks()[0].1, &mut random);
     let ids = super::ids(&mut random, 1, 6);
     let message = refusal(model.loss(&ids, &int([0, 1, 2, 3, 11, 5]).unsqueeze(0).unwrap(), &options));
-    assert!(message.contains("`targets`: expected tokens from 0 to 10") && message.contains("got 11 at [0, 4]"), "{message}");
+    assert!(
+        message.contains("`targets`: expected tokens from 0 to 10") && message.contains("got 11 at [0, 4]"),
+        "{message}"
+    );
     let message = refusal(model.loss(&ids, targets, &options));
     assert!(message.contains("`targets`: expected shape [1, 6], got [6]"), "{message}");
 }
