@@ -15,6 +15,8 @@ mod case;
 mod limits;
 #[path = "cuda/memory.rs"]
 mod memory;
+#[path = "cuda/pool.rs"]
+mod pool;
 #[path = "cuda/report.rs"]
 mod report;
 #[path = "cuda/scan.rs"]
@@ -144,7 +146,8 @@ impl Bench {
     /// Gives freed memory back, for the next case or another program.
     fn trim(&self) -> Result<()> {
         self.stream.synchronize()?;
-        timing::trim(self.stream.context())
+        pool::trim(self.stream.context());
+        Ok(())
     }
 }
 

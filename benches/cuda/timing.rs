@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, CudaGraph, CudaSlice, CudaStream};
+use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaGraph, CudaSlice, CudaStream};
 use selective_scan::{Element, View, cuda::Cuda};
 
 use crate::Result;
@@ -123,20 +123,6 @@ fn capture(
     let graph = stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
     ran?;
     Ok(graph?)
-}
-
-/// Gives memory that streams and graphs have freed back to the driver.
-pub fn trim(context: &CudaContext) -> Result<()> {
-    let mut pool = std::mem::MaybeUninit::uninit();
-    // SAFETY: the first call writes the handle of the device's pool or fails, and then no other reads it.
-    unsafe {
-        if sys::cuDeviceGetDefaultMemPool(pool.as_mut_ptr(), context.cu_device()) == sys::CUresult::CUDA_SUCCESS {
-            // What a driver refuses to give back, it keeps.
-            let _ = sys::cuMemPoolTrimTo(pool.assume_init(), 0);
-            let _ = sys::cuDeviceGraphMemTrim(context.cu_device());
-        }
-    }
-    Ok(())
 }
 
 /// Dense tensors of one shape in one buffer.

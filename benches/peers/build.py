@@ -1,16 +1,20 @@
 """Builds the CUDA extensions of mamba-ssm and causal-conv1d from their source distributions, for the GPU at hand alone.
 
-    python benches/peers/build.py --sources FOLDER --into FOLDER
+    python benches/peers/build.py --sources FOLDER --into FOLDER [--pack FILE.tar.xz]
 
 FOLDER of sources holds what `pip download --no-binary :all:` leaves: mamba_ssm-*.tar.gz and causal_conv1d-*.tar.gz. Their
 own setup.py compiles for nine kinds of GPU and takes many times as long; the files and flags here are those it gives nvcc
-for one, and each kernel is a job of its own. Objects that are done are not made again.
+for one, and each kernel is a job of its own. Objects that are done are not made again. `--pack` writes what the peers need
+of it, the modules without their symbols and the distributions' Python, to a file that another machine of the same kind, with
+the same PyTorch, unpacks in place of building.
 """
 
 import argparse
 import os
+import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -115,10 +119,25 @@ def build(module, sources, into):
     return objects / f"{module}.so"
 
 
+def pack(into, file):
+    """Modules and packages, in the folders that build() leaves them in."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w:xz") as archive, tempfile.TemporaryDirectory() as stripped:
+        for module, (distribution, *_) in EXTENSIONS.items():
+            small = Path(stripped) / f"{module}.so"
+            subprocess.run(["strip", "-o", small, into / module / small.name], check=True)
+            archive.add(small, f"{module}/{small.name}")
+            for package in sorted(into.glob(f"{distribution}-*/{distribution}")):
+                for source in sorted(package.rglob("*.py")):
+                    archive.add(source, source.relative_to(into))
+    print(f"{file}: {file.stat().st_size / (1 << 20):.1f} MiB", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sources", type=Path, required=True)
     parser.add_argument("--into", type=Path, required=True)
+    parser.add_argument("--pack", type=Path, help="writes what the peers need of it to this file too")
     arguments = parser.parse_args()
     arguments.into.mkdir(parents=True, exist_ok=True)
     failed = False
@@ -131,6 +150,8 @@ def main():
             failed = True
             traceback.print_exc()
             print(f"{module}: not built", flush=True)
+    if arguments.pack and not failed:
+        pack(arguments.into.resolve(), arguments.pack)
     sys.exit(failed)
 
 

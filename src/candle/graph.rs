@@ -152,13 +152,18 @@ pub(crate) struct Computed {
 
 impl Computed {
     pub fn new<const R: usize>(storage: Storage, shape: [usize; R]) -> Self {
-        Self { storage, shape: (&shape).into() }
+        Self::of_shape(storage, (&shape).into())
+    }
+
+    /// The same, of any number of dimensions.
+    pub fn of_shape(storage: Storage, shape: Shape) -> Self {
+        Self { storage, shape }
     }
 
     /// The storage of a tensor, which is left without elements.
     fn of(tensor: &Tensor) -> Result<Self> {
-        let dense = tensor.detach().contiguous()?;
-        let dense = if dense.layout().start_offset() == 0 { dense } else { dense.copy()? };
+        let is_whole = tensor.is_contiguous() && tensor.layout().start_offset() == 0;
+        let dense = if is_whole { tensor.detach() } else { tensor.detach().force_contiguous()? };
         let taken = Take(Mutex::new(None));
         dense.inplace_op1(&taken)?;
         match lock(&taken.0).take() {
@@ -379,6 +384,10 @@ impl CustomOp3 for Hub {
         if got != expected {
             return Err(Error::Msg(format!("{}: {got} gradients for {expected} inputs", self.name)));
         }
+        // candle panics where a node that it tracks has no gradient.
+        if let Some(i) = (0..expected).find(|&i| self.tracked[i] && all[i].is_none()) {
+            return Err(Error::Msg(format!("{}: no gradient for input {i}, which candle tracks", self.name)));
+        }
         let kept =
             all.into_iter().zip(&self.tracked).map(|(gradient, tracked)| gradient.filter(|_| *tracked)).collect();
         lock(&self.cells.gradients).insert(thread, kept);
@@ -529,16 +538,20 @@ mod tests {
     /// An operator whose backward pass does not give each input its gradient is told of.
     #[test]
     fn gradients_are_counted() {
-        struct Short;
+        struct Short(Vec<bool>);
         impl Backward for Short {
-            fn backward(&self, d_out: &Tensor, _: Option<&Tensor>) -> Result<Vec<Tensor>> {
-                Ok(vec![d_out.clone()])
+            fn backward(&self, d_out: &Tensor, _: Option<&Tensor>) -> Result<Vec<Option<Tensor>>> {
+                Ok(self.0.iter().map(|is_there| is_there.then(|| d_out.clone())).collect())
             }
         }
         let x = Var::new(&[1f32, 2.0], &Device::Cpu).expect("floats");
-        let out = Computed::new(Storage::Cpu(CpuStorage::F32(vec![0.0; 2])), [2]);
-        let (out, _) = attach("short", &[&x, &x], out, None, Short).expect("two inputs");
-        let error = out.sum_all().and_then(|loss| loss.backward()).expect_err("one gradient").to_string();
-        assert!(error.contains("short: 1 gradients for 2 inputs"), "{error}");
+        let error = |given: &[bool]| {
+            let out = Computed::new(Storage::Cpu(CpuStorage::F32(vec![0.0; 2])), [2]);
+            let (out, _) = attach("short", &[&x, &x], out, None, Short(given.into())).expect("two inputs");
+            out.sum_all().and_then(|loss| loss.backward()).expect_err("one gradient").to_string()
+        };
+        let (one, other) = (error(&[true]), error(&[true, false]));
+        assert!(one.contains("short: 1 gradients for 2 inputs"), "{one}");
+        assert!(other.contains("short: no gradient for input 1"), "{other}");
     }
 }

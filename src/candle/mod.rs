@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | selective scan | [`Scan`] | [`scan`](crate::scan) |
 //! | causal convolution | [`CausalConv`] | [`conv`](crate::conv) |
+//! | RMS norm | [`RmsNorm`] | [`norm`](crate::norm) |
 //! | state update, in place | [`StateUpdate`], [`rollback()`] | [`state_update`](crate::state_update) |
 //! | causal convolution, in place | [`ConvUpdate`], [`rollback()`] | [`conv::UpdateInputs`](crate::conv::UpdateInputs) |
 //! | cross entropy, its gradient in place | [`CrossEntropy`] | [`loss`](crate::loss) |
@@ -45,7 +46,7 @@
 //!
 //! # Gradients
 //! The scan and the convolution are differentiable in all of their tensors, from the output as well as from the final
-//! state. What a backward pass needs, the inputs and for the scan one state of each channel for every 64 steps, is kept
+//! state, and the norm from its result as well as from the sum that was normed. What a backward pass needs, the inputs and for the scan one state of each channel for every 64 steps, is kept
 //! only if candle tracks one of the inputs, and as long as the results are. Inputs that are not tracked get no gradient.
 //!
 //! - Operators cannot be differentiated twice: where candle keeps gradients in its graph (the variable
@@ -83,6 +84,7 @@ use std::io;
 
 pub use crate::conv::tensors::{CausalConv, ConvUpdate};
 pub use crate::loss::candle::CrossEntropy;
+pub use crate::norm::candle::{RmsNorm, RmsNormGradients};
 pub use crate::pool::candle::rollback;
 pub use crate::scan::tensors::Scan;
 pub use crate::state_update::tensors::StateUpdate;

@@ -191,6 +191,31 @@ impl<'l> Reader<'l> {
         Ok(View { data, offset: layout.start_offset(), shape, strides })
     }
 
+    /// A tensor of the shape of `like` as its rows, whatever the dimensions before the last; of a tensor that
+    /// [`has_rows`].
+    pub fn rows<B: Backend, T: Value>(
+        &self,
+        name: &'static str,
+        tensor: &Tensor,
+        like: &Tensor,
+    ) -> candle_core::Result<View<'l, T, 2, B::Memory>> {
+        let layout = tensor.layout();
+        let expected =
+            |expected: &dyn std::fmt::Display| Error::argument(name, expected, format_args!("{:?}", layout.dims()));
+        if layout.dims() != like.dims() {
+            return Err(expected(&format_args!("shape {:?}", like.dims())).into());
+        }
+        let (Some(&width), Some(&column)) = (layout.dims().last(), layout.stride().last()) else {
+            return Err(expected(&"at least one dimension").into());
+        };
+        let Some(row) = row_stride(tensor) else {
+            return Err(expected(&"rows at one distance from each other").into());
+        };
+        let rows = layout.dims()[..layout.dims().len() - 1].iter().product();
+        let data = self.elements::<B, T>(name, tensor)?;
+        Ok(View { data, offset: layout.start_offset(), shape: [rows, width], strides: [row, column] })
+    }
+
     fn elements<B: Backend, T: Value>(
         &self,
         name: &'static str,
@@ -208,6 +233,32 @@ impl<'l> Reader<'l> {
         })?;
         B::elements(storage)
     }
+}
+
+/// Whether the rows of a tensor, along its last dimension, lie at one distance from each other, as those of a dense one and
+/// of a slice of its columns do.
+pub(crate) fn has_rows(tensor: &Tensor) -> bool {
+    row_stride(tensor).is_some()
+}
+
+/// That distance; none if there are several.
+fn row_stride(tensor: &Tensor) -> Option<usize> {
+    if tensor.elem_count() == 0 {
+        return Some(0);
+    }
+    let before_last = tensor.rank().saturating_sub(1);
+    let dims = tensor.dims()[..before_last].iter().zip(&tensor.stride()[..before_last]);
+    // From the last of them on, the rows that the dimensions so far reach, and the distance of these.
+    let (mut rows, mut distance) = (1, 0);
+    for (&count, &stride) in dims.rev().filter(|(count, _)| **count > 1) {
+        if rows == 1 {
+            distance = stride;
+        } else if stride != rows * distance {
+            return None;
+        }
+        rows *= count;
+    }
+    Some(distance)
 }
 
 /// See [`Reader::views`].

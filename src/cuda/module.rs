@@ -58,4 +58,6 @@ modules! {
     CONV_BACKWARD = "conv/backward",
     CONV_UPDATE = "conv/update",
     LOSS_CROSS_ENTROPY = "loss/cross_entropy",
+    NORM_FORWARD = "norm/forward",
+    NORM_BACKWARD = "norm/backward",
 }

@@ -122,15 +122,14 @@ impl LanguageModel {
     /// The logits of sequences that lie one after another: `ids` is `(1, length)`, and sequence `i` takes the tokens from
     /// `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Each gets what it would get alone. Differentiable.
     pub fn forward_packed(&self, ids: &Tensor, cu_seqlens: &[usize]) -> Result<Tensor> {
-        let pass = Pass::Forward { cu_seqlens: Some(cu_seqlens) };
-        self.logits(&self.backbone.run(&self.embed(ids)?, pass, |_| ())?)
+        self.logits(&self.backbone.stream(&self.embed(ids)?, Some(cu_seqlens))?)
     }
 
     /// The logits of what stands in the place of embeddings, such as [`embed`](Self::embed) gives and a learned prompt or an
     /// image may be joined with: `(batch, length, d_model)` of `f32`, `f16` or `bf16` to
     /// `(batch, length, padded_vocab_size)` of `f32`. Differentiable.
     pub fn forward_embeddings(&self, embeddings: &Tensor) -> Result<Tensor> {
-        self.logits(&self.backbone.run(embeddings, Pass::Forward { cu_seqlens: None }, |_| ())?)
+        self.logits(&self.backbone.stream(embeddings, None)?)
     }
 
     /// The mean cross entropy of the tokens that follow, in nats: `ids` and `targets` `(batch, length)` to a scalar of `f32`,
@@ -167,7 +166,7 @@ impl LanguageModel {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn loss(&self, ids: &Tensor, targets: &Tensor, options: &LossOptions) -> Result<Tensor> {
-        self.loss_of(ids, Pass::Forward { cu_seqlens: None }, targets, options)
+        self.loss_of(ids, None, targets, options)
     }
 
     /// [`loss`](Self::loss) of sequences that lie one after another, as in [`forward_packed`](Self::forward_packed): `ids` and
@@ -183,14 +182,20 @@ impl LanguageModel {
         targets: &Tensor,
         options: &LossOptions,
     ) -> Result<Tensor> {
-        self.loss_of(ids, Pass::Forward { cu_seqlens: Some(cu_seqlens) }, targets, options)
+        self.loss_of(ids, Some(cu_seqlens), targets, options)
     }
 
-    fn loss_of(&self, ids: &Tensor, pass: Pass, targets: &Tensor, options: &LossOptions) -> Result<Tensor> {
+    fn loss_of(
+        &self,
+        ids: &Tensor,
+        cu_seqlens: Option<&[usize]>,
+        targets: &Tensor,
+        options: &LossOptions,
+    ) -> Result<Tensor> {
         let (batch, length) = check_ids(ids)?;
         // Before the device has anything to do that reading them would wait for.
         let targets = Targets::read(targets, &[batch, length], self.config.padded_vocab_size(), options)?;
-        let hidden = self.backbone.norm_f(&self.backbone.run(&self.embed(ids)?, pass, |_| ())?)?;
+        let hidden = self.backbone.norm_f(&self.backbone.stream(&self.embed(ids)?, cu_seqlens)?)?;
         let head = self.head.as_ref().map_or(&self.embeddings, Linear::weight);
         // The gradient comes to what candle tracks. What it does not, is there in the model's type already.
         let weight = if head.is_tracked() { head.stored().clone() } else { head.tensor()? };
@@ -231,7 +236,7 @@ impl LanguageModel {
         self.backbone.check_decoding(cache, batch, slots)?;
         let model = self.untracked()?;
         let pass = Pass::Prefill { cu_seqlens: None, cache, slots };
-        let stream = model.backbone.run(&model.embed(ids)?, pass, |_| ())?;
+        let stream = model.backbone.run(&model.embed(ids)?, pass)?;
         match batch {
             0 => model.no_logits(&[0]),
             _ => model.logits(&stream.narrow(1, length - 1, 1)?.squeeze(1)?),
@@ -259,7 +264,7 @@ impl LanguageModel {
         self.backbone.check_decoding(cache, last.len(), slots)?;
         let model = self.untracked()?;
         let pass = Pass::Prefill { cu_seqlens: Some(cu_seqlens), cache, slots };
-        let stream = model.backbone.run(&model.embed(ids)?, pass, |_| ())?;
+        let stream = model.backbone.run(&model.embed(ids)?, pass)?;
         if last.is_empty() {
             return model.no_logits(&[0]);
         }
@@ -277,7 +282,7 @@ impl LanguageModel {
         };
         self.backbone.check_decoding(cache, batch, slots)?;
         let (model, ids) = (self.untracked()?, ids.reshape((batch, 1))?);
-        let stream = model.backbone.run(&model.embed(&ids)?, Pass::Step { cache, slots }, |_| ())?;
+        let stream = model.backbone.run(&model.embed(&ids)?, Pass::Step { cache, slots })?;
         model.logits(&stream.squeeze(1)?)
     }
 

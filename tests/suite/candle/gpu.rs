@@ -9,7 +9,7 @@ use selective_scan::candle::Scan;
 use super::{conv, graph, scan, update, vectors, views};
 use crate::scan::case::Shape;
 
-fn device() -> Option<Device> {
+pub fn device() -> Option<Device> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
     // cudarc panics where there is no driver, so ask for that first; it says so if there is none.
     DEVICE
@@ -22,12 +22,14 @@ macro_rules! on_the_device {
     ($($(#[$attribute:meta])* $name:ident: |$device:ident| $body:expr;)*) => {
         $($(#[$attribute])* #[test]
         fn $name() {
-            if let Some($device) = &device() {
+            if let Some($device) = &$crate::candle::gpu::device() {
                 $body;
             }
         })*
     };
 }
+
+pub(crate) use on_the_device;
 
 const SMALL: Shape = Shape { batch: 2, len: 9, d_inner: 6, d_state: 5 };
 /// What the fast kernels take, with more than one checkpoint.
@@ -72,14 +74,6 @@ on_the_device! {
         vectors::scan(device);
         vectors::conv(device);
     };
-    #[cfg(feature = "nn")]
-    losses_in_chunks: |device| {
-        crate::nn::loss::agrees_with_plain_operators(device);
-        crate::nn::loss::agrees_with_the_reference(device);
-        crate::nn::loss::half_types(device);
-    };
-    #[cfg(feature = "nn")]
-    losses_of_models: |device| crate::nn::loss::models_lose_what_their_logits_do(device);
     tensors_on_two_devices_are_refused: |device| {
         let [gpu, cpu] = [device, &Device::Cpu].map(|device| {
             [&[2, 3, 4][..], &[4, 5], &[2, 3, 5]].map(|shape| Tensor::zeros(shape, candle_core::DType::F32, device).unwrap())

@@ -310,5 +310,5 @@ fn bad_arguments_are_named() {
     // To be read, rows may lie upon each other, and there may be none.
     let once = Inputs::new(View::new(&logits[..4], [3, 4]).with_layout(0, [0, 1]), &[0; 3]);
     assert_eq!(once.losses().expect("valid"), [4f32.ln(); 3]);
-    assert_eq!(Inputs::new(View::new(&logits, [0, 4]), &[]).losses().expect("valid"), []);
+    assert!(Inputs::new(View::new(&logits, [0, 4]), &[]).losses().expect("valid").is_empty());
 }

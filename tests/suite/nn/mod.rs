@@ -2,10 +2,13 @@
 
 mod checkpoints;
 mod decoding;
+#[cfg(feature = "candle-cuda")]
+mod gpu;
 mod initial;
 mod layers;
-pub mod loss;
+mod loss;
 mod mixed;
+mod nodes;
 mod packed;
 mod parity;
 mod refusals;

@@ -1,0 +1,166 @@
+//! The work itself, as a user of the crate writes it.
+
+use candle_core::{D, DType, Device, Result as CandleResult, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use selective_scan::nn::train::{AdamW, AdamWConfig, cross_entropy};
+use selective_scan::nn::{Cache, LanguageModel, LanguageModelConfig};
+
+use crate::Result;
+use crate::case::{Case, Mode, What};
+
+/// Small, so that a model which learns random tokens by heart does so slowly.
+const LEARNING_RATE: f64 = 1e-4;
+
+/// Called after each phase.
+pub type Lap<'a> = dyn FnMut() -> Result<()> + 'a;
+
+/// What a case does again and again.
+pub enum Work {
+    Train(Box<Training>),
+    Prefill(Prefill),
+    Decode(Decoding),
+}
+
+impl Work {
+    pub fn new(case: &Case, device: &Device) -> Result<Self> {
+        let config = case.model.config();
+        Ok(match case.what {
+            What::Train => Self::Train(Box::new(Training::new(&config, case, device)?)),
+            What::Prefill => Self::Prefill(Prefill::new(&config, case, device)?),
+            What::Decode => Self::Decode(Decoding::new(&config, case, device)?),
+        })
+    }
+
+    /// The number of parameters, by which another program's model is seen to be the same.
+    pub fn parameters(&self) -> usize {
+        let model = match self {
+            Self::Train(training) => &training.model,
+            Self::Prefill(prefill) => &prefill.model,
+            Self::Decode(decoding) => &decoding.model,
+        };
+        let mut count = 0;
+        model.visit(&mut |_, tensor| count += tensor.elem_count());
+        count
+    }
+
+    pub fn run(&mut self) -> Result<()> {
+        match self {
+            Self::Train(training) => training.step(&mut || Ok(())),
+            Self::Prefill(prefill) => prefill.run(),
+            Self::Decode(decoding) => decoding.run(),
+        }
+    }
+}
+
+/// Training on the same random tokens in every step.
+pub struct Training {
+    pub model: LanguageModel,
+    optimizer: AdamW,
+    /// `(batch, length)`, on the processor, where a user's text is.
+    pub ids: Tensor,
+    next: Tensor,
+}
+
+impl Training {
+    pub const PHASES: [&str; 3] = ["forward", "backward", "optimizer"];
+
+    pub fn new(config: &LanguageModelConfig, case: &Case, device: &Device) -> Result<Self> {
+        let (model, variables) = random_model(config, case.mode, device)?;
+        let optimizer = AdamW::new(&variables, AdamWConfig::default())?;
+        let tokens = random_tokens(config, [case.batch, case.length + 1])?;
+        let ids = tokens.narrow(1, 0, case.length)?.contiguous()?;
+        let next = tokens.narrow(1, 1, case.length)?.contiguous()?.to_device(device)?;
+        Ok(Self { model, optimizer, ids, next })
+    }
+
+    /// One step of training. All that a step consists of is here; `lap` is called after each of [`PHASES`](Self::PHASES).
+    pub fn step(&mut self, lap: &mut Lap) -> Result<()> {
+        let loss = cross_entropy(&self.model.forward(&self.ids)?, &self.next)?;
+        lap()?;
+        let gradients = loss.backward()?;
+        lap()?;
+        self.optimizer.step(&gradients, LEARNING_RATE)?;
+        lap()
+    }
+}
+
+/// Prompts that are read from zero states on.
+pub struct Prefill {
+    model: LanguageModel,
+    cache: Cache,
+    ids: Tensor,
+}
+
+impl Prefill {
+    fn new(config: &LanguageModelConfig, case: &Case, device: &Device) -> Result<Self> {
+        let model = random_model(config, case.mode, device)?.0.detach()?;
+        let cache = model.new_cache(case.batch, DType::F32)?;
+        Ok(Self { model, cache, ids: random_tokens(config, [case.batch, case.length])? })
+    }
+
+    fn run(&mut self) -> Result<()> {
+        self.cache.reset(None)?;
+        self.model.prefill(&self.ids, &self.cache, None)?;
+        Ok(())
+    }
+}
+
+/// Texts that go on with the likeliest token.
+pub struct Decoding {
+    model: LanguageModel,
+    cache: Cache,
+    /// The last token of each, `(batch)`.
+    tokens: Tensor,
+}
+
+impl Decoding {
+    fn new(config: &LanguageModelConfig, case: &Case, device: &Device) -> Result<Self> {
+        let model = random_model(config, case.mode, device)?.0.detach()?;
+        let cache = model.new_cache(case.batch, DType::F32)?;
+        Ok(Self { model, cache, tokens: random_tokens(config, [case.batch, 1])?.squeeze(1)? })
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let logits = self.model.step(&self.tokens, &self.cache, None)?;
+        self.tokens = logits.argmax(D::Minus1)?;
+        Ok(())
+    }
+}
+
+/// A model and its variables. Matrices are drawn on the device, with the deviations that the crate draws them with on the
+/// processor, where 1.4 billion numbers would take longer than all that is timed.
+pub fn random_model(
+    config: &LanguageModelConfig,
+    mode: Mode,
+    device: &Device,
+) -> CandleResult<(LanguageModel, VarMap)> {
+    let variables = VarMap::new();
+    // Names and shapes; pages of zeros that nothing touches take no memory.
+    let outline = LanguageModel::new(config, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
+    for (name, tensor) in outline.named_tensors() {
+        let deviation = match name.rsplit_once('.') {
+            Some((path, "weight")) if path.ends_with("embeddings") => 0.02,
+            // Evenly between ∓1/√columns, and shrunk by depth where the residual stream is added to.
+            Some((path, "weight")) if path.ends_with("_proj") => {
+                let depth = if path.ends_with("out_proj") { config.backbone.n_layer } else { 1 };
+                ((3 * tensor.dim(1)? * depth) as f64).sqrt().recip()
+            }
+            _ => continue,
+        };
+        let drawn = Tensor::randn(0f32, deviation as f32, tensor.shape(), device)?.to_dtype(mode.parameters())?;
+        let mut all = variables.data().lock().map_err(|_| candle_core::Error::msg("the lock is poisoned"))?;
+        all.insert(name, Var::from_tensor(&drawn)?);
+    }
+    // This draws what is left in the type of the variables, and the second model computes in another on them.
+    let on = |dtype| LanguageModel::new(config, VarBuilder::from_varmap(&variables, dtype, device));
+    on(mode.parameters())?;
+    Ok((on(mode.arithmetic())?, variables))
+}
+
+fn random_tokens(config: &LanguageModelConfig, [rows, length]: [usize; 2]) -> CandleResult<Tensor> {
+    let mut random = StdRng::seed_from_u64(0);
+    let tokens: Vec<u32> = (0..rows * length).map(|_| random.random_range(0..config.vocab_size as u32)).collect();
+    Tensor::from_vec(tokens, (rows, length), &Device::Cpu)
+}
