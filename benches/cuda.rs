@@ -67,7 +67,8 @@ struct Arguments {
     cases: Vec<String>,
 }
 
-/// What is timed: operator, direction, type, batch, length, d_inner, d_state or width, and words for variants. Several
+/// What is timed: operator, direction, type, batch, length, d_inner (of a loss the vocabulary), d_state or width (of a loss 1),
+/// and words for variants. Several
 /// values between commas stand for a case with each.
 const CASES: &[&str] = &[
     "scan forward,backward bf16,f32 8 2048 2048 16",
@@ -99,6 +100,8 @@ const CASES: &[&str] = &[
     "conv forward,backward bf16,f32 1 16384 2048 4 packed",
     "conv update bf16 1,8,64,512 1 5120 4",
     "conv update bf16 512 1 5120 4 f32-states",
+    "loss forward,backward bf16,f32 1 2048,5248 50280 1",
+    "loss backward bf16 1 16384 256,257,8192 1",
 ];
 
 /// Where cases run, and what bounds them there.
@@ -130,6 +133,9 @@ impl Bench {
             ("state", "f32") => memory::state_update::<f32>(stream, case),
             ("state", "f16") => memory::state_update::<f16>(stream, case),
             ("state", "bf16") => memory::state_update::<bf16>(stream, case),
+            ("loss", "f32") => memory::loss::<f32>(stream, case),
+            ("loss", "f16") => memory::loss::<f16>(stream, case),
+            ("loss", "bf16") => memory::loss::<bf16>(stream, case),
             #[cfg(feature = "candle-cuda")]
             ("candle", "f32") => candle::prepare(case),
             _ => Err(format!("no operator of this name and type: `{case}`").into()),

@@ -9,7 +9,7 @@ use rand::Rng;
 use selective_scan::cuda::{self, Cuda};
 use selective_scan::scan::cuda::{PerLane, Plan};
 use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut};
-use selective_scan::{Element, ProjectionOf, View, ViewMut, conv, state_update};
+use selective_scan::{Element, ProjectionOf, View, ViewMut, conv, loss, state_update};
 
 use crate::common::Random;
 
@@ -40,6 +40,7 @@ const OPERATORS: &[(&str, Run)] = &[
     ("convolution backward", conv_backward),
     ("convolution update", conv_update),
     ("state update", update_states),
+    ("cross entropy", cross_entropy),
 ];
 
 /// Taps of the convolution, and the rows that are decoded at once.
@@ -239,4 +240,15 @@ fn update_states(stream: &Arc<CudaStream>) -> Result<(), Failure> {
     let state = ViewMut::on_device(&mut pool, [ROWS, CHANNELS, STATES]);
     let to = state_update::UpdateMut { state, out: &mut out, token_states: None };
     Ok(state_update::cuda::update(stream, &inputs, to)?)
+}
+
+/// With its gradient, of as many rows as there are steps and a vocabulary of as many tokens as there are channels.
+fn cross_entropy(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let mut logits = uniform::<bf16>(stream, &mut Random::new(4), COUNT, -4.0, 4.0)?;
+    let targets: Vec<u32> = (0..LENGTH as u32).map(|row| 37 * row % CHANNELS as u32).collect();
+    let targets = stream.clone_htod(&targets)?;
+    let mut losses = stream.alloc_zeros(LENGTH)?;
+    let logits = ViewMut::on_device(&mut logits, [LENGTH, CHANNELS]);
+    let inputs = loss::InputsMut::new(logits, &targets, 1.0 / LENGTH as f32);
+    Ok(loss::cuda::losses_and_gradient(stream, inputs, &mut losses)?)
 }

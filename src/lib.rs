@@ -6,6 +6,7 @@
 //! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
 //! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
 //! | gradient of an embedding | [`embedding`] | sums the gradients of the rows that tokens were looked up in |
+//! | cross entropy | [`loss`] | the loss of rows of logits, with its gradient in their place |
 //! | RMS norm | [`norm`] | the norm between layers, with the residual added and with a gate, with gradients |
 //!
 //! With the features of the same names, the module `candle` has the operators on candle's tensors, with gradients in
@@ -95,6 +96,7 @@ mod element;
 pub mod embedding;
 mod error;
 mod kinds;
+pub mod loss;
 #[cfg(feature = "nn")]
 pub mod nn;
 pub mod norm;

@@ -13,8 +13,14 @@ pub trait Memory: Copy + Send + Sync + std::fmt::Debug + sealed::Sealed + 'stati
     /// A buffer of `T` in this memory.
     type Buffer<T: Element>: ?Sized;
 
+    /// A buffer of token ids, `u32`, in this memory.
+    type Tokens: ?Sized;
+
     /// The number of elements that `buffer` holds.
     fn len<T: Element>(buffer: &Self::Buffer<T>) -> usize;
+
+    /// The number of ids that `tokens` holds.
+    fn token_count(tokens: &Self::Tokens) -> usize;
 }
 
 pub(crate) mod sealed {
@@ -29,9 +35,14 @@ impl sealed::Sealed for Host {}
 
 impl Memory for Host {
     type Buffer<T: Element> = [T];
+    type Tokens = [u32];
 
     fn len<T: Element>(buffer: &[T]) -> usize {
         buffer.len()
+    }
+
+    fn token_count(tokens: &[u32]) -> usize {
+        tokens.len()
     }
 }
 

@@ -1,4 +1,4 @@
-//! The operators that memory bounds: the convolution and the updates of decoding.
+//! The operators that memory bounds: the convolution, the updates of decoding and the cross entropy.
 
 use std::sync::Arc;
 
@@ -6,6 +6,7 @@ use cudarc::driver::{CudaSlice, CudaStream};
 use half::{bf16, f16};
 use selective_scan::conv::{self, GradientsMut, OutputMut};
 use selective_scan::cuda::Cuda;
+use selective_scan::loss;
 use selective_scan::state_update::{self, UpdateMut};
 use selective_scan::{Element, View, ViewMut};
 
@@ -183,5 +184,40 @@ fn update_states<T: Element, S: Element>(stream: &Arc<CudaStream>, case: &Case, 
         let state = pool(&mut pools, i, [batch, d_inner, d_state]);
         Ok(state_update::cuda::update(&on, &inputs, UpdateMut { state, out: &mut out, token_states: None })?)
     });
+    Ok(Prepared { stream: stream.clone(), sets, can_capture: true, work, run })
+}
+
+/// The rows are batch times length, and d_inner is the vocabulary. Direction `forward` gives losses, and `backward` those and
+/// the gradient in place of the logits, which the next call takes for logits.
+pub fn loss<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Prepared> {
+    case.finish()?;
+    let (rows, vocab, count) = (case.batch * case.len, case.d_inner, case.count());
+    let sets = sets(count * size_of::<T>());
+    let mut logits = Sets::<T>::uniform(stream, sets, count, [-4.0, 4.0])?;
+    let targets: Vec<u32> = (0..rows).map(|row| (row * 7919 % vocab) as u32).collect();
+    let targets = stream.clone_htod(&targets)?;
+    let mut losses = zeros::<f32>(stream, rows)?;
+    let (on, shape) = (stream.clone(), [rows, vocab]);
+    let work;
+    let run: Box<dyn FnMut(usize) -> Result<()>>;
+    match case.direction.as_str() {
+        "forward" => {
+            work = Work::new(count, 0, [0.0, 5.0], [0.0, 1.0], count * size_of::<T>() + 2 * rows * F32);
+            run = Box::new(move |i| {
+                let inputs = loss::Inputs::new(logits.view(i, shape), &targets);
+                Ok(loss::cuda::losses(&on, &inputs, &mut losses)?)
+            });
+        }
+        "backward" => {
+            work = Work::new(count, 0, [0.0, 9.0], [0.0, 2.0], 2 * count * size_of::<T>() + 2 * rows * F32);
+            run = Box::new(move |i| {
+                let offset = logits.offset(i);
+                let view = ViewMut { offset, ..ViewMut::on_device(&mut logits.data, shape) };
+                let inputs = loss::InputsMut::new(view, &targets, 1.0);
+                Ok(loss::cuda::losses_and_gradient(&on, inputs, &mut losses)?)
+            });
+        }
+        other => return Err(format!("a loss has no direction `{other}`").into()),
+    }
     Ok(Prepared { stream: stream.clone(), sets, can_capture: true, work, run })
 }

@@ -41,6 +41,8 @@ REACHED = 4 * (SEGMENTS - 1) * CHANNELS * (STATES + 1)  # bytes of those
 # Convolution: a multiply-add for each tap and the five instructions of SiLU (two of them special functions); backward the
 # same again for the input's gradient and a multiply-add for each weight's. Bytes: x and out; backward ∂out and ∂x instead.
 # Updates, of 64 rows and one token: the forward's instructions, and the states read and written.
+# Cross entropy, of L rows and D tokens: a comparison, a difference from the greatest, its product with log2(e), an exponential
+# and a sum; all but the comparison again for the gradient. Bytes: logits, and the gradient in their place.
 TAPS, ROWS = 4, 64
 ROW_PART = ROWS * CHANNELS / ELEMENTS
 LEAST = {
@@ -50,6 +52,7 @@ LEAST = {
                     ROWS * CHANNELS * (4 + 2 * 2 * (TAPS - 1)) + 4 * CHANNELS * (TAPS + 1)),
     "state_update": (ROW_PART, (5, 4), (1, 4),
                      ROWS * CHANNELS * (8 + 2 * 4 * STATES) + 2 * 2 * ROWS * STATES + PARAMETERS),
+    "loss_cross_entropy": (1, (0, 9), (0, 2), 4 * ELEMENTS + 8 * LENGTH),
     "scan_forward": (1, (5, 4), (1, 4), 8 * ELEMENTS + PROJECTIONS + PARAMETERS),
     "scan_chunk_state": (SPLIT, (4, 2), (1, 2), SPLIT * (4 * ELEMENTS + PROJECTIONS / 2) + PARAMETERS + REACHED),
     "scan_backward_chunk_state": (SPLIT, (4, 4), (1, 4),

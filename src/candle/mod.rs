@@ -8,6 +8,7 @@
 //! | gradient of an embedding | [`embedding_gradient`] | [`embedding`](crate::embedding) |
 //! | state update, in place | [`StateUpdate`], [`rollback()`] | [`state_update`](crate::state_update) |
 //! | causal convolution, in place | [`ConvUpdate`], [`rollback()`] | [`conv::UpdateInputs`](crate::conv::UpdateInputs) |
+//! | cross entropy, its gradient in place | [`CrossEntropy`] | [`loss`](crate::loss) |
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -85,6 +86,7 @@ use std::io;
 
 pub use crate::conv::tensors::{CausalConv, ConvUpdate};
 pub use crate::embedding::candle::embedding_gradient;
+pub use crate::loss::candle::CrossEntropy;
 pub use crate::norm::candle::{RmsNorm, RmsNormGradients};
 pub use crate::pool::candle::rollback;
 pub use crate::scan::tensors::Scan;

@@ -123,6 +123,14 @@ impl<'a> Arguments<'a> {
         Ok(if slice.is_empty() { address } else { address.wrapping_add((offset * size_of::<T>()) as u64) })
     }
 
+    /// The address of a buffer of token ids, to be read.
+    pub fn tokens(&mut self, argument: &'static str, tokens: &'a CudaSlice<u32>) -> Result<u64> {
+        self.check(argument, tokens)?;
+        let (address, used) = tokens.device_ptr(self.stream);
+        self.uses.push(used);
+        Ok(address)
+    }
+
     /// The address of a buffer to be written.
     pub fn write<T: Element>(&mut self, argument: &'static str, slice: &'a mut CudaSlice<T>) -> Result<u64> {
         self.check(argument, slice)?;

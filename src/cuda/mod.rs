@@ -63,9 +63,14 @@ impl crate::view::sealed::Sealed for Cuda {}
 
 impl Memory for Cuda {
     type Buffer<T: Element> = CudaSlice<T>;
+    type Tokens = CudaSlice<u32>;
 
     fn len<T: Element>(buffer: &CudaSlice<T>) -> usize {
         buffer.len()
+    }
+
+    fn token_count(tokens: &CudaSlice<u32>) -> usize {
+        tokens.len()
     }
 }
 

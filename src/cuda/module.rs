@@ -57,6 +57,7 @@ modules! {
     CONV_FORWARD = "conv/forward",
     CONV_BACKWARD = "conv/backward",
     CONV_UPDATE = "conv/update",
+    LOSS_CROSS_ENTROPY = "loss/cross_entropy",
     NORM_FORWARD = "norm/forward",
     NORM_BACKWARD = "norm/backward",
     EMBEDDING_SORT = "embedding/sort",

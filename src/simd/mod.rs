@@ -4,7 +4,7 @@
 mod math;
 mod sum;
 
-pub(crate) use math::{Decay, hold_inverse, hold_weight, polynomial, silu, silu_grad, softplus};
+pub(crate) use math::{Decay, exp, hold_inverse, hold_weight, polynomial, silu, silu_grad, softplus};
 pub(crate) use sum::{Carried, Sum, SumRows, SumTile};
 
 use pulp::{NullaryFnOnce, Simd};

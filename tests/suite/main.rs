@@ -8,6 +8,7 @@ mod support;
 mod candle;
 mod conv;
 mod embedding;
+mod loss;
 #[cfg(feature = "nn")]
 mod nn;
 mod norm;

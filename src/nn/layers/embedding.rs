@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::Parameter;
 use crate::candle::embedding_gradient;
+use crate::loss::IGNORED;
 use crate::nn::{argument, check_once, check_room};
 
 /// Token ids that are all in the vocabulary.
@@ -20,28 +21,7 @@ impl Tokens {
     ///
     /// Ids that lie on a GPU are copied here, for which everything before them on its stream is waited for.
     pub fn read(ids: &Tensor, vocab_size: usize) -> Result<Self> {
-        if ids.elem_count() == 0 {
-            return Ok(Self(Arc::new([])));
-        }
-        check_room("ids", ids.dims(), DType::I64, &Device::Cpu)?;
-        let host = match ids.device() {
-            Device::Cpu => ids.clone(),
-            // What is read is the whole storage: of a few ids from many, only those.
-            _ => ids.force_contiguous()?.to_device(&Device::Cpu)?,
-        };
-        let (storage, _) = host.storage_and_layout();
-        let Storage::Cpu(storage) = &*storage else {
-            return Err(argument("ids", "a tensor that can be read on the processor", "one that cannot"));
-        };
-        let tokens = match storage {
-            CpuStorage::U8(ids) => check(ids, &host, vocab_size),
-            CpuStorage::U32(ids) => check(ids, &host, vocab_size),
-            CpuStorage::I16(ids) => check(ids, &host, vocab_size),
-            CpuStorage::I32(ids) => check(ids, &host, vocab_size),
-            CpuStorage::I64(ids) => check(ids, &host, vocab_size),
-            other => Err(argument("ids", "integers", BackendStorage::dtype(other).as_str())),
-        };
-        Ok(Self(tokens?.into()))
+        Ok(Self(read_ids("ids", ids, vocab_size, None)?.into()))
     }
 
     /// How many there are.
@@ -61,19 +41,62 @@ impl Tokens {
     }
 }
 
-/// Reads the elements of `tensor`, whose storage has `ids`.
-fn check<I: Copy + Into<i64>>(ids: &[I], tensor: &Tensor, vocab_size: usize) -> Result<Vec<u32>> {
-    let read = |(position, index): (usize, usize)| {
-        let id: i64 = ids[index].into();
-        match u32::try_from(id) {
-            Ok(token) if (token as usize) < vocab_size => Ok(token),
-            _ => {
-                let expected = format_args!("tokens from 0 to {}", vocab_size - 1);
-                Err(argument("ids", expected, format_args!("{id} at {:?}", place(position, tensor.dims()))))
-            }
-        }
+/// Reads what [`Tokens::read`] does from the argument `name`. Ids that are `ignored` may be any number, and are given as
+/// [`IGNORED`].
+pub(crate) fn read_ids(name: &'static str, ids: &Tensor, vocab_size: usize, ignored: Option<i64>) -> Result<Vec<u32>> {
+    if ids.elem_count() == 0 {
+        return Ok(Vec::new());
+    }
+    check_room(name, ids.dims(), DType::I64, &Device::Cpu)?;
+    let host = match ids.device() {
+        Device::Cpu => ids.clone(),
+        // What is read is the whole storage: of a few ids from many, only those.
+        _ => ids.force_contiguous()?.to_device(&Device::Cpu)?,
     };
-    tensor.strided_index().enumerate().map(read).collect()
+    let (storage, _) = host.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else {
+        return Err(argument(name, "a tensor that can be read on the processor", "one that cannot"));
+    };
+    let allowed = Allowed { name, vocab_size, ignored };
+    match storage {
+        CpuStorage::U8(ids) => allowed.check(ids, &host),
+        CpuStorage::U32(ids) => allowed.check(ids, &host),
+        CpuStorage::I16(ids) => allowed.check(ids, &host),
+        CpuStorage::I32(ids) => allowed.check(ids, &host),
+        CpuStorage::I64(ids) => allowed.check(ids, &host),
+        other => Err(argument(name, "integers", BackendStorage::dtype(other).as_str())),
+    }
+}
+
+/// The ids that an argument may have.
+struct Allowed {
+    name: &'static str,
+    vocab_size: usize,
+    ignored: Option<i64>,
+}
+
+impl Allowed {
+    /// Reads the elements of `tensor`, whose storage has `ids`.
+    fn check<I: Copy + Into<i64>>(&self, ids: &[I], tensor: &Tensor) -> Result<Vec<u32>> {
+        let read = |(position, index): (usize, usize)| {
+            let id: i64 = ids[index].into();
+            if self.ignored == Some(id) {
+                return Ok(IGNORED);
+            }
+            match u32::try_from(id) {
+                Ok(token) if (token as usize) < self.vocab_size => Ok(token),
+                _ => {
+                    let expected = format_args!("tokens from 0 to {}", self.vocab_size - 1).to_string();
+                    let expected = match self.ignored {
+                        Some(ignored) => format!("{expected}, or {ignored} for those that are left out"),
+                        None => expected,
+                    };
+                    Err(argument(self.name, expected, format_args!("{id} at {:?}", place(position, tensor.dims()))))
+                }
+            }
+        };
+        tensor.strided_index().enumerate().map(read).collect()
+    }
 }
 
 /// The indices of an element, from its place in row-major order.

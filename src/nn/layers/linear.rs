@@ -25,6 +25,11 @@ impl Linear {
         Self { weight, bias: None }
     }
 
+    /// The matrix, `(out, in)`.
+    pub fn weight(&self) -> &Parameter {
+        &self.weight
+    }
+
     /// The type in which it computes.
     pub fn dtype(&self) -> DType {
         self.weight.dtype()

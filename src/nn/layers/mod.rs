@@ -5,7 +5,7 @@ mod linear;
 mod parameters;
 mod rms_norm;
 
-pub(crate) use embedding::Tokens;
+pub(crate) use embedding::{Tokens, read_ids};
 pub(crate) use linear::Linear;
 pub(crate) use parameters::{Change, Gradients, Initial, Parameter, ParameterList, Parameters};
 pub use rms_norm::RmsNorm;

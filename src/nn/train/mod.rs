@@ -3,7 +3,7 @@
 //! ```
 //! use candle_core::{DType, Device, Tensor};
 //! use candle_nn::{VarBuilder, VarMap};
-//! use selective_scan::nn::train::{AdamW, AdamWConfig, Schedule, cross_entropy};
+//! use selective_scan::nn::train::{AdamW, AdamWConfig, LossOptions, Schedule};
 //! use selective_scan::nn::{LanguageModel, LanguageModelConfig};
 //!
 //! let device = Device::Cpu;
@@ -16,10 +16,10 @@
 //! let text: Vec<u32> = (0..33).map(|i| i % 16).collect();
 //! let (ids, next) = (Tensor::new(&text[..32], &device)?.unsqueeze(0)?, Tensor::new(&text[1..], &device)?.unsqueeze(0)?);
 //! for step in 0..steps {
-//!     let loss = cross_entropy(&model.forward(&ids)?, &next)?;
+//!     let loss = model.loss(&ids, &next, &LossOptions::default())?;
 //!     optimizer.step(&loss.backward()?, schedule.rate(1e-2, step, steps))?;
 //! }
-//! assert!(cross_entropy(&model.forward(&ids)?, &next)?.to_scalar::<f32>()? < 1.0); // from 2.8
+//! assert!(model.loss(&ids, &next, &LossOptions::default())?.to_scalar::<f32>()? < 1.0); // from 2.8
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 //!
@@ -30,5 +30,6 @@ mod loss;
 mod schedule;
 
 pub use adamw::{AdamW, AdamWConfig, Group};
-pub use loss::cross_entropy;
+pub(crate) use loss::Targets;
+pub use loss::{LossOptions, cross_entropy, linear_cross_entropy};
 pub use schedule::Schedule;

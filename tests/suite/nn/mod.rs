@@ -6,6 +6,7 @@ mod decoding;
 mod gpu;
 mod initial;
 mod layers;
+mod loss;
 mod mixed;
 mod nodes;
 mod packed;
