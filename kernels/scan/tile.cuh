@@ -5,7 +5,7 @@
 //   stage    the threads read the tile's activations four channels at a time and leave Δ and what the recurrence takes in
 //            in shared memory, so that the functions of a step are computed once for each channel however many lanes
 //            share its states;
-//   advance  each lane carries 4 states of `OWN` neighbouring channels in registers; a channel's 16 states are in 4 lanes
+//   advance  each lane carries 4 states of some neighbouring channels in registers; a channel's 16 states are in 4 lanes
 //            (and more than 16 take turns);
 //   finish   the threads that staged four channels sum the lanes' parts of y up and write them.
 //
@@ -115,7 +115,7 @@ template <typename T, int STEPS, int THREADS, bool VECTOR> struct ProjectionWalk
     }
 
     // Has B and C walked from other states on, where both vary.
-    __device__ __forceinline__ void turn(const Inputs &p, int from_state, int first_state) {
+    __device__ __forceinline__ void change_states(const Inputs &p, int from_state, int first_state) {
         static_assert(STEPS % ROWS == 0, "all threads have steps");
         at += (first_state - from_state) * state;
         const int n = threadIdx.x % STATE_LANES * STATE_VEC;
