@@ -25,7 +25,9 @@ template <typename T, typename St, int LEAST, int MOST, bool FAST> __device__ __
             T *out = static_cast<T *>(p.out) + row * p.tokens * p.d_inner + d;
             St *kept = static_cast<St *>(p.token_states) + row * p.tokens * rows * p.d_inner + d;
             if (slot < 0) {
-                for (int64_t t = 0; t < p.tokens; t++) store_vec_if<QUAD, FAST>(out + t * p.d_inner, 1, Pack<T, QUAD>{}, count, whole);
+                for (int64_t t = 0; t < p.tokens; t++) {
+                    store_vec_if<QUAD, FAST>(out + t * p.d_inner, 1, Pack<T, QUAD>{}, count, whole);
+                }
                 for (int64_t j = 0; p.token_states && j < p.tokens * rows; j++) {
                     store_vec_if<QUAD, FAST>(kept + j * p.d_inner, 1, Pack<St, QUAD>{}, count, whole);
                 }

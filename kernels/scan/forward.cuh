@@ -84,7 +84,7 @@ template <typename T, int CHANNELS_PER_LANE, int STEPS, bool MANY_STATES, bool C
                                                  typename CarriedStates<Form>::Held &held, const int64_t &, const int &left,
                                                  const bool &more) {
         __syncthreads();
-        for (int state_block = 0; state_block < states.blocks; state_block++) {
+        for (int state_block = 0; state_block < states.state_blocks; state_block++) {
             if constexpr (MANY_STATES) {
                 if (state_block > 0) {
                     __syncthreads();
@@ -94,7 +94,7 @@ template <typename T, int CHANNELS_PER_LANE, int STEPS, bool MANY_STATES, bool C
                 states.fetch(held, state_block);
                 states.read_rates(held, state_block);
                 // Those of the next block of states, or of the first one in the next tile.
-                if (state_block + 1 < states.blocks) {
+                if (state_block + 1 < states.state_blocks) {
                     next.change_states(states.p, state_block * STATE_BLOCK, (state_block + 1) * STATE_BLOCK);
                     next.template load<RAGGED>(left);
                 } else {

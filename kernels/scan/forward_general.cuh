@@ -91,7 +91,7 @@ template <typename T, bool CHUNK_STATE> struct Recurrence {
                                                  typename Form::Outputs &outputs, const forward::CarriedStates<Form> &states,
                                                  typename forward::CarriedStates<Form>::Held &held, const int64_t &i,
                                                  const int &left, const bool &) {
-        for (int state_block = 0; state_block < states.blocks; state_block++) {
+        for (int state_block = 0; state_block < states.state_blocks; state_block++) {
             ProjectionWalk<T, TILE, THREADS, false> walk(p, segment, block.group, i, state_block * STATE_BLOCK);
             walk.template load<RAGGED>(left);
             __syncthreads();
@@ -107,7 +107,7 @@ template <typename T, bool CHUNK_STATE> struct Recurrence {
             if (p.b.constant) lane.constant(constant_b, p.b);
             if (p.c.constant) lane.constant(constant_c, p.c);
             // What rounding takes is not parked.
-            if (states.blocks > 1) {
+            if (states.state_blocks > 1) {
 #pragma unroll
                 for (int n = 0; n < STATE_VEC; n++) held.lost[0][n] = 0.0f;
             }

@@ -92,7 +92,7 @@ template <typename Form> struct CarriedStates {
     const Inputs &p;
     const Block &block;
     const LaneMap<Form::THREADS, CHANNELS_PER_LANE> map;
-    const int blocks;
+    const int state_blocks;
     float *const parked;
     const bool from_zero;
 
@@ -104,7 +104,7 @@ template <typename Form> struct CarriedStates {
 
     __device__ __forceinline__ CarriedStates(const Inputs &p, const Block &block, float4 *parking)
         : p(p), block(block), map(threadIdx.x),
-          blocks(Form::PARKED ? static_cast<int>((p.d_state + STATE_BLOCK - 1) / STATE_BLOCK) : 1),
+          state_blocks(Form::PARKED ? static_cast<int>((p.d_state + STATE_BLOCK - 1) / STATE_BLOCK) : 1),
           parked(reinterpret_cast<float *>(parking + threadIdx.x)),
           from_zero(Form::CHUNK_STATE || (!p.initial_state.data && !p.chunk_states)) {}
 
@@ -128,7 +128,7 @@ template <typename Form> struct CarriedStates {
 #pragma unroll
             for (int n = 0; n < STATE_VEC; n++) held.lost[c][n] = 0.0f;
         }
-        for (int state_block = 0; state_block < blocks; state_block++) {
+        for (int state_block = 0; state_block < state_blocks; state_block++) {
             if (Form::PARKED) read_rates(held, state_block);
             if (from_zero) {
 #pragma unroll
@@ -147,7 +147,7 @@ template <typename Form> struct CarriedStates {
     }
     // Calls `write` with each of the channels and its states, block by block.
     template <typename Write> __device__ __forceinline__ void for_each(Held &held, const Write &write) const {
-        for (int state_block = 0; state_block < blocks; state_block++) {
+        for (int state_block = 0; state_block < state_blocks; state_block++) {
             fetch(held, state_block);
 #pragma unroll
             for (int c = 0; c < CHANNELS_PER_LANE; c++) write(lane(c, state_block), held.h[c]);
