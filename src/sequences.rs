@@ -88,12 +88,12 @@ impl<'a> Sequences<'a> {
 }
 
 impl Sequence {
-    /// The slot of the state that this sequence has before its step `64·tile`, `tile >= 1`.
+    /// The slot of this sequence's checkpoint number `index`, the state before its step `64·index`, `index >= 1`.
     ///
     /// A sequence of `n` steps needs `ceil(n/64) - 1` slots and gets those from `floor(flat_start/64)` on, which never
     /// reach into the next sequence's, so `floor(steps/64)` slots hold the checkpoints of everything.
-    pub fn checkpoint_slot(&self, tile: usize) -> usize {
-        self.flat_start / CHECKPOINT_STEPS + tile - 1
+    pub fn checkpoint_slot(&self, index: usize) -> usize {
+        self.flat_start / CHECKPOINT_STEPS + index - 1
     }
 
     /// The step of the batch row that is the sequence's `i`-th in the direction of the scan.
@@ -134,8 +134,8 @@ mod tests {
             let sequences = Sequences::check(1, total, Some(&offsets)).unwrap();
             let mut used = vec![false; total / CHECKPOINT_STEPS];
             for sequence in sequences.iter() {
-                for tile in 1..sequence.len.div_ceil(CHECKPOINT_STEPS) {
-                    let slot = sequence.checkpoint_slot(tile);
+                for index in 1..sequence.len.div_ceil(CHECKPOINT_STEPS) {
+                    let slot = sequence.checkpoint_slot(index);
                     prop_assert!(!std::mem::replace(&mut used[slot], true), "slot {slot} is given twice");
                 }
             }

@@ -59,7 +59,7 @@ def constants(folder):
 SCAN = constants("scan")
 TILES = {"one": (SCAN["forward::ONE_TILE"], 1), "four": (SCAN["forward::FOUR_TILE"], 4)}
 STATES, CHUNK = SCAN["STATE_VEC"], SCAN["CHECKPOINT_STEPS"]
-BACKWARD_TILE, BACKWARD_OWN = SCAN["backward::TILE"], SCAN["backward::CHANNELS_PER_LANE"]
+BACKWARD_TILE, BACKWARD_CHANNELS = SCAN["backward::TILE"], SCAN["backward::CHANNELS_PER_LANE"]
 
 FLOAT_ATOMIC = r"(RED|REDG|ATOM|ATOMG|ATOMS)\.(.*\.)?(F16|F32|F64|BF16)(x\d)?(\.|_|$).*|REDAS.*F.*"
 
@@ -156,8 +156,8 @@ def per_unit(counts, units):
 def forward_loop(kernel, variant):
     """The tile loop: the innermost that synchronises. The step loop within is gone around as often as it takes for one
     exponential of each state."""
-    steps, own = TILES[variant]
-    units = steps * own * STATES
+    steps, channels = TILES[variant]
+    units = steps * channels * STATES
     found = sass.loops(kernel.code)
     tiles = [loop for loop in found if loop.count(r"BAR.*")]
     tile = min(tiles, key=lambda loop: len(loop.instructions))
@@ -174,7 +174,7 @@ def forward_loop(kernel, variant):
 def backward_loops(kernel):
     """The tile loop, which alone uses the tensor cores and shuffles; the loop before it that finds the states and decays of
     all tiles, one exponential each; and what surrounds both in the chunk of 64 steps."""
-    units = BACKWARD_TILE * BACKWARD_OWN * STATES
+    units = BACKWARD_TILE * BACKWARD_CHANNELS * STATES
     found = sass.loops(kernel.code)
     tiles = [loop for loop in found if loop.count(r".MMA.*") and loop.count("SHFL.*")]
     tile = min(tiles, key=lambda loop: len(loop.instructions))
@@ -192,7 +192,7 @@ def backward_loops(kernel):
     return {
         "tiles, back": per_unit(within, units),
         "tiles, states": per_unit(sass.cost(states[0], found, lambda loop: 1), units * CHUNK / (CHUNK - BACKWARD_TILE)),
-        "staging": per_unit(around, CHUNK * BACKWARD_OWN * STATES),
+        "staging": per_unit(around, CHUNK * BACKWARD_CHANNELS * STATES),
     }
 
 

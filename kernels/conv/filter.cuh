@@ -1,11 +1,14 @@
 // The filters of the causal convolution, in registers.
 #pragma once
+#include "../common/lane_map.cuh"
 #include "../common/math.cuh"
 #include "../common/tensor.cuh"
+#include "params.cuh"
 
 namespace conv {
 
-using namespace common;
+// The lanes of a row of threads lie along the channels, rows along the runs or the batch.
+static_assert(is_bijection_in_rows<THREADS>());
 
 // `COUNT` neighbouring channels. Kernels are made for widths from `LEAST` to `MOST`: a narrower filter's weights are the
 // last of `weight`, after `gap` that are not to be used (a product with zero would spread NaN).

@@ -8,18 +8,18 @@ template <typename T, int LEAST, int MOST, bool VECTOR> __device__ __forceinline
     constexpr int BEFORE = MOST - 1, TILE = sizeof(T) == 4 ? 4 : 8, AHEAD = 2;
     __shared__ typename Incoming<T, QUAD, VECTOR, 1, TILE, AHEAD>::Tiles tiles;
     const bool reverse = p.flags & FLAG_REVERSE, activate = p.flags & FLAG_SILU;
-    const int lane = threadIdx.x & ((1 << p.lane_shift) - 1), own = threadIdx.x >> p.lane_shift;
+    const RowMap map(threadIdx.x, p.lane_shift);
     const int64_t quads = (p.d_inner + QUAD - 1) / QUAD;
     const int64_t out_step = reverse ? -p.d_inner : p.d_inner;
 
     for (int64_t block = blockIdx.x; block << p.lane_shift < quads; block += gridDim.x) {
-        const int64_t d = ((block << p.lane_shift) + lane) * QUAD;
+        const int64_t d = ((block << p.lane_shift) + map.lane) * QUAD;
         if (d >= p.d_inner) continue;
         const int count = static_cast<int>(min(p.d_inner - d, int64_t(QUAD)));
         const Filter<LEAST, MOST, QUAD> filter(p.weight, p.bias, p.width, d, count);
 
         const int64_t stride = int64_t(gridDim.y) * (THREADS >> p.lane_shift);
-        for (int64_t index = int64_t(blockIdx.y) * (THREADS >> p.lane_shift) + own; index < p.runs.count;
+        for (int64_t index = int64_t(blockIdx.y) * (THREADS >> p.lane_shift) + map.row; index < p.runs.count;
              index += stride) {
             const Run run = run_at(p.runs, index);
             const Line<T, QUAD, VECTOR> line(p, run, d, count);

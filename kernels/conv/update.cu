@@ -10,7 +10,8 @@ namespace conv::update {
 template <typename T, typename St, int LEAST, int MOST, bool FAST> __device__ __forceinline__ void run(const Update &p) {
     constexpr int BEFORE = MOST - 1;
     const bool activate = p.flags & FLAG_SILU, whole = p.flags & FLAG_VECTOR;
-    const int lanes = 1 << p.lane_shift, lane = threadIdx.x & (lanes - 1), own = threadIdx.x >> p.lane_shift;
+    const RowMap map(threadIdx.x, p.lane_shift);
+    const int lanes = map.lanes, lane = map.lane;
     const int64_t rows = p.width - 1;
 
     for (int64_t d = (int64_t(blockIdx.x) * lanes + lane) * QUAD; d < p.d_inner; d += int64_t(gridDim.x) * lanes * QUAD) {
@@ -18,13 +19,15 @@ template <typename T, typename St, int LEAST, int MOST, bool FAST> __device__ __
         const Filter<LEAST, MOST, QUAD> filter(p.weight, p.bias, p.width, d, count);
 
         const int64_t stride = int64_t(gridDim.y) * (THREADS >> p.lane_shift);
-        for (int64_t row = int64_t(blockIdx.y) * (THREADS >> p.lane_shift) + own; row < p.batch; row += stride) {
+        for (int64_t row = int64_t(blockIdx.y) * (THREADS >> p.lane_shift) + map.row; row < p.batch; row += stride) {
             const int64_t slot = slot_of(p.slots, row);
             const T *x = static_cast<const T *>(p.x.data) + row * p.x.batch + d * p.x.channel;
             T *out = static_cast<T *>(p.out) + row * p.tokens * p.d_inner + d;
             St *kept = static_cast<St *>(p.token_states) + row * p.tokens * rows * p.d_inner + d;
             if (slot < 0) {
-                for (int64_t t = 0; t < p.tokens; t++) store_vec_if<QUAD, FAST>(out + t * p.d_inner, 1, Pack<T, QUAD>{}, count, whole);
+                for (int64_t t = 0; t < p.tokens; t++) {
+                    store_vec_if<QUAD, FAST>(out + t * p.d_inner, 1, Pack<T, QUAD>{}, count, whole);
+                }
                 for (int64_t j = 0; p.token_states && j < p.tokens * rows; j++) {
                     store_vec_if<QUAD, FAST>(kept + j * p.d_inner, 1, Pack<St, QUAD>{}, count, whole);
                 }

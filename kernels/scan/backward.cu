@@ -216,6 +216,17 @@ __device__ __forceinline__ void sum_again(const Recurrence<T> &recurrence, const
     }
 }
 
+// The totals of a tile's sums over channels.
+template <typename T>
+__device__ __forceinline__ void total(const Recurrence<T> &recurrence, const int &lane, const int &tile, ChannelSums<T> &sums,
+                                      float (&totals)[2][STATE_VEC]) {
+    sums.total(lane, totals);
+    if (!__all_sync(~0u, sums.are_finite(totals))) {
+        sum_again(recurrence, lane, tile, sums);
+        sums.total(lane, totals);
+    }
+}
+
 // Writes the block's sums of ∂B and ∂C over a chunk, the warps in order. (Where they go is read first: the first thread may be
 // at the next chunk before the others have left this one.)
 template <typename T>
@@ -483,6 +494,22 @@ __device__ __forceinline__ void open(WarpShared<T> &mine, const LaneMap &map, co
     __syncwarp();
 }
 
+// The state before a chunk.
+template <typename LaneOf>
+__device__ __forceinline__ void read_state_before(const Backward &params, const Segment &segment, const Chunk &chunk,
+                                                  const LaneOf &lane_of, LaneStates &h) {
+#pragma unroll
+    for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+        const Lane lane = lane_of(c);
+        if (chunk.first == 0) {
+            lane.initial(h[c], params.inputs.initial_state, segment.sequence);
+        } else {
+            const int64_t slot = checkpoint_slot(chunk.row + segment.start, chunk.first);
+            lane.read_dense<true>(h[c], params.checkpoints + lane.at(params.inputs, slot));
+        }
+    }
+}
+
 // Goes through a chunk: forward, for the states before its tiles, and then back, tile by tile.
 template <bool MANY_STATES, typename T, typename LaneOf>
 __device__ __forceinline__ void go_through(const Warp<T> &work, const Recurrence<T> &recurrence, const Segment &segment,
@@ -516,19 +543,8 @@ __device__ __forceinline__ void go_through(const Warp<T> &work, const Recurrence
     };
     prefetch_tensors(work, chunk);
 
-    // The state before the chunk.
     LaneStates h[TILE + 1];
-#pragma unroll
-    for (int c = 0; c < CHANNELS_PER_LANE; c++) {
-        const Lane own = lane_of(c);
-        if (chunk.first == 0) {
-            own.initial(h[0][c], p.initial_state, segment.sequence);
-        } else {
-            const int64_t slot = checkpoint_slot(chunk.row + segment.start, chunk.first);
-            own.read_dense<true>(h[0][c], params.checkpoints + own.at(p, slot));
-        }
-    }
-
+    read_state_before(params, segment, chunk, lane_of, h[0]);
     stage(work, segment, chunk);
     __syncthreads();
 
@@ -551,11 +567,7 @@ __device__ __forceinline__ void go_through(const Warp<T> &work, const Recurrence
         __syncwarp();
 
         float totals[2][STATE_VEC];
-        sums.total(lane, totals);
-        if (!__all_sync(~0u, sums.are_finite(totals))) {
-            sum_again(recurrence, lane, tile, sums);
-            sums.total(lane, totals);
-        }
+        total(recurrence, lane, tile, sums, totals);
 
         // Finishes the tile, and goes forward through the one that comes next, if there is one, at the same time: the one waits
         // for shared memory, the other for the special-function unit.

@@ -10,8 +10,8 @@ __device__ __forceinline__ bool is_last_block(const Backward &params) {
     return params.first_state + STATE_BLOCK >= params.inputs.d_state;
 }
 
-// Adds to what a quad's channels get of the sums over their states that of the turns before, and hands it on if there is a
-// turn to come. `at` is the quad's place in a dense activation, of which `count` channels exist.
+// Adds to what a quad's channels get of the sums over their states that of the blocks of states before, and hands it on if there
+// is one to come. `at` is the quad's place in a dense activation, of which `count` channels exist.
 template <bool VECTOR>
 __device__ __forceinline__ void carry(const Backward &params, int64_t at, int count, float (&d_delta)[QUAD],
                                       float (&d_input)[QUAD], float (&y)[QUAD]) {

@@ -35,13 +35,12 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void run(const Ba
     const int count = max(0, min(block.width - column, QUAD));
     const int64_t d0 = block.first + column;
     const LaneMap map(threadIdx.x);
-    const int sub = map.state_group, own = map.channel;
     const int first_state = static_cast<int>(params.first_state);
     float bias[QUAD];
 #pragma unroll
     for (int c = 0; c < QUAD; c++) bias[c] = c < count ? element_or(p.delta_bias, d0 + c, 0.0f) : 0.0f;
 
-    const Lane lane(p, block.first + own, own < block.width, first_state + sub * STATE_VEC);
+    const Lane lane(p, block.first + map.channel, map.channel < block.width, first_state + map.state_group * STATE_VEC);
     float a[STATE_VEC], constant_c[STATE_VEC] = {};
     lane.template parameter<VECTOR>(a, p.a);
 #pragma unroll
@@ -82,9 +81,9 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void run(const Ba
             __syncthreads();
 #pragma unroll 8
             for (int t = STEPS - 1; t >= 0; t--) {
-                const float2 in = steps[t][own];
+                const float2 in = steps[t][map.channel];
                 float c[STATE_VEC];
-                read_shared(c, &projections[t][1][sub * STATE_VEC]);
+                read_shared(c, &projections[t][1][map.state_group * STATE_VEC]);
 #pragma unroll
                 for (int n = 0; n < STATE_VEC; n++) {
                     if (GENERAL && p.c.constant) c[n] = constant_c[n];
@@ -94,7 +93,7 @@ template <typename T, bool GENERAL> __device__ __forceinline__ void run(const Ba
         }
         lane.write_dense<VECTOR>(p.chunk_states + lane.at(p, segment.index), g);
         __syncthreads();
-        // The same in each turn.
+        // The same for each block of states.
         delta_sum.write<COLUMNS, THREADS>(&steps[0][0].x, p.delta_sums + segment.index * p.d_inner + d0, count);
     }
 }

@@ -7,7 +7,7 @@ namespace scan::forward {
 #define INSTANCE(NAME, T, CHANNELS_PER_LANE, TILE, MANY_STATES, BLOCKS)                                                \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         scan_forward_##NAME(const __grid_constant__ Forward params) {                                                  \
-        run<T, CHANNELS_PER_LANE, TILE, MANY_STATES, false>(params);                                                   \
+        run<Recurrence<T, CHANNELS_PER_LANE, TILE, MANY_STATES, false>>(params);                                       \
     }
 
 #define INSTANCES(SUFFIX, T, FOUR_BLOCKS, ONE_BLOCKS)                                                                  \

@@ -49,13 +49,13 @@ template <int LANES> constexpr bool deals_out_all() {
 static_assert(deals_out_all<STATE_BLOCK>() && deals_out_all<STATE_BLOCK / 2>());
 
 // A tile, staged, and what the lanes make of it.
-template <typename T, int OWN> struct Tile {
-    static constexpr int LANES = STATE_BLOCK / OWN, CHANNELS = ROLE_THREADS / LANES, WIDTH = CHANNELS / 4;
+template <typename T, int STATES_PER_LANE> struct Tile {
+    static constexpr int LANES = STATE_BLOCK / STATES_PER_LANE, CHANNELS = ROLE_THREADS / LANES, WIDTH = CHANNELS / 4;
 
     // Δ and Δu of two steps.
     float4 steps[CHANNELS][TILE / 2 + 1];
     // B and C of one state in two steps: of the next two steps beside it, or of the lane's other state.
-    static constexpr int ROW = OWN == 1 ? 2 * STATE_BLOCK : STATE_BLOCK, GAP = 8 / sizeof(T) / 2;
+    static constexpr int ROW = STATES_PER_LANE == 1 ? 2 * STATE_BLOCK : STATE_BLOCK, GAP = 8 / sizeof(T) / 2;
     alignas(16) Pack<T, 4> projections[TILE / 2 * STATE_BLOCK / ROW * (ROW + GAP)];
     // What each lane adds to y in four steps. (With the gaps, no lanes meet in a bank.)
     struct {
@@ -64,14 +64,14 @@ template <typename T, int OWN> struct Tile {
     } outputs[LANES];
 
     static __device__ __forceinline__ int place(int two, int state) {
-        return OWN == 1 ? two / 2 * (ROW + GAP) + state * 2 + two % 2 : two * (ROW + GAP) + state;
+        return STATES_PER_LANE == 1 ? two / 2 * (ROW + GAP) + state * 2 + two % 2 : two * (ROW + GAP) + state;
     }
 };
 
-template <typename T, int OWN> struct Shared {
-    Tile<T, OWN> tiles[2];
+template <typename T, int STATES_PER_LANE> struct Shared {
+    Tile<T, STATES_PER_LANE> tiles[2];
     // What the threads that stage hand to those that finish two tiles later: u in their two steps.
-    Pack<T, Tile<T, OWN>::WIDTH> u[3][2][ROLE_THREADS];
+    Pack<T, Tile<T, STATES_PER_LANE>::WIDTH> u[3][2][ROLE_THREADS];
 };
 static_assert(sizeof(Shared<float, 1>) == ONE_SMEM + 4 * ONE_SMEM_PER_BYTE);
 static_assert(sizeof(Shared<__half, 1>) == ONE_SMEM + 2 * ONE_SMEM_PER_BYTE);
@@ -80,35 +80,36 @@ static_assert(sizeof(Shared<__half, 2>) == TWO_SMEM + 2 * TWO_SMEM_PER_BYTE);
 static_assert(Tile<float, 1>::CHANNELS == ONE_CHANNELS && Tile<float, 2>::CHANNELS == TWO_CHANNELS);
 
 // For those who carry states, one or two each.
-template <typename T, int OWN> __device__ __forceinline__ void advance(const Forward &params, Shared<T, OWN> &shared) {
-    using Tile = Tile<T, OWN>;
+template <typename T, int STATES_PER_LANE>
+__device__ __forceinline__ void advance(const Forward &params, Shared<T, STATES_PER_LANE> &shared) {
+    using Tile = Tile<T, STATES_PER_LANE>;
     constexpr bool ACCURATE = sizeof(T) == 4;
     const Inputs &p = params.inputs;
     const Block block(p, blockIdx.x, Tile::CHANNELS);
     const LaneMap<Tile::LANES> map(threadIdx.x);
-    const int sub = map.state_group, own = map.channel;
-    const int64_t channel = block.first + own;
-    const auto has = [&](int n) { return own < block.width && sub * OWN + n < p.d_state; };
-    float a[OWN];
+    const int first_state = map.state_group * STATES_PER_LANE;
+    const int64_t channel = block.first + map.channel;
+    const auto has = [&](int n) { return map.channel < block.width && first_state + n < p.d_state; };
+    float a[STATES_PER_LANE];
 #pragma unroll
-    for (int n = 0; n < OWN; n++) {
-        a[n] = has(n) ? p.a.data[channel * p.a.channel + (sub * OWN + n) * p.a.state] * LOG2_E : 0.0f;
+    for (int n = 0; n < STATES_PER_LANE; n++) {
+        a[n] = has(n) ? p.a.data[channel * p.a.channel + (first_state + n) * p.a.state] * LOG2_E : 0.0f;
     }
     for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
         const Segment segment = segment_at(p.segments, at);
         const int64_t tiles = (segment.steps + TILE - 1) / TILE;
-        float h[OWN];
+        float h[STATES_PER_LANE];
 #pragma unroll
-        for (int n = 0; n < OWN; n++) {
+        for (int n = 0; n < STATES_PER_LANE; n++) {
             const States &from = p.initial_state;
             const int64_t at =
-                segment.sequence * from.sequence + channel * from.channel + (sub * OWN + n) * from.state;
+                segment.sequence * from.sequence + channel * from.channel + (first_state + n) * from.state;
             h[n] = from.data && has(n) ? from.data[at] : 0.0f;
         }
         const auto write = [&](float *to, int64_t index) {
 #pragma unroll
-            for (int n = 0; n < OWN; n++) {
-                if (has(n)) to[(index * p.d_inner + channel) * p.d_state + sub * OWN + n] = h[n];
+            for (int n = 0; n < STATES_PER_LANE; n++) {
+                if (has(n)) to[(index * p.d_inner + channel) * p.d_state + first_state + n] = h[n];
             }
         };
         meet();
@@ -121,17 +122,17 @@ template <typename T, int OWN> __device__ __forceinline__ void advance(const For
             // What is read from shared memory for a group of steps.
             struct Operands {
                 float steps[GROUP / 2][4];
-                Pack<T, 4> projections[GROUP / 2][OWN];
+                Pack<T, 4> projections[GROUP / 2][STATES_PER_LANE];
             } now, next;
             const auto read = [&](int group) {
 #pragma unroll
                 for (int i = 0; i < GROUP / 2; i++) {
-                    read_shared(next.steps[i], &tile.steps[own][group * (GROUP / 2) + i].x);
+                    read_shared(next.steps[i], &tile.steps[map.channel][group * (GROUP / 2) + i].x);
                 }
 #pragma unroll
-                for (int i = 0; i < GROUP / 2 * OWN; i += 2) {
-                    const int two = group * (GROUP / 2) + i / OWN;
-                    const auto both = reinterpret_cast<const Pack<T, 8> &>(tile.projections[Tile::place(two, sub * OWN)]);
+                for (int i = 0; i < GROUP / 2 * STATES_PER_LANE; i += 2) {
+                    const int two = group * (GROUP / 2) + i / STATES_PER_LANE;
+                    const auto both = reinterpret_cast<const Pack<T, 8> &>(tile.projections[Tile::place(two, first_state)]);
                     Pack<T, 4> *const to = &next.projections[0][0] + i;
                     to[0] = both.half(0), to[1] = both.half(1);
                 }
@@ -150,14 +151,14 @@ template <typename T, int OWN> __device__ __forceinline__ void advance(const For
                     for (int i = 0; i < 4; i++) {
                         const int two = (half + i) / 2, odd = i % 2;
 #pragma unroll
-                        for (int n = 0; n < OWN; n++) {
+                        for (int n = 0; n < STATES_PER_LANE; n++) {
                             const Pack<T, 4> &both = now.projections[two][n];
                             const float step = now.steps[two][2 * odd], in = now.steps[two][2 * odd + 1];
                             h[n] = Decay<ACCURATE>(step * a[n]).advance(h[n], in * both[2 * odd]);
                             y[i] = n ? fmaf(both[2 * odd + 1], h[n], y[i]) : both[2 * odd + 1] * h[n];
                         }
                     }
-                    write_shared(&tile.outputs[sub].of[own][(group * GROUP + half) / 4].x, y);
+                    write_shared(&tile.outputs[map.state_group].of[map.channel][(group * GROUP + half) / 4].x, y);
                 }
             }
             meet();
@@ -167,8 +168,8 @@ template <typename T, int OWN> __device__ __forceinline__ void advance(const For
 }
 
 // Two steps of a tile and a fourth of the block's channels, which a thread stages or finishes.
-template <typename T, int OWN> struct Part {
-    static constexpr int CHANNELS = Tile<T, OWN>::CHANNELS, WIDTH = CHANNELS / 4;
+template <typename T, int STATES_PER_LANE> struct Part {
+    static constexpr int CHANNELS = Tile<T, STATES_PER_LANE>::CHANNELS, WIDTH = CHANNELS / 4;
     static_assert(ROLE_THREADS / 4 * 2 == TILE, "all of them");
 
     const Block block;
@@ -206,20 +207,21 @@ template <typename T, int COUNT, int AHEAD> struct Pairs {
     __device__ __forceinline__ const Pack<T, COUNT> (&of(bool odd) const)[2] { return next[odd % AHEAD]; }
 };
 
-// Even tiles and odd ones in turns.
-template <typename Turn> __device__ __forceinline__ void in_turns(int64_t tiles, Turn turn) {
+// Calls `work` for each tile, with whether its number is odd.
+template <typename Work> __device__ __forceinline__ void for_each_tile(int64_t tiles, Work work) {
     for (int64_t k = 0;; k += 2) {
         if (k >= tiles) break;
-        turn(BoolConstant<false>(), k);
+        work(BoolConstant<false>(), k);
         if (k + 1 >= tiles) break;
-        turn(BoolConstant<true>(), k + 1);
+        work(BoolConstant<true>(), k + 1);
     }
 }
 
 // For those who stage: Δ, Δu, and B and C of each tile.
-template <typename T, int OWN> __device__ __forceinline__ void stage(const Forward &params, Shared<T, OWN> &shared) {
-    using Part = Part<T, OWN>;
-    using Tile = Tile<T, OWN>;
+template <typename T, int STATES_PER_LANE>
+__device__ __forceinline__ void stage(const Forward &params, Shared<T, STATES_PER_LANE> &shared) {
+    using Part = Part<T, STATES_PER_LANE>;
+    using Tile = Tile<T, STATES_PER_LANE>;
     const Inputs &p = params.inputs;
     const Part part(p);
     const bool reverse = p.flags & FLAG_REVERSE, plus = p.flags & FLAG_SOFTPLUS;
@@ -232,19 +234,19 @@ template <typename T, int OWN> __device__ __forceinline__ void stage(const Forwa
         const Segment segment = segment_at(p.segments, at);
         const int64_t i = segment.step(row, reverse);
         const auto first = [&](const auto &tensor) { return segment.row * tensor.batch + i * tensor.step; };
-        Pairs<T, Part::WIDTH, OWN> u(p.u.data, first(p.u) + part.d0, p.u.step, reverse);
-        Pairs<T, Part::WIDTH, OWN> delta(p.delta.data, first(p.delta) + part.d0, p.delta.step, reverse);
-        Pairs<T, STATE_VEC, OWN> b(p.b.data, first(p.b) + part.block.group * p.b.group + state, p.b.step, reverse);
-        Pairs<T, STATE_VEC, OWN> c(p.c.data, first(p.c) + part.block.group * p.c.group + state, p.c.step, reverse);
+        Pairs<T, Part::WIDTH, STATES_PER_LANE> u(p.u.data, first(p.u) + part.d0, p.u.step, reverse);
+        Pairs<T, Part::WIDTH, STATES_PER_LANE> delta(p.delta.data, first(p.delta) + part.d0, p.delta.step, reverse);
+        Pairs<T, STATE_VEC, STATES_PER_LANE> b(p.b.data, first(p.b) + part.block.group * p.b.group + state, p.b.step, reverse);
+        Pairs<T, STATE_VEC, STATES_PER_LANE> c(p.c.data, first(p.c) + part.block.group * p.c.group + state, p.c.step, reverse);
         const auto load_next = [&](bool odd, int64_t left) {
             const bool one = row < left, two = row + 1 < left;
             u.load(odd, one, two), delta.load(odd, one, two);
             b.load(odd, one && has_state, two && has_state), c.load(odd, one && has_state, two && has_state);
         };
         load_next(false, segment.steps);
-        if (OWN == 2) load_next(true, segment.steps - TILE);
+        if (STATES_PER_LANE == 2) load_next(true, segment.steps - TILE);
         const int64_t tiles = (segment.steps + TILE - 1) / TILE;
-        const auto turn = [&](auto odd, int64_t k) {
+        const auto stage_tile = [&](auto odd, int64_t k) {
             Tile &tile = shared.tiles[odd.value];
             const auto &now_u = u.of(odd), &now_delta = delta.of(odd);
             const auto &now_b = b.of(odd), &now_c = c.of(odd);
@@ -269,18 +271,19 @@ template <typename T, int OWN> __device__ __forceinline__ void stage(const Forwa
 #pragma unroll
             for (int i = 0; i < 2; i++) shared.u[ring][i][threadIdx.x % ROLE_THREADS] = now_u[i];
             ring = ring == 2 ? 0 : ring + 1;
-            load_next(odd, left - OWN * TILE);
+            load_next(odd, left - STATES_PER_LANE * TILE);
             meet();
         };
-        in_turns(tiles, turn);
+        for_each_tile(tiles, stage_tile);
         meet();
     }
 }
 
 // For those who finish: what the lanes add to y, with the skip connection and the gate.
-template <typename T, int OWN> __device__ __forceinline__ void finish(const Forward &params, Shared<T, OWN> &shared) {
-    using Part = Part<T, OWN>;
-    using Tile = Tile<T, OWN>;
+template <typename T, int STATES_PER_LANE>
+__device__ __forceinline__ void finish(const Forward &params, Shared<T, STATES_PER_LANE> &shared) {
+    using Part = Part<T, STATES_PER_LANE>;
+    using Tile = Tile<T, STATES_PER_LANE>;
     const Inputs &p = params.inputs;
     const Part part(p);
     const bool reverse = p.flags & FLAG_REVERSE, gated = p.z.data;
@@ -292,17 +295,17 @@ template <typename T, int OWN> __device__ __forceinline__ void finish(const Forw
         const Segment segment = segment_at(p.segments, at);
         const int64_t i = segment.step(row, reverse);
         const auto first = [&](const auto &tensor) { return segment.row * tensor.batch + i * tensor.step; };
-        Pairs<T, Part::WIDTH, OWN> z(p.z.data, first(p.z) + part.d0, p.z.step, reverse);
+        Pairs<T, Part::WIDTH, STATES_PER_LANE> z(p.z.data, first(p.z) + part.d0, p.z.step, reverse);
         T *out = static_cast<T *>(params.out) + (segment.row * p.segments.len + i) * p.d_inner + part.d0;
         const int out_step = static_cast<int>(reverse ? -p.d_inner : p.d_inner);
         const auto load_next = [&](bool odd, int64_t left) {
             z.load(odd, gated && row < left, gated && row + 1 < left);
         };
         load_next(false, segment.steps);
-        if (OWN == 2) load_next(true, segment.steps - TILE);
+        if (STATES_PER_LANE == 2) load_next(true, segment.steps - TILE);
         meet();
         const int64_t tiles = (segment.steps + TILE - 1) / TILE;
-        const auto turn = [&](auto odd, int64_t k) {
+        const auto finish_tile = [&](auto odd, int64_t k) {
             meet();
             const Tile &tile = shared.tiles[odd.value];
             const auto &u = shared.u[ring];
@@ -324,20 +327,20 @@ template <typename T, int OWN> __device__ __forceinline__ void finish(const Forw
                     y[i][j] *= gated ? silu(z.of(odd)[i][j]) : 1.0f;
                 }
             }
-            load_next(odd, left - OWN * TILE);
+            load_next(odd, left - STATES_PER_LANE * TILE);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 store_narrowed<T, true>(out + i * out_step, y[i], part.exists && row + i < left ? Part::WIDTH : 0);
             }
             out += TILE * out_step;
         };
-        in_turns(tiles, turn);
+        for_each_tile(tiles, finish_tile);
     }
 }
 
-template <typename T, int OWN> __device__ __forceinline__ void run(const Forward &params) {
+template <typename T, int STATES_PER_LANE> __device__ __forceinline__ void run(const Forward &params) {
     extern __shared__ float4 memory[];
-    Shared<T, OWN> &shared = *reinterpret_cast<Shared<T, OWN> *>(memory);
+    Shared<T, STATES_PER_LANE> &shared = *reinterpret_cast<Shared<T, STATES_PER_LANE> *>(memory);
     // All pass the same barriers of a segment: one before each tile is advanced, when it is staged, and one after the last.
     // What is staged next has been advanced two tiles before, and what is finished then is the tile before.
     const int role = threadIdx.x / ROLE_THREADS;

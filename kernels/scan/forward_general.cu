@@ -6,7 +6,7 @@ namespace scan::forward_general {
 #define INSTANCE(SUFFIX, T)                                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
         scan_forward_general_##SUFFIX(const __grid_constant__ Forward params) {                                        \
-        run<T, false>(params);                                                                                         \
+        forward::run<Recurrence<T, false>>(params);                                                                    \
     }
 
 INSTANCE(f32, float)

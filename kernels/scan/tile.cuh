@@ -5,8 +5,8 @@
 //   stage    the threads read the tile's activations four channels at a time and leave Δ and what the recurrence takes in
 //            in shared memory, so that the functions of a step are computed once for each channel however many lanes
 //            share its states;
-//   advance  each lane carries 4 states of `OWN` neighbouring channels in registers; a channel's 16 states are in 4 lanes
-//            (and more than 16 take turns);
+//   advance  each lane carries 4 states of one channel or of a quad in registers; a channel's 16 states are in 4 lanes (and
+//            more than 16 take turns, a block of 16 at a time);
 //   finish   the threads that staged four channels sum the lanes' parts of y up and write them.
 //
 // Loads of the next tile are in flight while a tile is advanced. Steps past the end are staged with Δ = 0,
@@ -115,7 +115,7 @@ template <typename T, int STEPS, int THREADS, bool VECTOR> struct ProjectionWalk
     }
 
     // Has B and C walked from other states on, where both vary.
-    __device__ __forceinline__ void turn(const Inputs &p, int from_state, int first_state) {
+    __device__ __forceinline__ void change_states(const Inputs &p, int from_state, int first_state) {
         static_assert(STEPS % ROWS == 0, "all threads have steps");
         at += (first_state - from_state) * state;
         const int n = threadIdx.x % STATE_LANES * STATE_VEC;
@@ -205,23 +205,25 @@ __device__ __forceinline__ int64_t checkpoint_slot(int64_t start, int64_t i) {
 }
 
 // log2(e) A of a lane's channels. It is requested together, so that none of the loads waits for another.
-template <bool VECTOR, int OWN, typename LaneOf>
-__device__ __forceinline__ void read_rates(float (&a)[OWN][STATE_VEC], const LaneOf &lane_of, const Matrix &from) {
+template <bool VECTOR, int CHANNELS_PER_LANE, typename LaneOf>
+__device__ __forceinline__ void read_rates(float (&a)[CHANNELS_PER_LANE][STATE_VEC], const LaneOf &lane_of, const Matrix &from) {
     if (VECTOR && is_vectorizable(from)) {
-        Pack<float, STATE_VEC> packs[OWN];
+        Pack<float, STATE_VEC> packs[CHANNELS_PER_LANE];
 #pragma unroll
-        for (int c = 0; c < OWN; c++) packs[c] = load_vec<float, STATE_VEC, true>(lane_of(c).in(from), 1, lane_of(c).count);
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+            packs[c] = load_vec<float, STATE_VEC, true>(lane_of(c).in(from), 1, lane_of(c).count);
+        }
 #pragma unroll
-        for (int c = 0; c < OWN; c++) {
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) {
 #pragma unroll
             for (int n = 0; n < STATE_VEC; n++) a[c][n] = packs[c][n];
         }
     } else {
 #pragma unroll
-        for (int c = 0; c < OWN; c++) lane_of(c).read(a[c], lane_of(c).in(from), from.state);
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) lane_of(c).read(a[c], lane_of(c).in(from), from.state);
     }
 #pragma unroll
-    for (int c = 0; c < OWN; c++) {
+    for (int c = 0; c < CHANNELS_PER_LANE; c++) {
 #pragma unroll
         for (int n = 0; n < STATE_VEC; n++) a[c][n] *= LOG2_E;
     }

@@ -9,11 +9,15 @@
 // activations of fewer than 2^31 elements, so that indices are 32 bits wide (those of 64 would be half of all
 // instructions, and more than the processors can issue while memory keeps up). The general one does everything, with the
 // same bits.
+#include "../common/lane_map.cuh"
 #include "../common/math.cuh"
 #include "../common/tensor.cuh"
 #include "params.cuh"
 
 namespace state_update {
+
+// The lanes of a row of threads share the states of a channel; rows are channels.
+static_assert(is_bijection_in_rows<THREADS>());
 
 // Four states of a channel from `n` on, and their parameters.
 template <typename T> struct Quad {
@@ -59,18 +63,19 @@ __device__ __forceinline__ float sum_lanes(float x, int lanes) {
 }
 
 template <typename T, typename St> __device__ __forceinline__ void general(const Update &p) {
-    const int lanes = 1 << p.lane_shift, sub = threadIdx.x & (lanes - 1);
+    const RowMap map(threadIdx.x, p.lane_shift);
+    const int lanes = map.lanes, lane = map.lane;
     const bool hold = p.flags & FLAG_ZOH, plus = p.flags & FLAG_SOFTPLUS, whole = p.flags & FLAG_VECTOR;
-    const int turns = static_cast<int>((p.d_state + QUAD * lanes - 1) / (QUAD * lanes));
+    const int rounds = static_cast<int>((p.d_state + QUAD * lanes - 1) / (QUAD * lanes));
 
     for (int64_t first = int64_t(blockIdx.x) * (THREADS >> p.lane_shift); first < p.d_inner;
          first += int64_t(gridDim.x) * (THREADS >> p.lane_shift)) {
-        const int64_t channel = first + (threadIdx.x >> p.lane_shift);
+        const int64_t channel = first + map.row;
         const bool exists = channel < p.d_inner;
         const int64_t group = exists ? channel / p.group_channels : 0;
         const float bias = exists ? element_or(p.dt_bias, channel, 0.0f) : 0.0f;
         const float skip = exists ? element_or(p.d, channel, 0.0f) : 0.0f;
-        Quad<T> quad(p, channel, sub * QUAD, exists);
+        Quad<T> quad(p, channel, lane * QUAD, exists);
 
         for (int64_t row = blockIdx.y; row < p.batch; row += gridDim.y) {
             const int64_t slot = slot_of(p.slots, row);
@@ -87,11 +92,11 @@ template <typename T, typename St> __device__ __forceinline__ void general(const
                 float delta = element(p.dt) + bias, y = 0.0f;
                 if (plus) delta = softplus<T>(delta);
                 const float in = hold ? u : delta * u;
-                for (int turn = 0; turn < turns; turn++) {
-                    if (turns > 1) quad = Quad<T>(p, channel, (turn * lanes + sub) * QUAD, exists);
+                for (int round = 0; round < rounds; round++) {
+                    if (rounds > 1) quad = Quad<T>(p, channel, (round * lanes + lane) * QUAD, exists);
                     St *at = state + quad.n * p.state.column;
-                    // What a turn has left in the pool is what it would have kept, as both are rounded.
-                    if (live && (t == 0 || turns > 1)) h = load_vec_if<QUAD, false>(at, p.state.column, quad.count, whole);
+                    // What a round has left in the pool is what it would have kept, as both are rounded.
+                    if (live && (t == 0 || rounds > 1)) h = load_vec_if<QUAD, false>(at, p.state.column, quad.count, whole);
                     if (live) {
                         float b[QUAD], c[QUAD], next[QUAD];
                         quad.read(b, p.b, row, t, group, channel, whole);
@@ -107,14 +112,14 @@ template <typename T, typename St> __device__ __forceinline__ void general(const
                             y = i < quad.count ? longer : y;
                         }
                         h = narrow_pack<St>(next);
-                        if (turns > 1 || t + 1 == p.tokens) store_vec_if<QUAD, false>(at, p.state.column, h, quad.count, whole);
+                        if (rounds > 1 || t + 1 == p.tokens) store_vec_if<QUAD, false>(at, p.state.column, h, quad.count, whole);
                     }
                     if (p.token_states) {
                         store_vec_if<QUAD, false>(kept + t * p.d_inner * p.d_state + quad.n, 1, h, quad.count, whole);
                     }
                 }
                 y = sum_lanes(y, lanes);
-                if (sub > 0 || !exists) continue;
+                if (lane > 0 || !exists) continue;
                 y = fmaf(skip, u, y);
                 if (p.z.data) y *= silu(z);
                 static_cast<T *>(p.out)[(row * p.tokens + t) * p.d_inner + channel] = narrow<T>(live ? y : 0.0f);
@@ -124,20 +129,21 @@ template <typename T, typename St> __device__ __forceinline__ void general(const
 }
 
 template <typename T, typename St> __device__ __forceinline__ void fast(const Update &p) {
-    const int lanes = 1 << p.lane_shift, sub = threadIdx.x & (lanes - 1);
+    const RowMap map(threadIdx.x, p.lane_shift);
+    const int lanes = map.lanes, lane = map.lane;
     const bool plus = p.flags & FLAG_SOFTPLUS;
     const uint32_t d_inner = p.d_inner, d_state = p.d_state, batch = p.batch, tokens = p.tokens;
     // Threads that have no states work on some that are there, and do not write.
-    const uint32_t own = blockIdx.x * (THREADS >> p.lane_shift) + (threadIdx.x >> p.lane_shift);
-    const bool writes = own < d_inner && sub == 0;
-    const uint32_t channel = min(own, d_inner - 1);
+    const uint32_t thread_channel = blockIdx.x * (THREADS >> p.lane_shift) + map.row;
+    const bool exists = thread_channel < d_inner, writes = exists && lane == 0;
+    const uint32_t channel = min(thread_channel, d_inner - 1);
     bool has[QUADS], holds[QUADS];
     uint32_t n[QUADS];
 #pragma unroll
     for (int q = 0; q < QUADS; q++) {
-        n[q] = (q * lanes + sub) * QUAD;
+        n[q] = (q * lanes + lane) * QUAD;
         has[q] = n[q] < d_state;
-        holds[q] = has[q] && own < d_inner;
+        holds[q] = has[q] && exists;
         if (!has[q]) n[q] = 0;
     }
 

@@ -180,8 +180,8 @@ pub(crate) const GRID_ROWS: usize = 65_535;
 /// The rows of a grid of `columns` columns in which `steps` steps of work, for each column, are looped over: as few as give
 /// the device `room` blocks, each with as many steps as any other.
 pub(crate) fn grid_rows(columns: usize, steps: usize, room: usize) -> usize {
-    let turns = steps.div_ceil(room.div_ceil(columns).clamp(1, GRID_ROWS)).max(1);
-    steps.div_ceil(turns).clamp(1, GRID_ROWS)
+    let rounds = steps.div_ceil(room.div_ceil(columns).clamp(1, GRID_ROWS)).max(1);
+    steps.div_ceil(rounds).clamp(1, GRID_ROWS)
 }
 
 /// How the instances of a kernel for an element type are named.

@@ -111,7 +111,7 @@ impl<T: Element> Pass<'_, '_, T> {
             self.isa.run(Spread {
                 filters: &filters,
                 unit,
-                own: tile.len,
+                tile_steps: tile.len,
                 steps,
                 silu,
                 whole,
@@ -162,7 +162,7 @@ struct Spread<'t> {
     filters: &'t Filters,
     unit: Unit,
     /// The steps of the tile.
-    own: usize,
+    tile_steps: usize,
     /// Those and the steps after them that matter.
     steps: usize,
     silu: bool,
@@ -205,7 +205,7 @@ fn slope<S: Lanes, const W: usize>(
 
 #[inline(always)]
 fn spread<S: Lanes, const SILU: bool, const W: usize>(simd: S, tile: Spread) {
-    let Spread { filters, unit, own, steps, whole, scratch: Scratch { line, g }, sums, .. } = tile;
+    let Spread { filters, unit, tile_steps, steps, whole, scratch: Scratch { line, g }, sums, .. } = tile;
     for i in 0..unit.blocks() {
         for lane in 0..Row::ZERO.vectors::<S>().len() {
             let weight: [S::f32s; W] = std::array::from_fn(|k| filters.weight[k * BLOCKS + i].vectors::<S>()[lane]);
@@ -213,7 +213,7 @@ fn spread<S: Lanes, const SILU: bool, const W: usize>(simd: S, tile: Spread) {
             let window = |t: usize| &line[t * BLOCKS + i..][..(W - 1) * BLOCKS + 1];
 
             let (mut d_weight, mut d_bias) = ([simd.splat_f32s(0.0); W], simd.splat_f32s(0.0));
-            for t in 0..own {
+            for t in 0..tile_steps {
                 let window = window(t);
                 let g = &mut g[(t + W - 1) * BLOCKS + i].vectors_mut::<S>()[lane];
                 if SILU {
@@ -225,7 +225,7 @@ fn spread<S: Lanes, const SILU: bool, const W: usize>(simd: S, tile: Spread) {
                 d_bias = simd.add_f32s(d_bias, *g);
             }
             if SILU {
-                for t in own..steps {
+                for t in tile_steps..steps {
                     let g = &mut g[(t + W - 1) * BLOCKS + i].vectors_mut::<S>()[lane];
                     *g = simd.mul_f32s(*g, slope(simd, &weight, bias, window(t), lane));
                 }
@@ -237,7 +237,7 @@ fn spread<S: Lanes, const SILU: bool, const W: usize>(simd: S, tile: Spread) {
             let sum = &mut sums[W * BLOCKS + i].vectors_mut::<S>()[lane];
             *sum = simd.add_f32s(*sum, d_bias);
 
-            for r in if whole { 0 } else { W - 1 }..own + W - 1 {
+            for r in if whole { 0 } else { W - 1 }..tile_steps + W - 1 {
                 let window = &mut g[r * BLOCKS + i..][..(W - 1) * BLOCKS + 1];
                 let mut sum = simd.splat_f32s(0.0);
                 if (W - 1..steps).contains(&r) {

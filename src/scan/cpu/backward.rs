@@ -17,7 +17,7 @@ use crate::view::Ahead;
 use super::super::{GradientsMut, OutputGradients, Problem, ProjectionMut};
 use super::forward::transpose;
 use super::kernels::{History, Retreat, RetreatStates};
-use super::split::{Summaries, state_rows};
+use super::split::{ChunkStates, state_rows};
 use super::sums::{BlockGradients, SumChannels, Totals, add_partial};
 use super::{Block, BlockParameters, Plan, Reader, Segment, Stage};
 use crate::{Discretization, Projection, ProjectionOf};
@@ -433,10 +433,10 @@ fn softplus_slope<S: Lanes>(simd: S, delta: S::f32s) -> S::f32s {
 /// The gradient of the state after each segment, `(segments, d_state, d_inner)`.
 ///
 /// A segment turns the gradient `g` after it into `exp(A ΣΔ) g + s`, where `s` is what it makes of zero: the forward
-/// pass' summary, read from the end.
+/// pass' chunk states, read from the end.
 fn exit_gradients<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan, d_outputs: &OutputGradients<T>) -> Vec<f32> {
     let reader = Reader { problem };
-    let summaries = Summaries::new(problem, plan, |parameters, segment, h| {
+    let chunk_states = ChunkStates::new(problem, plan, |parameters, segment, h| {
         let (mut scratch, mut lost) = (Scratch::new(problem, 1), vec![Row::ZERO; h.len()]);
         let mut sum = Sum::ZERO;
         if segment.first == 0 {
@@ -452,7 +452,7 @@ fn exit_gradients<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan, d_out
         }
         sum.total
     });
-    summaries.chain(isa, plan.segments.iter().rev(), |segment, block, h| {
+    chunk_states.chain(isa, plan.segments.iter().rev(), |segment, block, h| {
         reader.state(&d_outputs.d_final_state, segment.sequence, block, h);
     })
 }

@@ -9,7 +9,7 @@ use crate::simd::{Isa, Kernel, Lanes, Row, Sum, SumRows, silu};
 use crate::view::Ahead;
 
 use super::kernels::Advance;
-use super::split::{Summaries, state_rows};
+use super::split::{ChunkStates, state_rows};
 use super::{Block, BlockParameters, OutputMut, Plan, Problem, Reader, Segment, Stage};
 
 /// Steps in a tile. Few, so that the tiles of many blocks fit in the second-level cache together.
@@ -246,7 +246,7 @@ pub(super) fn transpose(rows: &[Row], out: &mut [f32]) {
 /// The state before each segment, `(segments, d_state, d_inner)`.
 fn entry_states<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan) -> Vec<f32> {
     let reader = Reader { problem };
-    let summaries = Summaries::new(problem, plan, |parameters, segment, h| {
+    let chunk_states = ChunkStates::new(problem, plan, |parameters, segment, h| {
         let mut scratch = Scratch::new(problem.dims.d_state, 1);
         let (mut sum, mut states) = (Sum::ZERO, States::new(h.len()));
         // What a sequence ends with is not handed on.
@@ -260,7 +260,7 @@ fn entry_states<T: Element>(isa: Isa, problem: &Problem<T>, plan: &Plan) -> Vec<
         h.copy_from_slice(&states.h);
         sum.total
     });
-    summaries.chain(isa, plan.segments.iter(), |segment, block, h| {
+    chunk_states.chain(isa, plan.segments.iter(), |segment, block, h| {
         reader.state(&problem.inputs.initial_state, segment.sequence, block, h);
     })
 }

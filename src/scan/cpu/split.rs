@@ -9,11 +9,12 @@ use crate::simd::{Decay, Isa, Kernel, Lanes, Row};
 use super::super::Problem;
 use super::{Block, BlockParameters, Plan, Reader, Segment};
 
-/// What each segment does to a state that enters it: `h` becomes `exp(A ΣΔ) h + s`, where `s` is what it makes of zero.
+/// What each segment does to a state that enters it: `h` becomes `exp(A ΣΔ) h + s`, where `s`, the chunk state, is what it makes
+/// of zero.
 ///
 /// All segments are run from zero at once for their `s` and `ΣΔ`, which are then applied one after another. The same
 /// holds for the gradient of the state, which enters a segment at its end.
-pub(super) struct Summaries {
+pub(super) struct ChunkStates {
     unit: Vec<BlockParameters>,
     d_inner: usize,
     d_state: usize,
@@ -23,7 +24,7 @@ pub(super) struct Summaries {
     reached: Vec<f32>,
 }
 
-impl Summaries {
+impl ChunkStates {
     /// `run` takes the state of a segment and a block from zero through the segment and returns ΣΔ.
     pub fn new<T: Element>(
         problem: &Problem<T>,

@@ -10,8 +10,8 @@
 //!
 //! The fast kernels take what Mamba uses: states in multiples of 4, channels in multiples of 4 (per group), varying `B` and
 //! `C`, Euler's rule; activations whose channels, and projections whose states, are contiguous and start at multiples of 4
-//! elements. They work on 16 states at a time, and more take turns; backward, what they sum up is carried from one turn to
-//! the next in 12 bytes for each step and channel. Everything else takes a general kernel, which is slower. Both give the
+//! elements. They work on 16 states at a time, and more take turns; backward, what they sum up is carried from one block
+//! to the next in 12 bytes for each step and channel. Everything else takes a general kernel, which is slower. Both give the
 //! same bits, but for the gradients that sum over channels or steps (those of `B`, `C`, `D` and the bias), which they sum in
 //! different orders. Few channels have a third kernel ([`PerLane::Quarter`], [`PerLane::Half`]), which sums over states in
 //! another order, so that its last bits differ. In f32, the states of sequences of more than 16,384 steps are summed with compensation, forward by the

@@ -135,7 +135,7 @@ impl Recipe {
             };
             Blocks { module, variant, channels, threads, shared, most_shared: shared }
         };
-        let turns = |module, variant, channels, threads| Blocks {
+        let parked = |module, variant, channels, threads| Blocks {
             module,
             variant,
             channels,
@@ -146,9 +146,9 @@ impl Recipe {
         let main = match (shape.is_fast, has_many_states) {
             (false, _) => {
                 let (channels, threads) = (forward_general::CHANNELS, forward_general::THREADS);
-                turns(Module::SCAN_FORWARD_GENERAL, "general", channels, threads)
+                parked(Module::SCAN_FORWARD_GENERAL, "general", channels, threads)
             }
-            (true, true) => turns(Module::SCAN_FORWARD, "many_states", forward::ONE_CHANNELS, forward::THREADS),
+            (true, true) => parked(Module::SCAN_FORWARD, "many_states", forward::ONE_CHANNELS, forward::THREADS),
             (true, false) if recipe.is_split => fast(PerLane::One),
             (true, false) => {
                 let steps = match shape.sequences {
