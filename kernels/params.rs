@@ -304,6 +304,7 @@ impl<'a> Parser<'a> {
     fn type_of(&self, name: &str) -> Parsed<Type> {
         let plain = |rust: &str, size| Ok(Type { rust: rust.into(), layout: Layout { size, align: size } });
         match name {
+            "float" => plain("f32", 4),
             "int32_t" => plain("i32", 4),
             "int64_t" => plain("i64", 8),
             "uint64_t" => plain("u64", 8),

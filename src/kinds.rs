@@ -67,12 +67,19 @@ impl<V, C> ProjectionOf<V, C> {
     }
 }
 
+impl<T> ProjectionOf<T, T> {
+    /// The tensor, where both kinds of it are the same.
+    pub fn either(&self) -> &T {
+        match self {
+            Self::Varying(tensor) | Self::Constant(tensor) => tensor,
+        }
+    }
+}
+
 impl<T> ProjectionOf<Vec<T>, Vec<T>> {
     /// The elements, of either shape: a gradient has that of the projection.
     pub fn as_slice(&self) -> &[T] {
-        match self {
-            Self::Varying(data) | Self::Constant(data) => data,
-        }
+        self.either()
     }
 }
 

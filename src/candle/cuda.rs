@@ -28,6 +28,13 @@ pub(super) fn token(storage: &CudaStorage) -> candle_core::Result<CudaStorage> {
     Ok(CudaStorage::wrap_cuda_slice(device.alloc_zeros::<f32>(1)?, device.clone()))
 }
 
+/// A storage of no elements on the same device.
+pub(super) fn empty(storage: &CudaStorage) -> candle_core::Result<CudaStorage> {
+    let device = storage.device();
+    let buffer = device.cuda_stream().null::<f32>().map_err(|error| candle_core::Error::Cuda(Box::new(error)))?;
+    Ok(CudaStorage::wrap_cuda_slice(buffer, device.clone()))
+}
+
 impl Backend for Gpu {
     type Memory = Cuda;
     type Owned<T: Value> = CudaSlice<T>;

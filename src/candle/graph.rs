@@ -24,12 +24,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, Error, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp3, Error, InplaceOp1, Layout, Result, Shape, Storage, Tensor,
+};
 
 /// What an operator does in a backward pass.
 pub(crate) trait Backward: Send + Sync + 'static {
-    /// The gradients of all inputs, in the order in which [`attach`] got them.
-    fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Tensor>>;
+    /// The gradients of all inputs, in the order in which [`attach`] got them. Of one that is not tracked there may be none.
+    fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Option<Tensor>>>;
 }
 
 /// A tensor that candle does not track.
@@ -83,6 +85,51 @@ pub(crate) fn attach(
     Ok((out, final_state))
 }
 
+/// Puts a result into candle's graph that was computed outside of it: an operator of any number of inputs with a backward
+/// pass of its own. `backward` gets the gradient of `out` and gives those of the inputs, in their order, each of its input's
+/// shape and type; of one that candle does not track there may be none. Where candle tracks none of the inputs, `out` is
+/// given back.
+///
+/// # Errors
+/// What candle refuses.
+///
+/// # Safety
+/// No other tensor reads the storage of `out`, which is moved into the graph: another handle would be left with a shape and
+/// no elements.
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use selective_scan::candle::node;
+///
+/// let x = Var::new(&[1f32, 2.0, 3.0], &Device::Cpu)?;
+/// let kept = x.detach();
+/// let square = kept.sqr()?;
+/// // SAFETY: nothing else reads what `sqr` has made.
+/// let square = unsafe { node("square", &[&x], square, move |d_out| Ok(vec![Some(((d_out * &kept)? * 2.0)?)])) }?;
+/// assert_eq!(square.sum_all()?.backward()?.get(&x).unwrap().to_vec1::<f32>()?, [2.0, 4.0, 6.0]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub unsafe fn node(
+    name: &'static str,
+    inputs: &[&Tensor],
+    out: Tensor,
+    backward: impl Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    if !is_tracked(inputs) {
+        return Ok(out.detach());
+    }
+    Ok(attach(name, inputs, Computed::of(&out)?, None, Composed(backward))?.0)
+}
+
+/// A backward pass that another has written.
+struct Composed<F>(F);
+
+impl<F: Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static> Backward for Composed<F> {
+    fn backward(&self, d_out: &Tensor, _: Option<&Tensor>) -> Result<Vec<Option<Tensor>>> {
+        (self.0)(d_out)
+    }
+}
+
 /// Applies a node to one, two or three arguments. Places that are left over get the first again, to which the node gives
 /// no gradient there.
 fn apply(arguments: &[&Tensor], node: impl CustomOp3 + Send + Sync + 'static) -> Result<Tensor> {
@@ -105,12 +152,51 @@ pub(crate) struct Computed {
 
 impl Computed {
     pub fn new<const R: usize>(storage: Storage, shape: [usize; R]) -> Self {
-        Self { storage, shape: (&shape).into() }
+        Self::of_shape(storage, (&shape).into())
+    }
+
+    /// The same, of any number of dimensions.
+    pub fn of_shape(storage: Storage, shape: Shape) -> Self {
+        Self { storage, shape }
+    }
+
+    /// The storage of a tensor, which is left without elements.
+    fn of(tensor: &Tensor) -> Result<Self> {
+        let is_whole = tensor.is_contiguous() && tensor.layout().start_offset() == 0;
+        let dense = if is_whole { tensor.detach() } else { tensor.detach().force_contiguous()? };
+        let taken = Take(Mutex::new(None));
+        dense.inplace_op1(&taken)?;
+        match lock(&taken.0).take() {
+            Some(storage) => Ok(Self { storage, shape: dense.shape().clone() }),
+            None => unreachable!("candle ran the operator"),
+        }
     }
 
     /// The result as a tensor that candle does not track.
     pub fn untracked(self) -> Tensor {
         untracked(self.storage, self.shape)
+    }
+}
+
+/// Takes the storage of a tensor.
+struct Take(Mutex<Option<Storage>>);
+
+impl InplaceOp1 for Take {
+    fn name(&self) -> &'static str {
+        "take"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+        let taken = std::mem::replace(storage, CpuStorage::F32(Vec::new()));
+        *lock(&self.0) = Some(Storage::Cpu(taken));
+        Ok(())
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+        let empty = super::cuda::empty(storage)?;
+        *lock(&self.0) = Some(Storage::Cuda(std::mem::replace(storage, empty)));
+        Ok(())
     }
 }
 
@@ -298,7 +384,12 @@ impl CustomOp3 for Hub {
         if got != expected {
             return Err(Error::Msg(format!("{}: {got} gradients for {expected} inputs", self.name)));
         }
-        let kept = all.into_iter().zip(&self.tracked).map(|(gradient, tracked)| tracked.then_some(gradient)).collect();
+        // candle panics where a node that it tracks has no gradient.
+        if let Some(i) = (0..expected).find(|&i| self.tracked[i] && all[i].is_none()) {
+            return Err(Error::Msg(format!("{}: no gradient for input {i}, which candle tracks", self.name)));
+        }
+        let kept =
+            all.into_iter().zip(&self.tracked).map(|(gradient, tracked)| gradient.filter(|_| *tracked)).collect();
         lock(&self.cells.gradients).insert(thread, kept);
         of_tokens(token, self.tokens)
     }
@@ -373,14 +464,14 @@ mod tests {
     }
 
     impl Backward for Made {
-        fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Tensor>> {
+        fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Option<Tensor>>> {
             let gradient = |i: usize| {
                 let others: Vec<_> = (0..self.0.len()).filter(|&k| k != i).map(|k| &self.0[k]).collect();
                 let mut gradient = if others.is_empty() { d_out.clone() } else { (d_out * Self::out(&others)?)? };
                 if let Some(d_state) = d_final_state {
                     gradient = (gradient + ((d_state * &self.0[i])? * (2 * (i + 1)) as f64)?)?;
                 }
-                Ok(gradient)
+                Ok(Some(gradient))
             };
             (0..self.0.len()).map(gradient).collect()
         }
@@ -447,16 +538,20 @@ mod tests {
     /// An operator whose backward pass does not give each input its gradient is told of.
     #[test]
     fn gradients_are_counted() {
-        struct Short;
+        struct Short(Vec<bool>);
         impl Backward for Short {
-            fn backward(&self, d_out: &Tensor, _: Option<&Tensor>) -> Result<Vec<Tensor>> {
-                Ok(vec![d_out.clone()])
+            fn backward(&self, d_out: &Tensor, _: Option<&Tensor>) -> Result<Vec<Option<Tensor>>> {
+                Ok(self.0.iter().map(|is_there| is_there.then(|| d_out.clone())).collect())
             }
         }
         let x = Var::new(&[1f32, 2.0], &Device::Cpu).expect("floats");
-        let out = Computed::new(Storage::Cpu(CpuStorage::F32(vec![0.0; 2])), [2]);
-        let (out, _) = attach("short", &[&x, &x], out, None, Short).expect("two inputs");
-        let error = out.sum_all().and_then(|loss| loss.backward()).expect_err("one gradient").to_string();
-        assert!(error.contains("short: 1 gradients for 2 inputs"), "{error}");
+        let error = |given: &[bool]| {
+            let out = Computed::new(Storage::Cpu(CpuStorage::F32(vec![0.0; 2])), [2]);
+            let (out, _) = attach("short", &[&x, &x], out, None, Short(given.into())).expect("two inputs");
+            out.sum_all().and_then(|loss| loss.backward()).expect_err("one gradient").to_string()
+        };
+        let (one, other) = (error(&[true]), error(&[true, false]));
+        assert!(one.contains("short: 1 gradients for 2 inputs"), "{one}");
+        assert!(other.contains("short: no gradient for input 1"), "{other}");
     }
 }

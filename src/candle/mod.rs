@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | selective scan | [`Scan`] | [`scan`](crate::scan) |
 //! | causal convolution | [`CausalConv`] | [`conv`](crate::conv) |
+//! | RMS norm | [`RmsNorm`] | [`norm`](crate::norm) |
 //! | state update, in place | [`StateUpdate`], [`rollback()`] | [`state_update`](crate::state_update) |
 //! | causal convolution, in place | [`ConvUpdate`], [`rollback()`] | [`conv::UpdateInputs`](crate::conv::UpdateInputs) |
 //!
@@ -44,7 +45,7 @@
 //!
 //! # Gradients
 //! The scan and the convolution are differentiable in all of their tensors, from the output as well as from the final
-//! state. What a backward pass needs, the inputs and for the scan one state of each channel for every 64 steps, is kept
+//! state, and the norm from its result as well as from the sum that was normed. What a backward pass needs, the inputs and for the scan one state of each channel for every 64 steps, is kept
 //! only if candle tracks one of the inputs, and as long as the results are. Inputs that are not tracked get no gradient.
 //!
 //! - Operators cannot be differentiated twice: where candle keeps gradients in its graph (the variable
@@ -73,6 +74,7 @@
 #[cfg(feature = "candle-cuda")]
 pub(crate) mod cuda;
 pub(crate) mod device;
+pub(crate) mod gemm;
 pub(crate) mod graph;
 pub(crate) mod in_place;
 pub(crate) mod tensors;
@@ -80,10 +82,20 @@ pub(crate) mod tensors;
 use std::io;
 
 pub use crate::conv::tensors::{CausalConv, ConvUpdate};
+pub use crate::norm::candle::{RmsNorm, RmsNormGradients};
 pub use crate::pool::candle::rollback;
 pub use crate::scan::tensors::Scan;
 pub use crate::state_update::tensors::StateUpdate;
+pub use gemm::gemm;
+pub use graph::node;
 pub use in_place::check_pool;
+pub use tensors::CandleTensors;
+
+/// The gradients of the tensors of a [`Scan`], dense, each of its tensor's shape and type: of those that were given.
+pub type ScanGradients = crate::scan::Tensors<CandleTensors>;
+
+/// The gradients of the tensors of a [`CausalConv`], dense, each of its tensor's shape and type: of those that were given.
+pub type CausalConvGradients = crate::conv::Tensors<CandleTensors>;
 
 impl From<crate::Error> for candle_core::Error {
     fn from(error: crate::Error) -> Self {

@@ -11,7 +11,8 @@ use crate::kinds::{Buffers, Field, Kind, Map, Mut, Nothing, Pair, ProjectionAs, 
 use crate::{Error, Result, View};
 
 /// candle's tensors, of any element type.
-pub(crate) struct CandleTensors;
+#[derive(Debug)]
+pub struct CandleTensors;
 
 impl Kind for CandleTensors {
     type Activation<const R: usize> = Tensor;
@@ -190,6 +191,31 @@ impl<'l> Reader<'l> {
         Ok(View { data, offset: layout.start_offset(), shape, strides })
     }
 
+    /// A tensor of the shape of `like` as its rows, whatever the dimensions before the last; of a tensor that
+    /// [`has_rows`].
+    pub fn rows<B: Backend, T: Value>(
+        &self,
+        name: &'static str,
+        tensor: &Tensor,
+        like: &Tensor,
+    ) -> candle_core::Result<View<'l, T, 2, B::Memory>> {
+        let layout = tensor.layout();
+        let expected =
+            |expected: &dyn std::fmt::Display| Error::argument(name, expected, format_args!("{:?}", layout.dims()));
+        if layout.dims() != like.dims() {
+            return Err(expected(&format_args!("shape {:?}", like.dims())).into());
+        }
+        let (Some(&width), Some(&column)) = (layout.dims().last(), layout.stride().last()) else {
+            return Err(expected(&"at least one dimension").into());
+        };
+        let Some(row) = row_stride(tensor) else {
+            return Err(expected(&"rows at one distance from each other").into());
+        };
+        let rows = layout.dims()[..layout.dims().len() - 1].iter().product();
+        let data = self.elements::<B, T>(name, tensor)?;
+        Ok(View { data, offset: layout.start_offset(), shape: [rows, width], strides: [row, column] })
+    }
+
     fn elements<B: Backend, T: Value>(
         &self,
         name: &'static str,
@@ -207,6 +233,32 @@ impl<'l> Reader<'l> {
         })?;
         B::elements(storage)
     }
+}
+
+/// Whether the rows of a tensor, along its last dimension, lie at one distance from each other, as those of a dense one and
+/// of a slice of its columns do.
+pub(crate) fn has_rows(tensor: &Tensor) -> bool {
+    row_stride(tensor).is_some()
+}
+
+/// That distance; none if there are several.
+fn row_stride(tensor: &Tensor) -> Option<usize> {
+    if tensor.elem_count() == 0 {
+        return Some(0);
+    }
+    let before_last = tensor.rank().saturating_sub(1);
+    let dims = tensor.dims()[..before_last].iter().zip(&tensor.stride()[..before_last]);
+    // From the last of them on, the rows that the dimensions so far reach, and the distance of these.
+    let (mut rows, mut distance) = (1, 0);
+    for (&count, &stride) in dims.rev().filter(|(count, _)| **count > 1) {
+        if rows == 1 {
+            distance = stride;
+        } else if stride != rows * distance {
+            return None;
+        }
+        rows *= count;
+    }
+    Some(distance)
 }
 
 /// See [`Reader::views`].
@@ -318,40 +370,49 @@ impl<'a, B: Backend, T: Value> Map<Mut<'a, Owned<B, T>>, Buffers<'a, T, B::Memor
     }
 }
 
-/// Makes tensors of buffers, each of the shape of the tensor beside it, in the order in which they are listed.
-pub(crate) struct Store<'b, B> {
-    pub backend: &'b B,
-    pub tensors: Vec<Tensor>,
-}
+/// Makes tensors of buffers, each of the shape of the tensor beside it.
+pub(crate) struct Store<'b, B>(pub &'b B);
 
-impl<'b, B: Backend> Store<'b, B> {
-    pub fn new(backend: &'b B) -> Self {
-        Self { backend, tensors: Vec::new() }
-    }
-
-    fn add<T: Value>(&mut self, buffer: B::Owned<T>, like: &Tensor) {
-        self.tensors.push(graph::untracked(self.backend.store(buffer), like.shape()));
+impl<B: Backend> Store<'_, B> {
+    fn tensor<T: Value>(&self, buffer: B::Owned<T>, like: &Tensor) -> Tensor {
+        graph::untracked(self.0.store(buffer), like.shape())
     }
 }
 
-impl<'a, B: Backend, T: Value> Map<Pair<Owned<B, T>, Ref<'a, CandleTensors>>, Nothing> for Store<'_, B> {
+impl<'a, B: Backend, T: Value> Map<Pair<Owned<B, T>, Ref<'a, CandleTensors>>, CandleTensors> for Store<'_, B> {
     type Error = Infallible;
 
     fn activation<const R: usize>(
         &mut self,
         _: Field,
         (buffer, like): (B::Owned<T>, &'a Tensor),
-    ) -> Result<(), Infallible> {
-        self.add(buffer, like);
-        Ok(())
+    ) -> Result<Tensor, Infallible> {
+        Ok(self.tensor(buffer, like))
     }
 
     fn parameter<const R: usize>(
         &mut self,
         _: Field,
         (buffer, like): (B::Owned<f32>, &'a Tensor),
-    ) -> Result<(), Infallible> {
-        self.add(buffer, like);
+    ) -> Result<Tensor, Infallible> {
+        Ok(self.tensor(buffer, like))
+    }
+}
+
+/// Tensors in the order in which they are listed.
+#[derive(Default)]
+pub(crate) struct List(pub Vec<Option<Tensor>>);
+
+impl Map<CandleTensors, Nothing> for List {
+    type Error = Infallible;
+
+    fn activation<const R: usize>(&mut self, _: Field, tensor: Tensor) -> Result<(), Infallible> {
+        self.0.push(Some(tensor));
+        Ok(())
+    }
+
+    fn parameter<const R: usize>(&mut self, _: Field, tensor: Tensor) -> Result<(), Infallible> {
+        self.0.push(Some(tensor));
         Ok(())
     }
 }

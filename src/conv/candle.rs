@@ -7,10 +7,11 @@ use super::tensors::{CausalConv, ConvUpdate};
 use super::update::{POOL_NAMES, UpdateProblem};
 use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, UpdateInputs, UpdateMut, cpu};
 use crate::ViewMut;
+use crate::candle::CausalConvGradients;
 use crate::candle::device::{Backend, Cpu, Value, for_dtype, on_device};
 use crate::candle::graph::{self, Backward, Computed};
 use crate::candle::in_place::{InPlace, RunsOn, Updated, in_place, updated};
-use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, Owned, Reader, Store, both};
+use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, List, Owned, Reader, Store, both};
 use crate::simd::Isa;
 
 const NAME: &str = "causal-conv";
@@ -148,6 +149,51 @@ impl CausalConv<'_> {
         let out = Computed::new(backend.store(out), activation);
         Ok((out, final_state.map(|data| Computed::new(backend.store(data), state))))
     }
+
+    /// The gradients of all tensors that were given, from the gradients of the output and of the final state. This is what candle's backward pass
+    /// does; here nothing is recorded in its graph.
+    ///
+    /// # Errors
+    /// An argument that does not fit, which the message names. What the device refuses.
+    pub fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<CausalConvGradients> {
+        if let Some(weight) = without_middle(self.weight)? {
+            let mut gradients = CausalConv { weight: &weight, ..*self }.backward(d_out, d_final_state)?;
+            gradients.weight = gradients.weight.reshape(self.weight.shape())?;
+            return Ok(gradients);
+        }
+        let mut arguments = Arguments::default();
+        let Ok(_) = self.tensors().map(&mut arguments);
+        arguments.add("d_out", d_out);
+        if let Some(tensor) = d_final_state {
+            arguments.add("d_final_state", tensor);
+        }
+        let locked = arguments.lock()?;
+        let reader = locked.reader();
+        on_device!("x", self.x, |backend| for_dtype!("x", self.x.dtype(), |T| {
+            self.gradients::<_, T>(backend, reader, d_out, d_final_state)
+        }))
+    }
+
+    fn gradients<B: ConvBackend, T: Value>(
+        &self,
+        backend: &B,
+        reader: Reader,
+        d_out: &Tensor,
+        d_final_state: Option<&Tensor>,
+    ) -> Result<CausalConvGradients> {
+        let views = self.tensors().map(&mut reader.views::<B, T>())?;
+        let problem = Inputs::of(views, self.cu_seqlens, self.options).check()?;
+        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE_NAMES, tensor);
+        let d_outputs = OutputGradients {
+            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION_NAMES, d_out)?,
+            d_final_state: d_final_state.map(final_state).transpose()?,
+        };
+        let mut gradients: Tensors<Owned<B, T>> = self.tensors().map(&mut Allocate(backend))?;
+        let Ok(buffers) = gradients.by_mut().map(&mut Lend);
+        backend.backward(&problem, d_outputs, buffers)?;
+        let Ok(gradients) = gradients.zip(self.tensors())?.map(&mut Store(backend));
+        Ok(gradients)
+    }
 }
 
 /// What a backward pass needs: the inputs.
@@ -158,43 +204,11 @@ struct Kept {
 }
 
 impl Backward for Kept {
-    fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Tensor>> {
-        let mut arguments = Arguments::default();
-        let Ok(_) = self.tensors.by_ref().map(&mut arguments);
-        arguments.add("d_out", d_out);
-        if let Some(tensor) = d_final_state {
-            arguments.add("d_final_state", tensor);
-        }
-        let locked = arguments.lock()?;
-        let x = &self.tensors.x;
-        on_device!("x", x, |backend| for_dtype!("x", x.dtype(), |T| {
-            self.gradients::<_, T>(backend, locked.reader(), d_out, d_final_state)
-        }))
-    }
-}
-
-impl Kept {
-    /// The gradients in the order of the tensors.
-    fn gradients<B: ConvBackend, T: Value>(
-        &self,
-        backend: &B,
-        reader: Reader,
-        d_out: &Tensor,
-        d_final_state: Option<&Tensor>,
-    ) -> Result<Vec<Tensor>> {
-        let views = self.tensors.by_ref().map(&mut reader.views::<B, T>())?;
-        let problem = Inputs::of(views, self.cu_seqlens.as_deref(), self.options).check()?;
-        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE_NAMES, tensor);
-        let d_outputs = OutputGradients {
-            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION_NAMES, d_out)?,
-            d_final_state: d_final_state.map(final_state).transpose()?,
-        };
-        let mut gradients: Tensors<Owned<B, T>> = self.tensors.by_ref().map(&mut Allocate(backend))?;
-        let Ok(buffers) = gradients.by_mut().map(&mut Lend);
-        backend.backward(&problem, d_outputs, buffers)?;
-        let mut stored = Store::new(backend);
-        let Ok(_) = gradients.zip(self.tensors.by_ref())?.map(&mut stored);
-        Ok(stored.tensors)
+    fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Option<Tensor>>> {
+        let operator = CausalConv::over(&self.tensors, self.cu_seqlens.as_deref(), self.options);
+        let mut list = List::default();
+        let Ok(_) = operator.backward(d_out, d_final_state)?.map(&mut list);
+        Ok(list.0)
     }
 }
 

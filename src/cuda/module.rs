@@ -57,4 +57,6 @@ modules! {
     CONV_FORWARD = "conv/forward",
     CONV_BACKWARD = "conv/backward",
     CONV_UPDATE = "conv/update",
+    NORM_FORWARD = "norm/forward",
+    NORM_BACKWARD = "norm/backward",
 }

@@ -248,6 +248,19 @@ macro_rules! tensors {
                 Self { $($r,)* $($o: None,)* $($s: $default,)* }
             }
 
+            /// The operator over tensors that were kept for a backward pass.
+            #[allow(dead_code, reason = "only what has gradients keeps tensors")]
+            pub(crate) fn over(
+                kept: &$a $Tensors<$crate::candle::tensors::CandleTensors>,
+                $($s: $setting),*
+            ) -> Self {
+                Self {
+                    $($r: $crate::kinds::declare::to_candle!(&kept.$r, $rrole),)*
+                    $($o: kept.$o.as_ref().map(|tensor| $crate::kinds::declare::to_candle!(tensor, $orole)),)*
+                    $($s,)*
+                }
+            }
+
             pub(crate) fn tensors(&self) -> $Tensors<$crate::kinds::Ref<$a, $crate::candle::tensors::CandleTensors>> {
                 $Tensors {
                     $($r: $crate::kinds::declare::of_candle!(self.$r, $rrole),)*
@@ -405,3 +418,16 @@ macro_rules! of_candle {
 }
 #[cfg(feature = "candle")]
 pub(crate) use of_candle;
+
+/// One of candle's tensors, whether it varies or is constant.
+#[cfg(feature = "candle")]
+macro_rules! to_candle {
+    ($tensor:expr, projection) => {
+        $tensor.either()
+    };
+    ($tensor:expr, $role:ident) => {
+        $tensor
+    };
+}
+#[cfg(feature = "candle")]
+pub(crate) use to_candle;

@@ -7,9 +7,10 @@ use super::check::{ACTIVATION_NAMES, Problem, STATE_NAMES};
 use super::cuda::Plan;
 use super::tensors::Scan;
 use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, cpu};
+use crate::candle::ScanGradients;
 use crate::candle::device::{Backend, Buffer, Cpu, Value, for_dtype, on_device};
 use crate::candle::graph::{self, Backward, Computed};
-use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, Owned, Reader, Store, both};
+use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, List, Owned, Reader, Store, both};
 use crate::simd::Isa;
 
 const NAME: &str = "selective-scan";
@@ -85,6 +86,21 @@ impl Scan<'_> {
         self.run(true).map(both)
     }
 
+    /// Runs the scan outside of candle's graph, and also gives the checkpoints that [`backward`](Self::backward) reads: the
+    /// states at every 64th step, `(elements)` of `f32`. For an operator of several that has a backward pass of its own.
+    ///
+    /// # Errors
+    /// As [`Scan::forward`].
+    pub fn forward_with_checkpoints(&self) -> Result<(Tensor, Tensor)> {
+        let mut arguments = Arguments::default();
+        let Ok(_) = self.tensors().map(&mut arguments);
+        let locked = arguments.lock()?;
+        let results = on_device!("u", self.u, |backend| for_dtype!("u", self.u.dtype(), |T| {
+            self.compute::<_, T>(backend, locked.reader(), false, true)
+        }))?;
+        Ok(both((results.out.untracked(), results.checkpoints)))
+    }
+
     fn run(&self, with_state: bool) -> Result<(Tensor, Option<Tensor>)> {
         let mut arguments = Arguments::default();
         let Ok(_) = self.tensors().map(&mut arguments);
@@ -132,6 +148,55 @@ impl Scan<'_> {
             checkpoints: checkpoints.map(|data| graph::untracked(backend.store(data), slots[0])),
         })
     }
+
+    /// The gradients of all tensors that were given, from the gradients of the output and of the final state, and the
+    /// checkpoints that [`forward_with_checkpoints`](Self::forward_with_checkpoints) gave for the same tensors. This is what candle's backward pass
+    /// does; here nothing is recorded in its graph.
+    ///
+    /// # Errors
+    /// An argument that does not fit, which the message names. What the device refuses.
+    pub fn backward(
+        &self,
+        checkpoints: &Tensor,
+        d_out: &Tensor,
+        d_final_state: Option<&Tensor>,
+    ) -> Result<ScanGradients> {
+        let mut arguments = Arguments::default();
+        let Ok(_) = self.tensors().map(&mut arguments);
+        arguments.add("checkpoints", checkpoints);
+        arguments.add("d_out", d_out);
+        if let Some(tensor) = d_final_state {
+            arguments.add("d_final_state", tensor);
+        }
+        let locked = arguments.lock()?;
+        let reader = locked.reader();
+        on_device!("u", self.u, |backend| for_dtype!("u", self.u.dtype(), |T| {
+            self.gradients::<_, T>(backend, reader, checkpoints, d_out, d_final_state)
+        }))
+    }
+
+    fn gradients<B: ScanBackend, T: Value>(
+        &self,
+        backend: &B,
+        reader: Reader,
+        checkpoints: &Tensor,
+        d_out: &Tensor,
+        d_final_state: Option<&Tensor>,
+    ) -> Result<ScanGradients> {
+        let views = self.tensors().map(&mut reader.views::<B, T>())?;
+        let problem = Inputs::of(views, self.cu_seqlens, self.options).check()?;
+        let checkpoints = reader.view::<B, f32, 1>("checkpoints", "(elements)", checkpoints)?;
+        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE_NAMES, tensor);
+        let d_outputs = OutputGradients {
+            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION_NAMES, d_out)?,
+            d_final_state: d_final_state.map(final_state).transpose()?,
+        };
+        let mut gradients: Tensors<Owned<B, T>> = self.tensors().map(&mut Allocate(backend))?;
+        let Ok(buffers) = gradients.by_mut().map(&mut Lend);
+        backend.backward(&problem, checkpoints.data, d_outputs, buffers)?;
+        let Ok(gradients) = gradients.zip(self.tensors())?.map(&mut Store(backend));
+        Ok(gradients)
+    }
 }
 
 /// What a forward pass gives.
@@ -151,44 +216,10 @@ struct Kept {
 }
 
 impl Backward for Kept {
-    fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Tensor>> {
-        let mut arguments = Arguments::default();
-        let Ok(_) = self.tensors.by_ref().map(&mut arguments);
-        arguments.add("checkpoints", &self.checkpoints);
-        arguments.add("d_out", d_out);
-        if let Some(tensor) = d_final_state {
-            arguments.add("d_final_state", tensor);
-        }
-        let locked = arguments.lock()?;
-        let u = &self.tensors.u;
-        on_device!("u", u, |backend| for_dtype!("u", u.dtype(), |T| {
-            self.gradients::<_, T>(backend, locked.reader(), d_out, d_final_state)
-        }))
-    }
-}
-
-impl Kept {
-    /// The gradients in the order of the tensors.
-    fn gradients<B: ScanBackend, T: Value>(
-        &self,
-        backend: &B,
-        reader: Reader,
-        d_out: &Tensor,
-        d_final_state: Option<&Tensor>,
-    ) -> Result<Vec<Tensor>> {
-        let views = self.tensors.by_ref().map(&mut reader.views::<B, T>())?;
-        let problem = Inputs::of(views, self.cu_seqlens.as_deref(), self.options).check()?;
-        let checkpoints = reader.view::<B, f32, 1>("checkpoints", "(elements)", &self.checkpoints)?;
-        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE_NAMES, tensor);
-        let d_outputs = OutputGradients {
-            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION_NAMES, d_out)?,
-            d_final_state: d_final_state.map(final_state).transpose()?,
-        };
-        let mut gradients: Tensors<Owned<B, T>> = self.tensors.by_ref().map(&mut Allocate(backend))?;
-        let Ok(buffers) = gradients.by_mut().map(&mut Lend);
-        backend.backward(&problem, checkpoints.data, d_outputs, buffers)?;
-        let mut stored = Store::new(backend);
-        let Ok(_) = gradients.zip(self.tensors.by_ref())?.map(&mut stored);
-        Ok(stored.tensors)
+    fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Option<Tensor>>> {
+        let operator = Scan::over(&self.tensors, self.cu_seqlens.as_deref(), self.options);
+        let mut list = List::default();
+        let Ok(_) = operator.backward(&self.checkpoints, d_out, d_final_state)?.map(&mut list);
+        Ok(list.0)
     }
 }

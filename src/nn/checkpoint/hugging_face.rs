@@ -256,7 +256,8 @@ impl HuggingFace {
             dt_max: self.time_step_max,
             dt_init_floor: self.time_step_floor,
             dt_scale: self.time_step_scale,
-            seed: 0,
+            // What is no property of the model.
+            ..MambaConfig::new(d_model)
         })
     }
 

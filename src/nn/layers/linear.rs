@@ -1,8 +1,10 @@
-//! The linear layer.
+//! The linear layer, whose backward pass multiplies views where they lie.
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 
-use super::{Initial, Parameter, Parameters};
+use super::{Gradients, Initial, Parameter, Parameters};
+use crate::candle::{gemm, node};
+use crate::nn::check_once;
 
 /// A linear layer.
 #[derive(Debug, Clone)]
@@ -28,39 +30,119 @@ impl Linear {
         self.weight.dtype()
     }
 
-    /// Applies the layer to the last dimension of `x`, which is dense or has two dimensions.
+    /// Applies the layer to the last dimension of `x`, which is dense or has two dimensions. Differentiable.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let weight = self.weight.tensor()?;
-        let out = match x.dims() {
-            [_, _] => product(x, &weight)?,
-            dims => {
-                let (rest, features) = (&dims[..dims.len() - 1], x.dim(D::Minus1)?);
-                let shape = [rest, &[weight.dim(0)?]].concat();
-                product(&x.reshape((rest.iter().product::<usize>(), features))?, &weight)?.reshape(shape)?
-            }
+        let (rest, features) = (&x.dims()[..x.rank() - 1], x.dim(D::Minus1)?);
+        let layer = self.leave_graph()?;
+        let matrix = match x.rank() {
+            2 => x.detach(),
+            _ => x.detach().reshape((rest.iter().product::<usize>(), features))?,
         };
+        let out = layer.apply(&matrix)?;
+        let out = out.reshape([rest, &[out.dim(1)?]].concat())?;
+        let parameters: Vec<_> = [&self.weight].into_iter().chain(&self.bias).map(|p| p.stored().clone()).collect();
+        let inputs: Vec<_> = [x].into_iter().chain(&parameters).collect();
+        let (x_shape, is_x_tracked) = (x.shape().clone(), x.track_op());
+        let ids: Vec<_> = parameters.iter().map(Tensor::id).collect();
+        let backward = move |d_out: &Tensor| {
+            check_once("linear", d_out)?;
+            let d_out = d_out.reshape(((), d_out.dim(D::Minus1)?))?;
+            let mut gradients = Gradients::default();
+            layer.parameter_gradients(&matrix, &d_out, &mut gradients)?;
+            let d_x = is_x_tracked.then(|| layer.input_gradient(&d_out)?.reshape(&x_shape)).transpose()?;
+            Ok([d_x].into_iter().chain(ids.iter().map(|&id| gradients.take(id))).collect())
+        };
+        // SAFETY: the product is a tensor of its own, of which no other handle is left.
+        unsafe { node("linear", &inputs, out, backward) }
+    }
+
+    /// The layer outside of candle's graph.
+    pub fn leave_graph(&self) -> Result<Self> {
+        let bias = self.bias.as_ref().map(Parameter::leave_graph).transpose()?;
+        Ok(Self { weight: self.weight.leave_graph()?, bias })
+    }
+
+    /// Outside of candle's graph: `(rows, in)` to `(rows, out)`, in the type of `x`.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        let weight = self.weight.tensor()?.t()?;
         match &self.bias {
-            // In `f32`, for the gradient of the bias is a sum over all rows, which candle takes in the type that it finds:
-            // a sum in bf16 stands still at 256 times what is added.
             Some(bias) => {
                 let bias = bias.tensor()?.to_dtype(DType::F32)?;
-                out.to_dtype(DType::F32)?.broadcast_add(&bias)?.to_dtype(out.dtype())
+                product(x, &weight, DType::F32)?.broadcast_add(&bias)?.to_dtype(x.dtype())
             }
-            None => Ok(out),
+            None => product(x, &weight, x.dtype()),
         }
+    }
+
+    /// [`apply`](Self::apply), added to `out` in its type, `f32` or that of `x`.
+    pub fn apply_onto(&self, out: &Tensor, x: &Tensor) -> Result<()> {
+        if let Some(bias) = &self.bias {
+            let rows = bias.tensor()?.to_dtype(out.dtype())?.unsqueeze(0)?;
+            let ones = Tensor::ones((x.dim(0)?, 1), out.dtype(), x.device())?;
+            gemm(out, &ones, &rows, true)?;
+        }
+        gemm(out, x, &self.weight.tensor()?.t()?, true)
+    }
+
+    /// Outside of candle's graph: the gradient of its input, `(rows, in)`, from that of its output, `(rows, out)`.
+    pub fn input_gradient(&self, d_out: &Tensor) -> Result<Tensor> {
+        product(d_out, &self.weight.tensor()?, d_out.dtype())
+    }
+
+    /// [`input_gradient`](Self::input_gradient) written into `d_x`, or added to it.
+    pub fn input_gradient_into(&self, d_x: &Tensor, d_out: &Tensor, accumulate: bool) -> Result<()> {
+        gemm(d_x, d_out, &self.weight.tensor()?, accumulate)
+    }
+
+    /// Outside of candle's graph: the gradients of its parameters, from its input `(rows, in)` and the gradient of its output.
+    pub fn parameter_gradients(&self, x: &Tensor, d_out: &Tensor, gradients: &mut Gradients) -> Result<()> {
+        gradients.add(&self.weight, |dtype| product(&d_out.t()?, x, dtype))?;
+        let Some(bias) = &self.bias else { return Ok(()) };
+        // A sum over all rows, which in bf16 would stand still at 256 times what is added.
+        gradients.add(bias, |_| d_out.to_dtype(DType::F32)?.sum(0))
     }
 }
 
-/// `x` `(rows, in)` times the transpose of `weight` `(out, in)`.
-fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let weight = weight.t()?;
-    match (x.device(), x.dtype()) {
-        // candle has no bf16 product on processors.
-        (Device::Cpu, DType::BF16) => {
-            x.to_dtype(DType::F32)?.matmul(&weight.to_dtype(DType::F32)?)?.to_dtype(DType::BF16)
-        }
-        // A column range is a matrix with a stride to gemm, but not to candle's use of cuBLAS.
-        (Device::Cpu, _) => x.matmul(&weight),
-        _ => x.contiguous()?.matmul(&weight),
+/// A layer whose outputs come in two halves, the gradients of which are matrices of their own, `(rows, out / 2)`.
+impl Linear {
+    /// See [`input_gradient`](Self::input_gradient).
+    pub fn input_gradient_of_halves(&self, d_halves: [&Tensor; 2]) -> Result<Tensor> {
+        let weight = self.weight.tensor()?;
+        let (half, dtype) = (d_halves[0].dim(1)?, d_halves[0].dtype());
+        let d_x = product(d_halves[0], &weight.narrow(0, 0, half)?, dtype)?;
+        gemm(&d_x, d_halves[1], &weight.narrow(0, half, half)?, true)?;
+        Ok(d_x)
     }
+
+    /// See [`parameter_gradients`](Self::parameter_gradients).
+    pub fn parameter_gradients_of_halves(
+        &self,
+        x: &Tensor,
+        d_halves: [&Tensor; 2],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let half = d_halves[0].dim(1)?;
+        gradients.add(&self.weight, |dtype| {
+            // SAFETY: each half of the rows is overwritten.
+            let d_weight = unsafe { Tensor::empty((2 * half, x.dim(1)?), dtype, x.device())? };
+            for (i, d_half) in d_halves.iter().enumerate() {
+                gemm(&d_weight.narrow(0, i * half, half)?, &d_half.t()?, x, false)?;
+            }
+            Ok(d_weight)
+        })?;
+        let Some(bias) = &self.bias else { return Ok(()) };
+        gradients.add(bias, |_| {
+            let sums = d_halves.map(|d_half| d_half.to_dtype(DType::F32)?.sum(0));
+            let [first, second] = sums;
+            Tensor::cat(&[first?, second?], 0)
+        })
+    }
+}
+
+/// `a·b` of views, `(m, k)` and `(k, n)`, in a matrix of type `dtype`.
+fn product(a: &Tensor, b: &Tensor, dtype: DType) -> Result<Tensor> {
+    // SAFETY: the product overwrites every element.
+    let out = unsafe { Tensor::empty((a.dim(0)?, b.dim(1)?), dtype, a.device())? };
+    gemm(&out, a, b, false)?;
+    Ok(out)
 }

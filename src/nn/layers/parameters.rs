@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fmt::Display;
 use std::rc::Rc;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, TensorId, Var};
 use candle_nn::VarBuilder;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -22,6 +22,8 @@ pub(crate) struct Parameter {
     form: Form,
     /// That form, where nothing changes what is stored.
     ready: Option<Tensor>,
+    /// The tensor of candle's graph that this was detached from, to which its gradient belongs.
+    origin: Option<TensorId>,
 }
 
 /// In which form a parameter is computed with.
@@ -53,7 +55,7 @@ impl Form {
 impl Parameter {
     fn new(stored: Tensor, form: Form) -> Result<Self> {
         let ready = (!stored.track_op()).then(|| form.of(&stored)).transpose()?;
-        Ok(Self { stored, form, ready })
+        Ok(Self { stored, form, ready, origin: None })
     }
 
     /// What is computed with. Where the parameter is part of candle's graph, so is this.
@@ -84,6 +86,14 @@ impl Parameter {
         Self::new(self.stored.detach(), self.form)
     }
 
+    /// The same values, of which candle records nothing, for a pass whose [`Gradients`] come to what this was.
+    pub fn leave_graph(&self) -> Result<Self> {
+        match self.is_tracked() {
+            true => Ok(Self { origin: Some(self.stored.id()), ..self.detach()? }),
+            false => Ok(self.clone()),
+        }
+    }
+
     /// Another tensor in its place, of the same shape and on the same device. An error says what `name` should be.
     pub fn replace(&self, name: &str, tensor: Tensor) -> Result<Self> {
         let describe = |tensor: &Tensor| format!("{:?} on {:?}", tensor.dims(), tensor.device().location());
@@ -93,6 +103,37 @@ impl Parameter {
         }
         check_float("f", name, tensor.dtype())?;
         Self::new(tensor, self.form)
+    }
+}
+
+/// The gradients that a backward pass finds, by the tensors of candle's graph, which the parameters have [left](Parameter::leave_graph).
+#[derive(Default)]
+pub(crate) struct Gradients(HashMap<TensorId, Tensor>);
+
+impl Gradients {
+    /// Adds the gradient of a parameter, if candle tracks what it came of; else it is not computed. `gradient` gives that of
+    /// the form in which the parameter is computed with: of the type that it gets, or of `f32`.
+    pub fn add(&mut self, parameter: &Parameter, gradient: impl FnOnce(DType) -> Result<Tensor>) -> Result<()> {
+        let Some(origin) = parameter.origin else { return Ok(()) };
+        let (dtype, computed) = (parameter.stored.dtype(), parameter.dtype());
+        let gradient = gradient(if dtype == computed { dtype } else { DType::F32 })?;
+        let gradient = match parameter.form {
+            Form::Plain(_) => gradient,
+            // It is its own derivative.
+            Form::NegativeExp => (gradient * parameter.tensor()?)?,
+        };
+        let gradient = gradient.to_dtype(dtype)?;
+        let sum = match self.0.get(&origin) {
+            Some(other) => (other + gradient)?,
+            None => gradient,
+        };
+        self.0.insert(origin, sum);
+        Ok(())
+    }
+
+    /// The gradient of a tensor, if there is one.
+    pub fn take(&mut self, id: TensorId) -> Option<Tensor> {
+        self.0.remove(&id)
     }
 }
 
@@ -135,6 +176,17 @@ impl ParameterList {
     /// Whether a backward pass could reach one of them.
     pub fn is_tracked(&self) -> bool {
         self.tracked
+    }
+
+    /// The tensors that a backward pass could reach, each once.
+    pub fn tracked(&self) -> Vec<Tensor> {
+        let mut tensors: Vec<Tensor> = Vec::new();
+        for (_, Parameter { stored, .. }) in &self.parameters {
+            if stored.track_op() && tensors.iter().all(|other| other.id() != stored.id()) {
+                tensors.push(stored.clone());
+            }
+        }
+        tensors
     }
 
     /// The same by name, to be looked up.

@@ -5,11 +5,12 @@ use std::borrow::Cow;
 use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
-use super::ssm_path::SsmPath;
+use super::parts::Parts;
 use super::{MambaConfig, MambaState};
+use crate::candle::node;
 use crate::count_sequences;
-use crate::nn::layers::{Change, Linear, ParameterList, Parameters};
-use crate::nn::{argument, check_room};
+use crate::nn::layers::{Change, Gradients, ParameterList, Parameters};
+use crate::nn::{argument, check_once, check_room};
 
 /// The Mamba block of Gu and Dao, *Mamba* (2023), arXiv 2312.00752, figure 3:
 ///
@@ -34,12 +35,7 @@ use crate::nn::{argument, check_room};
 #[derive(Debug, Clone)]
 pub struct Mamba {
     config: MambaConfig,
-    in_proj: Linear,
-    /// From the first step to the last.
-    causal: SsmPath,
-    /// From the last step to the first, in a bidirectional block.
-    anticausal: Option<SsmPath>,
-    out_proj: Linear,
+    parts: Parts,
     parameters: ParameterList,
 }
 
@@ -60,14 +56,19 @@ impl Mamba {
 
     /// A block whose initial `out_proj` is divided by a number.
     pub(crate) fn build(config: &MambaConfig, parameters: &Parameters, out_proj_divisor: f64) -> Result<Self> {
-        let &MambaConfig { d_model, d_inner, proj_bias, .. } = config;
         let count = parameters.count();
-        let in_proj = Linear::new(&parameters.pp("in_proj"), [d_model, 2 * d_inner], proj_bias, 1.0)?;
-        let causal = SsmPath::new(config, parameters, false)?;
-        let anticausal = config.bidirectional.then(|| SsmPath::new(config, parameters, true)).transpose()?;
-        let out_proj = Linear::new(&parameters.pp("out_proj"), [d_inner, d_model], proj_bias, out_proj_divisor)?;
+        let parts = Parts::new(config, parameters, out_proj_divisor)?;
         let parameters = parameters.taken_since(count);
-        Ok(Self { config: config.clone(), in_proj, causal, anticausal, out_proj, parameters })
+        Ok(Self { config: config.clone(), parts, parameters })
+    }
+
+    pub(crate) fn parts(&self) -> &Parts {
+        &self.parts
+    }
+
+    /// The parameters that a backward pass could reach.
+    pub(crate) fn tracked(&self) -> Vec<Tensor> {
+        self.parameters.tracked()
     }
 
     /// The same block, each parameter as `change` gives it.
@@ -96,15 +97,24 @@ impl Mamba {
         if x.elem_count() == 0 {
             return x.zeros_like();
         }
-        let (x, z) = self.project(x)?;
-        let mut y = self.causal.forward(&x, &z, cu_seqlens)?;
-        if let Some(anticausal) = &self.anticausal {
-            y = (y + anticausal.forward(&x, &z, cu_seqlens)?)?;
-            if self.config.average_directions {
-                y = (y * 0.5)?;
-            }
+        if !x.track_op() && !self.parameters.is_tracked() {
+            return self.parts.out_proj.apply(&self.parts.forward(x, cu_seqlens)?)?.reshape(x.shape());
         }
-        self.out_proj.forward(&y)
+        let (parts, shape) = (self.parts.leave_graph()?, x.shape().clone());
+        let kept = parts.forward_kept(&x.detach(), cu_seqlens)?;
+        let out = parts.out_proj.apply(&kept.y)?.reshape(x.shape())?;
+        let parameters = self.parameters.tracked();
+        let inputs: Vec<_> = [x].into_iter().chain(&parameters).collect();
+        let (is_x_tracked, ids) = (x.track_op(), parameters.iter().map(Tensor::id).collect::<Vec<_>>());
+        let backward = move |d_out: &Tensor| {
+            check_once("mamba", d_out)?;
+            let mut gradients = Gradients::default();
+            let d_x = parts.backward(&kept, d_out, is_x_tracked, &mut gradients)?;
+            let d_x = d_x.map(|d_x| d_x.reshape(&shape)).transpose()?;
+            Ok([d_x].into_iter().chain(ids.iter().map(|&id| gradients.take(id))).collect())
+        };
+        // SAFETY: the output is a tensor of its own, of which no other handle is left.
+        unsafe { node("mamba", &inputs, out, backward) }
     }
 
     /// Runs sequences on from the states of a cache, and leaves there the states after them: a prompt, whole or chunk by
@@ -147,11 +157,11 @@ impl Mamba {
         if x.elem_count() == 0 {
             return x.zeros_like();
         }
-        let block = self.untracked()?;
-        let (x, z) = block.project(&x.detach())?;
+        let parts = self.untracked()?;
+        let [u, z] = parts.project(&x.detach())?;
         let states = state.load(&slots, sequences)?;
-        let (y, states) = block.causal.extend(&x, &z, cu_seqlens, &states)?;
-        let out = block.out_proj.forward(&y)?;
+        let (y, states) = parts.causal.extend(&u, &z, cu_seqlens, &states)?;
+        let out = parts.out_proj.forward(&y)?;
         state.store(&states, &slots, sequences)?;
         Ok(out)
     }
@@ -168,18 +178,22 @@ impl Mamba {
         if x.elem_count() == 0 {
             return x.zeros_like();
         }
-        let block = self.untracked()?;
-        let (x, z) = block.project(&x.detach())?;
-        block.out_proj.forward(&block.causal.step(&x, &z, state, slots)?)
+        let parts = self.untracked()?;
+        let [u, z] = parts.project(&x.detach())?;
+        parts.out_proj.forward(&parts.causal.step(&u, &z, state, slots)?)
     }
 
-    /// The block itself where candle tracks nothing, else one without gradients.
-    fn untracked(&self) -> Result<Cow<'_, Self>> {
-        Ok(if self.parameters.is_tracked() { Cow::Owned(self.detach()?) } else { Cow::Borrowed(self) })
+    /// The layers themselves where candle tracks nothing, else the same without gradients.
+    fn untracked(&self) -> Result<Cow<'_, Parts>> {
+        Ok(if self.parameters.is_tracked() {
+            Cow::Owned(self.parts.leave_graph()?)
+        } else {
+            Cow::Borrowed(&self.parts)
+        })
     }
 
     pub(crate) fn check_causal(&self) -> Result<()> {
-        if self.anticausal.is_some() {
+        if self.config.bidirectional {
             let got = "a bidirectional block, whose second direction needs the whole sequence";
             return Err(argument("bidirectional", "false for prefill and decoding", got));
         }
@@ -188,7 +202,7 @@ impl Mamba {
 
     /// Checks an input and how it is divided into sequences, and gives their number.
     fn check_input(&self, x: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<usize> {
-        let (d_model, d_inner, dtype) = (self.config.d_model, self.config.d_inner, self.in_proj.dtype());
+        let (d_model, d_inner, dtype) = (self.config.d_model, self.config.d_inner, self.parts.in_proj.dtype());
         let &[batch, length, width] = x.dims() else {
             return Err(argument("x", format_args!("(batch, length, {d_model})"), format_args!("{:?}", x.dims())));
         };
@@ -201,13 +215,6 @@ impl Mamba {
         let sequences = count_sequences(batch, length, cu_seqlens)?;
         check_room("x", &[batch, length, 2, d_inner], dtype, x.device())?;
         Ok(sequences)
-    }
-
-    /// The scan's input and gate, views of what `in_proj` gives.
-    fn project(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
-        let d_inner = self.config.d_inner;
-        let xz = self.in_proj.forward(x)?;
-        Ok((xz.narrow(2, 0, d_inner)?, xz.narrow(2, d_inner, d_inner)?))
     }
 
     /// The same block, sharing its parameters, without gradients. Where training goes on, take a new one after a step, for

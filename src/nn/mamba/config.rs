@@ -32,6 +32,9 @@ pub struct MambaConfig {
     /// Whether the step size, B and C are projected from the input, which makes the scan selective. If not, they are
     /// parameters, the same at every step: a diagonal, real S4 (S4D) in the same block, for comparison.
     pub selective: bool,
+    /// Whether a backward pass computes the output of the convolution and the step sizes again, for which training takes a few
+    /// per cent longer, rather than that they are kept, which takes 2 `d_inner` more elements for each step and layer.
+    pub recompute: bool,
     /// At initialization, step sizes are spread log-uniformly from here, 0.001 in the paper…
     pub dt_min: f64,
     /// …to here, 0.1 in the paper.
@@ -78,6 +81,7 @@ impl MambaConfig {
             bidirectional: false,
             average_directions: false,
             selective: true,
+            recompute: true,
             dt_min: 0.001,
             dt_max: 0.1,
             dt_init_floor: 1e-4,

@@ -2,9 +2,11 @@
 
 mod block;
 mod config;
+mod parts;
 mod ssm_path;
 mod state;
 
 pub use block::Mamba;
 pub use config::{MambaConfig, Norms};
+pub(crate) use parts::{Kept, Parts, rows};
 pub use state::MambaState;

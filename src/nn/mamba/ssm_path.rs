@@ -1,13 +1,16 @@
 //! The path through the state space model (SSM), between the projections of a block: the convolution, and the scan with
 //! what it reads. A block has one for each direction.
+//!
+//! All of it is outside of candle's graph: a block is one node there, whose backward pass is written by hand.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
+use super::parts::rows;
 use super::state::States;
 use super::{MambaConfig, MambaState, Norms};
-use crate::candle::{CausalConv, ConvUpdate, Scan, StateUpdate};
-use crate::nn::layers::{Initial, Linear, Parameter, Parameters, rms_norm};
-use crate::{conv, scan, state_update};
+use crate::candle::{CausalConv, ConvUpdate, RmsNorm, RmsNormGradients, Scan, StateUpdate};
+use crate::nn::layers::{Gradients, Initial, Linear, Parameter, Parameters, rms_norm};
+use crate::{conv, norm, scan, state_update};
 
 /// The convolution and the scan of one direction, with their parameters.
 #[derive(Debug, Clone)]
@@ -61,6 +64,23 @@ struct Projected {
     c: Tensor,
 }
 
+/// The step size before its projection, B and C.
+struct Columns {
+    /// What `x_proj` gives, `(rows, dt_rank + 2 d_state)`.
+    projected: Tensor,
+    /// Its three ranges of columns after their norms, if there are norms.
+    normed: Option<[Tensor; 3]>,
+}
+
+/// What a forward pass leaves for its backward pass. What is none there is computed again.
+pub(super) struct Kept {
+    /// After the convolution, `(batch, length, d_inner)`.
+    u: Option<Tensor>,
+    columns: Option<Columns>,
+    delta: Option<Tensor>,
+    checkpoints: Tensor,
+}
+
 impl SsmPath {
     /// `reverse` also appends to the names what Vision Mamba does: `conv1d_b`, `A_b_log`, and so on.
     pub fn new(config: &MambaConfig, parameters: &Parameters, reverse: bool) -> Result<Self> {
@@ -91,12 +111,86 @@ impl SsmPath {
         Ok(Self { reverse, sizes: [dt_rank, d_state], conv_weight, conv_bias, a, d, dt_bias, dynamics })
     }
 
-    /// Runs whole sequences from zero states.
+    /// The same path outside of candle's graph.
+    pub fn leave_graph(&self) -> Result<Self> {
+        let dynamics = match &self.dynamics {
+            Dynamics::Selective { x_proj, dt_proj, norms } => {
+                let norms = norms.as_ref().map(ProjectionNorms::leave_graph).transpose()?;
+                Dynamics::Selective { x_proj: x_proj.leave_graph()?, dt_proj: dt_proj.leave_graph()?, norms }
+            }
+            Dynamics::Invariant { b, c } => Dynamics::Invariant { b: b.leave_graph()?, c: c.leave_graph()? },
+        };
+        Ok(Self {
+            conv_weight: self.conv_weight.leave_graph()?,
+            conv_bias: self.conv_bias.as_ref().map(Parameter::leave_graph).transpose()?,
+            a: self.a.leave_graph()?,
+            d: self.d.leave_graph()?,
+            dt_bias: self.dt_bias.leave_graph()?,
+            dynamics,
+            ..*self
+        })
+    }
+
+    /// Runs whole sequences from zero states. `x` and `z` are `(batch, length, d_inner)`.
     pub fn forward(&self, x: &Tensor, z: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
         let values = self.values()?;
         let u = CausalConv { cu_seqlens, ..self.conv(x, &values) }.forward()?;
         let projected = self.project(&u)?;
         Scan { cu_seqlens, ..self.scan(&u, z, &projected, &values) }.forward()
+    }
+
+    /// [`forward`](Self::forward), and what [`backward`](Self::backward) needs: with `recompute` less than else.
+    pub fn forward_kept(
+        &self,
+        x: &Tensor,
+        z: &Tensor,
+        cu_seqlens: Option<&[usize]>,
+        recompute: bool,
+    ) -> Result<(Tensor, Kept)> {
+        let values = self.values()?;
+        let u = CausalConv { cu_seqlens, ..self.conv(x, &values) }.forward()?;
+        let columns = self.columns(&u)?;
+        let projected = self.projected(&u, columns.as_ref(), None)?;
+        let scan = Scan { cu_seqlens, ..self.scan(&u, z, &projected, &values) };
+        let (y, checkpoints) = scan.forward_with_checkpoints()?;
+        let Projected { delta, .. } = projected;
+        Ok((y, Kept { u: (!recompute).then_some(u), columns, delta: (!recompute).then_some(delta), checkpoints }))
+    }
+
+    /// The gradients of `x` and `z` from that of the output, and those of the parameters.
+    pub fn backward(
+        &self,
+        kept: &Kept,
+        [x, z]: [&Tensor; 2],
+        cu_seqlens: Option<&[usize]>,
+        d_y: &Tensor,
+        gradients: &mut Gradients,
+    ) -> Result<[Tensor; 2]> {
+        let values = self.values()?;
+        let conv = CausalConv { cu_seqlens, ..self.conv(x, &values) };
+        let u = match &kept.u {
+            Some(u) => u.clone(),
+            None => conv.forward()?,
+        };
+        let columns = kept.columns.as_ref();
+        let projected = self.projected(&u, columns, kept.delta.clone())?;
+        let scan = Scan { cu_seqlens, ..self.scan(&u, z, &projected, &values) };
+        let of_scan = scan.backward(&kept.checkpoints, d_y, None)?;
+        drop(projected);
+        gradients.add(&self.a, |_| Ok(of_scan.a))?;
+        for (parameter, gradient) in [(&self.d, of_scan.d), (&self.dt_bias, of_scan.delta_bias)] {
+            gradients.add(parameter, |_| given(gradient))?;
+        }
+        let d_u = of_scan.u;
+        let d_projected =
+            Projected { delta: of_scan.delta, b: of_scan.b.either().clone(), c: of_scan.c.either().clone() };
+        self.project_backward(&u, columns, &d_projected, &d_u, gradients)?;
+        let of_conv = conv.backward(&d_u, None)?;
+        gradients.add(&self.conv_weight, |_| of_conv.weight.reshape(self.conv_weight.stored().shape()))?;
+        if let Some(bias) = &self.conv_bias {
+            gradients.add(bias, |_| given(of_conv.bias))?;
+        }
+        Ok([of_conv.x, given(of_scan.z)?])
     }
 
     /// Runs sequences on from given states, and also gives those after them.
@@ -162,23 +256,52 @@ impl SsmPath {
     }
 
     fn project(&self, u: &Tensor) -> Result<Projected> {
+        self.projected(u, self.columns(u)?.as_ref(), None)
+    }
+
+    /// What `x_proj` gives; none where nothing is projected.
+    fn columns(&self, u: &Tensor) -> Result<Option<Columns>> {
+        let Dynamics::Selective { x_proj, norms, .. } = &self.dynamics else { return Ok(None) };
+        let projected = x_proj.apply(&rows(u)?)?;
+        let normed = |norms: &ProjectionNorms| {
+            let [dt, b, c] = self.split(&projected, 1)?;
+            Ok::<_, candle_core::Error>([norms.apply(0, &dt)?, norms.apply(1, &b)?, norms.apply(2, &c)?])
+        };
+        let normed = norms.as_ref().map(normed).transpose()?;
+        Ok(Some(Columns { projected, normed }))
+    }
+
+    /// The columns of the step size, B and C along the last dimension, number `dim`: views, of which nothing is copied.
+    fn split(&self, columns: &Tensor, dim: usize) -> Result<[Tensor; 3]> {
+        let [dt_rank, d_state] = self.sizes;
+        let part = |start, len| columns.narrow(dim, start, len);
+        Ok([part(0, dt_rank)?, part(dt_rank, d_state)?, part(dt_rank + d_state, d_state)?])
+    }
+
+    /// The step size before its projection, `(rows, dt_rank)`.
+    fn low_rank(&self, columns: &Columns) -> Result<Tensor> {
+        match &columns.normed {
+            Some([dt, ..]) => Ok(dt.clone()),
+            None => columns.projected.narrow(1, 0, self.sizes[0]),
+        }
+    }
+
+    /// What the scan reads, from the columns of `x_proj` where there are some, and from `delta` if it is there already.
+    fn projected(&self, u: &Tensor, columns: Option<&Columns>, delta: Option<Tensor>) -> Result<Projected> {
         let (batch, length, d_inner) = u.dims3()?;
         match &self.dynamics {
-            Dynamics::Selective { x_proj, dt_proj, norms } => {
-                let [dt_rank, d_state] = self.sizes;
-                let columns = x_proj.forward(&u.reshape((batch * length, d_inner))?)?;
-                // Columns of a matrix are a matrix to `dt_proj`, and views with strides to the scan: nothing is copied.
-                let activations = columns.reshape((batch, length, dt_rank + 2 * d_state))?;
-                let mut dt = columns.narrow(1, 0, dt_rank)?;
-                let mut b = activations.narrow(2, dt_rank, d_state)?;
-                let mut c = activations.narrow(2, dt_rank + d_state, d_state)?;
-                if let Some(norms) = norms {
-                    for (i, x) in [&mut dt, &mut b, &mut c].into_iter().enumerate() {
-                        let weight = norms.weights.as_ref().map(|weights| weights[i].tensor()).transpose()?;
-                        *x = rms_norm(x, weight.as_ref(), norms.eps, x.dtype())?;
-                    }
-                }
-                Ok(Projected { delta: dt_proj.forward(&dt)?.reshape((batch, length, d_inner))?, b, c })
+            Dynamics::Selective { dt_proj, .. } => {
+                let columns = present(columns)?;
+                let delta = match delta {
+                    Some(delta) => delta,
+                    None => dt_proj.apply(&self.low_rank(columns)?)?.reshape((batch, length, d_inner))?,
+                };
+                let by_step = |x: &Tensor| x.reshape((batch, length, x.dim(1)?));
+                let [_, b, c] = match &columns.normed {
+                    Some([dt, b, c]) => [dt.clone(), by_step(b)?, by_step(c)?],
+                    None => self.split(&by_step(&columns.projected)?, 2)?,
+                };
+                Ok(Projected { delta, b, c })
             }
             Dynamics::Invariant { b, c } => {
                 let zero = Tensor::zeros((1, 1, d_inner), u.dtype(), u.device())?;
@@ -186,6 +309,60 @@ impl SsmPath {
             }
         }
     }
+
+    /// Goes back from the gradients of what the scan reads to those of the parameters that it comes from, and adds what
+    /// comes to `u` through it to `d_u`.
+    fn project_backward(
+        &self,
+        u: &Tensor,
+        columns: Option<&Columns>,
+        d_projected: &Projected,
+        d_u: &Tensor,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let Projected { delta, b, c } = d_projected;
+        let (x_proj, dt_proj, norms) = match &self.dynamics {
+            Dynamics::Selective { x_proj, dt_proj, norms } => (x_proj, dt_proj, norms),
+            Dynamics::Invariant { b: b_parameter, c: c_parameter } => {
+                gradients.add(b_parameter, |_| Ok(b.clone()))?;
+                return gradients.add(c_parameter, |_| Ok(c.clone()));
+            }
+        };
+        let columns = present(columns)?;
+        let (u, d_delta) = (rows(u)?, rows(delta)?);
+        dt_proj.parameter_gradients(&self.low_rank(columns)?, &d_delta, gradients)?;
+        let projected = &columns.projected;
+        // SAFETY: all three ranges of its columns are overwritten.
+        let d_columns = unsafe { Tensor::empty(projected.shape(), projected.dtype(), projected.device())? };
+        let [dt_rank, d_state] = self.sizes;
+        match norms {
+            None => {
+                dt_proj.input_gradient_into(&d_columns.narrow(1, 0, dt_rank)?, &d_delta, false)?;
+                d_columns.slice_set(&rows(b)?, 1, dt_rank)?;
+                d_columns.slice_set(&rows(c)?, 1, dt_rank + d_state)?;
+            }
+            Some(norms) => {
+                let d_normed = [dt_proj.input_gradient(&d_delta)?, rows(b)?, rows(c)?];
+                let mut start = 0;
+                for (i, (before, d_normed)) in self.split(projected, 1)?.iter().zip(&d_normed).enumerate() {
+                    d_columns.slice_set(&norms.backward(i, before, d_normed, gradients)?, 1, start)?;
+                    start += before.dim(1)?;
+                }
+            }
+        }
+        x_proj.parameter_gradients(&u, &d_columns, gradients)?;
+        x_proj.input_gradient_into(&rows(d_u)?, &d_columns, true)
+    }
+}
+
+/// What a selective path has.
+fn present(columns: Option<&Columns>) -> Result<&Columns> {
+    columns.ok_or_else(|| candle_core::Error::Msg("a selective path without the columns of x_proj".into()))
+}
+
+/// The gradient of what the operator was given.
+fn given(gradient: Option<Tensor>) -> Result<Tensor> {
+    gradient.ok_or_else(|| candle_core::Error::Msg("an operator has left a gradient out".into()))
 }
 
 impl ProjectionNorms {
@@ -205,5 +382,33 @@ impl ProjectionNorms {
             ])
         };
         Ok(Some(Self { weights: weighted.then(weights).transpose()?, eps }))
+    }
+
+    fn leave_graph(&self) -> Result<Self> {
+        let detach = |[dt, b, c]: &[Parameter; 3]| {
+            Ok::<_, candle_core::Error>([dt.leave_graph()?, b.leave_graph()?, c.leave_graph()?])
+        };
+        Ok(Self { weights: self.weights.as_ref().map(detach).transpose()?, eps: self.eps })
+    }
+
+    /// The weight of norm `i`: the step size's, B's or C's.
+    fn weight(&self, i: usize) -> Result<Option<Tensor>> {
+        self.weights.as_ref().map(|weights| weights[i].tensor()).transpose()
+    }
+
+    fn apply(&self, i: usize, x: &Tensor) -> Result<Tensor> {
+        rms_norm(x, self.weight(i)?.as_ref(), self.eps, x.dtype())
+    }
+
+    /// The gradient of `x`, whose norm has the gradient `d_out`, and that of the weight.
+    fn backward(&self, i: usize, x: &Tensor, d_out: &Tensor, gradients: &mut Gradients) -> Result<Tensor> {
+        let weight = self.weight(i)?.map(|weight| weight.to_dtype(DType::F32)).transpose()?;
+        let options = norm::Options { eps: self.eps, ..Default::default() };
+        let norm = RmsNorm { weight: weight.as_ref(), options, ..RmsNorm::new(x) };
+        let RmsNormGradients { sum: d_x, weight: d_weight, .. } = norm.backward(d_out, None)?;
+        if let (Some(weights), Some(d_weight)) = (&self.weights, d_weight) {
+            gradients.add(&weights[i], |_| Ok(d_weight))?;
+        }
+        Ok(d_x)
     }
 }

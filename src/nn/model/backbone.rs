@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 use super::mixer::Pass;
-use super::{BackboneConfig, Mixer};
+use super::{BackboneConfig, Mixer, stack};
 use crate::count_sequences;
 use crate::nn::layers::{Change, ParameterList, Parameters};
 use crate::nn::{Cache, RmsNorm, argument, check_model_dtype, check_room};
@@ -47,9 +47,18 @@ pub struct Backbone {
 }
 
 #[derive(Debug, Clone)]
-struct Layer {
-    norm: RmsNorm,
-    mixer: Mixer,
+pub(super) struct Layer {
+    pub norm: RmsNorm,
+    pub mixer: Mixer,
+}
+
+impl Layer {
+    /// The parameters that a backward pass could reach.
+    pub fn tracked(&self) -> Vec<Tensor> {
+        let Mixer::Mamba(block) = &self.mixer;
+        let norm = self.norm.weight();
+        norm.track_op().then(|| norm.clone()).into_iter().chain(block.tracked()).collect()
+    }
 }
 
 impl Backbone {
@@ -119,20 +128,26 @@ impl Backbone {
     /// head, of the same shape and of the type in which the layers compute. Differentiable. Of no steps there are no
     /// outputs.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.norm_f.forward(&self.run(x, Pass::Forward { cu_seqlens: None }, |_| ())?)
+        self.norm_f.forward(&self.stream(x, None)?)
     }
 
     /// Runs sequences that lie one after another: `x` is `(1, length, d_model)`, and sequence `i` takes the steps from
     /// `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Each gets what it would get alone. Differentiable.
     pub fn forward_packed(&self, x: &Tensor, cu_seqlens: &[usize]) -> Result<Tensor> {
-        self.norm_f.forward(&self.run(x, Pass::Forward { cu_seqlens: Some(cu_seqlens) }, |_| ())?)
+        self.norm_f.forward(&self.stream(x, Some(cu_seqlens))?)
     }
 
     /// The residual stream after each layer, then the normalised stream that feeds a head: `n_layer + 1` tensors
     /// `(batch, length, d_model)`. Differentiable.
     pub fn hidden_states(&self, x: &Tensor) -> Result<Vec<Tensor>> {
         let mut states = Vec::with_capacity(self.layers.len() + 1);
-        let stream = self.run(x, Pass::Forward { cu_seqlens: None }, |stream| states.push(stream.clone()))?;
+        let mut stream = self.begin(x)?;
+        for layer in &self.layers {
+            if stream.elem_count() > 0 {
+                stream = stack::forward(std::slice::from_ref(layer), &stream, None)?;
+            }
+            states.push(stream.clone());
+        }
         states.push(self.norm_f.forward(&stream)?);
         Ok(states)
     }
@@ -171,7 +186,7 @@ impl Backbone {
         let sequences = count_sequences(batch, length, cu_seqlens)?;
         self.check_decoding(cache, sequences, slots)?;
         let layers = self.untracked()?;
-        let stream = layers.run(&x.detach(), Pass::Prefill { cu_seqlens, cache, slots }, |_| ())?;
+        let stream = layers.run(&x.detach(), Pass::Prefill { cu_seqlens, cache, slots })?;
         layers.norm_f.forward(&stream)
     }
 
@@ -183,7 +198,7 @@ impl Backbone {
     pub fn step(&self, x: &Tensor, cache: &Cache, slots: Option<&[i32]>) -> Result<Tensor> {
         self.check_decoding(cache, self.check_input(x)?.0, slots)?;
         let layers = self.untracked()?;
-        layers.norm_f.forward(&layers.run(&x.detach(), Pass::Step { cache, slots }, |_| ())?)
+        layers.norm_f.forward(&layers.run(&x.detach(), Pass::Step { cache, slots })?)
     }
 
     /// Checks a cache and slots for all layers, before the first one writes.
@@ -212,21 +227,33 @@ impl Backbone {
         Ok((batch, length))
     }
 
-    /// Runs the layers, and gives the residual stream, which `on_hidden` sees after each.
-    pub(super) fn run(&self, x: &Tensor, pass: Pass, mut on_hidden: impl FnMut(&Tensor)) -> Result<Tensor> {
+    /// The residual stream before the first layer.
+    fn begin(&self, x: &Tensor) -> Result<Tensor> {
         self.check_input(x)?;
         let dtype = if self.config.residual_in_f32 { DType::F32 } else { self.dtype };
-        let mut stream = match x.elem_count() {
-            0 => Tensor::zeros(x.shape(), dtype, &self.device)?,
-            _ => x.to_dtype(dtype)?,
-        };
+        match x.elem_count() {
+            0 => Tensor::zeros(x.shape(), dtype, &self.device),
+            _ => x.to_dtype(dtype),
+        }
+    }
+
+    /// The residual stream after the last layer, of whole sequences. Differentiable.
+    pub(super) fn stream(&self, x: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
+        let (batch, length) = self.check_input(x)?;
+        count_sequences(batch, length, cu_seqlens)?;
+        let stream = self.begin(x)?;
+        // Of no steps there are no outputs, and candle's operators do not all take such tensors.
+        if stream.elem_count() == 0 { Ok(stream) } else { stack::forward(&self.layers, &stream, cu_seqlens) }
+    }
+
+    /// Runs the layers on from the states of a cache, and gives the residual stream.
+    pub(super) fn run(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
+        let mut stream = self.begin(x)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let mixed = layer.mixer.run(&layer.norm.forward(&stream)?, index, pass)?;
-            // candle's operators do not all take tensors of no elements, which nothing is added to.
             if stream.elem_count() > 0 {
                 stream = (&stream + mixed.to_dtype(stream.dtype())?)?;
             }
-            on_hidden(&stream);
         }
         Ok(stream)
     }

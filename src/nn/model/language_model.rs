@@ -121,15 +121,14 @@ impl LanguageModel {
     /// The logits of sequences that lie one after another: `ids` is `(1, length)`, and sequence `i` takes the tokens from
     /// `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Each gets what it would get alone. Differentiable.
     pub fn forward_packed(&self, ids: &Tensor, cu_seqlens: &[usize]) -> Result<Tensor> {
-        let pass = Pass::Forward { cu_seqlens: Some(cu_seqlens) };
-        self.logits(&self.backbone.run(&self.embed(ids)?, pass, |_| ())?)
+        self.logits(&self.backbone.stream(&self.embed(ids)?, Some(cu_seqlens))?)
     }
 
     /// The logits of what stands in the place of embeddings, such as [`embed`](Self::embed) gives and a learned prompt or an
     /// image may be joined with: `(batch, length, d_model)` of `f32`, `f16` or `bf16` to
     /// `(batch, length, padded_vocab_size)` of `f32`. Differentiable.
     pub fn forward_embeddings(&self, embeddings: &Tensor) -> Result<Tensor> {
-        self.logits(&self.backbone.run(embeddings, Pass::Forward { cu_seqlens: None }, |_| ())?)
+        self.logits(&self.backbone.stream(embeddings, None)?)
     }
 
     /// The residual stream after each layer, then the normalised stream that feeds the head: `n_layer + 1` tensors
@@ -166,7 +165,7 @@ impl LanguageModel {
         self.backbone.check_decoding(cache, batch, slots)?;
         let model = self.untracked()?;
         let pass = Pass::Prefill { cu_seqlens: None, cache, slots };
-        let stream = model.backbone.run(&model.embed(ids)?, pass, |_| ())?;
+        let stream = model.backbone.run(&model.embed(ids)?, pass)?;
         match batch {
             0 => model.no_logits(&[0]),
             _ => model.logits(&stream.narrow(1, length - 1, 1)?.squeeze(1)?),
@@ -194,7 +193,7 @@ impl LanguageModel {
         self.backbone.check_decoding(cache, last.len(), slots)?;
         let model = self.untracked()?;
         let pass = Pass::Prefill { cu_seqlens: Some(cu_seqlens), cache, slots };
-        let stream = model.backbone.run(&model.embed(ids)?, pass, |_| ())?;
+        let stream = model.backbone.run(&model.embed(ids)?, pass)?;
         if last.is_empty() {
             return model.no_logits(&[0]);
         }
@@ -212,7 +211,7 @@ impl LanguageModel {
         };
         self.backbone.check_decoding(cache, batch, slots)?;
         let (model, ids) = (self.untracked()?, ids.reshape((batch, 1))?);
-        let stream = model.backbone.run(&model.embed(&ids)?, Pass::Step { cache, slots }, |_| ())?;
+        let stream = model.backbone.run(&model.embed(&ids)?, Pass::Step { cache, slots })?;
         model.logits(&stream.squeeze(1)?)
     }
 

@@ -71,11 +71,9 @@ pub enum Mixer {
     Mamba(Mamba),
 }
 
-/// How a model runs through its layers.
+/// How a model runs on from the states of a cache.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Pass<'a> {
-    /// Whole sequences, from their beginning.
-    Forward { cu_seqlens: Option<&'a [usize]> },
     /// Sequences on from the states of a cache, which are brought up to date.
     Prefill { cu_seqlens: Option<&'a [usize]>, cache: &'a Cache, slots: Option<&'a [i32]> },
     /// The next token of each sequence, in the same way.
@@ -100,7 +98,6 @@ impl Mixer {
     /// Runs `(batch, length, d_model)` to the same shape, as number `layer` of a model.
     pub(super) fn run(&self, x: &Tensor, layer: usize, pass: Pass) -> Result<Tensor> {
         match (self, pass) {
-            (Self::Mamba(block), Pass::Forward { cu_seqlens }) => block.run(x, cu_seqlens),
             (Self::Mamba(block), Pass::Prefill { cu_seqlens, cache, slots }) => {
                 block.extend(x, cu_seqlens, cache.layers[layer].mamba()?, slots)
             }

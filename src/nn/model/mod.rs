@@ -4,6 +4,7 @@ mod backbone;
 mod config;
 mod language_model;
 mod mixer;
+mod stack;
 
 pub use backbone::Backbone;
 pub use config::{BackboneConfig, LanguageModelConfig};

@@ -9,7 +9,7 @@ use selective_scan::candle::Scan;
 use super::{conv, graph, scan, update, vectors, views};
 use crate::scan::case::Shape;
 
-fn device() -> Option<Device> {
+pub fn device() -> Option<Device> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
     // cudarc panics where there is no driver, so ask for that first; it says so if there is none.
     DEVICE
@@ -22,12 +22,14 @@ macro_rules! on_the_device {
     ($($(#[$attribute:meta])* $name:ident: |$device:ident| $body:expr;)*) => {
         $($(#[$attribute])* #[test]
         fn $name() {
-            if let Some($device) = &device() {
+            if let Some($device) = &$crate::candle::gpu::device() {
                 $body;
             }
         })*
     };
 }
+
+pub(crate) use on_the_device;
 
 const SMALL: Shape = Shape { batch: 2, len: 9, d_inner: 6, d_state: 5 };
 /// What the fast kernels take, with more than one checkpoint.

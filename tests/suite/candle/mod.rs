@@ -3,7 +3,7 @@
 mod conv;
 mod errors;
 #[cfg(feature = "candle-cuda")]
-mod gpu;
+pub mod gpu;
 mod graph;
 mod plain;
 mod scan;

@@ -2,9 +2,12 @@
 
 mod checkpoints;
 mod decoding;
+#[cfg(feature = "candle-cuda")]
+mod gpu;
 mod initial;
 mod layers;
 mod mixed;
+mod nodes;
 mod packed;
 mod parity;
 mod refusals;

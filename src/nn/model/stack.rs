@@ -1,0 +1,123 @@
+//! Layers one after the other as one node of candle's graph.
+//!
+//! Between them nothing goes through the graph: the residual stream is added to where it lies, and on the way back its
+//! gradient is handed from layer to layer.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::backbone::Layer;
+use super::mixer::Mixer;
+use crate::candle::{RmsNorm, node};
+use crate::nn::check_once;
+use crate::nn::layers::{Gradients, Parameter};
+use crate::nn::mamba::{Kept, Parts, rows};
+use crate::norm;
+
+/// A layer outside of candle's graph.
+struct Detached {
+    norm: Parameter,
+    /// The norm's weight in `f32`, as it is computed with.
+    norm_weight: Tensor,
+    eps: f64,
+    parts: Parts,
+}
+
+/// What a layer leaves for the way back.
+struct KeptLayer {
+    layer: Detached,
+    /// The stream before the layer.
+    stream: Tensor,
+    block: Kept,
+}
+
+/// Runs a residual stream, `(batch, length, d_model)` with at least one element, through layers. Differentiable.
+pub(super) fn forward(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
+    let tracked: Vec<Vec<Tensor>> = layers.iter().map(Layer::tracked).collect();
+    // What lies before the first tensor that is tracked has no way back.
+    let first = match stream.track_op() {
+        true => 0,
+        false => tracked.iter().position(|tensors| !tensors.is_empty()).unwrap_or(layers.len()),
+    };
+    let mut current = stream.detach().contiguous()?;
+    if first > 0 {
+        current = current.copy()?;
+    }
+    for layer in &layers[..first] {
+        Detached::new(layer)?.run(&current, cu_seqlens)?;
+    }
+    let mut kept = Vec::new();
+    for layer in &layers[first..] {
+        let (next, layer) = Detached::new(layer)?.run_kept(current, cu_seqlens)?;
+        kept.push(layer);
+        current = next;
+    }
+    if kept.is_empty() {
+        return Ok(current);
+    }
+    let mut parameters: Vec<&Tensor> = Vec::new();
+    for tensor in tracked.iter().flatten() {
+        if parameters.iter().all(|other| other.id() != tensor.id()) {
+            parameters.push(tensor);
+        }
+    }
+    let (is_stream_tracked, ids) = (stream.track_op(), parameters.iter().map(|tensor| tensor.id()).collect::<Vec<_>>());
+    let inputs: Vec<_> = [stream].into_iter().chain(parameters).collect();
+    let backward = move |d_stream: &Tensor| {
+        check_once("layers", d_stream)?;
+        let mut gradients = Gradients::default();
+        let mut d_stream = (d_stream.contiguous()?, d_stream.clone());
+        for layer in kept.iter().rev() {
+            d_stream = layer.backward(d_stream, &mut gradients)?;
+        }
+        let d_stream = is_stream_tracked.then_some(d_stream.0);
+        Ok([d_stream].into_iter().chain(ids.iter().map(|&id| gradients.take(id))).collect())
+    };
+    // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
+    unsafe { node("layers", &inputs, current, backward) }
+}
+
+impl Detached {
+    fn new(layer: &Layer) -> Result<Self> {
+        let Mixer::Mamba(block) = &layer.mixer;
+        let norm = layer.norm.parameter().leave_graph()?;
+        let norm_weight = norm.tensor()?.to_dtype(DType::F32)?;
+        Ok(Self { norm, norm_weight, eps: layer.norm.eps(), parts: block.parts().leave_graph()? })
+    }
+
+    /// The norm of the stream, in the type in which the layer computes.
+    fn norm<'a>(&'a self, stream: &'a Tensor) -> RmsNorm<'a> {
+        let options = norm::Options { eps: self.eps, ..Default::default() };
+        RmsNorm { weight: Some(&self.norm_weight), options, dtype: self.norm.dtype(), ..RmsNorm::new(stream) }
+    }
+
+    /// Adds what the layer gives to the stream, in place.
+    fn run(&self, stream: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<()> {
+        let normed = self.norm(stream).forward()?;
+        let y = self.parts.forward(&normed, cu_seqlens)?;
+        self.parts.out_proj.apply_onto(&rows(stream)?, &y)
+    }
+
+    /// The stream after the layer, and what the way back needs.
+    fn run_kept(self, stream: Tensor, cu_seqlens: Option<&[usize]>) -> Result<(Tensor, KeptLayer)> {
+        let (normed, next) = self.norm(&stream).forward_with_residual()?;
+        let block = self.parts.forward_kept(&normed, cu_seqlens)?;
+        self.parts.out_proj.apply_onto(&rows(&next)?, &block.y)?;
+        Ok((next, KeptLayer { layer: self, stream, block }))
+    }
+}
+
+impl KeptLayer {
+    /// The gradient of the stream before the layer, from that of the stream after it: in the stream's type, and in that of
+    /// the layer that wrote it.
+    fn backward(&self, d_stream: (Tensor, Tensor), gradients: &mut Gradients) -> Result<(Tensor, Tensor)> {
+        let (layer, norm) = (&self.layer, self.layer.norm(&self.stream));
+        let d_out = d_stream.1.to_dtype(norm.dtype)?;
+        let d_normed = layer.parts.backward(&self.block, &d_out, true, gradients)?;
+        let d_normed = d_normed.ok_or_else(|| candle_core::Error::Msg("a block without a gradient".into()))?;
+        let of_norm = norm.backward(&d_normed.reshape(self.stream.shape())?, Some(&d_stream.0))?;
+        if let Some(d_weight) = of_norm.weight {
+            gradients.add(&layer.norm, |_| Ok(d_weight))?;
+        }
+        Ok((of_norm.sum, of_norm.x))
+    }
+}

@@ -1,0 +1,11 @@
+//! Tests of models on a GPU, or on a simulated one. Without one they say that they are skipped.
+
+use super::nodes;
+use crate::candle::gpu::on_the_device;
+
+on_the_device! {
+    a_block_is_its_operators: |device| nodes::a_block_is_its_operators(device);
+    subsets_of_parameters: |device| nodes::subsets_of_parameters(device);
+    layers_are_their_operators: |device| nodes::layers_are_their_operators(device);
+    losses_of_training: |device| nodes::losses_of_training(device);
+}

@@ -1,0 +1,355 @@
+//! A block, and layers one after the other, as one node of candle's graph, against the operators one by one.
+//!
+//! Each test is a function of the device; `gpu` calls them with another.
+
+use std::collections::BTreeMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{D, DType, Device, Result, Tensor, Var};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
+use rand::Rng;
+use rand::rngs::StdRng;
+use selective_scan::candle::{CausalConv, Scan};
+use selective_scan::nn::{LanguageModel, LanguageModelConfig, Mamba, MambaConfig, Norms};
+use selective_scan::{conv, scan};
+
+use super::{SAME, SAME_GRADIENTS, all_blocks, assert_close, bits, cuts, random, tensor, values};
+
+type Parameters = BTreeMap<String, Tensor>;
+
+/// A linear layer by candle's product.
+fn linear(parameters: &Parameters, name: &str, x: &Tensor) -> Result<Tensor> {
+    let out = x.broadcast_matmul(&parameters[&format!("{name}.weight")].t()?)?;
+    match parameters.get(&format!("{name}.bias")) {
+        Some(bias) => out.broadcast_add(bias),
+        None => Ok(out),
+    }
+}
+
+fn norm(x: &Tensor, weight: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+    let x = x.broadcast_div(&(x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?)?;
+    weight.map_or(Ok(x.clone()), |weight| x.broadcast_mul(weight))
+}
+
+/// One direction of a block, from the input of its convolution.
+fn path(
+    config: &MambaConfig,
+    parameters: &Parameters,
+    [x, z]: [&Tensor; 2],
+    cu_seqlens: Option<&[usize]>,
+    reverse: bool,
+) -> Result<Tensor> {
+    let suffix = if reverse { "_b" } else { "" };
+    let get = |name: &str| parameters.get(name);
+    let weight = &parameters[&format!("conv1d{suffix}.weight")];
+    let bias = get(&format!("conv1d{suffix}.bias"));
+    let options = conv::Options { silu: true, reverse };
+    let u = CausalConv { bias, cu_seqlens, options, ..CausalConv::new(x, weight) }.forward()?;
+    let a = parameters[if reverse { "A_b_log" } else { "A_log" }].exp()?.neg()?;
+    let (delta, b, c, bias) = if config.selective {
+        let columns = linear(parameters, &format!("x_proj{suffix}"), &u)?;
+        let (rank, d_state) = (config.dt_rank, config.d_state);
+        let ranges = [("dt", 0, rank), ("b", rank, d_state), ("c", rank + d_state, d_state)];
+        let [dt, b, c] = ranges.map(|(name, start, len)| {
+            let part = columns.narrow(2, start, len)?;
+            match config.norms {
+                Norms::Weighted { eps } => norm(&part, get(&format!("{name}_layernorm{suffix}.weight")), eps),
+                Norms::Unweighted { eps } => norm(&part, None, eps),
+                _ => Ok(part),
+            }
+        });
+        let weight = &parameters[&format!("dt_proj{suffix}.weight")];
+        (dt?.broadcast_matmul(&weight.t()?)?, b?, c?, format!("dt_proj{suffix}.bias"))
+    } else {
+        let of = |name: &str| parameters[&format!("{name}{suffix}")].clone();
+        (u.zeros_like()?, of("B"), of("C"), format!("dt_bias{suffix}"))
+    };
+    let options = scan::Options { delta_softplus: true, reverse, ..Default::default() };
+    let (d, delta_bias) = (get(&format!("D{suffix}")), get(&bias));
+    Scan { z: Some(z), d, delta_bias, cu_seqlens, options, ..Scan::new(&u, &delta, &a, &b, &c) }.forward()
+}
+
+/// A block by the operators, each a node of its own.
+fn by_operators(
+    config: &MambaConfig,
+    parameters: &Parameters,
+    x: &Tensor,
+    cu_seqlens: Option<&[usize]>,
+) -> Result<Tensor> {
+    let xz = linear(parameters, "in_proj", x)?;
+    let [x, z] = [xz.narrow(2, 0, config.d_inner)?, xz.narrow(2, config.d_inner, config.d_inner)?];
+    let mut y = path(config, parameters, [&x, &z], cu_seqlens, false)?;
+    if config.bidirectional {
+        y = (y + path(config, parameters, [&x, &z], cu_seqlens, true)?)?;
+        if config.average_directions {
+            y = (y * 0.5)?;
+        }
+    }
+    linear(parameters, "out_proj", &y)
+}
+
+/// A block of random parameters on a device, and these by name.
+fn drawn(config: &MambaConfig, device: &Device, random: &mut StdRng) -> (Mamba, Parameters) {
+    let (block, _) = super::block(config, random);
+    let to_device = |tensor: &Tensor| Var::from_tensor(&tensor.to_device(device)?).map(|var| var.as_tensor().clone());
+    let variables = VarMap::new();
+    let parameters: Parameters =
+        block.named_tensors().into_iter().map(|(name, tensor)| (name, to_device(&tensor).unwrap())).collect();
+    for (name, parameter) in &parameters {
+        variables.data().lock().unwrap().insert(name.clone(), Var::from_tensor(parameter).unwrap());
+    }
+    let block = Mamba::new(block.config(), VarBuilder::from_varmap(&variables, DType::F32, device)).unwrap();
+    (block.map_parameters(|name, _| Ok(parameters[name].clone())).unwrap(), parameters)
+}
+
+fn gradients(out: &Tensor, d_out: &Tensor) -> GradStore {
+    (out * d_out).unwrap().sum_all().unwrap().backward().unwrap()
+}
+
+/// Values and all gradients, of every variant, in a batch and packed, with what backward needs kept or computed again.
+pub fn a_block_is_its_operators(device: &Device) {
+    let mut random = random();
+    for (name, config) in all_blocks() {
+        for recompute in [true, false] {
+            let (block, parameters) = drawn(&MambaConfig { recompute, ..config.clone() }, device, &mut random);
+            for packed in [false, true] {
+                let (batch, length) = if packed { (1, 70) } else { (2, 35) };
+                let cu_seqlens = packed.then(|| cuts(&mut random, length));
+                let mut draw = || tensor(&mut random, &[batch, length, 12], 1.0).to_device(device).unwrap();
+                let (x, d_out) = (Var::from_tensor(&draw()).unwrap(), draw());
+                let what = format!("{name}, packed {packed}, recompute {recompute}");
+                let got = match &cu_seqlens {
+                    Some(cu_seqlens) => block.forward_packed(&x, cu_seqlens).unwrap(),
+                    None => block.forward(&x).unwrap(),
+                };
+                let expected = by_operators(&config, &parameters, &x, cu_seqlens.as_deref()).unwrap();
+                assert_close(&got, &expected, SAME, &what);
+                let (got, expected) = (gradients(&got, &d_out), gradients(&expected, &d_out));
+                for (parameter, tensor) in parameters.iter().chain([(&"x".to_string(), x.as_tensor())]) {
+                    let gradient = got.get(tensor).unwrap_or_else(|| panic!("{what}: none of {parameter}"));
+                    let what = format!("{what}: {parameter}");
+                    assert_close(gradient, expected.get(tensor).unwrap(), SAME_GRADIENTS, &what);
+                }
+            }
+        }
+    }
+}
+
+/// Whichever parameters candle tracks get a gradient, the same bits as where it tracks all, and no others do.
+pub fn subsets_of_parameters(device: &Device) {
+    let mut random = random();
+    for (name, config) in all_blocks() {
+        let (block, parameters) = drawn(&config, device, &mut random);
+        let mut draw = || tensor(&mut random, &[2, 9, 12], 1.0).to_device(device).unwrap();
+        let (x, d_out) = (Var::from_tensor(&draw()).unwrap(), draw());
+        let all = gradients(&block.forward(&x).unwrap(), &d_out);
+        let count = parameters.len();
+        // Each alone, none but the input, and some at random.
+        let mut subsets: Vec<u64> = (0..count).map(|i| 1 << i).collect();
+        subsets.extend([0, 1 << count]);
+        subsets.extend((0..6).map(|_| random.random_range(1..2 << count)));
+        for subset in subsets {
+            let is_tracked = |i: usize| subset >> i & 1 == 1;
+            let mut order = parameters.keys().enumerate();
+            let tracked: BTreeMap<_, _> =
+                parameters.keys().map(|name| (name, is_tracked(order.next().unwrap().0))).collect();
+            let change = |name: &str, parameter: &Tensor| {
+                Ok(if tracked[&name.to_string()] { parameter.clone() } else { parameter.detach() })
+            };
+            let block = block.map_parameters(change).unwrap();
+            let input = if is_tracked(count) { x.as_tensor().clone() } else { x.detach() };
+            let out = block.forward(&input).unwrap();
+            assert_eq!(out.track_op(), subset != 0, "{name}, {subset:b}");
+            if subset == 0 {
+                continue;
+            }
+            let got = gradients(&out, &d_out);
+            for (i, (parameter, tensor)) in parameters.iter().chain([(&"x".to_string(), x.as_tensor())]).enumerate() {
+                let what = format!("{name}, {subset:b}: {parameter}");
+                match got.get(tensor) {
+                    Some(gradient) => assert_eq!(bits(gradient), bits(all.get(tensor).unwrap()), "{what}"),
+                    None => assert!(!is_tracked(i), "{what}"),
+                }
+                assert!(is_tracked(i) || got.get(tensor).is_none(), "{what}");
+            }
+        }
+    }
+}
+
+/// The layers of a model by plain operators around blocks by operators.
+fn model_by_operators(model: &LanguageModel, parameters: &Parameters, ids: &Tensor) -> Result<Tensor> {
+    let config = model.config();
+    let within = |prefix: &str| -> Parameters {
+        let stripped =
+            |(name, tensor): (&String, &Tensor)| Some((name.strip_prefix(prefix)?.to_string(), tensor.clone()));
+        parameters.iter().filter_map(stripped).collect()
+    };
+    let backbone = &config.backbone;
+    let mixer = backbone.mixer.as_mamba().unwrap();
+    let table = &parameters["backbone.embeddings.weight"];
+    let mut stream = table.index_select(&ids.flatten_all()?, 0)?.reshape((ids.dim(0)?, ids.dim(1)?, mixer.d_model))?;
+    for layer in 0..backbone.n_layer {
+        let layer = within(&format!("backbone.layers.{layer}."));
+        let block: Parameters = layer
+            .iter()
+            .filter_map(|(name, tensor)| Some((name.strip_prefix("mixer.")?.to_string(), tensor.clone())))
+            .collect();
+        let normed = norm(&stream, layer.get("norm.weight"), backbone.norm_eps)?;
+        stream = (stream + by_operators(mixer, &block, &normed, None)?)?;
+    }
+    let normed = norm(&stream, parameters.get("backbone.norm_f.weight"), backbone.norm_eps)?;
+    normed.broadcast_matmul(&parameters.get("lm_head.weight").unwrap_or(table).t()?)
+}
+
+/// All layers as one node, from the ids to the logits and back; then with gradients of the last layer alone.
+pub fn layers_are_their_operators(device: &Device) {
+    let mut random = random();
+    for (name, config) in all_blocks() {
+        let config = LanguageModelConfig::with_mixer(11, 3, MambaConfig { seed: random.random(), ..config });
+        let variables = VarMap::new();
+        let build =
+            || LanguageModel::new(&config, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu)).unwrap();
+        build();
+        super::shake(&variables, &mut random);
+        let parameters: Parameters = build()
+            .named_tensors()
+            .into_iter()
+            .map(|(name, tensor)| {
+                (name, Var::from_tensor(&tensor.to_device(device).unwrap()).unwrap().as_tensor().clone())
+            })
+            .collect();
+        let on_device = VarMap::new();
+        for (name, parameter) in &parameters {
+            on_device.data().lock().unwrap().insert(name.clone(), Var::from_tensor(parameter).unwrap());
+        }
+        let model = LanguageModel::new(&config, VarBuilder::from_varmap(&on_device, DType::F32, device)).unwrap();
+        let model = model.map_parameters(|name, _| Ok(parameters[name].clone())).unwrap();
+        let ids = super::ids(&mut random, 2, 17).to_device(device).unwrap();
+        let d_out = tensor(&mut random, &[2, 17, model.config().padded_vocab_size()], 1.0).to_device(device).unwrap();
+        let (got, expected) = (model.forward(&ids).unwrap(), model_by_operators(&model, &parameters, &ids).unwrap());
+        assert_close(&got, &expected, SAME, name);
+        let (all, expected) = (gradients(&got, &d_out), gradients(&expected, &d_out));
+        for (parameter, tensor) in &parameters {
+            let what = format!("{name}: {parameter}");
+            assert_close(all.get(tensor).unwrap(), expected.get(tensor).unwrap(), SAME_GRADIENTS, &what);
+        }
+
+        let is_last = |name: &str| name.starts_with("backbone.layers.2.");
+        let last = model
+            .map_parameters(|name, tensor| Ok(if is_last(name) { tensor.clone() } else { tensor.detach() }))
+            .unwrap();
+        let got = gradients(&last.forward(&ids).unwrap(), &d_out);
+        for (parameter, tensor) in &parameters {
+            let bits_of = |store: &GradStore| store.get(tensor).map(bits);
+            let expected = if is_last(parameter) { bits_of(&all) } else { None };
+            assert_eq!(bits_of(&got), expected, "{name}: {parameter}");
+        }
+    }
+}
+
+/// What trains.
+enum Way<'a> {
+    Nodes(&'a LanguageModel),
+    Operators(&'a LanguageModel),
+}
+
+/// The losses of steps of AdamW from given values, and Σ|gradient| at the first.
+fn train(variables: &VarMap, way: Way, ids: &Tensor, next: &Tensor, steps: usize, rate: f64) -> (Vec<f64>, f64) {
+    let named: Parameters = {
+        let data = variables.data().lock().unwrap();
+        data.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone())).collect()
+    };
+    let all = variables.all_vars();
+    let params = ParamsAdamW { lr: rate, weight_decay: 0.0, ..Default::default() };
+    let mut optimizer = AdamW::new(all.clone(), params).unwrap();
+    let (mut losses, mut slope) = (Vec::new(), 0.0);
+    for step in 0..steps {
+        let logits = match way {
+            Way::Nodes(model) => model.forward(ids).unwrap(),
+            Way::Operators(model) => model_by_operators(model, &named, ids).unwrap(),
+        };
+        let logits = logits.to_dtype(DType::F32).unwrap().flatten(0, 1).unwrap();
+        let loss = candle_nn::loss::cross_entropy(&logits, &next.flatten_all().unwrap()).unwrap();
+        let store = loss.backward().unwrap();
+        if step == 0 {
+            let sum = |variable: &Var| values(&store.get(variable).unwrap().abs().unwrap().sum_all().unwrap())[0];
+            slope = all.iter().map(sum).sum();
+        }
+        optimizer.step(&store).unwrap();
+        losses.push(values(&loss)[0]);
+    }
+    (losses, slope)
+}
+
+/// 200 steps of training by nodes, by the operators one by one, and by nodes in bf16 on the same `f32` variables.
+///
+/// AdamW moves no parameter by more than about its rate in a step, in a direction as exact as the gradient, of which the
+/// error is known: `SAME_GRADIENTS` in f32, and in bf16 a few roundings of 2^-9, 2^-6 in all. So after t steps parameters
+/// are apart by 2 t · rate · error at most (moments count it twice), and losses by Σ|gradient| times that, which is largest
+/// at the beginning.
+pub fn losses_of_training(device: &Device) {
+    const STEPS: usize = 200;
+    const RATE: f64 = 1e-3;
+    let mut random = random();
+    let mamba = MambaConfig { d_state: 4, seed: random.random(), ..MambaConfig::new(16) };
+    let config = LanguageModelConfig { tie_embeddings: false, ..LanguageModelConfig::with_mixer(11, 2, mamba) };
+    // A walk that goes on by 3 most of the time, so that there is something to learn and something to guess.
+    let mut walk = vec![0u32];
+    for _ in 0..64 {
+        let step = if random.random_bool(0.8) { 3 } else { random.random_range(0..11) };
+        walk.push((walk.last().unwrap() + step) % 11);
+    }
+    let text = |part: &[u32]| Tensor::new(part, device).unwrap().reshape((2, 32)).unwrap();
+    let (ids, next) = (text(&walk[..64]), text(&walk[1..]));
+    let start = VarMap::new();
+    LanguageModel::new(&config, VarBuilder::from_varmap(&start, DType::F32, device)).unwrap();
+    let copy = || {
+        let variables = VarMap::new();
+        for (name, variable) in start.data().lock().unwrap().iter() {
+            let copy = Var::from_tensor(&variable.as_tensor().copy().unwrap()).unwrap();
+            variables.data().lock().unwrap().insert(name.clone(), copy);
+        }
+        variables
+    };
+    let model = |variables: &VarMap, dtype| {
+        LanguageModel::new(&config, VarBuilder::from_varmap(variables, dtype, device)).unwrap()
+    };
+    let run = |way: fn(&LanguageModel) -> Way, dtype| {
+        let variables = copy();
+        let model = model(&variables, dtype);
+        train(&variables, way(&model), &ids, &next, STEPS, RATE)
+    };
+    let (expected, slope) = run(|model| Way::Operators(model), DType::F32);
+    assert!(expected[STEPS - 1] < 0.7 * expected[0], "{} to {}: it learns nothing", expected[0], expected[STEPS - 1]);
+    for (dtype, error) in [(DType::F32, SAME_GRADIENTS), (DType::BF16, 2f64.powi(-6))] {
+        let (got, _) = run(|model| Way::Nodes(model), dtype);
+        for (step, (got, expected)) in got.iter().zip(&expected).enumerate() {
+            // The first loss has the error of the values.
+            let tolerance = error * expected + 2.0 * step as f64 * RATE * error * slope;
+            assert!(
+                (got - expected).abs() <= tolerance,
+                "{dtype:?}, step {step}: {got} for {expected} ± {tolerance:.1e}"
+            );
+        }
+    }
+}
+
+#[test]
+fn training_on_the_processor() {
+    losses_of_training(&Device::Cpu);
+}
+
+#[test]
+fn blocks_on_the_processor() {
+    a_block_is_its_operators(&Device::Cpu);
+}
+
+#[test]
+fn parts_of_the_parameters_on_the_processor() {
+    subsets_of_parameters(&Device::Cpu);
+}
+
+#[test]
+fn models_on_the_processor() {
+    layers_are_their_operators(&Device::Cpu);
+}
