@@ -223,10 +223,11 @@ impl AdamW {
 }
 
 impl Trained {
-    /// Its gradient, in the type of the moments.
+    /// Its gradient, in the type of the moments. It is detached, for moments that were computed from it within candle's
+    /// graph would keep what every step of a run has computed.
     fn gradient(&self, gradients: &GradStore) -> Result<Tensor> {
         let gradient = gradients.get(&self.variable).ok_or_else(|| self.missing())?;
-        gradient.to_dtype(self.moments[0].dtype())
+        gradient.detach().to_dtype(self.moments[0].dtype())
     }
 
     fn missing(&self) -> Error {

@@ -61,6 +61,21 @@ fn steps_are_those_of_candle() {
 
 /// Only the size of clipped gradients is lost: what is 1,000 times as large makes the same step. Gradients below the norm
 /// are left alone.
+/// Gradients hold the graph of the step that they come from: a product's does that of its other factor. Were moments made of
+/// them within the graph, each step's would be kept for as long as there is an optimizer.
+#[test]
+fn moments_keep_no_graph_of_the_steps() {
+    let mut random = random();
+    let variables = variables(&mut random, DType::F32);
+    let mut optimizer = AdamW::new(&variables, AdamWConfig::default()).unwrap();
+    let gradients = gradients(&variables, 1.0);
+    assert!(named(&variables).values().any(|variable| gradients.get(variable).unwrap().track_op()));
+    optimizer.step(&gradients, 0.01).unwrap();
+    for (name, moment) in optimizer.moments() {
+        assert!(!moment.track_op(), "{name}");
+    }
+}
+
 #[test]
 fn large_gradients_are_clipped_to_a_norm() {
     let mut random = random();
