@@ -5,6 +5,7 @@
 //! | selective scan | [`scan`] | runs the recurrence over whole sequences, dense or packed, with gradients |
 //! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
 //! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
+//! | AdamW | [`optimizer`] | a step of training over many parameters at once |
 //!
 //! With the features of the same names, the module `candle` has the operators on candle's tensors, with gradients in
 //! candle's graph, and the module `nn` the Mamba block and a language model.
@@ -94,6 +95,7 @@ mod error;
 mod kinds;
 #[cfg(feature = "nn")]
 pub mod nn;
+pub mod optimizer;
 mod pool;
 mod reference;
 pub mod scan;

@@ -6,6 +6,7 @@
 //! | causal convolution | [`CausalConv`] | [`conv`](crate::conv) |
 //! | state update, in place | [`StateUpdate`], [`rollback()`] | [`state_update`](crate::state_update) |
 //! | causal convolution, in place | [`ConvUpdate`], [`rollback()`] | [`conv::UpdateInputs`](crate::conv::UpdateInputs) |
+//! | AdamW, in place | [`AdamWState`] | [`optimizer`](crate::optimizer) |
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -76,10 +77,12 @@ pub(crate) mod device;
 pub(crate) mod graph;
 pub(crate) mod in_place;
 pub(crate) mod tensors;
+pub(crate) mod write_all;
 
 use std::io;
 
 pub use crate::conv::tensors::{CausalConv, ConvUpdate};
+pub use crate::optimizer::candle::AdamWState;
 pub use crate::pool::candle::rollback;
 pub use crate::scan::tensors::Scan;
 pub use crate::state_update::tensors::StateUpdate;

@@ -57,4 +57,7 @@ modules! {
     CONV_FORWARD = "conv/forward",
     CONV_BACKWARD = "conv/backward",
     CONV_UPDATE = "conv/update",
+    OPTIMIZER_SQUARES = "optimizer/squares",
+    OPTIMIZER_BEGIN = "optimizer/begin",
+    OPTIMIZER_UPDATE = "optimizer/update",
 }

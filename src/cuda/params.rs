@@ -10,7 +10,7 @@ mod generated {
 }
 
 pub(crate) use generated::common::*;
-pub(crate) use generated::{conv, scan, state_update};
+pub(crate) use generated::{conv, optimizer, scan, state_update};
 
 /// The reader of those files, for its tests.
 #[cfg(test)]

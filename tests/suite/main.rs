@@ -9,6 +9,7 @@ mod candle;
 mod conv;
 #[cfg(feature = "nn")]
 mod nn;
+mod optimizer;
 mod scan;
 mod state_update;
 

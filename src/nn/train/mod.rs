@@ -29,6 +29,6 @@ mod adamw;
 mod loss;
 mod schedule;
 
-pub use adamw::{AdamW, AdamWConfig, Group};
+pub use adamw::{AdamW, AdamWConfig, Group, LossScale};
 pub use loss::cross_entropy;
 pub use schedule::Schedule;

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use selective_scan::candle::Scan;
 
-use super::{conv, graph, scan, update, vectors, views};
+use super::{conv, graph, optimizer, scan, update, vectors, views};
 use crate::scan::case::Shape;
 
 fn device() -> Option<Device> {
@@ -60,6 +60,9 @@ on_the_device! {
         conv::agrees_with_the_reference::<f16>(device, 4);
         conv::agrees_with_the_reference::<bf16>(device, 4);
     };
+    optimizer_agrees_with_plain_operators: |device| optimizer::agrees_with_plain_operators(device);
+    optimizer_goes_on_to_the_bit: |device| optimizer::goes_on_to_the_bit(device);
+    optimizer_refuses_what_does_not_fit: |device| optimizer::refuses_what_does_not_fit(device);
     updates_have_the_results_of_those_on_slices: |device| {
         update::like_slices::<f32, f32>(device);
         update::like_slices::<bf16, bf16>(device);

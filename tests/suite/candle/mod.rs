@@ -5,6 +5,7 @@ mod errors;
 #[cfg(feature = "candle-cuda")]
 mod gpu;
 mod graph;
+mod optimizer;
 mod plain;
 mod scan;
 mod update;
