@@ -308,6 +308,7 @@ impl<'a> Parser<'a> {
             "float" => plain("f32", 4),
             "int64_t" => plain("i64", 8),
             "uint64_t" => plain("u64", 8),
+            "double" => plain("f64", 8),
             _ => {
                 let found = self.find(name, |params, full| params.structs.get(full).copied());
                 let (full, layout) =
@@ -365,14 +366,15 @@ mod tests {
     #[test]
     fn what_rust_gets() {
         let text = "#pragma once\n// Not documentation.\n\nnamespace scan {\nusing namespace common;\n// Doc.\nstruct Few {\n    \
-                    // Of u.\n    Place u, z;\n    float *x, *y;\n    int32_t few[FOUR * 2];\n};\nnamespace forward {\nconstexpr int A = \
+                    // Of u.\n    Place u, z;\n    float *x, *y;\n    int32_t few[FOUR * 2];\n    double d;\n    float f, g;\n};\nnamespace forward {\nconstexpr int A = \
                     FOUR, B = A * 3 - 2 / 2;\n}\nconstexpr uint64_t FLAG = forward::B;\n}\n";
         let params = read(text).expect("it can be read");
         let expected = [
             "    /// Doc.\n",
             "        /// Of u.\n        pub u: super::common::Place,\n        pub z: super::common::Place,\n",
             "        pub y: u64,\n        pub few: [i32; 8],\n",
-            "size_of::<Few>() == 80 && align_of::<Few>() == 8",
+            "        pub d: f64,\n        pub f: f32,\n        pub g: f32,\n",
+            "size_of::<Few>() == 96 && align_of::<Few>() == 8",
             "offset_of!(Few, few) == 48",
             "    pub mod forward {\n        pub const A: usize = 4;\n        pub const B: usize = 11;\n    }\n",
             "    pub const FLAG: u64 = 11;\n",
@@ -390,10 +392,7 @@ mod tests {
     #[test]
     fn what_cannot_be_read() {
         for (text, error) in [
-            (
-                "namespace a {\nstruct S {\n    double x;\n};\n}",
-                "line 3: expected a pointer, a number of 32 or 64 bits",
-            ),
+            ("namespace a {\nstruct S {\n    bool x;\n};\n}", "line 3: expected a pointer, a number of 32 or 64 bits"),
             ("struct S {\n    int64_t x : 3;\n};", "line 2: expected `;`, got `:`"),
             ("struct S {\n    int64_t x() const;\n};", "line 2: expected `;`, got `(`"),
             ("constexpr int A = B;", "line 1: expected a constant that is known here"),

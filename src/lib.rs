@@ -8,6 +8,7 @@
 //! | gradient of an embedding | [`embedding`] | sums the gradients of the rows that tokens were looked up in |
 //! | cross entropy | [`loss`] | the loss of rows of logits, with its gradient in their place |
 //! | RMS norm | [`norm`] | the norm between layers, with the residual added and with a gate, with gradients |
+//! | AdamW | [`optimizer`] | a step of training over many parameters at once |
 //!
 //! With the features of the same names, the module `candle` has the operators on candle's tensors, with gradients in
 //! candle's graph, and the module `nn` the Mamba block and a language model.
@@ -100,6 +101,7 @@ pub mod loss;
 #[cfg(feature = "nn")]
 pub mod nn;
 pub mod norm;
+pub mod optimizer;
 mod pool;
 mod reference;
 pub mod scan;

@@ -7,6 +7,7 @@ use candle_core::{CudaDevice, CudaStorage, DType, Storage};
 use cudarc::driver::{CudaSlice, CudaStream};
 
 use super::device::{Backend, Value};
+use super::write_all::StorageMut;
 use crate::cuda::Cuda;
 use crate::{Error, Result};
 
@@ -44,6 +45,13 @@ impl Backend for Gpu {
         match storage {
             Storage::Cuda(storage) => Some(storage),
             _ => None,
+        }
+    }
+
+    fn open_mut(storage: StorageMut<'_>) -> Option<&mut CudaStorage> {
+        match storage {
+            StorageMut::Cuda(storage) => Some(storage),
+            StorageMut::Cpu(_) => None,
         }
     }
 

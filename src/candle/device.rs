@@ -3,6 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Storage, WithDType};
 
+use super::write_all::StorageMut;
 use crate::arguments::zeroed;
 use crate::{Element, Error, Host, Memory, Result};
 
@@ -32,6 +33,9 @@ pub(crate) trait Backend: 'static {
     /// The storage, if it lies on this kind of device.
     fn open(storage: &Storage) -> Option<&Self::Storage>;
 
+    /// [`Backend::open`] of a storage that is to be written.
+    fn open_mut(storage: StorageMut<'_>) -> Option<&mut Self::Storage>;
+
     fn dtype(storage: &Self::Storage) -> DType;
 
     /// The elements of a storage; an error if they are of another type.
@@ -60,6 +64,14 @@ impl Backend for Cpu {
         match storage {
             Storage::Cpu(storage) => Some(storage),
             _ => None,
+        }
+    }
+
+    fn open_mut(storage: StorageMut<'_>) -> Option<&mut CpuStorage> {
+        match storage {
+            StorageMut::Cpu(storage) => Some(storage),
+            #[cfg(feature = "candle-cuda")]
+            StorageMut::Cuda(_) => None,
         }
     }
 

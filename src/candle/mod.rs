@@ -9,6 +9,7 @@
 //! | state update, in place | [`StateUpdate`], [`rollback()`] | [`state_update`](crate::state_update) |
 //! | causal convolution, in place | [`ConvUpdate`], [`rollback()`] | [`conv::UpdateInputs`](crate::conv::UpdateInputs) |
 //! | cross entropy, its gradient in place | [`CrossEntropy`] | [`loss`](crate::loss) |
+//! | AdamW, in place | [`AdamWState`] | [`optimizer`](crate::optimizer) |
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -81,6 +82,7 @@ pub(crate) mod gemm;
 pub(crate) mod graph;
 pub(crate) mod in_place;
 pub(crate) mod tensors;
+pub(crate) mod write_all;
 
 use std::io;
 
@@ -88,6 +90,7 @@ pub use crate::conv::tensors::{CausalConv, ConvUpdate};
 pub use crate::embedding::candle::embedding_gradient;
 pub use crate::loss::candle::CrossEntropy;
 pub use crate::norm::candle::{RmsNorm, RmsNormGradients};
+pub use crate::optimizer::candle::AdamWState;
 pub use crate::pool::candle::rollback;
 pub use crate::scan::tensors::Scan;
 pub use crate::state_update::tensors::StateUpdate;

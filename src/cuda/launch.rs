@@ -132,11 +132,16 @@ impl<'a> Arguments<'a> {
     }
 
     /// The address of a buffer to be written.
-    pub fn write<T: Element>(&mut self, argument: &'static str, slice: &'a mut CudaSlice<T>) -> Result<u64> {
+    pub fn write<T>(&mut self, argument: &'static str, slice: &'a mut CudaSlice<T>) -> Result<u64> {
+        self.write_from(argument, slice, 0)
+    }
+
+    /// The address of a buffer's element `offset`, from which on it is to be written.
+    pub fn write_from<T>(&mut self, argument: &'static str, slice: &'a mut CudaSlice<T>, offset: usize) -> Result<u64> {
         self.check(argument, slice)?;
         let (address, used) = slice.device_ptr_mut(self.stream);
         self.uses.push(used);
-        Ok(address)
+        Ok(address.wrapping_add((offset * size_of::<T>()) as u64))
     }
 
     /// [`Arguments::write`] of a buffer that may be absent, which gives a null.

@@ -62,4 +62,7 @@ modules! {
     NORM_BACKWARD = "norm/backward",
     EMBEDDING_SORT = "embedding/sort",
     EMBEDDING_SUM = "embedding/sum",
+    OPTIMIZER_SQUARES = "optimizer/squares",
+    OPTIMIZER_BEGIN = "optimizer/begin",
+    OPTIMIZER_UPDATE = "optimizer/update",
 }

@@ -12,6 +12,7 @@ mod loss;
 #[cfg(feature = "nn")]
 mod nn;
 mod norm;
+mod optimizer;
 mod scan;
 mod state_update;
 

@@ -1,12 +1,16 @@
-//! AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with clipped gradients.
+//! AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over named variables.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Error, Result, Tensor, Var};
+use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use candle_nn::VarMap;
 
+use crate::candle::AdamWState;
 use crate::nn::argument;
+use crate::optimizer::{Options, Status};
+
+pub use crate::optimizer::Group;
 
 /// What an [`AdamW`] computes with, beside the learning rate of each step. Fields may be added: end with
 /// `..AdamWConfig::default()`.
@@ -24,54 +28,64 @@ pub struct AdamWConfig {
     pub weight_decay: f64,
     /// Gradients whose norm, all together, is above this are shrunk to it.
     pub clip: Option<f64>,
+    /// The scale of losses; see [`AdamW::scaled`].
+    pub loss_scale: Option<LossScale>,
 }
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: None }
+        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: None, loss_scale: None }
     }
 }
 
-/// How the variables of a group are trained.
+/// What losses are multiplied by before their gradients are taken, so that those of a model in `f16`, of which the least is
+/// 6e-8, do not vanish (Micikevicius et al. 2018, arXiv 1710.03740). `bf16` has the range of `f32` and needs none.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Group {
-    /// What the learning rate of a step is multiplied by.
-    pub learning_rate: f64,
-    /// How much decays in a step, for a learning rate of 1.
-    pub weight_decay: f64,
+pub struct LossScale {
+    /// The scale of the first step, a power of two from 1 to 2^30: 65,536.
+    pub first: f32,
+    /// After so many steps in a row with finite gradients the scale doubles, 2,000. After any other it is halved.
+    pub interval: u32,
 }
 
-/// AdamW over named variables. Unlike candle-nn's, it clips gradients, has groups, and gives its state to be saved, so that
-/// a run can go on exactly where it stopped.
+impl Default for LossScale {
+    fn default() -> Self {
+        Self { first: 65_536.0, interval: 2000 }
+    }
+}
+
+/// AdamW over named variables, as [`optimizer`](crate::optimizer) says: a few launches on a GPU for all of them together, one
+/// pass on processors. Unlike candle-nn's, it clips gradients, has groups, and gives its state to be saved, so that a run can
+/// go on exactly where it stopped.
 ///
-/// Moments are `f32` for variables of a half type, which are rounded after each step.
+/// Moments are `f32`. Variables of a half type have masters in `f32`, of which they are the rounded values after each step, so
+/// that small steps add up.
+///
+/// A step whose gradients are not all finite is skipped: nothing changes but the count of such steps
+/// ([`status`](Self::status)). Nothing waits for the device, so it shows in the norm that the step gives.
 #[derive(Debug)]
 pub struct AdamW {
-    /// By name, so that sums over them are taken in the same order in every run.
-    parameters: Vec<Trained>,
+    /// Of the variables, in order, so that sums over them are taken in the same order in every run.
+    names: Vec<String>,
+    groups: Vec<Group>,
+    state: AdamWState,
     config: AdamWConfig,
-    /// Steps taken.
-    steps: i32,
+    /// Steps taken or skipped.
+    steps: usize,
 }
 
-#[derive(Debug)]
-struct Trained {
-    name: String,
-    variable: Var,
-    /// Running means of the gradient and of its square.
-    moments: [Tensor; 2],
-    group: Group,
-}
-
-/// The names of the moments in a file.
+/// The names of the moments in a file, of the master and of the status.
 const MOMENTS: [&str; 2] = ["mean", "mean_square"];
+const MASTER: &str = "master";
+const STATUS: &str = "status";
 
 impl AdamW {
     /// An optimizer that has seen no gradients yet. Of the variables decay those whose names end in `_proj.weight`, the
     /// matrices of linear layers: norms, biases, embeddings, A and D are what they are.
     ///
     /// # Errors
-    /// A number that makes no optimizer, by name.
+    /// A number that makes no optimizer, by name; variables that are not `f32`, `f16` or `bf16`, not contiguous, or on several
+    /// devices.
     pub fn new(variables: &VarMap, config: AdamWConfig) -> Result<Self> {
         let decay = |name: &str| if name.ends_with("_proj.weight") { config.weight_decay } else { 0.0 };
         Self::with_groups(variables, config, |name| Group { learning_rate: 1.0, weight_decay: decay(name) })
@@ -97,146 +111,192 @@ impl AdamW {
     /// ```
     ///
     /// # Errors
-    /// A number that makes no optimizer, by name.
+    /// A number that makes no optimizer, by name; variables that are not `f32`, `f16` or `bf16`, not contiguous, or on several
+    /// devices.
     pub fn with_groups(variables: &VarMap, config: AdamWConfig, group: impl Fn(&str) -> Group) -> Result<Self> {
-        let AdamWConfig { beta1, beta2, eps, weight_decay, clip } = config;
-        for (name, beta) in [("beta1", beta1), ("beta2", beta2)] {
-            if !(0.0..1.0).contains(&beta) {
-                return Err(argument(name, "0 or more and below 1", beta));
-            }
-        }
-        check_not_negative("eps", eps)?;
-        check_not_negative("weight_decay", weight_decay)?;
-        if let Some(clip) = clip
-            && !(clip > 0.0 && clip.is_finite())
-        {
-            return Err(argument("clip", "a norm above 0", clip));
-        }
+        config.options().check()?;
+        check_not_negative("weight_decay", config.weight_decay)?;
         let variables = variables.data().lock().map_err(|_| Error::msg("the lock of the variables is poisoned"))?;
-        let mut parameters = Vec::new();
-        for (name, variable) in variables.iter() {
+        let mut named: Vec<(&String, &Var)> = variables.iter().collect();
+        named.sort_by_key(|(name, _)| *name);
+        // What stands under several names is one variable.
+        let mut ids = HashSet::new();
+        named.retain(|(_, variable)| ids.insert(variable.id()));
+        let mut groups = Vec::with_capacity(named.len());
+        for (name, variable) in &named {
+            if !matches!(variable.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+                let got = format_args!("`{name}` of {}", variable.dtype().as_str()).to_string();
+                return Err(argument("variables", "variables of f32, f16 or bf16", got));
+            }
             let group = group(name);
-            check_not_negative("learning_rate", group.learning_rate)?;
-            check_not_negative("weight_decay", group.weight_decay)?;
-            let zeros = || Tensor::zeros(variable.shape(), moment_dtype(variable.dtype()), variable.device());
-            let (name, moments) = (name.clone(), [zeros()?, zeros()?]);
-            parameters.push(Trained { name, variable: variable.clone(), moments, group });
+            group.check()?;
+            groups.push(group);
         }
-        parameters.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Self { parameters, config, steps: 0 })
+        let mut state = AdamWState::new(&named.iter().map(|(_, variable)| (*variable).clone()).collect::<Vec<_>>())?;
+        if let Some(LossScale { first, .. }) = config.loss_scale {
+            state.set_status(Status { scale: first, ..Status::default() })?;
+        }
+        let names = named.into_iter().map(|(name, _)| name.clone()).collect();
+        Ok(Self { names, groups, state, config, steps: 0 })
     }
 
-    /// Takes a step, and gives the norm that the gradients had before they were clipped, all together.
+    /// A loss times the scale that the next step divides its gradients by; the loss itself if there is
+    /// [none](AdamWConfig::loss_scale). The gradients of what this gives are for [`step`](Self::step).
     ///
     /// # Errors
-    /// A variable without a gradient, by name; gradients that are not finite; a learning rate that is negative or not
-    /// finite. Nothing is changed then.
-    pub fn step(&mut self, gradients: &GradStore, learning_rate: f64) -> Result<f64> {
-        check_not_negative("learning_rate", learning_rate)?;
-        let mut squares = Vec::with_capacity(self.parameters.len());
-        for parameter in &self.parameters {
-            squares.push(parameter.gradient(gradients)?.sqr()?.sum_all()?.to_dtype(DType::F32)?);
+    /// What candle refuses.
+    pub fn scaled(&self, loss: &Tensor) -> Result<Tensor> {
+        match self.config.loss_scale {
+            Some(_) => loss.to_dtype(DType::F32)?.broadcast_mul(&self.state.scale()?),
+            None => Ok(loss.clone()),
         }
-        if squares.is_empty() {
-            return Ok(0.0);
-        }
-        let norm = f64::from(Tensor::stack(&squares, 0)?.sum_all()?.to_scalar::<f32>()?).sqrt();
-        if !norm.is_finite() {
-            return Err(Error::msg("the gradients are not finite: a lower learning rate may help"));
-        }
-        let shrink = self.config.clip.map_or(1.0, |clip| (clip / norm).min(1.0));
+    }
 
-        self.steps = self.steps.saturating_add(1);
-        let AdamWConfig { beta1, beta2, eps, .. } = self.config;
-        let [correction1, correction2] = [beta1, beta2].map(|beta| 1.0 - beta.powi(self.steps));
-        for parameter in &mut self.parameters {
-            let gradient = (parameter.gradient(gradients)? * shrink)?;
-            let Trained { variable, moments: [mean, mean_square], group, .. } = parameter;
-            *mean = ((&*mean * beta1)? + (&gradient * (1.0 - beta1))?)?;
-            *mean_square = ((&*mean_square * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
-            let scale = (mean_square.sqrt()? * correction2.sqrt().recip())?.affine(1.0, eps)?;
-            let learning_rate = learning_rate * group.learning_rate;
-            let change = (&*mean / scale)?.affine(learning_rate / correction1, 0.0)?;
-            let kept =
-                (variable.as_detached_tensor().to_dtype(mean.dtype())? * (1.0 - learning_rate * group.weight_decay))?;
-            variable.set(&(kept - change)?.to_dtype(variable.dtype())?)?;
+    /// Takes a step, and gives the norm that the gradients had before they were clipped, all together: a scalar of `f32` on the
+    /// device, so that only who reads it waits for the device. It is not finite if the step was skipped.
+    ///
+    /// # Errors
+    /// A variable without a gradient, by name; a learning rate that is negative or not finite. Nothing is changed then.
+    pub fn step(&mut self, gradients: &GradStore, learning_rate: f64) -> Result<Tensor> {
+        check_not_negative("learning_rate", learning_rate)?;
+        let mut found = Vec::with_capacity(self.names.len());
+        for (name, variable) in self.names.iter().zip(self.state.variables()) {
+            let gradient = gradients.get(variable).ok_or_else(|| missing(name))?;
+            found.push(match gradient.dtype() {
+                dtype if dtype == variable.dtype() => gradient.clone(),
+                _ => gradient.to_dtype(DType::F32)?,
+            });
         }
+        let norm = self.state.step(&self.config.options(), learning_rate, &self.groups, &found)?;
+        self.steps += 1;
         Ok(norm)
     }
 
-    /// Adds the gradients of another part of a batch to those of the parts before, for the variables that are trained. For
-    /// the mean over `n` parts, divide each part's loss by `n`.
+    /// Adds the gradients of another part of a batch to those of the parts before, in `f32`, for the variables that are
+    /// trained. For the mean over `n` parts, divide each part's loss by `n`.
     ///
     /// # Errors
     /// A variable without a gradient, by name.
     pub fn accumulate(&self, total: &mut GradStore, gradients: &GradStore) -> Result<()> {
-        for parameter in &self.parameters {
-            let sum = (total.get(&parameter.variable).ok_or_else(|| parameter.missing())?
-                + gradients.get(&parameter.variable).ok_or_else(|| parameter.missing())?)?;
-            total.insert(&parameter.variable, sum);
+        for (name, variable) in self.names.iter().zip(self.state.variables()) {
+            let wide =
+                |gradients: &GradStore| gradients.get(variable).ok_or_else(|| missing(name))?.to_dtype(DType::F32);
+            let sum = (wide(total)? + wide(gradients)?)?;
+            total.insert(variable, sum);
         }
         Ok(())
     }
 
-    /// Steps taken.
+    /// Steps taken or skipped.
     pub fn steps(&self) -> usize {
-        self.steps as usize
+        self.steps
     }
 
-    /// The moments by name, `NAME.mean` and `NAME.mean_square` for each variable. With the number of [steps](Self::steps)
-    /// they are the optimizer's state.
-    pub fn moments(&self) -> HashMap<String, Tensor> {
-        let named = |parameter: &Trained| {
-            let names = MOMENTS.map(|moment| format!("{}.{moment}", parameter.name));
-            names.into_iter().zip(parameter.moments.clone()).collect::<Vec<_>>()
-        };
-        self.parameters.iter().flat_map(named).collect()
+    /// The device that the variables lie on.
+    pub fn device(&self) -> &Device {
+        self.state.device()
     }
 
-    /// Goes on from the moments after that many steps. The bits of what follows are those of a run that did not stop.
+    /// How many steps were taken and how many skipped, and the scale of losses. This waits for the device.
     ///
     /// # Errors
-    /// A moment that is missing, or of another shape or type, by name. Nothing is changed then.
-    pub fn restore(&mut self, mut moments: HashMap<String, Tensor>, steps: usize) -> Result<()> {
-        let steps = i32::try_from(steps).map_err(|_| argument("steps", "fewer than 2^31", steps))?;
-        let mut restored = Vec::with_capacity(self.parameters.len());
-        for parameter in &self.parameters {
-            let mut found = parameter.moments.clone();
-            for (to, moment) in found.iter_mut().zip(MOMENTS) {
-                let name = format!("{}.{moment}", parameter.name);
-                let from = moments.remove(&name).ok_or_else(|| Error::msg(format_args!("there is no `{name}`")))?;
-                let describe = |tensor: &Tensor| format!("{:?} of {}", tensor.dims(), tensor.dtype().as_str());
-                if describe(&from) != describe(to) {
-                    let expected = format_args!("`{name}` {}", describe(to));
-                    return Err(argument("moments", expected, describe(&from)));
-                }
-                *to = from.to_device(to.device())?;
+    /// What the device refuses.
+    pub fn status(&self) -> Result<Status> {
+        self.state.status()
+    }
+
+    /// The state by name, on the processor, to be saved: `NAME.mean` and `NAME.mean_square` for each variable, for those of half
+    /// types `NAME.master` too, and the numbers of [`status`](Self::status) as `status`.
+    ///
+    /// # Errors
+    /// What the device refuses.
+    pub fn state(&self) -> Result<HashMap<String, Tensor>> {
+        let mut state = HashMap::new();
+        for (index, name) in self.names.iter().enumerate() {
+            let (moments, master) = self.state.moments(index)?;
+            let moments = MOMENTS.into_iter().zip(moments);
+            for (kind, tensor) in moments.chain(master.map(|master| (MASTER, master))) {
+                state.insert(format!("{name}.{kind}"), tensor.to_device(&Device::Cpu)?);
             }
-            restored.push(found);
         }
-        for (parameter, moments) in self.parameters.iter_mut().zip(restored) {
-            parameter.moments = moments;
+        let Status { taken, skipped, streak, scale } = self.status()?;
+        let numbers = [taken.cast_signed(), skipped.cast_signed(), streak.cast_signed(), scale as i64];
+        state.insert(STATUS.into(), Tensor::new(&numbers, &Device::Cpu)?);
+        Ok(state)
+    }
+
+    /// Goes on from a [`state`](Self::state) after that many steps, with variables that have their values of then. The bits of
+    /// what follows are those of a run that did not stop.
+    ///
+    /// Without masters these are the variables, and without `status` no step was skipped, as in files of before there were
+    /// such.
+    ///
+    /// # Errors
+    /// What is missing, or of another shape or type, by name; another number of steps than the state's. Nothing is changed
+    /// then.
+    pub fn restore(&mut self, state: HashMap<String, Tensor>, steps: usize) -> Result<()> {
+        let describe = |dims: &[usize], dtype: DType| format!("{dims:?} of {}", dtype.as_str());
+        let find = |name: &str, dims: &[usize], dtype: DType| match state.get(name) {
+            None => Ok(None),
+            Some(found) if found.dims() == dims && found.dtype() == dtype => Ok(Some(found)),
+            Some(found) => {
+                let expected = format!("`{name}` {}", describe(dims, dtype));
+                Err(argument("state", expected, describe(found.dims(), found.dtype())))
+            }
+        };
+        let status = match find(STATUS, &[4], DType::I64)? {
+            None => Status { taken: steps as u64, ..self.first_status() },
+            Some(numbers) => {
+                let numbers = numbers.to_vec1::<i64>()?;
+                let [taken, skipped, streak] = [numbers[0], numbers[1], numbers[2]].map(|n| u64::try_from(n).ok());
+                let (Some(taken), Some(skipped), Some(streak)) = (taken, skipped, streak) else {
+                    return Err(argument("state", "counts of 0 or more in `status`", format_args!("{numbers:?}")));
+                };
+                Status { taken, skipped, streak, scale: numbers[3] as f32 }
+            }
+        };
+        let mut found = Vec::with_capacity(self.names.len());
+        for (name, variable) in self.names.iter().zip(self.state.variables()) {
+            let mut moments = Vec::with_capacity(2);
+            for kind in MOMENTS {
+                let name = format!("{name}.{kind}");
+                let moment = find(&name, variable.dims(), DType::F32)?;
+                moments.push(moment.ok_or_else(|| Error::msg(format_args!("there is no `{name}`")))?);
+            }
+            found.push((moments, find(&format!("{name}.{MASTER}"), variable.dims(), DType::F32)?));
+        }
+        if status.taken.checked_add(status.skipped) != Some(steps as u64) {
+            let Status { taken, skipped, .. } = status;
+            let expected = format!("the steps of the state, {taken} taken and {skipped} skipped");
+            return Err(argument("steps", expected, steps));
+        }
+        self.state.set_status(status)?;
+        for (index, (moments, master)) in found.into_iter().enumerate() {
+            self.state.set_moments(index, [moments[0], moments[1]])?;
+            if self.state.has_master(index) {
+                let variable = self.state.variables()[index].as_tensor().clone();
+                self.state.set_master(index, master.unwrap_or(&variable))?;
+            }
         }
         self.steps = steps;
         Ok(())
     }
-}
 
-impl Trained {
-    /// Its gradient, in the type of the moments. It is detached, for moments that were computed from it within candle's
-    /// graph would keep what every step of a run has computed.
-    fn gradient(&self, gradients: &GradStore) -> Result<Tensor> {
-        let gradient = gradients.get(&self.variable).ok_or_else(|| self.missing())?;
-        gradient.detach().to_dtype(self.moments[0].dtype())
-    }
-
-    fn missing(&self) -> Error {
-        argument("gradients", format_args!("one for `{}`", self.name), "none")
+    /// The status before any step.
+    fn first_status(&self) -> Status {
+        Status { scale: self.config.loss_scale.map_or(1.0, |scale| scale.first), ..Status::default() }
     }
 }
 
-fn moment_dtype(dtype: DType) -> DType {
-    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+impl AdamWConfig {
+    fn options(&self) -> Options {
+        let &Self { beta1, beta2, eps, clip, loss_scale, .. } = self;
+        Options { beta1, beta2, eps, clip, scale_interval: loss_scale.map(|scale| scale.interval) }
+    }
+}
+
+fn missing(name: &str) -> Error {
+    argument("gradients", format_args!("one for `{name}`"), "none")
 }
 
 fn check_not_negative(name: &'static str, value: f64) -> Result<()> {

@@ -29,7 +29,7 @@ mod adamw;
 mod loss;
 mod schedule;
 
-pub use adamw::{AdamW, AdamWConfig, Group};
+pub use adamw::{AdamW, AdamWConfig, Group, LossScale};
 pub(crate) use loss::Targets;
 pub use loss::{LossOptions, cross_entropy, linear_cross_entropy};
 pub use schedule::Schedule;

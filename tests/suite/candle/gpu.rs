@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use selective_scan::candle::Scan;
 
-use super::{conv, embedding, graph, norm, scan, update, vectors, views};
+use super::{conv, embedding, graph, norm, optimizer, scan, update, vectors, views};
 use crate::scan::case::Shape;
 
 pub fn device() -> Option<Device> {
@@ -71,6 +71,9 @@ on_the_device! {
     };
     norms_in_a_row: |device| norm::layers_of_a_stream(device);
     norm_of_slices: |device| norm::slices_are_not_copied(device);
+    optimizer_agrees_with_plain_operators: |device| optimizer::agrees_with_plain_operators(device);
+    optimizer_goes_on_to_the_bit: |device| optimizer::goes_on_to_the_bit(device);
+    optimizer_refuses_what_does_not_fit: |device| optimizer::refuses_what_does_not_fit(device);
     updates_have_the_results_of_those_on_slices: |device| {
         update::like_slices::<f32, f32>(device);
         update::like_slices::<bf16, bf16>(device);

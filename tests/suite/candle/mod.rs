@@ -7,6 +7,7 @@ mod errors;
 pub mod gpu;
 mod graph;
 mod norm;
+mod optimizer;
 mod plain;
 mod scan;
 mod update;

@@ -6,7 +6,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW, VarMap};
 use rand::rngs::StdRng;
-use selective_scan::nn::train::{AdamW, AdamWConfig, Group, cross_entropy};
+use selective_scan::nn::train::{AdamW, AdamWConfig, Group, LossScale, cross_entropy};
 
 use super::{assert_close, bits, random, refusal, relative_error, tensor, values};
 
@@ -25,11 +25,15 @@ fn named(map: &VarMap) -> BTreeMap<String, Var> {
 }
 
 fn gradients(map: &VarMap, scale: f64) -> GradStore {
+    (loss(map) * scale).unwrap().backward().unwrap()
+}
+
+fn loss(map: &VarMap) -> Tensor {
     let named = named(map);
     let [a, b, c] = ["a.in_proj.weight", "b.norm.weight", "c.out_proj.weight"]
         .map(|name| named[name].as_tensor().to_dtype(DType::F32).unwrap());
     let product = a.broadcast_mul(&b).unwrap().matmul(&c).unwrap().tanh().unwrap();
-    (product.sum_all().unwrap() * scale).unwrap().backward().unwrap()
+    product.sum_all().unwrap()
 }
 
 fn all_alike(weight_decay: f64) -> impl Fn(&str) -> Group {
@@ -88,7 +92,7 @@ fn large_gradients_are_clipped_to_a_norm() {
         // With a large epsilon a step goes with the gradient rather than with its sign.
         let config = AdamWConfig { clip, eps: 1.0, ..AdamWConfig::default() };
         let mut optimizer = AdamW::new(&map, config).unwrap();
-        let norm = optimizer.step(&gradients(&map, scale), 0.1).unwrap();
+        let norm = optimizer.step(&gradients(&map, scale), 0.1).unwrap().to_scalar::<f32>().unwrap().into();
         let all: Vec<_> = named(&map).values().map(|variable| variable.flatten_all().unwrap()).collect();
         (norm, Tensor::cat(&all, 0).unwrap())
     };
@@ -136,8 +140,11 @@ fn a_restored_optimizer_goes_on_to_the_bit() {
         for _ in 0..3 {
             optimizer.step(&gradients(&map, 1.0), 0.01).unwrap();
         }
-        let (moments, steps) = (optimizer.moments(), optimizer.steps());
-        assert!(moments.values().all(|moment| moment.dtype() == DType::F32), "{dtype:?}");
+        let (state, steps) = (optimizer.state().unwrap(), optimizer.steps());
+        let masters = state.keys().filter(|name| name.ends_with(".master")).count();
+        assert_eq!((masters, state.len()), if dtype == DType::F32 { (0, 7) } else { (3, 10) }, "{dtype:?}");
+        let moments = state.iter().filter(|(name, _)| *name != "status");
+        assert!(moments.into_iter().all(|(_, moment)| moment.dtype() == DType::F32), "{dtype:?}");
         let saved: BTreeMap<_, _> = named(&map).into_iter().map(|(name, v)| (name, v.copy().unwrap())).collect();
         let go_on = |optimizer: &mut AdamW| {
             for _ in 0..3 {
@@ -150,19 +157,20 @@ fn a_restored_optimizer_goes_on_to_the_bit() {
             variable.set(&saved[&name]).unwrap();
         }
         let mut restored = AdamW::new(&map, AdamWConfig { clip: Some(1.0), ..AdamWConfig::default() }).unwrap();
-        restored.restore(moments.clone(), steps).unwrap();
+        restored.restore(state.clone(), steps).unwrap();
         assert_eq!(go_on(&mut restored), expected, "{dtype:?}");
 
         // What does not fit changes nothing.
         let before: BTreeMap<_, _> =
-            restored.moments().into_iter().map(|(name, moment)| (name, bits(&moment))).collect();
-        let mut other = moments.clone();
+            restored.state().unwrap().into_iter().map(|(name, moment)| (name, bits(&moment))).collect();
+        let mut other = state.clone();
         other.insert("c.out_proj.weight.mean".into(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap());
-        assert!(refusal(restored.restore(other, 1)).contains("c.out_proj.weight.mean"));
-        let mut fewer = moments;
+        assert!(refusal(restored.restore(other, steps)).contains("c.out_proj.weight.mean"));
+        let mut fewer = state.clone();
         fewer.remove("b.norm.weight.mean_square");
-        assert!(refusal(restored.restore(fewer, 1)).contains("b.norm.weight.mean_square"));
-        assert!(restored.moments().iter().all(|(name, moment)| bits(moment) == before[name]));
+        assert!(refusal(restored.restore(fewer, steps)).contains("b.norm.weight.mean_square"));
+        assert!(refusal(restored.restore(state.clone(), steps + 1)).contains("steps"));
+        assert!(restored.state().unwrap().iter().all(|(name, moment)| bits(moment) == before[name]));
     }
 }
 
@@ -191,12 +199,91 @@ fn what_makes_no_step_is_refused() {
     refused(AdamWConfig { weight_decay: f64::INFINITY, ..AdamWConfig::default() }, "weight_decay");
     let before: BTreeMap<_, _> = named(&map).into_iter().map(|(name, v)| (name, bits(&v))).collect();
     let mut optimizer = AdamW::new(&map, AdamWConfig::default()).unwrap();
-    assert!(refusal(optimizer.step(&gradients(&map, f64::NAN), 0.1)).contains("not finite"));
     assert!(refusal(optimizer.step(&gradients(&map, 1.0), f64::NAN)).contains("learning_rate"));
     let others = gradients(&variables(&mut random, DType::F32), 1.0);
     assert!(refusal(optimizer.step(&others, 0.1)).contains("a.in_proj.weight"));
     assert!(named(&map).iter().all(|(name, variable)| bits(variable) == before[name]));
     assert_eq!(optimizer.steps(), 0);
+}
+
+/// The step that a gradient which is not finite spoils is left out and counted, and the next goes on as if it had not been.
+#[test]
+fn a_step_that_is_not_finite_is_skipped() {
+    let mut random = random();
+    let map = variables(&mut random, DType::BF16);
+    let state_of = |optimizer: &AdamW| {
+        let all = named(&map).into_iter().map(|(name, v)| (name, bits(&v)));
+        let state = optimizer.state().unwrap().into_iter().filter(|(name, _)| name != "status");
+        all.chain(state.map(|(name, moment)| (name, bits(&moment)))).collect::<BTreeMap<_, _>>()
+    };
+    let mut optimizer = AdamW::new(&map, AdamWConfig { clip: Some(1.0), ..AdamWConfig::default() }).unwrap();
+    optimizer.step(&gradients(&map, 1.0), 0.1).unwrap();
+    let before = state_of(&optimizer);
+    let norm = optimizer.step(&gradients(&map, f64::NAN), 0.1).unwrap().to_scalar::<f32>().unwrap();
+    assert!(!norm.is_finite());
+    assert_eq!(state_of(&optimizer), before);
+    let status = optimizer.status().unwrap();
+    assert_eq!((status.taken, status.skipped, optimizer.steps()), (1, 1, 2));
+    // A run that is resumed after it goes on alike.
+    let (state, good) = (optimizer.state().unwrap(), gradients(&map, 1.0));
+    optimizer.step(&good, 0.1).unwrap();
+    let expected = state_of(&optimizer);
+    assert_ne!(expected, before);
+    for (name, variable) in named(&map) {
+        let before: Vec<f32> = before[&name].iter().map(|&bits| f32::from_bits(bits)).collect();
+        let before = Tensor::from_vec(before, variable.shape(), &Device::Cpu).unwrap();
+        variable.set(&before.to_dtype(DType::BF16).unwrap()).unwrap();
+    }
+    optimizer.restore(state, 2).unwrap();
+    optimizer.step(&good, 0.1).unwrap();
+    assert_eq!(state_of(&optimizer), expected);
+}
+
+/// A loss that is scaled by a power of two has the steps of one that is not, to the bit, in `f32`.
+#[test]
+fn the_scale_of_a_loss_is_divided_out() {
+    let mut random = random();
+    let (plain, scaled) = (variables(&mut random, DType::F32), VarMap::new());
+    for (name, variable) in named(&plain) {
+        scaled.data().lock().unwrap().insert(name, Var::from_tensor(&variable.copy().unwrap()).unwrap());
+    }
+    let config = AdamWConfig { clip: Some(0.5), ..AdamWConfig::default() };
+    let with_scale = AdamWConfig { loss_scale: Some(LossScale { first: 4.0, interval: 2 }), ..config };
+    let mut optimizers = [AdamW::new(&plain, config).unwrap(), AdamW::new(&scaled, with_scale).unwrap()];
+    for step in 0..5 {
+        let norms = [&plain, &scaled].into_iter().zip(&mut optimizers).map(|(map, optimizer)| {
+            let loss = optimizer.scaled(&loss(map)).unwrap();
+            let norm = optimizer.step(&loss.backward().unwrap(), 0.01).unwrap();
+            bits(&norm.unsqueeze(0).unwrap())
+        });
+        let norms: Vec<_> = norms.collect();
+        assert_eq!(norms[0], norms[1], "step {step}");
+    }
+    assert_eq!(optimizers[1].status().unwrap().scale, 16.0);
+    for (name, variable) in named(&plain) {
+        assert_eq!(bits(&variable), bits(&named(&scaled)[&name]), "{name}");
+    }
+    let bad = AdamWConfig { loss_scale: Some(LossScale { first: 3.0, interval: 2 }), ..config };
+    assert!(refusal(AdamW::new(&plain, bad)).contains("scale"));
+}
+
+/// One variable under two names is stepped once, and one of a type that nothing computes in is refused by name.
+#[test]
+fn variables_are_trained_once() {
+    let mut random = random();
+    let map = variables(&mut random, DType::F32);
+    let tied = named(&map)["b.norm.weight"].clone();
+    map.data().lock().unwrap().insert("d.tied.weight".into(), tied.clone());
+    let before = values(&tied);
+    let mut optimizer = AdamW::with_groups(&map, AdamWConfig::default(), all_alike(0.0)).unwrap();
+    optimizer.step(&gradients(&map, 1.0), 0.01).unwrap();
+    for (after, before) in values(&tied).into_iter().zip(before) {
+        // The first step is as long as the learning rate.
+        assert!(((after - before).abs() - 0.01).abs() < 1e-5, "{after} from {before}");
+    }
+    assert!(!optimizer.state().unwrap().contains_key("d.tied.weight.mean"));
+    map.data().lock().unwrap().insert("e.wide".into(), Var::zeros(2, DType::F64, &Device::Cpu).unwrap());
+    assert!(refusal(AdamW::new(&map, AdamWConfig::default())).contains("e.wide"));
 }
 
 /// By hand: the logarithm of the softmax, in `f64`.
