@@ -4,7 +4,7 @@ use candle_core::{D, DType, Device, Result as CandleResult, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use selective_scan::nn::train::{AdamW, AdamWConfig, cross_entropy};
+use selective_scan::nn::train::{AdamW, AdamWConfig, LossOptions};
 use selective_scan::nn::{Cache, LanguageModel, LanguageModelConfig};
 
 use crate::Result;
@@ -77,7 +77,7 @@ impl Training {
 
     /// One step of training. All that a step consists of is here; `lap` is called after each of [`PHASES`](Self::PHASES).
     pub fn step(&mut self, lap: &mut Lap) -> Result<()> {
-        let loss = cross_entropy(&self.model.forward(&self.ids)?, &self.next)?;
+        let loss = self.model.loss(&self.ids, &self.next, &LossOptions::default())?;
         lap()?;
         let gradients = loss.backward()?;
         lap()?;
