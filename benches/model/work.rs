@@ -58,7 +58,7 @@ impl Work {
 pub struct Training {
     pub model: LanguageModel,
     optimizer: AdamW,
-    /// `(batch, length)`, on the processor, where a user's text is.
+    /// `(batch, length)`, on the processor, where a user's text is: what lies on a GPU would be waited for.
     pub ids: Tensor,
     next: Tensor,
 }
@@ -71,7 +71,7 @@ impl Training {
         let optimizer = AdamW::new(&variables, AdamWConfig::default())?;
         let tokens = random_tokens(config, [case.batch, case.length + 1])?;
         let ids = tokens.narrow(1, 0, case.length)?.contiguous()?;
-        let next = tokens.narrow(1, 1, case.length)?.contiguous()?.to_device(device)?;
+        let next = tokens.narrow(1, 1, case.length)?.contiguous()?;
         Ok(Self { model, optimizer, ids, next })
     }
 
