@@ -29,13 +29,18 @@ impl Tokens {
         self.0.len()
     }
 
+    /// The ids on a device, `(tokens)` of `u32`.
+    pub fn on_device(&self, device: &Device) -> Result<Tensor> {
+        Tensor::new(&*self.0, device)
+    }
+
     /// Their embeddings, `(tokens, d_model)` in `f32`: rows of `table`, rounded to the type in which the model computes
     /// with them. Differentiable.
     pub fn embed(&self, table: &Parameter) -> Result<Tensor> {
         let stored = table.stored().contiguous()?;
         let on_device = match stored.device() {
             Device::Cpu => None,
-            device => Some(Tensor::new(&*self.0, device)?),
+            device => Some(self.on_device(device)?),
         };
         stored.apply_op1(Embedding { ids: self.0.clone(), on_device, dtype: table.dtype() })
     }

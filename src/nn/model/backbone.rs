@@ -6,7 +6,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 use super::mixer::Pass;
-use super::{BackboneConfig, Mixer, stack};
+use super::stack::{self, WayBack};
+use super::{BackboneConfig, Mixer};
 use crate::count_sequences;
 use crate::nn::layers::{Change, ParameterList, Parameters};
 use crate::nn::{Cache, RmsNorm, argument, check_model_dtype, check_room};
@@ -244,6 +245,23 @@ impl Backbone {
         let stream = self.begin(x)?;
         // Of no steps there are no outputs, and candle's operators do not all take such tensors.
         if stream.elem_count() == 0 { Ok(stream) } else { stack::forward(&self.layers, &stream, cu_seqlens) }
+    }
+
+    /// [`stream`](Self::stream) outside of candle's graph, of an input of at least one element, and the way back.
+    pub(super) fn pass(
+        &self,
+        x: &Tensor,
+        cu_seqlens: Option<&[usize]>,
+        is_input_wanted: bool,
+    ) -> Result<(Tensor, WayBack)> {
+        let (batch, length) = self.check_input(x)?;
+        count_sequences(batch, length, cu_seqlens)?;
+        stack::pass(&self.layers, &self.begin(x)?, cu_seqlens, is_input_wanted)
+    }
+
+    /// The norm after the last layer.
+    pub(super) fn last_norm(&self) -> &RmsNorm {
+        &self.norm_f
     }
 
     /// Runs the layers on from the states of a cache, and gives the residual stream.

@@ -90,6 +90,21 @@ impl LanguageModel {
         self.backbone.device()
     }
 
+    /// The embedding matrix.
+    pub(super) fn embeddings(&self) -> &Parameter {
+        &self.embeddings
+    }
+
+    /// The head, if it is a matrix of its own.
+    pub(super) fn head(&self) -> Option<&Linear> {
+        self.head.as_ref()
+    }
+
+    /// The parameters that a backward pass could reach.
+    pub(super) fn tracked(&self) -> Vec<Tensor> {
+        self.parameters.tracked()
+    }
+
     /// The layers between embeddings and head.
     pub fn backbone(&self) -> &Backbone {
         &self.backbone
@@ -185,7 +200,7 @@ impl LanguageModel {
         self.loss_of(ids, Some(cu_seqlens), targets, options)
     }
 
-    fn loss_of(
+    pub(super) fn loss_of(
         &self,
         ids: &Tensor,
         cu_seqlens: Option<&[usize]>,
@@ -363,7 +378,7 @@ impl Module for LanguageModel {
 }
 
 /// The shape of ids of whole sequences.
-fn check_ids(ids: &Tensor) -> Result<(usize, usize)> {
+pub(super) fn check_ids(ids: &Tensor) -> Result<(usize, usize)> {
     match ids.dims() {
         &[batch, length] => Ok((batch, length)),
         dims => Err(argument("ids", "shape (batch, length)", format_args!("{dims:?}"))),

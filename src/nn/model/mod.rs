@@ -2,6 +2,7 @@
 
 mod backbone;
 mod config;
+mod gradients;
 mod language_model;
 mod mixer;
 mod stack;

@@ -32,11 +32,53 @@ struct KeptLayer {
 
 /// Runs a residual stream, `(batch, length, d_model)` with at least one element, through layers. Differentiable.
 pub(super) fn forward(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
-    let tracked: Vec<Vec<Tensor>> = layers.iter().map(Layer::tracked).collect();
-    // What lies before the first tensor that is tracked has no way back.
-    let first = match stream.track_op() {
+    let mut parameters: Vec<Tensor> = Vec::new();
+    for tensor in layers.iter().flat_map(Layer::tracked) {
+        if parameters.iter().all(|other| other.id() != tensor.id()) {
+            parameters.push(tensor);
+        }
+    }
+    let (out, way_back) = pass(layers, stream, cu_seqlens, stream.track_op())?;
+    let ids: Vec<_> = parameters.iter().map(Tensor::id).collect();
+    let inputs: Vec<_> = [stream].into_iter().chain(&parameters).collect();
+    let backward = move |d_stream: &Tensor| {
+        check_once("layers", d_stream)?;
+        let mut gradients = Gradients::default();
+        let d_stream = way_back.backward(d_stream, &mut gradients)?;
+        Ok([d_stream].into_iter().chain(ids.iter().map(|&id| gradients.take(id))).collect())
+    };
+    // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
+    unsafe { node("layers", &inputs, out, backward) }
+}
+
+/// The way back through layers.
+pub(super) struct WayBack {
+    /// None of those before the first whose gradients are wanted.
+    layers: Vec<KeptLayer>,
+    is_stream_wanted: bool,
+}
+
+impl WayBack {
+    /// Adds the gradients of the parameters, and gives that of the stream before the first layer if it is wanted.
+    pub fn backward(&self, d_stream: &Tensor, gradients: &mut Gradients) -> Result<Option<Tensor>> {
+        let mut d_stream = (d_stream.contiguous()?, d_stream.clone());
+        for layer in self.layers.iter().rev() {
+            d_stream = layer.backward(d_stream, gradients)?;
+        }
+        Ok(self.is_stream_wanted.then_some(d_stream.0))
+    }
+}
+
+/// [`forward`] outside of candle's graph.
+pub(super) fn pass(
+    layers: &[Layer],
+    stream: &Tensor,
+    cu_seqlens: Option<&[usize]>,
+    is_stream_wanted: bool,
+) -> Result<(Tensor, WayBack)> {
+    let first = match is_stream_wanted {
         true => 0,
-        false => tracked.iter().position(|tensors| !tensors.is_empty()).unwrap_or(layers.len()),
+        false => layers.iter().position(|layer| !layer.tracked().is_empty()).unwrap_or(layers.len()),
     };
     let mut current = stream.detach().contiguous()?;
     if first > 0 {
@@ -51,29 +93,7 @@ pub(super) fn forward(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[us
         kept.push(layer);
         current = next;
     }
-    if kept.is_empty() {
-        return Ok(current);
-    }
-    let mut parameters: Vec<&Tensor> = Vec::new();
-    for tensor in tracked.iter().flatten() {
-        if parameters.iter().all(|other| other.id() != tensor.id()) {
-            parameters.push(tensor);
-        }
-    }
-    let (is_stream_tracked, ids) = (stream.track_op(), parameters.iter().map(|tensor| tensor.id()).collect::<Vec<_>>());
-    let inputs: Vec<_> = [stream].into_iter().chain(parameters).collect();
-    let backward = move |d_stream: &Tensor| {
-        check_once("layers", d_stream)?;
-        let mut gradients = Gradients::default();
-        let mut d_stream = (d_stream.contiguous()?, d_stream.clone());
-        for layer in kept.iter().rev() {
-            d_stream = layer.backward(d_stream, &mut gradients)?;
-        }
-        let d_stream = is_stream_tracked.then_some(d_stream.0);
-        Ok([d_stream].into_iter().chain(ids.iter().map(|&id| gradients.take(id))).collect())
-    };
-    // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
-    unsafe { node("layers", &inputs, current, backward) }
+    Ok((current, WayBack { layers: kept, is_stream_wanted }))
 }
 
 impl Detached {

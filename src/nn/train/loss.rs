@@ -172,7 +172,8 @@ impl<'a> Targets<'a> {
             return Err(argument("weight", expected, format_args!("one on {found:?}")));
         }
         check_model_dtype(hidden.dtype())?;
-        let Computed { loss, d_hidden, d_weight, rest } = self.compute(hidden, weight)?;
+        let wanted = [hidden.track_op(), weight.track_op()];
+        let Computed { loss, d_hidden, d_weight, rest } = self.compute(hidden, weight, wanted)?;
         let (shape, dtypes) = (hidden.shape().clone(), [hidden.dtype(), weight.dtype()]);
         let backward = move |d_loss: &Tensor| {
             check_once("linear-cross-entropy", d_loss)?;
@@ -190,15 +191,28 @@ impl<'a> Targets<'a> {
         unsafe { node("linear-cross-entropy", &[hidden, weight], loss, backward) }
     }
 
-    fn compute(&self, hidden: &Tensor, weight: &Tensor) -> Result<Computed> {
+    /// The loss with its gradients, that of `hidden` as its rows in its type and that of the weight in `f32`, outside of
+    /// candle's graph. Both fit each other.
+    pub fn loss_and_gradients(&self, hidden: &Tensor, weight: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+        let Computed { loss, d_hidden, d_weight, rest } = self.compute(hidden, weight, [true; 2])?;
+        let (Some(d_hidden), Some(d_weight)) = (d_hidden, d_weight) else {
+            return Err(candle_core::Error::Msg("a gradient was left out".into()));
+        };
+        match rest {
+            1.0 => Ok((loss, d_hidden, d_weight)),
+            rest => Ok((loss, (d_hidden.to_dtype(DType::F32)? * rest)?, (d_weight * rest)?)),
+        }
+    }
+
+    fn compute(&self, hidden: &Tensor, weight: &Tensor, wanted: [bool; 2]) -> Result<Computed> {
         let (dtype, device) = (hidden.dtype(), hidden.device());
         let (rows, [vocab, d_model]) = (self.tokens.len(), [weight.dims()[0], weight.dims()[1]]);
         let chunk = self.options.chunk(rows, vocab.saturating_mul(dtype.size_in_bytes()))?;
         check_room("weight", &[chunk, vocab], dtype, device)?;
         // SAFETY (all): every element is written by a product before it is read.
         let empty = |shape: [usize; 2], dtype| unsafe { Tensor::empty((shape[0], shape[1]), dtype, device) };
-        let d_hidden = hidden.track_op().then(|| empty([rows, d_model], dtype)).transpose()?;
-        let d_weight = weight.track_op().then(|| empty([vocab, d_model], DType::F32)).transpose()?;
+        let d_hidden = wanted[0].then(|| empty([rows, d_model], dtype)).transpose()?;
+        let d_weight = wanted[1].then(|| empty([vocab, d_model], DType::F32)).transpose()?;
         let with_gradient = d_hidden.is_some() || d_weight.is_some();
         let mean = 1.0 / self.valid.max(1) as f64;
         // Of the mean over many rows, small gradients would vanish in an f16: they get its factor with that of the loss.
