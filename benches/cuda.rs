@@ -15,6 +15,8 @@ mod case;
 mod limits;
 #[path = "cuda/memory.rs"]
 mod memory;
+#[path = "cuda/optimizer.rs"]
+mod optimizer;
 #[path = "cuda/report.rs"]
 mod report;
 #[path = "cuda/scan.rs"]
@@ -97,6 +99,9 @@ const CASES: &[&str] = &[
     "conv forward,backward bf16,f32 1 16384 2048 4 packed",
     "conv update bf16 1,8,64,512 1 5120 4",
     "conv update bf16 512 1 5120 4 f32-states",
+    // The parameters of 130m and 1.4b: layers, tokens, d_inner and d_state.
+    "optimizer step f32,bf16 24 50280 1536 16",
+    "optimizer step f32,bf16 48 50280 4096 16",
 ];
 
 /// Where cases run, and what bounds them there.
@@ -128,6 +133,9 @@ impl Bench {
             ("state", "f32") => memory::state_update::<f32>(stream, case),
             ("state", "f16") => memory::state_update::<f16>(stream, case),
             ("state", "bf16") => memory::state_update::<bf16>(stream, case),
+            ("optimizer", "f32") => optimizer::step::<f32>(stream, case),
+            ("optimizer", "f16") => optimizer::step::<f16>(stream, case),
+            ("optimizer", "bf16") => optimizer::step::<bf16>(stream, case),
             #[cfg(feature = "candle-cuda")]
             ("candle", "f32") => candle::prepare(case),
             _ => Err(format!("no operator of this name and type: `{case}`").into()),
