@@ -15,6 +15,8 @@ mod case;
 mod limits;
 #[path = "cuda/memory.rs"]
 mod memory;
+#[path = "cuda/optimizer.rs"]
+mod optimizer;
 #[path = "cuda/pool.rs"]
 mod pool;
 #[path = "cuda/report.rs"]
@@ -102,6 +104,9 @@ const CASES: &[&str] = &[
     "conv update bf16 512 1 5120 4 f32-states",
     "loss forward,backward bf16,f32 1 2048,5248 50280 1",
     "loss backward bf16 1 16384 256,257,8192 1",
+    // The parameters of 130m and 1.4b: layers, tokens, d_inner and d_state.
+    "optimizer step f32,bf16 24 50280 1536 16",
+    "optimizer step f32,bf16 48 50280 4096 16",
 ];
 
 /// Where cases run, and what bounds them there.
@@ -136,6 +141,9 @@ impl Bench {
             ("loss", "f32") => memory::loss::<f32>(stream, case),
             ("loss", "f16") => memory::loss::<f16>(stream, case),
             ("loss", "bf16") => memory::loss::<bf16>(stream, case),
+            ("optimizer", "f32") => optimizer::step::<f32>(stream, case),
+            ("optimizer", "f16") => optimizer::step::<f16>(stream, case),
+            ("optimizer", "bf16") => optimizer::step::<bf16>(stream, case),
             #[cfg(feature = "candle-cuda")]
             ("candle", "f32") => candle::prepare(case),
             _ => Err(format!("no operator of this name and type: `{case}`").into()),

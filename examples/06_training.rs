@@ -5,10 +5,9 @@
 //! `cargo run --release --features nn --example 06_training`
 
 use candle_core::{D, DType, Device, Result, Tensor};
-use candle_nn::{VarBuilder, VarMap};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use selective_scan::nn::train::{AdamW, AdamWConfig, Schedule, cross_entropy};
+use selective_scan::nn::train::{Schedule, Trainer, TrainerConfig, cross_entropy};
 use selective_scan::nn::{LanguageModel, LanguageModelConfig, Sampler, Sampling};
 
 /// The first place that is predicted: the longest pattern has been seen whole by then, and has begun again.
@@ -16,34 +15,31 @@ const KNOWN: usize = 6;
 
 fn main() -> Result<()> {
     let device = Device::Cpu;
-    // A map of variables draws those that a model asks for, and an optimizer goes over the map.
-    let variables = VarMap::new();
-    let config = LanguageModelConfig::new(10, 2, 48);
-    let model = LanguageModel::new(&config, VarBuilder::from_varmap(&variables, DType::F32, &device))?;
-    let mut optimizer = AdamW::new(&variables, AdamWConfig { clip: Some(1.0), ..AdamWConfig::default() })?;
-    let parameters: usize = variables.all_vars().iter().map(|variable| variable.elem_count()).sum();
+    // A trainer has the model, its variables, an optimizer for these, and learning rates.
+    let (steps, schedule) = (300, Schedule::Cosine { warmup: 20, last: 0.05 });
+    let config = TrainerConfig { learning_rate: 1e-2, schedule, steps, ..TrainerConfig::default() };
+    let mut trainer = Trainer::language_model(&LanguageModelConfig::new(10, 2, 48), DType::F32, &device, config)?;
+    let parameters: usize = trainer.variables().all_vars().iter().map(|variable| variable.elem_count()).sum();
     println!("{parameters} parameters");
 
     let mut random = StdRng::seed_from_u64(1);
     let test = patterns(&mut random, 64, 60)?;
-    let (steps, schedule) = (300, Schedule::Cosine { warmup: 20, last: 0.05 });
     for step in 0..=steps {
+        let right = if step % 50 == 0 { Some(accuracy(trainer.model(), &test)?) } else { None };
+        // A batch may come in parts; here it is one. The loss is any function of the model and a part.
         let rows = patterns(&mut random, 32, 24)?;
-        // Each digit is predicted from those before it. The first ones cannot be known, and are left out of the loss.
-        let (logits, next) = predictions(&model, &rows)?;
-        let loss = cross_entropy(&logits, &next)?;
-        if step % 50 == 0 {
-            // Detached from its variables, the model keeps nothing for a backward pass.
-            let (logits, next) = predictions(&model.detach()?, &test)?;
-            let right = logits.argmax(D::Minus1)?.eq(&next)?.to_dtype(DType::F32)?.mean_all()?.to_scalar::<f32>()?;
-            let loss = loss.to_scalar::<f32>()?;
+        let report = trainer.step(&[rows], |model, rows| {
+            let (logits, next) = predictions(model, rows)?;
+            cross_entropy(&logits, &next)
+        })?;
+        if let Some(right) = right {
+            let loss = report.loss()?;
             println!("step {step:3}: loss {loss:.3}; of texts of 60 digits, {:5.1} % are right", 100.0 * right);
         }
-        optimizer.step(&loss.backward()?, schedule.rate(1e-2, step, steps))?;
     }
 
     // The beginnings of four texts as prompts; the rest by the state update.
-    let model = model.detach()?;
+    let model = trainer.model().detach()?;
     let (rows, cache) = (test.narrow(0, 0, 4)?, model.new_cache(4, DType::F32)?);
     let prompts = rows.narrow(1, 0, 10)?;
     let mut logits = model.prefill(&prompts, &cache, None)?;
@@ -69,7 +65,14 @@ fn patterns(random: &mut StdRng, count: usize, length: usize) -> Result<Tensor> 
     Tensor::new((0..count).map(|_| text()).collect::<Vec<_>>(), &Device::Cpu)
 }
 
-/// The logits from the place on where patterns are known, and the digits that they are to predict.
+/// The share of digits that are predicted right.
+fn accuracy(model: &LanguageModel, rows: &Tensor) -> Result<f32> {
+    // Detached from its variables, the model keeps nothing for a backward pass.
+    let (logits, next) = predictions(&model.detach()?, rows)?;
+    logits.argmax(D::Minus1)?.eq(&next)?.to_dtype(DType::F32)?.mean_all()?.to_scalar()
+}
+
+/// The logits from the place on where patterns are known, and the digits that they are to predict, each from those before it.
 fn predictions(model: &LanguageModel, rows: &Tensor) -> Result<(Tensor, Tensor)> {
     let length = rows.dim(1)?;
     let logits = model.forward(&rows.narrow(1, 0, length - 1)?)?;

@@ -9,7 +9,7 @@ use rand::Rng;
 use selective_scan::cuda::{self, Cuda};
 use selective_scan::scan::cuda::{PerLane, Plan};
 use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut};
-use selective_scan::{Element, ProjectionOf, View, ViewMut, conv, loss, state_update};
+use selective_scan::{DType, Element, ProjectionOf, View, ViewMut, conv, loss, optimizer, state_update};
 
 use crate::common::Random;
 
@@ -41,6 +41,7 @@ const OPERATORS: &[(&str, Run)] = &[
     ("convolution update", conv_update),
     ("state update", update_states),
     ("cross entropy", cross_entropy),
+    ("optimizer step", optimizer_step),
 ];
 
 /// Taps of the convolution, and the rows that are decoded at once.
@@ -217,6 +218,25 @@ fn conv_update(stream: &Arc<CudaStream>) -> Result<(), Failure> {
     let mut out = stream.alloc_zeros(ROWS * CHANNELS)?;
     let state = ViewMut::on_device(&mut pool, [ROWS, WIDTH - 1, CHANNELS]);
     Ok(conv::cuda::update(stream, &inputs, conv::UpdateMut { state, out: &mut out, token_states: None })?)
+}
+
+fn optimizer_step(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let mut random = Random::new(4);
+    let mut values = uniform::<bf16>(stream, &mut random, COUNT, -1.0, 1.0)?;
+    let gradient = uniform::<bf16>(stream, &mut random, COUNT, -1.0, 1.0)?;
+    let layout = optimizer::Layout::new([(DType::Bf16, COUNT)])?;
+    let (mut mean, mut mean_square) = (stream.alloc_zeros(layout.moments)?, stream.alloc_zeros(layout.moments)?);
+    let mut master = uniform(stream, &mut random, layout.masters, -1.0, 1.0)?;
+    let (mut counts, mut scale) = (stream.alloc_zeros(3)?, stream.clone_htod(&[1f32])?);
+    let (mut norm, options) = (stream.alloc_zeros(1)?, optimizer::Options::default());
+    let gradient = optimizer::Gradient::Bf16(View::on_device(&gradient, [COUNT]));
+    let status = optimizer::cuda::StatusMut { counts: &mut counts, scale: &mut scale };
+    let factors = optimizer::cuda::begin(stream, &options, &[gradient], status, &mut norm)?;
+    let values = optimizer::Values::Bf16(ViewMut::on_device(&mut values, [COUNT]));
+    let group = optimizer::Group { learning_rate: 1.0, weight_decay: 0.1 };
+    let parameter = optimizer::Parameter { values, gradient, place: layout.places[0], group };
+    let moments = optimizer::Moments { mean: &mut mean, mean_square: &mut mean_square, master: &mut master };
+    Ok(optimizer::cuda::update(stream, &options, 1e-3, &factors, [parameter], moments)?)
 }
 
 fn update_states(stream: &Arc<CudaStream>) -> Result<(), Failure> {

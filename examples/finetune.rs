@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarMap;
 use clap::Parser;
-use selective_scan::nn::train::{AdamW, AdamWConfig, Schedule, cross_entropy};
+use selective_scan::nn::train::{AdamWConfig, Schedule, Trainer, TrainerConfig, cross_entropy};
 use selective_scan::nn::{Checkpoint, LanguageModel, SaveOptions};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -89,20 +89,28 @@ fn run(arguments: &Arguments) -> Result<()> {
         return Err(format!("{}: expected two bytes or more", arguments.text.display()).into());
     }
     let adapters = Adapters::new(&model, arguments.rank)?;
-    let config = AdamWConfig { weight_decay: 0.0, clip: Some(1.0), ..AdamWConfig::default() };
-    let mut optimizer = AdamW::new(&adapters.variables()?, config)?;
-    let schedule = Schedule::Cosine { warmup: 10, last: 0.0 };
+    let config = TrainerConfig {
+        learning_rate: arguments.learning_rate,
+        schedule: Schedule::Cosine { warmup: 10, last: 0.0 },
+        steps: arguments.steps,
+        optimizer: AdamWConfig { weight_decay: 0.0, clip: Some(1.0), ..AdamWConfig::default() },
+    };
+    let variables = adapters.variables()?;
+    // What is trained is the model with its adapters, of which the variables are the adapters'.
+    let mut trainer = Trainer::new((model, adapters), &variables, config)?;
     for step in 0..arguments.steps {
         let start = step * length % (text.len() - length);
         let part = |from: usize| Tensor::new(&text[from..from + length], &Device::Cpu)?.unsqueeze(0);
-        // The sums are computed again, for the adapters have changed.
-        let loss = cross_entropy(&adapters.apply(&model)?.forward(&part(start)?)?, &part(start + 1)?)?;
-        optimizer.step(&loss.backward()?, schedule.rate(arguments.learning_rate, step, arguments.steps))?;
+        let report = trainer.step(&[(part(start)?, part(start + 1)?)], |(model, adapters), (ids, targets)| {
+            // The sums are computed again, for the adapters have changed.
+            cross_entropy(&adapters.apply(model)?.forward(ids)?, targets)
+        })?;
         if step % 20 == 0 || step + 1 == arguments.steps {
-            println!("step {step}: {:.3} bits per byte", loss.to_scalar::<f32>()? / std::f32::consts::LN_2);
+            println!("step {step}: {:.3} bits per byte", report.loss()? / std::f32::consts::LN_2);
         }
     }
-    let merged = adapters.apply(&model)?.detach()?;
+    let (model, adapters) = trainer.model();
+    let merged = adapters.apply(model)?.detach()?;
     checkpoint.save(&merged, &arguments.to, &SaveOptions::new(checkpoint.format))?;
     Ok(())
 }

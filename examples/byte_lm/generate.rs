@@ -5,10 +5,11 @@ use std::io::{self, Write};
 use std::time::Instant;
 
 use candle_core::{DType, Tensor};
+use selective_scan::nn::train::RunFolder;
 use selective_scan::nn::{LanguageModel, Sampler, Sampling};
 
 use crate::data::MARK;
-use crate::{GenerateArguments, Result, checkpoint};
+use crate::{GenerateArguments, Result};
 
 /// Tokens per second of both parts.
 #[derive(Debug, Clone, Copy)]
@@ -50,10 +51,10 @@ pub fn run(arguments: &GenerateArguments) -> Result<()> {
 fn newest(arguments: &GenerateArguments) -> Result<LanguageModel> {
     let device = arguments.device.open()?;
     loop {
-        let newest = checkpoint::newest(&arguments.from)?;
+        let newest = RunFolder::newest(&arguments.from)?;
         let folder = newest.as_ref().unwrap_or(&arguments.from);
         match LanguageModel::load(folder, DType::F32, &device) {
-            Err(_) if checkpoint::newest(&arguments.from)? != newest => {}
+            Err(_) if RunFolder::newest(&arguments.from)? != newest => {}
             result => return Ok(result?),
         }
     }

@@ -5,6 +5,7 @@
 //! cargo run --release --features nn,avx512-gemm --example byte_lm -- --text book.txt --fresh       # … or on yours
 //! cargo run --release --features nn,avx512-gemm --example byte_lm -- --resume                      # go on where a run stopped
 //! cargo run --release --features nn,avx512-gemm --example byte_lm -- generate --prompt '/// The '
+//! cargo run --release --features nn,candle-cuda --example byte_lm -- --device cuda                 # bf16 arithmetic on a GPU
 //! ```
 
 mod checkpoint;
@@ -134,6 +135,32 @@ struct RunOptions {
     /// Seed of the initial weights, of what is held out, and of the order of training
     #[arg(long, default_value_t = 0)]
     seed: u64,
+
+    /// Type of the model's arithmetic; variables are f32 [default: bf16 on a GPU, f32 elsewhere]
+    #[arg(long, value_enum)]
+    #[serde(default)]
+    arithmetic: Option<Arithmetic>,
+}
+
+/// What a model computes in
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Arithmetic {
+    F32,
+    Bf16,
+}
+
+impl Arithmetic {
+    fn on(device: &candle_core::Device) -> Self {
+        if device.is_cuda() { Self::Bf16 } else { Self::F32 }
+    }
+
+    fn dtype(self) -> candle_core::DType {
+        match self {
+            Self::F32 => candle_core::DType::F32,
+            Self::Bf16 => candle_core::DType::BF16,
+        }
+    }
 }
 
 impl RunOptions {

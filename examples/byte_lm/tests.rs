@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use clap::Parser;
 use selective_scan::nn::LanguageModel;
+use selective_scan::nn::train::RunFolder;
 
 use crate::data::{Corpus, MARK, Position, Windows};
 use crate::ngram::Ngram;
@@ -48,7 +49,7 @@ fn train(arguments: &TrainArguments, corpus: &Corpus) -> (checkpoint::Run, Vec<V
     let mut training = Training::open(arguments, &Device::Cpu).unwrap();
     training.check(corpus).unwrap();
     training.train(arguments, corpus, &Device::Cpu, 2.0).unwrap();
-    let newest = checkpoint::newest(&arguments.out).unwrap().unwrap();
+    let newest = RunFolder::newest(&arguments.out).unwrap().unwrap();
     let run = checkpoint::Run { seconds: 0.0, ..checkpoint::read_run(&newest).unwrap() };
     (run, ["model.safetensors", "moments.safetensors"].map(|file| fs::read(newest.join(file)).unwrap()).into())
 }
@@ -101,7 +102,7 @@ fn the_checkpoint_is_a_model_that_loads() {
     let folder = Folder::new("loads");
     let corpus = Corpus::divide(pieces(), 0.2, 0).unwrap();
     train(&arguments(&format!("{SMALL} --until 2"), &folder.0), &corpus);
-    let newest = checkpoint::newest(&folder.0).unwrap().unwrap();
+    let newest = RunFolder::newest(&folder.0).unwrap().unwrap();
     assert_eq!(LanguageModel::load(newest, DType::F32, &Device::Cpu).unwrap().config().vocab_size, 256);
 }
 
@@ -195,7 +196,7 @@ fn a_resumed_run_is_checked_as_the_command_line() {
     let folder = Folder::new("edited");
     let corpus = Corpus::divide(pieces(), 0.2, 0).unwrap();
     train(&arguments(&format!("{SMALL} --until 1"), &folder.0), &corpus);
-    let path = checkpoint::newest(&folder.0).unwrap().unwrap().join("run.json");
+    let path = RunFolder::newest(&folder.0).unwrap().unwrap().join("run.json");
     let text = fs::read_to_string(&path).unwrap();
     for (from, to, word) in [
         (r#""clip": 1.0"#, r#""clip": -1"#, "clip"),

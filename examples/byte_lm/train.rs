@@ -1,24 +1,22 @@
 //! A training run.
 
-use std::fs::{self, File};
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
-use candle_nn::{VarBuilder, VarMap};
+use candle_core::{Device, Tensor};
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
-use selective_scan::nn::train::{AdamW, AdamWConfig, Schedule, cross_entropy};
-use selective_scan::nn::{Checkpoint, LanguageModel, LanguageModelConfig, MambaConfig, Sampler, Sampling};
+use selective_scan::nn::train::{AdamWConfig, Report, RunFolder, Schedule, Trainer, TrainerConfig};
+use selective_scan::nn::{LanguageModel, LanguageModelConfig, MambaConfig, Sampler, Sampling};
 
 use crate::checkpoint::{self, Curves, Run};
 use crate::data::{Corpus, Position, Windows};
 use crate::evaluate::bits_per_byte;
 use crate::generate::{Speed, generate};
 use crate::ngram::Ngram;
-use crate::{Result, RunOptions, TrainArguments, plot};
+use crate::{Arithmetic, Result, RunOptions, TrainArguments, plot};
 
 /// The baseline predicts a byte from the three before it.
 pub const BASELINE_ORDER: usize = 3;
@@ -37,9 +35,9 @@ pub fn run(arguments: &TrainArguments) -> Result<()> {
         corpus.train.len(),
         corpus.held_out_bytes(),
         corpus.held_out.len(),
-        parameters(&training.model),
-        training.model.config().backbone.n_layer,
-        training.model.config().d_model(),
+        parameters(training.model()),
+        training.model().config().backbone.n_layer,
+        training.model().config().d_model(),
     );
     let ngrams: Vec<(usize, f64)> = (1..=Ngram::HIGHEST_ORDER)
         .map(|order| (order, Ngram::new(&corpus.train, order).bits_per_byte(&corpus.held_out)))
@@ -52,86 +50,85 @@ pub fn run(arguments: &TrainArguments) -> Result<()> {
         println!("stopped after step {}; --resume goes on", training.run.step);
         return Ok(());
     }
-    let speed = sample(&training.model, &corpus)?;
+    let speed = sample(training.model(), &corpus)?;
     println!("{}", report(&training, &ngrams, speed));
     println!("losses are drawn in {}", arguments.out.join("loss.svg").display());
     Ok(())
 }
 
-/// What trains the variables of a run.
-fn optimizer(variables: &VarMap, options: &RunOptions) -> candle_core::Result<AdamW> {
-    let &RunOptions { weight_decay, clip, .. } = options;
-    AdamW::new(variables, AdamWConfig { weight_decay, clip: Some(clip), ..AdamWConfig::default() })
+/// What the trainer of a run goes by.
+fn config(options: &RunOptions) -> TrainerConfig {
+    let &RunOptions { learning_rate, warmup, weight_decay, clip, .. } = options;
+    let schedule = Schedule::Cosine { warmup, last: 0.1 };
+    let optimizer = AdamWConfig { weight_decay, clip: Some(clip), ..AdamWConfig::default() };
+    TrainerConfig { learning_rate, schedule, steps: options.steps.get(), optimizer }
 }
 
 /// A run with its tensors.
 pub struct Training {
     pub run: Run,
-    pub model: LanguageModel,
-    optimizer: AdamW,
-    /// Keeps other processes from training in the folder.
-    _lock: Option<File>,
+    trainer: Trainer,
+    folder: RunFolder,
 }
 
 impl Training {
     /// Begins a run, or takes up the newest checkpoint's.
     pub fn open(arguments: &TrainArguments, device: &Device) -> Result<Self> {
-        let folder = arguments.out.display();
+        let name = arguments.out.display();
         if arguments.resume && !arguments.out.exists() {
-            return Err(format!("{folder}: there is no run to resume").into());
+            return Err(format!("{name}: there is no run to resume").into());
         }
-        let lock = checkpoint::lock(&arguments.out)?;
-        let training = match checkpoint::newest(&arguments.out)? {
-            Some(found) if arguments.resume => Self::resume(&found, device),
-            None if arguments.resume => Err(format!("{folder}: there is no run to resume").into()),
+        let folder = RunFolder::open(&arguments.out)?;
+        let (run, trainer) = match RunFolder::newest(folder.path())? {
+            Some(found) if arguments.resume => Self::resume(&found, device)?,
+            None if arguments.resume => return Err(format!("{name}: there is no run to resume").into()),
             Some(found) if !arguments.fresh => {
                 let name = found.display();
-                Err(format!("there is a run, {name}: --resume goes on with it, --fresh begins another in its place")
-                    .into())
+                let message = "--resume goes on with it, --fresh begins another in its place";
+                return Err(format!("there is a run, {name}: {message}").into());
             }
             // What the model is made of is checked before a run in its place is lost.
-            _ => Self::begin(&arguments.options, device),
+            _ => Self::begin(&arguments.options, device)?,
         };
-        let training = training?;
         if !arguments.resume {
-            checkpoint::clear(&arguments.out)?;
+            folder.clear()?;
         }
-        Ok(Self { _lock: Some(lock), ..training })
+        Ok(Self { run, trainer, folder })
     }
 
-    fn begin(options: &RunOptions, device: &Device) -> Result<Self> {
+    fn begin(options: &RunOptions, device: &Device) -> Result<(Run, Trainer)> {
         let mamba = MambaConfig {
             d_state: options.d_state.get(),
             seed: options.seed,
             ..MambaConfig::new(options.d_model.get())
         };
-        let config = LanguageModelConfig::with_mixer(256, options.layers.get(), mamba);
-        let variables = VarMap::new();
-        let model = LanguageModel::new(&config, VarBuilder::from_varmap(&variables, DType::F32, device))?;
+        let model = LanguageModelConfig::with_mixer(256, options.layers.get(), mamba);
+        let arithmetic = options.arithmetic.unwrap_or(Arithmetic::on(device));
+        let trainer = Trainer::language_model(&model, arithmetic.dtype(), device, config(options))?;
         let run = Run {
-            options: options.clone(),
+            options: RunOptions { arithmetic: Some(arithmetic), ..options.clone() },
             fingerprint: 0,
             step: 0,
             position: Position::default(),
             seconds: 0.0,
             curves: Curves::default(),
         };
-        Ok(Self { optimizer: optimizer(&variables, options)?, run, model, _lock: None })
+        Ok((run, trainer))
     }
 
-    fn resume(checkpoint: &PathBuf, device: &Device) -> Result<Self> {
+    fn resume(checkpoint: &Path, device: &Device) -> Result<(Run, Trainer)> {
         let run = checkpoint::read_run(checkpoint)?;
-        let (model, variables) = Checkpoint::read(checkpoint, device)?.trainable(DType::F32)?;
-        let mut optimizer = optimizer(&variables, &run.options)?;
-        checkpoint::restore(checkpoint, &mut optimizer, run.step, device)?;
-        let (config, options) = (model.config(), &run.options);
-        let d_state = config.backbone.mixer.as_mamba().map_or(0, |mamba| mamba.d_state);
-        let got = [config.backbone.n_layer, config.d_model(), d_state];
+        let options = &run.options;
+        let dtype = options.arithmetic.unwrap_or(Arithmetic::F32).dtype();
+        let trainer = Trainer::resume(checkpoint, dtype, device, config(options))?;
+        let model = trainer.model().config();
+        let d_state = model.backbone.mixer.as_mamba().map_or(0, |mamba| mamba.d_state);
+        let got = [model.backbone.n_layer, model.d_model(), d_state];
         if got != [options.layers, options.d_model, options.d_state].map(NonZeroUsize::get) {
             let name = checkpoint.display();
             return Err(format!("{name}: run.json describes another model than config.json").into());
         }
-        Ok(Self { run, model, optimizer, _lock: None })
+        Ok((run, trainer))
     }
 
     /// Checks that the text is the one that the run began with, and that a step can be read from it.
@@ -157,58 +154,78 @@ impl Training {
         let options = self.run.options.clone();
         let last = arguments.until.unwrap_or(usize::MAX).min(options.steps.get());
         let mut windows = Windows::new(&corpus.train, options.length.get(), options.seed, self.run.position)?;
-        fs::create_dir_all(&arguments.out).map_err(|error| format!("{}: {error}", arguments.out.display()))?;
         let bar = ProgressBar::new(options.steps.get() as u64).with_position(self.run.step as u64);
         let style = "{wide_bar} {pos}/{len}, {elapsed_precise}, {eta} left, {msg}";
         bar.set_style(ProgressStyle::with_template(style)?);
-        let mut shown = String::new();
+        let (mut shown, mut unread) = (String::new(), Vec::new());
         while self.run.step < last {
             let start = Instant::now();
-            let loss = self.step(&mut windows, device)?;
-            self.run.seconds += start.elapsed().as_secs_f64();
-            let (step, curves) = (self.run.step, &mut self.run.curves);
-            curves.pending.0 += loss;
-            curves.pending.1 += 1;
-            if curves.pending.1 == POINT || step == options.steps.get() {
-                let (sum, count) = std::mem::take(&mut curves.pending);
-                curves.train.push((step, sum / count as f64));
+            unread.push(self.step(&mut windows, device)?);
+            let step = self.run.step;
+            let is_last = step == last || step == options.steps.get();
+            let (evaluates, saves) = (step % options.evaluate_every == 0, step % arguments.checkpoint_every == 0);
+            // A GPU works on while nobody reads what it computes.
+            if unread.len() == POINT || is_last || evaluates || saves {
+                let loss = self.read(std::mem::take(&mut unread))?;
+                let rate = self.tokens_per_second();
+                bar.set_message(format!("{loss:.3} bits per byte{shown}, {rate:.0} tokens/s"));
             }
-            if step % options.evaluate_every == 0 || step == options.steps.get() {
-                let bits = bits_per_byte(&self.model, &corpus.held_out)?;
-                curves.held_out.push((step, bits));
+            self.run.seconds += start.elapsed().as_secs_f64();
+            if evaluates || step == options.steps.get() {
+                let bits = bits_per_byte(self.model(), &corpus.held_out)?;
+                self.run.curves.held_out.push((step, bits));
                 shown = format!(", held out {bits:.3}");
                 // A bar is not drawn where nobody watches.
                 if bar.is_hidden() {
                     println!("step {step}: {bits:.3} bits per held-out byte, {:.0} tokens/s", self.tokens_per_second());
                 }
             }
-            if step % arguments.checkpoint_every == 0 || step == last {
-                checkpoint::save(&arguments.out, &self.run, &self.model, &self.optimizer)?;
+            if saves || step == last {
+                self.trainer.save(&self.folder, &self.run)?;
                 let path = arguments.out.join("loss.svg");
                 plot::draw(&path, &self.run, baseline).map_err(|error| format!("{}: {error}", path.display()))?;
             }
-            let rate = self.tokens_per_second();
-            bar.set_message(format!("{loss:.3} bits per byte{shown}, {rate:.0} tokens/s"));
             bar.inc(1);
         }
         bar.abandon();
         Ok(())
     }
 
-    /// Takes a step, and gives its loss in bits per byte.
-    fn step(&mut self, windows: &mut Windows, device: &Device) -> Result<f64> {
+    /// Takes a step.
+    fn step(&mut self, windows: &mut Windows, device: &Device) -> Result<Report> {
         let options = &self.run.options;
         let (batch, length) = (options.batch.get(), options.length.get());
         let (ids, targets) = windows.next(batch);
         let ids = Tensor::from_vec(ids, (batch, length), device)?;
         let targets = Tensor::from_vec(targets, (batch, length), device)?;
-        let loss = cross_entropy(&self.model.forward(&ids)?, &targets)?;
-        let schedule = Schedule::Cosine { warmup: options.warmup, last: 0.1 };
-        let rate = schedule.rate(options.learning_rate, self.run.step, options.steps.get());
-        self.optimizer.step(&loss.backward()?, rate)?;
-        self.run.step += 1;
+        let report = self.trainer.step_tokens(&[(ids, targets)])?;
+        self.run.step = report.step;
         self.run.position = windows.position();
-        Ok(f64::from(loss.to_scalar::<f32>()?) / std::f64::consts::LN_2)
+        Ok(report)
+    }
+
+    /// Adds the losses of steps to the curve, and gives the last in bits per byte.
+    fn read(&mut self, reports: Vec<Report>) -> Result<f64> {
+        let mut loss = f64::NAN;
+        for report in reports {
+            if !report.norm()?.is_finite() {
+                let step = report.step;
+                return Err(format!("step {step}: the gradients are not finite: a lower learning rate may help").into());
+            }
+            loss = f64::from(report.loss()?) / std::f64::consts::LN_2;
+            let curves = &mut self.run.curves;
+            curves.pending.0 += loss;
+            curves.pending.1 += 1;
+            if curves.pending.1 == POINT || report.step == self.run.options.steps.get() {
+                let (sum, count) = std::mem::take(&mut curves.pending);
+                curves.train.push((report.step, sum / count as f64));
+            }
+        }
+        Ok(loss)
+    }
+
+    pub fn model(&self) -> &LanguageModel {
+        self.trainer.model()
     }
 
     fn tokens_per_second(&self) -> f64 {
@@ -246,7 +263,7 @@ fn report(training: &Training, ngrams: &[(usize, f64)], speed: Speed) -> Table {
     for &(order, bits) in ngrams {
         row(format!("n-gram of order {order}, the same"), format!("{bits:.3}"));
     }
-    row("parameters".into(), parameters(&training.model).to_string());
+    row("parameters".into(), parameters(training.model()).to_string());
     row("steps".into(), training.run.step.to_string());
     row("seconds of training".into(), format!("{:.0}", training.run.seconds));
     row("tokens per second, training".into(), format!("{:.0}", training.tokens_per_second()));

@@ -197,8 +197,8 @@ impl Settings {
         LanguageModelConfig::with_mixer(self.vocab, self.layers, mamba)
     }
 
-    /// The learning rate of a step, counted from 1.
-    pub fn rate(&self, step: usize) -> f64 {
-        Schedule::Trapezoid { warmup: self.warmup, decay: self.decay }.rate(self.lr, step - 1, self.steps)
+    /// How the learning rate goes from step to step.
+    pub fn schedule(&self) -> Schedule {
+        Schedule::Trapezoid { warmup: self.warmup, decay: self.decay }
     }
 }

@@ -3,11 +3,10 @@
 use std::time::{Duration, Instant};
 
 use candle_core::{D, DType, Device, Result, Tensor};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::rngs::StdRng;
 use selective_scan::nn::LanguageModel;
-use selective_scan::nn::train::cross_entropy;
+use selective_scan::nn::train::{AdamWConfig, Trainer, TrainerConfig, cross_entropy};
 
 use super::options::{Kind, Settings};
 use super::{Batch, Streams, Task};
@@ -27,30 +26,31 @@ pub struct Trained {
 /// Trains a model until held-out accuracy reaches the target or the steps are over.
 pub fn train(kind: Kind, task: &impl Task, settings: &Settings, device: &Device) -> Result<Trained> {
     let Streams { mut training, mut validation, .. } = Streams::new(settings.seed);
-    let variables = VarMap::new();
-    let vb = VarBuilder::from_varmap(&variables, DType::F32, device);
-    let model = LanguageModel::new(&settings.config(kind), vb)?;
+    let config = TrainerConfig {
+        learning_rate: settings.lr,
+        schedule: settings.schedule(),
+        steps: settings.steps,
+        // Adam, as the paper says: no weights decay.
+        optimizer: AdamWConfig { beta2: 0.999, weight_decay: 0.0, ..AdamWConfig::default() },
+    };
+    let mut trainer = Trainer::language_model(&settings.config(kind), DType::F32, device, config)?;
     let held_out = batches(task, &mut validation, VALIDATION, settings, device)?;
-    // Adam, as the paper says: no weights decay.
-    let parameters = ParamsAdamW { weight_decay: 0.0, ..Default::default() };
-    let mut optimizer = AdamW::new(variables.all_vars(), parameters)?;
 
     let bar = ProgressBar::new(settings.steps as u64).with_prefix(kind.name());
     bar.set_style(ProgressStyle::with_template("{prefix} [{bar:30}] {pos}/{len} {msg} ({eta} left)").expect("valid"));
     let (begin, mut taken, mut mean) = (Instant::now(), settings.steps, Mean::default());
     let mut curriculum = Curriculum::new(settings);
     for step in 1..=settings.steps {
-        optimizer.set_learning_rate(settings.rate(step));
-        let Batch { ids, targets } = task.batch([settings.batch, curriculum.length], &mut training, device)?;
-        let loss = cross_entropy(&answers(&model, &ids, task)?, &targets)?;
-        optimizer.backward_step(&loss)?;
-        let loss = loss.to_scalar::<f32>()?;
+        let batch = task.batch([settings.batch, curriculum.length], &mut training, device)?;
+        let report = trainer
+            .step(&[batch], |model, Batch { ids, targets }| cross_entropy(&answers(model, ids, task)?, targets))?;
+        let loss = report.loss()?;
         mean.add(loss);
         let length = curriculum.length;
         curriculum.step(loss, settings);
         bar.inc(1);
         if step % settings.evaluate == 0 || step == settings.steps {
-            let Score { right, asked, .. } = score(&model, &held_out, task)?;
+            let Score { right, asked, .. } = score(trainer.model(), &held_out, task)?;
             let accuracy = right as f64 / asked as f64;
             let message =
                 format!("length {length}, loss {:.4}, held-out accuracy {:.1} %", mean.take(), 100.0 * accuracy);
@@ -67,8 +67,8 @@ pub fn train(kind: Kind, task: &impl Task, settings: &Settings, device: &Device)
     }
     let time = begin.elapsed();
     bar.finish();
-    let parameters = variables.all_vars().iter().map(|variable| variable.elem_count()).sum();
-    Ok(Trained { kind, model: model.detach()?, parameters, steps: taken, time })
+    let parameters = trainer.variables().all_vars().iter().map(|variable| variable.elem_count()).sum();
+    Ok(Trained { kind, model: trainer.model().detach()?, parameters, steps: taken, time })
 }
 
 /// How many answers are right.

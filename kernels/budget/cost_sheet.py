@@ -40,6 +40,9 @@ REACHED = 4 * (SEGMENTS - 1) * CHANNELS * (STATES + 1)  # bytes of those
 # Backward chunk state: Δ·A, exponential, C·∂y with what came, decay. Bytes: Δ, z, ∂out, and what each segment but the first hands on.
 # Convolution: a multiply-add for each tap and the five instructions of SiLU (two of them special functions); backward the
 # same again for the input's gradient and a multiply-add for each weight's. Bytes: x and out; backward ∂out and ∂x instead.
+# Optimizer, on bf16 with masters: a product and a sum in f64 for the norm; for the step four products and two sums of the
+# moments, a root, a quotient (three instructions each beside the special one) and six products and sums. Bytes: the gradient;
+# with it the master and two moments, read and written, and the rounded value.
 # Updates, of 64 rows and one token: the forward's instructions, and the states read and written.
 # Cross entropy, of L rows and D tokens: a comparison, a difference from the greatest, its product with log2(e), an exponential
 # and a sum; all but the comparison again for the gradient. Bytes: logits, and the gradient in their place.
@@ -53,6 +56,8 @@ LEAST = {
     "state_update": (ROW_PART, (5, 4), (1, 4),
                      ROWS * CHANNELS * (8 + 2 * 4 * STATES) + 2 * 2 * ROWS * STATES + PARAMETERS),
     "loss_cross_entropy": (1, (0, 9), (0, 2), 4 * ELEMENTS + 8 * LENGTH),
+    "optimizer_squares": (1, (0, 2), (0, 0), 2 * ELEMENTS),
+    "optimizer_update": (1, (0, 18), (0, 2), 28 * ELEMENTS),
     "scan_forward": (1, (5, 4), (1, 4), 8 * ELEMENTS + PROJECTIONS + PARAMETERS),
     "scan_chunk_state": (SPLIT, (4, 2), (1, 2), SPLIT * (4 * ELEMENTS + PROJECTIONS / 2) + PARAMETERS + REACHED),
     "scan_backward_chunk_state": (SPLIT, (4, 4), (1, 4),

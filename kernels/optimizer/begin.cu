@@ -17,7 +17,7 @@ __device__ __forceinline__ double power(double base, int64_t n) {
 __device__ __forceinline__ void finish(const Begin &p, double total) {
     const bool is_taken = isfinite(total);
     const float scale = *p.scale;
-    const double norm = sqrt(total) / scale;
+    const double divisor = scale * p.divisor, norm = sqrt(total) / divisor;
     const int64_t taken = p.counts[COUNT_TAKEN] + is_taken;
     int64_t streak = is_taken ? p.counts[COUNT_STREAK] + 1 : 0;
     float next = scale;
@@ -28,7 +28,7 @@ __device__ __forceinline__ void finish(const Begin &p, double total) {
         streak = 0;
     }
     const double clipped = p.clip > 0 && norm > p.clip ? p.clip / norm : 1;
-    p.factors->gradient = static_cast<float>(clipped / scale);
+    p.factors->gradient = static_cast<float>(clipped / divisor);
     p.factors->root = static_cast<float>(1 / sqrt(1 - power(p.beta2, taken)));
     p.factors->correction = 1 - power(p.beta1, taken);
     p.factors->is_taken = is_taken;

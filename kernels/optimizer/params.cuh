@@ -58,7 +58,7 @@ struct Begin {
     Factors *factors;
     float *norm;
     // `clip` is zero if gradients are not clipped.
-    double beta1, beta2, clip;
+    double beta1, beta2, clip, divisor;
     // Steps after which the scale doubles, or zero if it is fixed.
     int64_t interval;
 };

@@ -7,7 +7,7 @@
 //! | [`LanguageModel`] | a backbone between embeddings and a head, initialised as in the paper; trains on candle-nn's `VarMap` |
 //! | [`Cache`], [`Sampler`] | decoding: the states of all layers in slots, which are reset, copied, taken and put back; the choice of tokens |
 //! | [`Checkpoint`] | the files of Hugging Face and of state-spaces/mamba, read and written |
-//! | [`train`] | an optimizer whose state can be saved, learning rates, losses |
+//! | [`train`] | a trainer with checkpoints, an optimizer whose state can be saved, learning rates, losses |
 //! | [`RmsNorm`] | the norm between layers, with gradients, for models of your own |
 //!
 //! Layers may differ: [`BackboneConfig`] has one [`MixerConfig`] for all, and others by index. [`Mixer`] and [`LayerState`]

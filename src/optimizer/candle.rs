@@ -7,6 +7,7 @@ use candle_core::{CpuStorage, DType, Device, Result, Tensor, Var};
 use super::{Gradient, Group, Layout, Moments, Options, Parameter, Place, Status, Values, cpu};
 use crate::candle::device::{Backend, Cpu, Value, on_device, unsupported};
 use crate::candle::graph;
+use crate::candle::tensors::storage_of;
 use crate::candle::write_all::{MOST_WRITTEN, Read, StorageMut, write_all};
 use crate::{Error, View, ViewMut};
 
@@ -221,6 +222,11 @@ impl AdamWState {
             }
         }
         let gradients: Vec<_> = gradients.iter().map(|gradient| gradient.contiguous()).collect::<Result<_>>()?;
+        // Here rather than when locks are taken, as the step has been counted by then.
+        let written: HashSet<_> = self.variables.iter().map(|variable| storage_of(variable)).collect();
+        if gradients.iter().any(|gradient| written.contains(&storage_of(gradient))) {
+            return Err(Error::argument("gradients", "storages of their own", "the storage of a variable").into());
+        }
         on_device!("variables", self.mean, |backend| self.step_on(backend, options, learning_rate, groups, &gradients))
     }
 

@@ -27,6 +27,9 @@ impl Options {
         {
             return Err(Error::argument("clip", "a norm above 0", clip));
         }
+        if !(self.divisor > 0.0 && self.divisor.is_finite()) {
+            return Err(Error::argument("divisor", "a finite number above 0", self.divisor));
+        }
         match self.scale_interval {
             Some(0) => Err(Error::argument("scale_interval", "1 step or more", 0)),
             _ => Ok(()),

@@ -54,8 +54,8 @@ pub fn begin(options: &Options, gradients: &[Gradient], status: &mut Status) -> 
     let sums: Vec<f64> = chunks.into_par_iter().map(|chunk| isa.run(Squares(chunk))).collect();
     let total: f64 = sums.iter().sum();
 
-    let (is_taken, scale) = (total.is_finite(), f64::from(status.scale));
-    let norm = total.sqrt() / scale;
+    let (is_taken, divisor) = (total.is_finite(), f64::from(status.scale) * options.divisor);
+    let norm = total.sqrt() / divisor;
     if is_taken {
         status.taken += 1;
         status.streak += 1;
@@ -73,7 +73,7 @@ pub fn begin(options: &Options, gradients: &[Gradient], status: &mut Status) -> 
     }
     let shrink = options.clip.map_or(1.0, |clip| if norm > clip { clip / norm } else { 1.0 });
     let [correction, correction2] = [options.beta1, options.beta2].map(|beta| 1.0 - power(beta, status.taken));
-    let (gradient, root) = ((shrink / scale) as f32, (1.0 / correction2.sqrt()) as f32);
+    let (gradient, root) = ((shrink / divisor) as f32, (1.0 / correction2.sqrt()) as f32);
     Ok(Factors { norm, gradient, root, correction, is_taken })
 }
 

@@ -83,6 +83,7 @@ pub fn begin(
         beta1: options.beta1,
         beta2: options.beta2,
         clip: options.clip.unwrap_or(0.0),
+        divisor: options.divisor,
         interval: options.scale_interval.map_or(0, i64::from),
     };
     let kernel = Kernel::new(Module::OPTIMIZER_BEGIN, ["optimizer_begin"]);

@@ -4,8 +4,9 @@
 //! A step over parameters `w` with gradients `g`, all arithmetic in `f32` but where it says otherwise:
 //!
 //! ```text
-//! norm = √(Σ g²) / scale                                    of all parameters together, summed in f64 in a fixed order
-//! g   ← g · min(1, clip / norm) / scale
+//! g   ← g / (scale · divisor)
+//! norm = √(Σ g²)                                            of all parameters together, summed in f64 in a fixed order
+//! g   ← g · min(1, clip / norm)
 //! m   ← β1 m + (1 - β1) g          v ← β2 v + (1 - β2) g²
 //! w   ← (1 - η λ) w - η/(1 - β1^t) · m / (√v / √(1 - β2^t) + ε)
 //! ```
@@ -41,7 +42,7 @@
 //! let factors = cpu::begin(&options, &[gradient], &mut status)?;
 //! let group = Group { learning_rate: 1.0, weight_decay: 0.0 };
 //! let parameter = Parameter { values: Values::F32(ViewMut::new(&mut w, [2])), gradient, place: layout.places[0], group };
-//! let moments = Moments { mean: &mut mean, mean_square: &mut mean_square, master: &mut [] };
+//! let moments = Moments { mean: &mut mean[..], mean_square: &mut mean_square[..], master: &mut [][..] };
 //! cpu::update(&options, 0.1, &factors, [parameter], moments)?;
 //! // The first step is as long as the learning rate, whatever the gradient's size.
 //! assert!((w[0] - 0.9).abs() < 1e-6 && (w[1] + 2.1).abs() < 1e-6);
@@ -75,11 +76,13 @@ pub struct Options {
     /// After so many steps in a row that were taken the scale of losses doubles, and after a skipped one it is halved. Without
     /// it, by default, the scale stays as it is.
     pub scale_interval: Option<u32>,
+    /// What gradients are divided by, beside the scale: 1, or more where they are sums over parts of a batch.
+    pub divisor: f64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, clip: None, scale_interval: None }
+        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, clip: None, scale_interval: None, divisor: 1.0 }
     }
 }
 

@@ -37,7 +37,8 @@ pub fn step(
     gradients: &[Vec<f64>],
 ) -> f64 {
     assert_eq!(parameters.len(), gradients.len());
-    let norm = gradients.iter().flatten().map(|g| g * g).sum::<f64>().sqrt() / scale;
+    let divisor = scale * options.divisor;
+    let norm = gradients.iter().flatten().map(|g| g * g).sum::<f64>().sqrt() / divisor;
     if !norm.is_finite() {
         return norm;
     }
@@ -47,7 +48,7 @@ pub fn step(
         assert_eq!(parameter.values.len(), gradients.len());
         let rate = learning_rate * parameter.group.learning_rate;
         for (i, g) in gradients.iter().enumerate() {
-            let g = g * shrink / scale;
+            let g = g * shrink / divisor;
             let (m, v) = (&mut parameter.mean[i], &mut parameter.mean_square[i]);
             *m = beta1 * *m + (1.0 - beta1) * g;
             *v = beta2 * *v + (1.0 - beta2) * g * g;

@@ -158,6 +158,14 @@ impl AdamW {
     /// # Errors
     /// A variable without a gradient, by name; a learning rate that is negative or not finite. Nothing is changed then.
     pub fn step(&mut self, gradients: &GradStore, learning_rate: f64) -> Result<Tensor> {
+        self.step_divided(gradients, 1.0, learning_rate)
+    }
+
+    /// [`step`](Self::step) by gradients that are first divided by a number, where they are sums over parts of a batch.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and a divisor that is not above 0.
+    pub fn step_divided(&mut self, gradients: &GradStore, divisor: f64, learning_rate: f64) -> Result<Tensor> {
         check_not_negative("learning_rate", learning_rate)?;
         let mut found = Vec::with_capacity(self.names.len());
         for (name, variable) in self.names.iter().zip(self.state.variables()) {
@@ -167,7 +175,8 @@ impl AdamW {
                 _ => gradient.to_dtype(DType::F32)?,
             });
         }
-        let norm = self.state.step(&self.config.options(), learning_rate, &self.groups, &found)?;
+        let options = Options { divisor, ..self.config.options() };
+        let norm = self.state.step(&options, learning_rate, &self.groups, &found)?;
         self.steps += 1;
         Ok(norm)
     }
@@ -291,7 +300,8 @@ impl AdamW {
 impl AdamWConfig {
     fn options(&self) -> Options {
         let &Self { beta1, beta2, eps, clip, loss_scale, .. } = self;
-        Options { beta1, beta2, eps, clip, scale_interval: loss_scale.map(|scale| scale.interval) }
+        let scale_interval = loss_scale.map(|scale| scale.interval);
+        Options { beta1, beta2, eps, clip, scale_interval, ..Options::default() }
     }
 }
 

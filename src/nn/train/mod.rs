@@ -1,4 +1,5 @@
-//! What training needs beside a model: an optimizer whose state can be saved, learning rates, losses.
+//! Training: [`Trainer`] takes steps, with all that belongs to them. It is made of an optimizer whose state can be saved,
+//! learning rates and losses, which can be used by themselves:
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -27,9 +28,13 @@
 
 mod adamw;
 mod loss;
+mod run_folder;
 mod schedule;
+mod trainer;
 
 pub use adamw::{AdamW, AdamWConfig, Group, LossScale};
 pub(crate) use loss::Targets;
 pub use loss::{LossOptions, cross_entropy, linear_cross_entropy};
+pub use run_folder::RunFolder;
 pub use schedule::Schedule;
+pub use trainer::{Loss, Report, Trainer, TrainerConfig, next_token_loss, read_run};

@@ -14,7 +14,8 @@ pub enum Schedule {
         /// The share that it ends at.
         last: f64,
     },
-    /// It rises linearly for `warmup` steps, stays, and falls linearly to zero in the last `decay` steps.
+    /// It rises linearly for `warmup` steps, stays, and falls linearly to zero in the last `decay` steps (warmup, stable,
+    /// decay: Hu et al. 2024, arXiv 2404.06395). If `decay` is 0 it is constant after the warmup.
     Trapezoid {
         /// Steps over which it rises.
         warmup: usize,
@@ -36,7 +37,7 @@ impl Schedule {
             }
             Self::Trapezoid { warmup, decay } => {
                 let rise = (step + 1) as f64 / warmup.max(1) as f64;
-                let fall = steps.saturating_sub(step) as f64 / decay.max(1) as f64;
+                let fall = if decay == 0 { 1.0 } else { steps.saturating_sub(step) as f64 / decay as f64 };
                 highest * rise.min(fall).min(1.0)
             }
         }
@@ -66,5 +67,7 @@ mod tests {
             [2.0, 4.0, 4.0, 4.0, 3.0, 2.0, 1.0, 0.0]
         );
         assert_eq!(Schedule::Trapezoid { warmup: 0, decay: 0 }.rate(4.0, 0, 1), 4.0);
+        let constant = Schedule::Trapezoid { warmup: 2, decay: 0 };
+        assert_eq!([0, 1, 9, 10, 11].map(|step| constant.rate(4.0, step, 10)), [2.0, 4.0, 4.0, 4.0, 4.0]);
     }
 }

@@ -23,7 +23,9 @@ fn tensor(random: &mut StdRng, shape: &[usize], dtype: DType, device: &Device) -
 /// More variables than are written to at once, of several types and shapes.
 fn variables(random: &mut StdRng, device: &Device) -> Vec<Var> {
     let dtypes = [DType::F32, DType::BF16, DType::F32, DType::F16];
-    let shapes = [&[3, 4][..], &[5], &[2, 3, 1], &[], &[0, 2], &[33]];
+    // On GPUs candle has no tensors of no elements.
+    let none: &[usize] = if device.is_cpu() { &[0, 2] } else { &[1, 2] };
+    let shapes = [&[3, 4][..], &[5], &[2, 3, 1], &[], none, &[33]];
     let one = |i: usize| Var::from_tensor(&tensor(random, shapes[i % 6], dtypes[i % 4], device)).unwrap();
     (0..130).map(one).collect()
 }
@@ -168,8 +170,9 @@ pub fn refuses_what_does_not_fit(device: &Device) {
     refused("gradients", &[group], &[], 0.1);
     refused("gradients", &[group], &[good.flatten_all().unwrap()], 0.1);
     refused("gradients", &[group], &[good.to_dtype(DType::F16).unwrap()], 0.1);
-    refused("variables", &[group], &[variable.as_detached_tensor()], 0.1);
+    refused("gradients", &[group], &[variable.as_detached_tensor()], 0.1);
     assert_eq!(bits(&variable), before);
+    assert_eq!(state.status().unwrap(), Status::default());
 
     let refused = |variables: &[Var]| AdamWState::new(variables).unwrap_err().to_string();
     assert!(refused(&[variable.clone(), variable.clone()]).contains("once"));

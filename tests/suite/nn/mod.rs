@@ -13,6 +13,7 @@ mod packed;
 mod parity;
 mod refusals;
 mod sampler;
+mod trainer;
 mod training;
 mod variants;
 

@@ -1,22 +1,20 @@
 //! The same on a GPU, or on a simulated one.
 
+use cudarc::driver::CudaSlice;
+use selective_scan::cuda::Cuda;
 use selective_scan::optimizer::cuda;
-use selective_scan::{DType, Element, View, ViewMut};
 
 use super::*;
 use crate::support::gpu::{Copies, stream};
 
 /// Values on the device, to be copied back.
 enum Uploaded<'c> {
-    F32(&'c mut cudarc::driver::CudaSlice<f32>),
-    F16(&'c mut cudarc::driver::CudaSlice<f16>),
-    Bf16(&'c mut cudarc::driver::CudaSlice<bf16>),
+    F32(&'c mut CudaSlice<f32>),
+    F16(&'c mut CudaSlice<f16>),
+    Bf16(&'c mut CudaSlice<bf16>),
 }
 
-fn values<T: Element>(
-    data: &mut cudarc::driver::CudaSlice<T>,
-    offset: usize,
-) -> ViewMut<'_, T, 1, selective_scan::cuda::Cuda> {
+fn values<T: Element>(data: &mut CudaSlice<T>, offset: usize) -> ViewMut<'_, T, 1, Cuda> {
     let shape = [data.len() - offset];
     ViewMut { data, offset, shape, strides: [1] }
 }
@@ -36,10 +34,10 @@ fn step_on_gpu(case: &mut Case, gradients: &[Data], learning_rate: f64) -> f64 {
         .collect();
     let mut counts = stream.clone_htod(&[status.taken, status.skipped, status.streak].map(u64::cast_signed)).unwrap();
     let (scale, norm) = (copies.slice(&[status.scale]), copies.poisoned::<f32>(1));
-    let on_device = cuda::StatusMut { counts: &mut counts, scale };
+    let on_device = cuda::StatusMut { counts: &mut counts, scale: &mut *scale };
     let factors = cuda::begin(&stream, options, &gradients, on_device, norm).expect("the case is valid");
 
-    let [mean_on, square_on, master_on] = [&*mean, mean_square, master].map(|flat| copies.slice(flat));
+    let [mean_on, square_on, master_on] = [&mean[..], &mean_square[..], &master[..]].map(|flat| copies.slice(flat));
     let mut uploaded: Vec<_> = host
         .iter()
         .map(|data| match data {
@@ -69,7 +67,7 @@ fn step_on_gpu(case: &mut Case, gradients: &[Data], learning_rate: f64) -> f64 {
             _ => unreachable!("of the same type"),
         }
     }
-    for (from, to) in [(&*mean_on, mean), (square_on, mean_square), (master_on, master)] {
+    for (from, to) in [(&*mean_on, mean), (&*square_on, mean_square), (&*master_on, master)] {
         copies.download(from, to);
     }
     let found = stream.clone_dtoh(&counts).unwrap();

@@ -174,7 +174,7 @@ fn step_with(isa: Isa, case: &mut Case, gradients: &[Data], learning_rate: f64) 
         place: layout.places[i],
         group: groups[i],
     });
-    let moments = Moments { mean, mean_square, master };
+    let moments = Moments { mean: &mut mean[..], mean_square: &mut mean_square[..], master: &mut master[..] };
     cpu::update_with(isa, options, learning_rate, &factors, parameters, moments).unwrap();
     factors.norm()
 }
@@ -199,8 +199,8 @@ fn error(got: &[f32], want: &[f64]) -> f64 {
 /// moments have a few roundings a step.
 fn agrees_with_the_reference(step: Step, sizes: &[(DType, DType, usize)]) {
     let mut random = random();
-    for (clip, scale) in [(None, 1.0), (Some(3.0), 1.0), (Some(1e9), 1024.0)] {
-        let options = Options { clip, eps: 1e-3, beta2: 0.9, ..Options::default() };
+    for (clip, scale, divisor) in [(None, 1.0, 1.0), (Some(3.0), 1.0, 2.5), (Some(1e9), 1024.0, 3.0)] {
+        let options = Options { clip, eps: 1e-3, beta2: 0.9, divisor, ..Options::default() };
         let mut case = Case::new(&mut random, sizes, options);
         case.status.scale = scale;
         let widen = |values: &[f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
@@ -351,11 +351,12 @@ fn what_does_not_fit_is_refused() {
     let case = Case::new(&mut random, &sizes, Options::default());
     let gradients = case.gradients(&mut random);
     type Change = fn(&mut [Parameter<'_>], &mut Options, &mut f64);
-    let changes: [(&str, Change); 11] = [
+    let changes: [(&str, Change); 12] = [
         ("beta1", |_, options, _| options.beta1 = 1.0),
         ("beta2", |_, options, _| options.beta2 = f64::NAN),
         ("eps", |_, options, _| options.eps = -1.0),
         ("clip", |_, options, _| options.clip = Some(0.0)),
+        ("divisor", |_, options, _| options.divisor = 0.0),
         ("scale_interval", |_, options, _| options.scale_interval = Some(0)),
         ("learning_rate", |_, _, rate| *rate = f64::INFINITY),
         ("weight_decay", |parameters, _, _| parameters[1].group.weight_decay = -0.1),
@@ -384,7 +385,7 @@ fn what_does_not_fit_is_refused() {
         let mut rate = 0.1;
         change(&mut parameters, &mut options, &mut rate);
         let (mut mean, mut mean_square, mut master) = (mean, mean_square, master);
-        let moments = Moments { mean: &mut mean, mean_square: &mut mean_square, master: &mut master };
+        let moments = Moments { mean: &mut mean[..], mean_square: &mut mean_square[..], master: &mut master[..] };
         let message = cpu::update(&options, rate, &factors, parameters, moments).unwrap_err().to_string();
         assert!(message.starts_with(&format!("`{word}`")), "{word}: {message}");
         (case.values, case.mean, case.mean_square, case.master) = (values, mean, mean_square, master);
