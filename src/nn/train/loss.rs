@@ -159,6 +159,11 @@ impl<'a> Targets<'a> {
         Ok(Self { tokens, valid, options })
     }
 
+    /// How many are not left out.
+    pub fn valid(&self) -> usize {
+        self.valid
+    }
+
     /// The loss of [`linear_cross_entropy`]. The weight has as many rows as the vocabulary has tokens.
     pub fn loss(&self, hidden: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let d_model = hidden.dim(D::Minus1)?;

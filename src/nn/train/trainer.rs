@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::{fmt, fs};
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::run_folder::at;
-use super::{AdamW, AdamWConfig, Group, RunFolder, Schedule, cross_entropy};
+use super::{AdamW, AdamWConfig, Group, LossOptions, RunFolder, Schedule, Targets};
 use crate::nn::argument;
 use crate::nn::{Checkpoint, CheckpointFormat, LanguageModel, LanguageModelConfig};
 
@@ -50,14 +51,21 @@ impl From<Tensor> for Loss {
     }
 }
 
-/// The loss of a language model on `(ids, targets)`, both `(batch, length)`: the [`cross_entropy`] of each target, which weighs
-/// as much as there are targets.
+/// The loss of a language model on `(ids, targets)`, both `(batch, length)`: [`LanguageModel::loss`], which weighs as much as
+/// there are targets that are not left out.
 ///
 /// # Errors
-/// As [`LanguageModel::forward`] and [`cross_entropy`].
+/// As [`LanguageModel::loss`].
 pub fn next_token_loss(model: &LanguageModel, (ids, targets): &(Tensor, Tensor)) -> Result<Loss> {
-    let mean = cross_entropy(&model.forward(ids)?, targets)?;
-    Ok(Loss { mean, weight: targets.elem_count() as f64 })
+    let mean = model.loss(ids, targets, &LossOptions::default())?;
+    Ok(Loss { mean, weight: valid(model, targets)? })
+}
+
+/// The number of targets that are not left out.
+fn valid(model: &LanguageModel, targets: &Tensor) -> Result<f64> {
+    let options = LossOptions::default();
+    let targets = Targets::read(targets, targets.dims(), model.config().padded_vocab_size(), &options)?;
+    Ok(targets.valid() as f64)
 }
 
 /// What a step has done. The numbers are on the device: nothing has waited for them yet.
@@ -162,30 +170,47 @@ impl<M> Trainer<M> {
         if !(rate >= 0.0 && rate.is_finite()) {
             return Err(argument("learning_rate", "a finite number, 0 or more", rate));
         }
+        keep_freed_memory(optimizer.device());
         Ok(Self { model, variables: variables.clone(), optimizer, config, steps: 0 })
     }
 
     /// Takes a step by the gradients of `loss` over a batch in parts, each of which is forgotten before the next: memory is
     /// that of the largest part, and the step is that of the whole batch, whose loss is the mean over the parts by their
-    /// weights.
+    /// weights. Parts of weight 0, in which nothing is predicted, are left out.
     ///
     /// # Errors
-    /// No part at all; a weight that is not above 0; a variable that the loss does not depend on, by name; what `loss` gives.
+    /// No part at all, or none of a weight above 0; a variable that the loss does not depend on, by name; what `loss` gives.
     /// Nothing is changed then.
     pub fn step<B, L: Into<Loss>>(&mut self, parts: &[B], loss: impl Fn(&M, &B) -> Result<L>) -> Result<Report> {
+        self.step_by(parts, |trainer, part| {
+            let Loss { mean, weight } = loss(&trainer.model, part)?.into();
+            let mean = mean.to_dtype(DType::F32)?;
+            Ok((mean.detach(), weight, ToCome::Loss(mean)))
+        })
+    }
+
+    /// [`step`](Self::step) by what `part` gives of each part: its mean loss, its weight, and where its gradients come from.
+    fn step_by<B>(&mut self, parts: &[B], part: impl Fn(&Self, &B) -> Result<(Tensor, f64, ToCome)>) -> Result<Report> {
         let mut first = None;
         let mut sum = None;
-        for part in parts {
-            let Loss { mean, weight } = loss(&self.model, part)?.into();
-            if !(weight > 0.0 && weight.is_finite()) {
-                return Err(argument("weight", "a weight of a loss above 0", weight));
+        for of in parts {
+            let (mean, weight, gradients) = part(self, of)?;
+            if !(weight >= 0.0 && weight.is_finite()) {
+                return Err(argument("weight", "a weight of a loss, 0 or more", weight));
+            }
+            if weight == 0.0 {
+                continue;
             }
             // In units of the first part's, so that one part alone is as it is.
             let weight = weight / *first.get_or_insert(weight);
-            let mean = mean.to_dtype(DType::F32)?;
+            let gradients = match gradients {
+                ToCome::Loss(loss) => {
+                    let share = if weight == 1.0 { loss } else { (loss * weight)? };
+                    self.optimizer.scaled(&share)?.backward()?
+                }
+                ToCome::Gradients(store) => scaled(store, weight)?,
+            };
             let mean = if weight == 1.0 { mean } else { (mean * weight)? };
-            let gradients = self.optimizer.scaled(&mean)?.backward()?;
-            let mean = mean.detach();
             sum = Some(match sum {
                 None => (gradients, mean, weight),
                 Some((mut total, means, weights)) => {
@@ -195,7 +220,7 @@ impl<M> Trainer<M> {
             });
         }
         let Some((gradients, means, weights)) = sum else {
-            return Err(argument("parts", "at least one part of a batch", "none"));
+            return Err(argument("parts", "at least one part of a batch in which something is predicted", "none"));
         };
         let learning_rate = self.config.schedule.rate(self.config.learning_rate, self.steps, self.config.steps);
         let norm = self.optimizer.step_divided(&gradients, weights, learning_rate)?;
@@ -321,12 +346,22 @@ impl Trainer {
         Self::new(model, &variables, config)
     }
 
-    /// Takes a step on a batch in parts, each `(ids, targets)` of `(batch, length)`, by [`next_token_loss`].
+    /// Takes a step on a batch in parts, each `(ids, targets)` of `(batch, length)`, by [`next_token_loss`]. Where nothing
+    /// stands in the way the gradients come without candle's graph, see [`LanguageModel::loss_and_gradients`].
     ///
     /// # Errors
     /// As [`Trainer::step`].
     pub fn step_tokens(&mut self, parts: &[(Tensor, Tensor)]) -> Result<Report> {
-        self.step(parts, next_token_loss)
+        // With a scale of losses, what is differentiated is not the loss itself.
+        if self.config.optimizer.loss_scale.is_some() {
+            return self.step(parts, next_token_loss);
+        }
+        self.step_by(parts, |trainer, (ids, targets)| {
+            let weight = valid(&trainer.model, targets)?;
+            let options = LossOptions::default();
+            let (loss, store) = trainer.model.loss_and_gradients(ids, None, targets, &options)?;
+            Ok((loss, weight, ToCome::Gradients(store)))
+        })
     }
 
     /// [`save_with`](Self::save_with) the model as Hugging Face has it, so that the checkpoint is one of the model as well.
@@ -380,6 +415,39 @@ impl Trainer {
         trainer.restore_state(checkpoint, state)?;
         Ok(trainer)
     }
+}
+
+/// Lets a GPU keep what one step frees for the next, which else would have to be mapped again.
+#[cfg(feature = "candle-cuda")]
+fn keep_freed_memory(device: &Device) {
+    if let Device::Cuda(device) = device {
+        crate::cuda::keep_freed_memory(device.cuda_stream().context());
+    }
+}
+
+#[cfg(not(feature = "candle-cuda"))]
+fn keep_freed_memory(_: &Device) {}
+
+/// Where gradients come from.
+enum ToCome {
+    /// A loss in candle's graph.
+    Loss(Tensor),
+    /// They are there.
+    Gradients(GradStore),
+}
+
+/// Gradients times a number.
+fn scaled(mut gradients: GradStore, share: f64) -> Result<GradStore> {
+    if share != 1.0 {
+        let ids: Vec<_> = gradients.get_ids().copied().collect();
+        for id in ids {
+            if let Some(gradient) = gradients.get_id(id) {
+                let gradient = (gradient * share)?;
+                gradients.insert_id(id, gradient);
+            }
+        }
+    }
+    Ok(gradients)
 }
 
 const STATE: &str = "moments.safetensors";
