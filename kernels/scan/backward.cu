@@ -18,7 +18,13 @@
 #include "backward.cuh"
 #include "channel_sums.cuh"
 
+// backward_narrow.cu makes the same kernel of blocks with fewer warps.
+#ifndef SCAN_BACKWARD_NARROW
 namespace scan::backward {
+#else
+namespace scan::backward_narrow {
+using backward::CHANNELS_PER_LANE, backward::TILE, backward::WARP_CHANNELS;
+#endif
 
 // Pairs of channels, of which each lane has one; tiles of a chunk.
 constexpr int PAIRS = WARP_CHANNELS / CHANNELS_PER_LANE, TILES = CHECKPOINT_STEPS / TILE;
@@ -698,15 +704,19 @@ template <typename T, bool MANY_STATES> __device__ __forceinline__ void run(cons
     write_sums(params, d0, exists, row, d_bias, params.d_bias);
 }
 
-#define INSTANCE(NAME, T, MANY_STATES)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
+#define INSTANCE(NAME, T, MANY_STATES, BLOCKS)                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         scan_backward_##NAME(const __grid_constant__ Backward params) {                                                \
         run<T, MANY_STATES>(params);                                                                                   \
     }
 
+#ifndef SCAN_BACKWARD_NARROW
 #define INSTANCES(SUFFIX, T)                                                                                           \
-    INSTANCE(fast_##SUFFIX, T, false)                                                                                  \
-    INSTANCE(many_states_##SUFFIX, T, true)
+    INSTANCE(fast_##SUFFIX, T, false, 2)                                                                               \
+    INSTANCE(many_states_##SUFFIX, T, true, 2)
+#else
+#define INSTANCES(SUFFIX, T) INSTANCE(narrow_##SUFFIX, T, false, 3)
+#endif
 
 INSTANCES(f32, float)
 INSTANCES(f16, __half)

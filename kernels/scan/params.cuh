@@ -95,6 +95,11 @@ constexpr int TILE = 8;
 // And so much for each byte of an activation's element.
 constexpr int SMEM = 107696, SMEM_PER_BYTE = 512;
 }
+// The same with fewer warps to a block.
+namespace backward_narrow {
+constexpr int WARPS = 2, THREADS = 32 * WARPS, CHANNELS = WARPS * backward::WARP_CHANNELS;
+constexpr int SMEM = 58032, SMEM_PER_BYTE = 256;
+}
 namespace backward_general {
 constexpr int WARPS = 4, THREADS = 32 * WARPS, CHANNELS = THREADS / STATE_LANES, TILE = 8;
 constexpr int SMEM = 60896;

@@ -51,6 +51,7 @@ modules! {
     SCAN_FORWARD_FEW_CHANNELS = "scan/forward_few_channels",
     SCAN_CHUNK_STATE = "scan/chunk_state",
     SCAN_BACKWARD = "scan/backward",
+    SCAN_BACKWARD_NARROW = "scan/backward_narrow",
     SCAN_BACKWARD_GENERAL = "scan/backward_general",
     SCAN_BACKWARD_CHUNK_STATE = "scan/backward_chunk_state",
     STATE_UPDATE = "state_update/update",

@@ -16,6 +16,10 @@ pub struct Plan {
     /// split. (Of more states a lane carries four of one channel at a time.) The bits of [`PerLane::One`] and
     /// [`PerLane::Four`] are the same.
     pub per_lane: Option<PerLane>,
+    /// Whether a block of the fast backward kernel has two warps rather than four, where sequences are not split and there are
+    /// at most 16 states. Chosen where blocks of four would be between one and one and a half for each of the device's
+    /// processors. The gradients of B and C, which sum over channels, have other last bits.
+    pub narrow: Option<bool>,
 }
 
 /// What a lane carries: 4 states each of this many channels, or a part of 4 states.
@@ -60,6 +64,9 @@ pub(super) enum Pass {
 }
 
 impl Pass {
+    /// Groups of 8 channels that a block of the forward pass carries.
+    const BLOCK_GROUPS: usize = 4;
+
     /// Groups of 8 channels that a processor's blocks carry at a time, of the fast kernels in halves: others carry fewer, but
     /// are divided the same way, so that they give the same bits.
     fn channel_groups(self) -> usize {
@@ -106,6 +113,11 @@ impl Plan {
         let capacity = pass.channel_groups() * processors;
         let steps = self.segment_steps.unwrap_or_else(|| {
             let groups = rows.saturating_mul(d_inner.div_ceil(8)).max(1);
+            // A block of the forward pass on each processor: splitting, which costs nearly as much again, was slower than that
+            // at every length. Measured, see benches/tuning.md.
+            if matches!(pass, Pass::Forward) && groups >= Pass::BLOCK_GROUPS * processors {
+                return usize::MAX;
+            }
             // As many as fill the processors once, or more often where they are long: blocks that work in turns wait less
             // than those that work in step. Measured, see benches/tuning.md.
             let waves = match len / (capacity / groups).max(1) {
@@ -151,8 +163,10 @@ mod tests {
                     let work = segments * rows * (d_inner / 8);
                     assert!(segments == 1 || work <= 4 * carried, "{what}");
                     assert!(segments != 2 && (len >= 192 || segments == 1), "{what}");
-                    // Unsplit, it is too short, or fills a third of the device by itself.
-                    assert!(segments > 1 || len < 192 || 3 * work > carried, "{what}");
+                    // Unsplit, it is too short, or fills a good part of the device by itself: forward a block of each
+                    // processor, which can carry five.
+                    let part = if matches!(pass, Pass::Forward) { 5 } else { 3 };
+                    assert!(segments > 1 || len < 192 || part * work >= carried, "{what}");
                 }
             }
         }

@@ -7,8 +7,8 @@ use std::ops::Range;
 use super::plan::{Pass, PerLane, Plan};
 use crate::cuda::params::PackedSegment;
 use crate::cuda::params::scan::{
-    STATE_BLOCK, backward, backward_chunk_state, backward_general, forward, forward_few_channels as few,
-    forward_general,
+    STATE_BLOCK, backward, backward_chunk_state, backward_general, backward_narrow, forward,
+    forward_few_channels as few, forward_general,
 };
 use crate::cuda::{GRID_ROWS, Kernel, Module, Properties, blocks, suffix};
 use crate::sequences::{Sequence, Sequences};
@@ -183,7 +183,24 @@ impl Recipe {
         // Some devices, 8.6, 8.9 and 12.0 among them, give a block less than the fast kernel's shared memory.
         let shared = backward::SMEM + backward::SMEM_PER_BYTE * shape.element();
         let is_fast = shape.is_fast && shared <= device.shared_memory;
+        let columns = shape.groups * shape.group_blocks(backward::CHANNELS);
+        let is_narrow = is_fast && !recipe.is_split && shape.d_state <= STATE_BLOCK && {
+            let blocks = columns * segments;
+            // Packed sequences get what each gets alone, with which blocks of its own would not be so many.
+            let is_uneven = matches!(shape.sequences, Sequences::Dense { .. })
+                && (device.processors + 1..=device.processors * 3 / 2).contains(&blocks);
+            plan.narrow.unwrap_or(is_uneven)
+        };
+        let narrow_shared = backward_narrow::SMEM + backward_narrow::SMEM_PER_BYTE * shape.element();
         let scan = match is_fast {
+            true if is_narrow => Blocks {
+                module: Module::SCAN_BACKWARD_NARROW,
+                variant: "narrow",
+                channels: backward_narrow::CHANNELS,
+                threads: backward_narrow::THREADS,
+                shared: narrow_shared,
+                most_shared: narrow_shared,
+            },
             true => Blocks {
                 module: Module::SCAN_BACKWARD,
                 variant: if shape.d_state > STATE_BLOCK { "many_states" } else { "fast" },
@@ -211,7 +228,6 @@ impl Recipe {
         };
         // Each row of blocks sums the gradients of parameters over the segments that it takes: as many rows for both kernels,
         // so that they give the same bits.
-        let columns = shape.groups * shape.group_blocks(backward::CHANNELS);
         let rows = segments.min((BLOCKS_PER_PROCESSOR * device.processors).div_ceil(columns)).min(GRID_ROWS);
         let states = if segments > 0 { shape.d_state } else { 0 };
         for first in (0..states).step_by(STATE_BLOCK) {
@@ -375,7 +391,7 @@ mod tests {
     /// What a change of the plan changes here is to be measured on a GPU, and noted in benches/tuning.md.
     #[test]
     fn of_devices_that_are_not_here() {
-        let cases: [(&[&str], [usize; 4], &str, &str); 18] = [
+        let cases: [(&[&str], [usize; 4], &str, &str); 20] = [
             // Few channels: carried in parts where a block may have the shared memory and that fills the device, else split.
             (
                 &["8.0"],
@@ -410,7 +426,10 @@ mod tests {
             // Enough of them.
             (&["8.0", "9.0"], [8, 2048, 2048, 16], "1 forward_one", "1 backward_fast"),
             (&["8.6", "8.9"], [8, 2048, 2048, 16], "1 forward_one", "1 backward_general"),
-            (&["12.0"], [8, 2048, 2048, 16], "3 chunk_state_one forward_one", "1 backward_general"),
+            (&["12.0"], [8, 2048, 2048, 16], "1 forward_one", "1 backward_general"),
+            // Between one and one and a half blocks of four warps for each of 132 processors.
+            (&["9.0"], [8, 2048, 1536, 16], "1 forward_one", "1 backward_narrow"),
+            (&["9.0"], [8, 2048, 1536, 32], "1 forward_many_states", "1 backward_many_states backward_many_states"),
             (&["8.0", "9.0"], [64, 512, 1536, 16], "1 forward_one", "1 backward_fast"),
             // Short sequences.
             (&["8.0", "9.0"], [2048, 16, 1536, 16], "1 forward_four", "1 backward_fast"),

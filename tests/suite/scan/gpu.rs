@@ -152,10 +152,11 @@ fn check<T: Element>(plan: Plan, shape: Shape, flags: Flags) {
     case.check(Device::Cuda(plan), &what);
 }
 
-const WHOLE: Plan = Plan { segment_steps: Some(usize::MAX), per_lane: None };
-const SPLIT: Plan = Plan { segment_steps: Some(64), per_lane: None };
-const QUARTER: Plan = Plan { segment_steps: None, per_lane: Some(PerLane::Quarter) };
-const HALF: Plan = Plan { segment_steps: None, per_lane: Some(PerLane::Half) };
+const WHOLE: Plan = Plan { segment_steps: Some(usize::MAX), per_lane: None, narrow: None };
+const NARROW: Plan = Plan { narrow: Some(true), ..WHOLE };
+const SPLIT: Plan = Plan { segment_steps: Some(64), per_lane: None, narrow: None };
+const QUARTER: Plan = Plan { segment_steps: None, per_lane: Some(PerLane::Quarter), narrow: None };
+const HALF: Plan = Plan { segment_steps: None, per_lane: Some(PerLane::Half), narrow: None };
 
 /// What the fast kernels take, with the other flags as they are.
 fn fast(flags: Flags) -> Flags {
@@ -178,7 +179,7 @@ fn all_flags<T: Element>() {
             check::<T>(plan, Shape { batch: 1, len: 71, d_inner: 68, d_state: 36 }, fast(Flags::pairwise(row)));
         }
     }
-    for plan in [QUARTER, HALF] {
+    for plan in [QUARTER, HALF, NARROW] {
         for row in 0..16 {
             for (len, d_state, d_inner) in [(150, 16, 72), (131, 12, 44), (64, 4, 20)] {
                 check::<T>(plan, Shape { batch: 2, len, d_inner, d_state }, fast(Flags::pairwise(row)));
@@ -259,7 +260,7 @@ fn extremes() {
     extremes::what_is_forgotten_takes_its_rounding_along(Device::Cuda(WHOLE), 16_448, 4);
     let lens = if is_simulated(&stream) { [16_448, 16_448] } else { [1 << 16, 1 << 22] };
     for (len, steps) in [(lens[0], 64), (lens[1], 1024)] {
-        let plan = Plan { segment_steps: Some(steps), per_lane: None };
+        let plan = Plan { segment_steps: Some(steps), per_lane: None, narrow: None };
         extremes::equal_steps(Device::Cuda(plan), len, 4, steps);
     }
 }
@@ -283,7 +284,7 @@ fn nan_and_infinity() {
     if stream().is_none() {
         return;
     }
-    for plan in [WHOLE, SPLIT, QUARTER, HALF] {
+    for plan in [WHOLE, NARROW, SPLIT, QUARTER, HALF] {
         properties::nan_spreads(Device::Cuda(plan), 21, 3);
         // The fast kernels, whose tensor cores multiply everything by something.
         properties::nan_spreads(Device::Cuda(plan), 24, 4);
@@ -377,7 +378,7 @@ fn bits_do_not_depend_on_the_kernel() {
     let case = Case::<bf16>::new(&mut rng, shape, Flags { initial_state: true, ..Flags::mamba() });
     for segment_steps in [usize::MAX, 64] {
         let results = [PerLane::One, PerLane::Four, PerLane::One].map(|per_lane| {
-            case.run(Device::Cuda(Plan { segment_steps: Some(segment_steps), per_lane: Some(per_lane) }))
+            case.run(Device::Cuda(Plan { segment_steps: Some(segment_steps), per_lane: Some(per_lane), narrow: None }))
         });
         assert!(results.iter().all(|other| *other == results[0]), "SEED={seed}");
     }
