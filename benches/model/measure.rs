@@ -62,7 +62,7 @@ impl Prepared {
         let peak = machine.peak();
         let phases = match &mut self.work {
             Work::Train(training) => {
-                let laps = (0..repeats.max(1)).map(|_| machine.laps(|lap| training.step(lap)));
+                let laps = (0..repeats.max(1)).map(|_| machine.laps(|lap| training.phases(lap)));
                 let laps = laps.collect::<Result<Vec<_>>>()?;
                 let phase = |i: usize| median(laps.iter().map(|laps| laps[i]).collect());
                 Some([phase(0), phase(1), phase(2)])

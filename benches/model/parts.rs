@@ -68,7 +68,7 @@ pub fn measure(machine: &Machine, case: &Case, repeats: usize) -> Result<Vec<Par
 }
 
 fn phases(machine: &Machine, repeats: usize, training: &mut Training) -> Result<[f64; 3]> {
-    let laps = least(machine, repeats, |lap| training.step(lap))?;
+    let laps = least(machine, repeats, |lap| training.phases(lap))?;
     Ok([laps[0], laps[1], laps[2]])
 }
 
