@@ -19,6 +19,8 @@ mod memory;
 mod pool;
 #[path = "cuda/report.rs"]
 mod report;
+#[path = "cuda/rows.rs"]
+mod rows;
 #[path = "cuda/scan.rs"]
 mod scan;
 #[path = "cuda/serve.rs"]
@@ -67,7 +69,8 @@ struct Arguments {
     cases: Vec<String>,
 }
 
-/// What is timed: operator, direction, type, batch, length, d_inner, d_state or width, and words for variants. Several
+/// What is timed: operator, direction, type, batch, length, d_inner, d_state or width (of a norm the size of a group, of an
+/// embedding that of the vocabulary), and words for variants. Several
 /// values between commas stand for a case with each.
 const CASES: &[&str] = &[
     "scan forward,backward bf16,f32 8 2048 2048 16",
@@ -99,6 +102,15 @@ const CASES: &[&str] = &[
     "conv forward,backward bf16,f32 1 16384 2048 4 packed",
     "conv update bf16 1,8,64,512 1 5120 4",
     "conv update bf16 512 1 5120 4 f32-states",
+    "norm forward,backward bf16,f32 8 2048 768 768",
+    "norm forward,backward bf16,f32 8 2048 2048 2048",
+    "norm forward bf16 8 2048 768 768 residual",
+    "norm forward bf16 8 2048 2048 2048 residual",
+    "norm forward,backward bf16 8 2048 2048 256",
+    "norm forward,backward bf16 8 2048 16 16",
+    "embedding backward bf16,f32 8 2048 768 50280",
+    "embedding backward f32 8 2048 768 50280 half",
+    "embedding backward f32 8 2048 768 256",
 ];
 
 /// Where cases run, and what bounds them there.
@@ -130,6 +142,12 @@ impl Bench {
             ("state", "f32") => memory::state_update::<f32>(stream, case),
             ("state", "f16") => memory::state_update::<f16>(stream, case),
             ("state", "bf16") => memory::state_update::<bf16>(stream, case),
+            ("norm", "f32") => rows::norm::<f32>(stream, case),
+            ("norm", "f16") => rows::norm::<f16>(stream, case),
+            ("norm", "bf16") => rows::norm::<bf16>(stream, case),
+            ("embedding", "f32") => rows::embedding::<f32>(stream, case),
+            ("embedding", "f16") => rows::embedding::<f16>(stream, case),
+            ("embedding", "bf16") => rows::embedding::<bf16>(stream, case),
             #[cfg(feature = "candle-cuda")]
             ("candle", "f32") => candle::prepare(case),
             _ => Err(format!("no operator of this name and type: `{case}`").into()),

@@ -41,13 +41,23 @@ REACHED = 4 * (SEGMENTS - 1) * CHANNELS * (STATES + 1)  # bytes of those
 # Convolution: a multiply-add for each tap and the five instructions of SiLU (two of them special functions); backward the
 # same again for the input's gradient and a multiply-add for each weight's. Bytes: x and out; backward ∂out and ∂x instead.
 # Updates, of 64 rows and one token: the forward's instructions, and the states read and written.
+# Norm, of f32 sums and bf16 results: an addition, a multiply-add, two products; backward a product, two multiply-adds for the
+# sums, a product and a multiply-add for the weight's gradient, a multiply-add and a product, and what is added. Bytes: x,
+# residual, sum and out; backward the sum, its gradient, the result's gradient, and what is written.
+# Embedding, of a vocabulary of four times as many tokens: an addition for each element. Bytes: the rows read, the matrix
+# written; of the sort, which has an instruction for each id, ids, positions and starts.
 TAPS, ROWS = 4, 64
+VOCABULARY = 4 * BATCH * LENGTH
 ROW_PART = ROWS * CHANNELS / ELEMENTS
 LEAST = {
     "conv_forward": (1, (0, TAPS + 5), (0, 2), 4 * ELEMENTS + 4 * CHANNELS * (TAPS + 1)),
     "conv_backward": (1, (0, 3 * TAPS + 8), (0, 2), 6 * ELEMENTS + 8 * CHANNELS * (TAPS + 1)),
     "conv_update": (ROW_PART, (0, TAPS + 5), (0, 2),
                     ROWS * CHANNELS * (4 + 2 * 2 * (TAPS - 1)) + 4 * CHANNELS * (TAPS + 1)),
+    "rms_norm_forward": (1, (0, 4), (0, 0), 12 * ELEMENTS + 4 * CHANNELS),
+    "rms_norm_backward": (1, (0, 8), (0, 0), 14 * ELEMENTS + 8 * CHANNELS),
+    "embedding_sum": (1, (0, 1), (0, 0), 2 * ELEMENTS + 4 * VOCABULARY * CHANNELS),
+    "embedding_sort": (1 / CHANNELS, (0, 1), (0, 0), 12 * BATCH * LENGTH + 8 * VOCABULARY),
     "state_update": (ROW_PART, (5, 4), (1, 4),
                      ROWS * CHANNELS * (8 + 2 * 4 * STATES) + 2 * 2 * ROWS * STATES + PARAMETERS),
     "scan_forward": (1, (5, 4), (1, 4), 8 * ELEMENTS + PROJECTIONS + PARAMETERS),
