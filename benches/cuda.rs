@@ -21,6 +21,8 @@ mod optimizer;
 mod pool;
 #[path = "cuda/report.rs"]
 mod report;
+#[path = "cuda/rows.rs"]
+mod rows;
 #[path = "cuda/scan.rs"]
 mod scan;
 #[path = "cuda/serve.rs"]
@@ -69,8 +71,8 @@ struct Arguments {
     cases: Vec<String>,
 }
 
-/// What is timed: operator, direction, type, batch, length, d_inner (of a loss the vocabulary), d_state or width (of a loss 1),
-/// and words for variants. Several
+/// What is timed: operator, direction, type, batch, length, d_inner (of a loss the vocabulary), d_state or width (of a norm the
+/// size of a group, of an embedding the vocabulary, of a loss 1), and words for variants. Several
 /// values between commas stand for a case with each.
 const CASES: &[&str] = &[
     "scan forward,backward bf16,f32 8 2048 2048 16",
@@ -107,6 +109,15 @@ const CASES: &[&str] = &[
     // The parameters of 130m and 1.4b: layers, tokens, d_inner and d_state.
     "optimizer step f32,bf16 24 50280 1536 16",
     "optimizer step f32,bf16 48 50280 4096 16",
+    "norm forward,backward bf16,f32 8 2048 768 768",
+    "norm forward,backward bf16,f32 8 2048 2048 2048",
+    "norm forward bf16 8 2048 768 768 residual",
+    "norm forward bf16 8 2048 2048 2048 residual",
+    "norm forward,backward bf16 8 2048 2048 256",
+    "norm forward,backward bf16 8 2048 16 16",
+    "embedding backward bf16,f32 8 2048 768 50280",
+    "embedding backward f32 8 2048 768 50280 half",
+    "embedding backward f32 8 2048 768 256",
 ];
 
 /// Where cases run, and what bounds them there.
@@ -144,6 +155,12 @@ impl Bench {
             ("optimizer", "f32") => optimizer::step::<f32>(stream, case),
             ("optimizer", "f16") => optimizer::step::<f16>(stream, case),
             ("optimizer", "bf16") => optimizer::step::<bf16>(stream, case),
+            ("norm", "f32") => rows::norm::<f32>(stream, case),
+            ("norm", "f16") => rows::norm::<f16>(stream, case),
+            ("norm", "bf16") => rows::norm::<bf16>(stream, case),
+            ("embedding", "f32") => rows::embedding::<f32>(stream, case),
+            ("embedding", "f16") => rows::embedding::<f16>(stream, case),
+            ("embedding", "bf16") => rows::embedding::<bf16>(stream, case),
             #[cfg(feature = "candle-cuda")]
             ("candle", "f32") => candle::prepare(case),
             _ => Err(format!("no operator of this name and type: `{case}`").into()),

@@ -9,7 +9,9 @@ use rand::Rng;
 use selective_scan::cuda::{self, Cuda};
 use selective_scan::scan::cuda::{PerLane, Plan};
 use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut};
-use selective_scan::{DType, Element, ProjectionOf, View, ViewMut, conv, loss, optimizer, state_update};
+use selective_scan::{
+    DType, Element, ProjectionOf, View, ViewMut, conv, embedding, loss, norm, optimizer, state_update,
+};
 
 use crate::common::Random;
 
@@ -42,6 +44,9 @@ const OPERATORS: &[(&str, Run)] = &[
     ("state update", update_states),
     ("cross entropy", cross_entropy),
     ("optimizer step", optimizer_step),
+    ("norm forward", norm_forward),
+    ("norm backward", norm_backward),
+    ("embedding backward", embedding_backward),
 ];
 
 /// Taps of the convolution, and the rows that are decoded at once.
@@ -271,4 +276,58 @@ fn cross_entropy(stream: &Arc<CudaStream>) -> Result<(), Failure> {
     let logits = ViewMut::on_device(&mut logits, [LENGTH, CHANNELS]);
     let inputs = loss::InputsMut::new(logits, &targets, 1.0 / LENGTH as f32);
     Ok(loss::cuda::losses_and_gradient(stream, inputs, &mut losses)?)
+}
+
+/// The rows that are normed and looked up.
+const TOKENS: [usize; 2] = [BATCH * LENGTH, CHANNELS];
+
+/// A half activation added to a stream of f32, and their sum normed.
+fn norm_forward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let mut random = Random::new(4);
+    let x = uniform::<bf16>(stream, &mut random, COUNT, -1.0, 1.0)?;
+    let residual = uniform::<f32>(stream, &mut random, COUNT, -1.0, 1.0)?;
+    let weight = uniform::<f32>(stream, &mut random, CHANNELS, -1.0, 1.0)?;
+    let (mut out, mut sum) = (stream.alloc_zeros::<bf16>(COUNT)?, stream.alloc_zeros::<f32>(COUNT)?);
+    let inputs = norm::Inputs {
+        residual: Some(View::on_device(&residual, TOKENS)),
+        weight: Some(View::on_device(&weight, [CHANNELS])),
+        ..norm::Inputs::new(View::on_device(&x, TOKENS))
+    };
+    let outputs = norm::OutputMut { out: &mut out, residual_out: Some(&mut sum) };
+    Ok(norm::cuda::forward(stream, &inputs, outputs)?)
+}
+
+/// The gradient of the stream and of the weight.
+fn norm_backward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let mut random = Random::new(5);
+    let d_out = uniform::<bf16>(stream, &mut random, COUNT, -1.0, 1.0)?;
+    let s = uniform::<f32>(stream, &mut random, COUNT, -1.0, 1.0)?;
+    let d_sum = uniform::<f32>(stream, &mut random, COUNT, -1.0, 1.0)?;
+    let weight = uniform::<f32>(stream, &mut random, CHANNELS, -1.0, 1.0)?;
+    let (mut d_s, mut d_weight) = (stream.alloc_zeros::<f32>(COUNT)?, stream.alloc_zeros::<f32>(CHANNELS)?);
+    let inputs = norm::BackwardInputs {
+        weight: Some(View::on_device(&weight, [CHANNELS])),
+        d_residual_out: Some(View::on_device(&d_sum, TOKENS)),
+        ..norm::BackwardInputs::<bf16, f32, bf16, Cuda>::new(
+            View::on_device(&s, TOKENS),
+            View::on_device(&d_out, TOKENS),
+        )
+    };
+    let (residual, weight) = (Some(&mut d_s), Some(&mut d_weight));
+    Ok(norm::cuda::backward(stream, &inputs, norm::GradientsMut { x: None, residual, weight, z: None })?)
+}
+
+/// A vocabulary of four times as many tokens as there are, each as likely as another.
+fn embedding_backward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    const VOCABULARY: usize = 4 * LENGTH;
+    let mut random = Random::new(6);
+    let d_out = uniform::<bf16>(stream, &mut random, COUNT, -1.0, 1.0)?;
+    let ids: Vec<u32> = random
+        .fill::<f32>(LENGTH, |source| source.random_range(0.0..VOCABULARY as f32))
+        .into_iter()
+        .map(|id| id as u32)
+        .collect();
+    let ids = stream.clone_htod(&ids)?;
+    let mut d_table = stream.alloc_zeros::<f32>(VOCABULARY * CHANNELS)?;
+    Ok(embedding::cuda::backward(stream, &ids, &View::on_device(&d_out, TOKENS), VOCABULARY, &mut d_table)?)
 }

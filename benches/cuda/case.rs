@@ -13,7 +13,7 @@ pub struct Case {
     pub batch: usize,
     pub len: usize,
     pub d_inner: usize,
-    /// d_state, or the width of a convolution.
+    /// d_state, the width of a convolution, the size of a norm's groups or of an embedding's vocabulary.
     pub last: usize,
     /// Words for variants; each operator knows its own.
     pub variant: Vec<String>,

@@ -46,13 +46,23 @@ REACHED = 4 * (SEGMENTS - 1) * CHANNELS * (STATES + 1)  # bytes of those
 # Updates, of 64 rows and one token: the forward's instructions, and the states read and written.
 # Cross entropy, of L rows and D tokens: a comparison, a difference from the greatest, its product with log2(e), an exponential
 # and a sum; all but the comparison again for the gradient. Bytes: logits, and the gradient in their place.
+# Norm, of f32 sums and bf16 results: an addition, a multiply-add, two products; backward a product, two multiply-adds for the
+# sums, a product and a multiply-add for the weight's gradient, a multiply-add and a product, and what is added. Bytes: x,
+# residual, sum and out; backward the sum, its gradient, the result's gradient, and what is written.
+# Embedding, of a vocabulary of four times as many tokens: an addition for each element. Bytes: the rows read, the matrix
+# written; of the sort, which has an instruction for each id, ids, positions and starts.
 TAPS, ROWS = 4, 64
+VOCABULARY = 4 * BATCH * LENGTH
 ROW_PART = ROWS * CHANNELS / ELEMENTS
 LEAST = {
     "conv_forward": (1, (0, TAPS + 5), (0, 2), 4 * ELEMENTS + 4 * CHANNELS * (TAPS + 1)),
     "conv_backward": (1, (0, 3 * TAPS + 8), (0, 2), 6 * ELEMENTS + 8 * CHANNELS * (TAPS + 1)),
     "conv_update": (ROW_PART, (0, TAPS + 5), (0, 2),
                     ROWS * CHANNELS * (4 + 2 * 2 * (TAPS - 1)) + 4 * CHANNELS * (TAPS + 1)),
+    "rms_norm_forward": (1, (0, 4), (0, 0), 12 * ELEMENTS + 4 * CHANNELS),
+    "rms_norm_backward": (1, (0, 8), (0, 0), 14 * ELEMENTS + 8 * CHANNELS),
+    "embedding_sum": (1, (0, 1), (0, 0), 2 * ELEMENTS + 4 * VOCABULARY * CHANNELS),
+    "embedding_sort": (1 / CHANNELS, (0, 1), (0, 0), 12 * BATCH * LENGTH + 8 * VOCABULARY),
     "state_update": (ROW_PART, (5, 4), (1, 4),
                      ROWS * CHANNELS * (8 + 2 * 4 * STATES) + 2 * 2 * ROWS * STATES + PARAMETERS),
     "loss_cross_entropy": (1, (0, 9), (0, 2), 4 * ELEMENTS + 8 * LENGTH),

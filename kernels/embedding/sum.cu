@@ -151,7 +151,7 @@ __device__ __forceinline__ void finish(const Sum &p) {
 }
 
 #define INSTANCE(SUFFIX, T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4) embedding_sum_##SUFFIX(const __grid_constant__ Sum params) {  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3) embedding_sum_##SUFFIX(const __grid_constant__ Sum params) {  \
         sum<T>(params);                                                                                                \
     }
 

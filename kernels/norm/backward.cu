@@ -95,8 +95,11 @@ template <typename X, typename S, typename O, bool GATED> __device__ __forceinli
             float sums[2] = {};
 #pragma unroll
             for (int q = 0; q < QUADS; q++) quads[q].load(p, row, first + team.column(q), count(q));
+            // With a gate there are no registers for these yet.
+            if constexpr (!GATED) {
 #pragma unroll
-            for (int q = 0; q < QUADS; q++) quads[q].load_rest(p, row, first + team.column(q), count(q));
+                for (int q = 0; q < QUADS; q++) quads[q].load_rest(p, row, first + team.column(q), count(q));
+            }
 #pragma unroll
             for (int q = 0; q < QUADS; q++) add_terms(sums, quads[q], in, weight[q]);
             sum_over_team(sums, team, shared, turn);
@@ -104,6 +107,7 @@ template <typename X, typename S, typename O, bool GATED> __device__ __forceinli
             const float by = exists ? scale(in, sums[0]) : 0.0f, along = sums[1] * by / in.count;
 #pragma unroll
             for (int q = 0; q < QUADS; q++) {
+                if constexpr (GATED) quads[q].load_rest(p, row, first + team.column(q), count(q));
                 finish(quads[q], p, row, first + team.column(q), count(q), weight[q], by, along, d_weight[q]);
             }
         });

@@ -5,7 +5,9 @@ use selective_scan::norm::{BackwardInputs, GradientsMut, Inputs, OutputMut, cuda
 use selective_scan::scan::cuda::Plan;
 use selective_scan::{Element, View};
 
-use super::{against_reference, bits_repeat, large_and_small, what_is_not_finite_stays, zeros};
+use super::{
+    against_reference, bits_repeat, large_and_small, the_sum_is_what_is_normed, what_is_not_finite_stays, zeros,
+};
 use crate::support::device::Device;
 use crate::support::draw::Draw;
 use crate::support::gpu::{Copies, stream};
@@ -114,6 +116,16 @@ fn the_same_bits() {
     if stream().is_some() {
         for (rows, width) in [(70, 7), (70, 16), (40, 100), (5, 768)] {
             bits_repeat(gpu(), rows, width);
+        }
+    }
+}
+
+#[test]
+fn a_sum_in_the_same_call() {
+    if stream().is_some() {
+        for width in [7, 16, 512] {
+            the_sum_is_what_is_normed::<bf16>(gpu(), 5, width);
+            the_sum_is_what_is_normed::<f32>(gpu(), 5, width);
         }
     }
 }

@@ -299,6 +299,33 @@ fn threads_and_instructions_change_no_bits() {
     assert_eq!(all_bits(&pool.install(|| case.run(Device::best()))), expected);
 }
 
+/// A sum and its norm in one call have the bits of the sum, rounded, that is then normed; and without a residual the sum is
+/// `x`, signs of zeros included.
+fn the_sum_is_what_is_normed<S: Element>(device: Device, rows: usize, width: usize) {
+    for _ in 0..4 {
+        let draw = &mut Draw::new(seeded().1);
+        let mut case = Case::<S, S, S>::draw(draw, rows, width);
+        case.x.set([0, 0, 0], -0.0);
+        let one_call = case.forward(device);
+        let shape = [1, rows, width];
+        let mut values = one_call.residual_out.iter().map(|x| x.to_f32());
+        let x = Strided::new(shape, Layout::default(), || values.next().expect("as many"));
+        let alone = Case { x, residual: None, ..case };
+        let two_calls = alone.forward(device);
+        assert_eq!(bits(&one_call.out), bits(&two_calls.out), "{rows} rows of {width}, {device:?}");
+        assert_eq!(bits(&two_calls.residual_out), bits(&alone.x.data), "{rows} rows of {width}, {device:?}");
+    }
+}
+
+#[test]
+fn a_sum_in_the_same_call() {
+    for width in [7, 16, 100] {
+        the_sum_is_what_is_normed::<bf16>(Device::best(), 5, width);
+        the_sum_is_what_is_normed::<f16>(Device::best(), 5, width);
+        the_sum_is_what_is_normed::<f32>(Device::best(), 5, width);
+    }
+}
+
 /// NaN and infinity stay in their group of their row, forward and backward; all else keeps its bits.
 fn what_is_not_finite_stays(device: Device, width: usize, group_size: usize) {
     let (rows, hit) = (5, 2);
