@@ -224,8 +224,8 @@ fn update_states(stream: &Arc<CudaStream>) -> Result<(), Failure> {
     let inputs = state_update::Inputs {
         z: Some(View::on_device(&tensors.z, activation)),
         d: Some(View::on_device(&tensors.d, [CHANNELS])),
-        dt_bias: Some(View::on_device(&tensors.bias, [CHANNELS])),
-        options: state_update::Options { dt_softplus: true, ..Default::default() },
+        delta_bias: Some(View::on_device(&tensors.bias, [CHANNELS])),
+        options: state_update::Options { delta_softplus: true, ..Default::default() },
         ..state_update::Inputs::new(
             View::on_device(&tensors.u, activation),
             View::on_device(&tensors.delta, activation),

@@ -71,7 +71,7 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     let held = if fast { QUADS * QUAD } else { QUAD };
     params.lane_shift = d_state.div_ceil(held).next_power_of_two().min(32).ilog2().into();
     params.flags = params::flags([
-        (options.dt_softplus, kernels::FLAG_SOFTPLUS),
+        (options.delta_softplus, kernels::FLAG_SOFTPLUS),
         (hold, kernels::FLAG_ZOH),
         (whole, kernels::FLAG_VECTOR),
     ]);
@@ -99,7 +99,7 @@ fn is_small(p: &kernels::Update) -> bool {
         fits(&[(p.batch, x.batch), (p.tokens, x.step), (groups, x.group), (p.d_state, x.state)])
     };
     let out = [(p.batch, p.tokens * p.d_inner), (p.tokens, p.d_inner), (p.d_inner, 1)];
-    [&p.u, &p.dt, &p.z].into_iter().all(activation) && projection(&p.b) && projection(&p.c) && fits(&out)
+    [&p.u, &p.delta, &p.z].into_iter().all(activation) && projection(&p.b) && projection(&p.c) && fits(&out)
 }
 
 /// Whether all that has states as its last dimension can be accessed in vectors of 4.

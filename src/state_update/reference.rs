@@ -32,9 +32,9 @@ pub fn update<T: Element, St: Element>(inputs: &Inputs<T>, state: View<St, 3>) -
                     Projection::Constant(view) => f64::from(view.at([d, n])),
                 };
                 let u = f64::from(inputs.u.at([row, t, d]));
-                let raw =
-                    f64::from(inputs.dt.at([row, t, d])) + inputs.dt_bias.map_or(0.0, |view| f64::from(view.at([d])));
-                let delta = if inputs.options.dt_softplus { softplus(raw).0 } else { raw };
+                let raw = f64::from(inputs.delta.at([row, t, d]))
+                    + inputs.delta_bias.map_or(0.0, |view| f64::from(view.at([d])));
+                let delta = if inputs.options.delta_softplus { softplus(raw).0 } else { raw };
 
                 // Without D nothing goes past the states, not even the NaN of zero times infinity.
                 let mut y = inputs.d.map_or(0.0, |view| f64::from(view.at([d])) * u);

@@ -11,7 +11,7 @@ tensors! {
         /// The input.
         u: activation(batch, tokens, d_inner),
         /// The step sizes before bias and softplus.
-        dt: activation(batch, tokens, d_inner),
+        delta: activation(batch, tokens, d_inner),
         /// The state matrix, diagonal: negative for a state that decays.
         a: parameter(d_inner, d_state),
         /// How the input enters the state.
@@ -24,8 +24,8 @@ tensors! {
         z: activation(batch, tokens, d_inner),
         /// The skip connection.
         d: parameter(d_inner),
-        /// Added to `dt`.
-        dt_bias: parameter(d_inner),
+        /// Added to `delta`.
+        delta_bias: parameter(d_inner),
     }
     settings<'a> {
         /// The slot of each batch row's state, `(batch)`. No two rows may have the same; a negative one makes its row

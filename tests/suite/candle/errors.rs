@@ -85,10 +85,13 @@ fn of_the_updates() {
     refused(StateUpdate { slots: Some(&[0, 2]), ..update }.update(&pool), "`slots`: expected slots below 2");
     refused(StateUpdate { slots: Some(&[1, 1]), ..update }.update(&pool), "`slots`: expected a different slot");
     refused(
-        StateUpdate { dt: &b, ..update }.update(&pool),
-        "`dt`: expected shape (batch, tokens, d_inner) = [2, 1, 4]",
+        StateUpdate { delta: &b, ..update }.update(&pool),
+        "`delta`: expected shape (batch, tokens, d_inner) = [2, 1, 4]",
     );
-    refused(StateUpdate { u: &x.to_dtype(BF16).expect("floats"), ..update }.update(&pool), "`dt`: expected dtype BF16");
+    refused(
+        StateUpdate { u: &x.to_dtype(BF16).expect("floats"), ..update }.update(&pool),
+        "`delta`: expected dtype BF16",
+    );
     let (rows, weight) = (zeros(&[2, 3, 4], F32), zeros(&[4, 4], F32));
     let conv = ConvUpdate::new(&x, &weight);
     conv.update(&rows).expect("these fit");

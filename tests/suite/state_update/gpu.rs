@@ -18,13 +18,13 @@ pub fn update<T: Element, St: Element>(inputs: &Inputs<T>, outputs: UpdateMut<T,
     let copies = Copies::new(&stream);
     let on_device = Inputs {
         u: copies.view(&inputs.u),
-        dt: copies.view(&inputs.dt),
+        delta: copies.view(&inputs.delta),
         a: copies.view(&inputs.a),
         b: copies.projection(&inputs.b),
         c: copies.projection(&inputs.c),
         z: inputs.z.as_ref().map(|view| copies.view(view)),
         d: inputs.d.as_ref().map(|view| copies.view(view)),
-        dt_bias: inputs.dt_bias.as_ref().map(|view| copies.view(view)),
+        delta_bias: inputs.delta_bias.as_ref().map(|view| copies.view(view)),
         slots: inputs.slots,
         options: inputs.options,
     };
@@ -120,7 +120,7 @@ fn large_batches_take_any_slots() {
     for batch in [7, 513, 3001] {
         let draw = &mut Draw::new(batch as u64);
         let size = d_inner * d_state;
-        let (u, dt) = (draw.uniform::<bf16>(batch * d_inner, -1.0, 1.0), draw.uniform(batch * d_inner, -3.0, 1.0));
+        let (u, delta) = (draw.uniform::<bf16>(batch * d_inner, -1.0, 1.0), draw.uniform(batch * d_inner, -3.0, 1.0));
         let (b, c) = (draw.uniform(batch * d_state, -1.0, 1.0), draw.uniform(batch * d_state, -1.0, 1.0));
         let a = draw.uniform::<f32>(size, -2.0, 0.0);
         let slots: Vec<i32> =
@@ -130,10 +130,10 @@ fn large_batches_take_any_slots() {
         let projection = |data| View::new(data, [batch, 1, 1, d_state]);
         let inputs = Inputs {
             slots: Some(&slots),
-            options: Options { dt_softplus: true, ..Options::default() },
+            options: Options { delta_softplus: true, ..Options::default() },
             ..Inputs::new(
                 View::new(&u[..], activation),
-                View::new(&dt[..], activation),
+                View::new(&delta[..], activation),
                 View::new(&a, [d_inner, d_state]),
                 projection(&b[..]),
                 projection(&c[..]),
@@ -194,7 +194,7 @@ fn any_place_and_distance_give_the_same_bits() {
                 z: Some(activation(&activations[2][..])),
                 d: Some(View::new(&d[..], [d_inner])),
                 slots: Some(&slots),
-                options: Options { dt_softplus: true, ..Options::default() },
+                options: Options { delta_softplus: true, ..Options::default() },
                 ..Inputs::new(
                     activation(&activations[0][..]),
                     activation(&activations[1][..]),

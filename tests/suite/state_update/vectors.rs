@@ -8,15 +8,15 @@ use crate::support::vectors::{Case, Comparison, FORWARD, REFERENCE, widen};
 fn inputs<'a>(case: &'a Case, slots: &'a Option<Vec<i32>>) -> Inputs<'a, f32> {
     Inputs {
         u: case.view("u"),
-        dt: case.view("dt"),
+        delta: case.view("delta"),
         a: case.view("a"),
         b: case.projection("b"),
         c: case.projection("c"),
         z: case.optional("z"),
         d: case.optional("d"),
-        dt_bias: case.optional("dt_bias"),
+        delta_bias: case.optional("delta_bias"),
         slots: slots.as_deref(),
-        options: Options { dt_softplus: case.option("dt_softplus"), discretization: case.discretization() },
+        options: Options { delta_softplus: case.option("delta_softplus"), discretization: case.discretization() },
     }
 }
 
