@@ -1,5 +1,6 @@
 //! Tensors as strided views over storage that the caller owns.
 
+use std::convert::Infallible;
 use std::fmt;
 
 use crate::simd::{BLOCK, Row};
@@ -13,8 +14,14 @@ pub trait Memory: Copy + Send + Sync + std::fmt::Debug + sealed::Sealed + 'stati
     /// A buffer of `T` in this memory.
     type Buffer<T: Element>: ?Sized;
 
+    /// A buffer of slots in this memory, which no host function can look at; see [`DeviceSlots`](crate::DeviceSlots).
+    type SlotBuffer: ?Sized;
+
     /// The number of elements that `buffer` holds.
     fn len<T: Element>(buffer: &Self::Buffer<T>) -> usize;
+
+    /// The number of slots that `buffer` holds.
+    fn slot_count(buffer: &Self::SlotBuffer) -> usize;
 }
 
 pub(crate) mod sealed {
@@ -30,8 +37,15 @@ impl sealed::Sealed for Host {}
 impl Memory for Host {
     type Buffer<T: Element> = [T];
 
+    /// There is none: slots on the host are a slice.
+    type SlotBuffer = Infallible;
+
     fn len<T: Element>(buffer: &[T]) -> usize {
         buffer.len()
+    }
+
+    fn slot_count(buffer: &Infallible) -> usize {
+        match *buffer {}
     }
 }
 

@@ -170,7 +170,7 @@ fn update_states<T: Element, S: Element>(stream: &Arc<CudaStream>, case: &Case, 
             z: Some(zs.view(i, activation)),
             d: Some(View::on_device(&parameters, [d_inner])),
             delta_bias: Some(View::on_device(&parameters, [d_inner])),
-            slots: with_slots.then_some(&slots),
+            slots: with_slots.then_some(&slots[..]).into(),
             options: state_update::Options { delta_softplus: true, ..Default::default() },
             ..state_update::Inputs::new(
                 us.view(i, activation),

@@ -102,7 +102,7 @@ impl<'a> Arguments<'a> {
         Self { stream, uses: Vec::new() }
     }
 
-    fn check<T: Element>(&self, argument: &'static str, slice: &CudaSlice<T>) -> Result<()> {
+    fn check<T>(&self, argument: &'static str, slice: &CudaSlice<T>) -> Result<()> {
         if Arc::ptr_eq(slice.context(), self.stream.context()) {
             return Ok(());
         }
@@ -115,7 +115,7 @@ impl<'a> Arguments<'a> {
     }
 
     /// The address of a buffer's element `offset`, to be read.
-    pub fn read<T: Element>(&mut self, argument: &'static str, slice: &'a CudaSlice<T>, offset: usize) -> Result<u64> {
+    pub fn read<T>(&mut self, argument: &'static str, slice: &'a CudaSlice<T>, offset: usize) -> Result<u64> {
         self.check(argument, slice)?;
         let (address, used) = slice.device_ptr(self.stream);
         self.uses.push(used);

@@ -2,7 +2,6 @@
 
 use super::{Inputs, STATE_NAMES, UpdateOutput};
 use crate::arguments::{Dims, zeroed};
-use crate::pool::Slots;
 use crate::reference::{input_weight, silu, softplus};
 use crate::{Element, Projection, Result, View};
 
@@ -14,7 +13,8 @@ pub fn update<T: Element, St: Element>(inputs: &Inputs<T>, state: View<St, 3>) -
     let problem = inputs.check()?;
     let Dims { batch, len: tokens, d_inner, d_state, .. } = problem.dims;
     state.check("state", STATE_NAMES[0], [state.shape[0], d_inner, d_state])?;
-    let slots = Slots::check(inputs.slots, batch, state.shape[0])?;
+    let slots = inputs.slots;
+    slots.check(batch, state.shape[0])?;
     let mut output = UpdateOutput {
         out: zeroed("u", &[batch, tokens, d_inner])?,
         token_states: zeroed("u", &[batch, tokens, d_inner, d_state])?,

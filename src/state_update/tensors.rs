@@ -3,6 +3,7 @@
 use super::Options;
 use crate::arguments::Dims;
 use crate::kinds::tensors;
+use crate::{DeviceSlots, Slots};
 
 tensors! {
     /// The tensors that a state update reads beside the states, as some [`Kind`](crate::kinds::Kind).
@@ -29,8 +30,8 @@ tensors! {
     }
     settings<'a> {
         /// The slot of each batch row's state, `(batch)`. No two rows may have the same; a negative one makes its row
-        /// padding, which gives zero and touches no state. If absent, the pool has one slot for each row.
-        slots: Option<&'a [i32]> = None,
+        /// padding, which gives zero and touches no state. By default the pool has one slot for each row.
+        slots: Slots<'a, DeviceSlots<'a, M>> | crate::candle::Slots<'a> = Slots::Rows,
         /// The variant of the recurrence.
         options: Options = Options::default(),
     }

@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 
 use super::state::States;
 use super::{MambaConfig, MambaState, Norms};
-use crate::candle::{CausalConv, ConvUpdate, Scan, StateUpdate};
+use crate::candle::{CausalConv, ConvUpdate, Scan, Slots, StateUpdate};
 use crate::nn::layers::{Initial, Linear, Parameter, Parameters, rms_norm};
 use crate::{conv, scan, state_update};
 
@@ -117,7 +117,7 @@ impl SsmPath {
     }
 
     /// Carries states through a few tokens, in place.
-    pub fn step(&self, x: &Tensor, z: &Tensor, state: &MambaState, slots: Option<&[i32]>) -> Result<Tensor> {
+    pub fn step(&self, x: &Tensor, z: &Tensor, state: &MambaState, slots: Slots) -> Result<Tensor> {
         let values = self.values()?;
         let weight = &values.conv_weight;
         let update = ConvUpdate { bias: values.conv_bias.as_ref(), slots, silu: true, ..ConvUpdate::new(x, weight) };

@@ -46,14 +46,14 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     problem: &Problem<T>,
     outputs: UpdateMut<T, St>,
 ) -> Result<()> {
-    let slots = problem.check_outputs(&outputs)?;
+    problem.check_outputs(&outputs)?;
     let Dims { batch, len, d_inner, d_state, .. } = problem.dims;
     if batch == 0 || len == 0 {
         return Ok(());
     }
     let pass = Pass {
         problem,
-        slots,
+        slots: problem.inputs.slots,
         state: Pool::new(outputs.state),
         out: Shared::new(outputs.out),
         token_states: outputs.token_states.map(Shared::new),

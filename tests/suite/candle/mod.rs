@@ -7,6 +7,7 @@ mod gpu;
 mod graph;
 mod plain;
 mod scan;
+mod slots;
 mod update;
 mod vectors;
 mod views;

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor, Var, WithDType};
 use half::{bf16, f16};
 use selective_scan::candle::{CausalConv, ConvUpdate, Scan, StateUpdate, rollback};
-use selective_scan::{Element, View, ViewMut, conv, scan, state_update};
+use selective_scan::{Element, Slots, View, ViewMut, conv, scan, state_update};
 
 use super::values;
 use crate::support::draw::{Draw, seeded};
@@ -54,7 +54,7 @@ pub fn like_slices<T: Element + WithDType, St: Element + WithDType>(device: &Dev
         z: Some(View::new(&z, activation)),
         d: Some(View::new(&d, [D])),
         delta_bias: Some(View::new(&delta_bias, [D])),
-        slots: Some(&SLOTS),
+        slots: Slots::Host(&SLOTS),
         options,
         ..state_update::Inputs::new(
             View::new(&u, activation),
@@ -76,7 +76,7 @@ pub fn like_slices<T: Element + WithDType, St: Element + WithDType>(device: &Dev
         z: Some(&z_),
         d: Some(&d_),
         delta_bias: Some(&bias_),
-        slots: Some(&SLOTS),
+        slots: Slots::Host(&SLOTS),
         options,
         ..StateUpdate::new(&u_, &delta_, &a_, &b_, &c_)
     };
@@ -93,20 +93,21 @@ pub fn like_slices<T: Element + WithDType, St: Element + WithDType>(device: &Dev
     // The first row keeps two tokens and the third all four.
     let accepted = [2, 0, 4];
     let token_view = View::new(&expected.token_states, [BATCH, TOKENS, D, N]);
-    state_update::rollback(strided(&mut expected_pool, [D, N]), token_view, Some(&SLOTS), &accepted).expect("valid");
-    rollback(&inner(&pools[0]), &token_states, Some(&SLOTS), &accepted).expect("valid");
+    state_update::rollback(strided(&mut expected_pool, [D, N]), token_view, &SLOTS, &accepted).expect("valid");
+    rollback(&inner(&pools[0]), &token_states, &SLOTS, &accepted).expect("valid");
     check(device, is_narrow, &values(&pools[0]), &widen(&expected_pool), &what);
 
     let inputs = conv::UpdateInputs {
         bias: Some(View::new(&d, [D])),
-        slots: Some(&SLOTS),
+        slots: Slots::Host(&SLOTS),
         silu: true,
         ..conv::UpdateInputs::new(View::new(&u, activation), View::new(&weight, [D, WIDTH]))
     };
     let mut expected_pool = wide_rows.clone();
     let expected = inputs.update_with_token_states(strided(&mut expected_pool, [WIDTH - 1, D])).expect("valid");
     let weight_ = parameter(&weight, &[D, WIDTH]);
-    let update = ConvUpdate { bias: Some(&d_), slots: Some(&SLOTS), silu: true, ..ConvUpdate::new(&u_, &weight_) };
+    let update =
+        ConvUpdate { bias: Some(&d_), slots: Slots::Host(&SLOTS), silu: true, ..ConvUpdate::new(&u_, &weight_) };
     let pool = dense(&wide_rows, &[POOL, WIDTH - 1, D + 4], device);
     let (out, token_states) = update.update_with_token_states(&inner(&pool)).expect("valid");
     check(device, is_narrow, &values(&out), &widen(&expected.out), &what);

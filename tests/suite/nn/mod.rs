@@ -1,7 +1,7 @@
 //! The Mamba block and the language model.
 
 mod checkpoints;
-mod decoding;
+pub mod decoding;
 mod initial;
 mod layers;
 mod mixed;

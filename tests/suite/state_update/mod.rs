@@ -7,7 +7,7 @@ mod wild;
 
 use half::{bf16, f16};
 use selective_scan::state_update::{Inputs, Options, UpdateMut, cpu, reference, rollback};
-use selective_scan::{Discretization, Element, Isa, Projection, View, ViewMut, scan};
+use selective_scan::{Discretization, Element, Isa, Projection, Slots, View, ViewMut, scan};
 
 use crate::support::device::Device;
 use crate::support::draw::Draw;
@@ -101,7 +101,7 @@ impl<T: Element, St: Element> Case<T, St> {
             z: self.z.as_ref().map(part),
             d: self.d.as_ref().map(|d| View::new(&d[..], [d.len()])),
             delta_bias: self.delta_bias.as_ref().map(|bias| View::new(&bias[..], [bias.len()])),
-            slots: self.slots.as_deref(),
+            slots: self.slots.as_deref().into(),
             options: self.options,
             ..Inputs::new(
                 part(&self.u),
@@ -389,9 +389,9 @@ fn what_does_not_fit_is_named() {
         sizes,
         "`delta_bias`: expected a stor",
     );
-    check(Inputs { slots: Some(&[0]), ..good }, shape, None, sizes, "`slots`: expected one for each of 2");
-    check(Inputs { slots: Some(&[0, 2]), ..good }, shape, None, sizes, "`slots`: expected slots below 2");
-    check(Inputs { slots: Some(&[1, 1]), ..good }, shape, None, sizes, "`slots`: expected a different slot");
+    check(Inputs { slots: Slots::Host(&[0]), ..good }, shape, None, sizes, "`slots`: expected one for each of 2");
+    check(Inputs { slots: Slots::Host(&[0, 2]), ..good }, shape, None, sizes, "`slots`: expected slots below 2");
+    check(Inputs { slots: Slots::Host(&[1, 1]), ..good }, shape, None, sizes, "`slots`: expected a different slot");
     check(good, [3, 4, 3], None, sizes, "`state`: expected one slot for each of 2 batch rows");
     check(good, [2, 4, 4], None, sizes, "`state`: expected shape (slots, d_inner, d_state) = [2, 4, 3]");
     check(good, shape, Some([2, 3, 1]), sizes, "`state`: expected strides");
@@ -432,6 +432,6 @@ fn a_rollback_that_does_not_fit_is_named() {
     // A padding row's count is not looked at.
     let mut pool = [1.0f32; 8];
     let token_states = View::new(&states, shape);
-    rollback(ViewMut::new(&mut pool, [2, 2, 2]), token_states, Some(&[-1, 0]), &[0, 3]).unwrap();
+    rollback(ViewMut::new(&mut pool, [2, 2, 2]), token_states, &[-1, 0], &[0, 3]).unwrap();
     assert_eq!(pool, [2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]);
 }
