@@ -206,7 +206,8 @@ impl LanguageModel {
 
     /// Reads the next token of each sequence: `ids` `(batch)` to the logits after it, `(batch, vocab_size)` of `f32`.
     /// Cache and slots are those of [`LanguageModel::prefill`], and slots may also be a tensor of `i32` where the states are,
-    /// `(batch)`, which on a GPU is read when the step runs there; not differentiable, as that.
+    /// `(batch)`, which on a GPU is read when the step runs there; not differentiable, as that. The ids are read and checked on
+    /// the host; [`Backbone::step`] has none.
     ///
     /// # Errors
     /// As [`LanguageModel::prefill`].
