@@ -94,13 +94,13 @@ pub fn beyond_a_pool(device: &Device) {
 pub fn refused(device: &Device) {
     let updates = Updates::new(1, device);
     let before = updates.all(&[]);
-    let columns = list(&[0, 1, 2, 3, 4, 0], device).reshape((3, 2)).and_then(|x| x.t()).expect("two dimensions");
-    let tensor = list(&[0, 1, 2], device);
+    let column = list(&[0, 3, 1, 4, 2, 0], device).reshape((3, 2)).and_then(|x| x.narrow(1, 0, 1)?.squeeze(1));
+    let tensor = list(&[0, -1, 2], device);
     let cases = [
         (Tensor::zeros(BATCH, DType::U32, device).expect("a tensor"), "`slots`: expected dtype I32, got U32"),
         (list(&[0, 1], device), "`slots`: expected one for each of 3 batch rows, got 2"),
         (tensor.unsqueeze(0).expect("a view"), "`slots`: expected shape (batch), got [1, 3]"),
-        (columns.get(0).expect("a row"), "`slots`: expected a contiguous tensor, got stride [2]"),
+        (column.expect("a column"), "`slots`: expected a contiguous tensor, got stride [2]"),
     ];
     for (slots, expected) in cases {
         let slots = Slots::from(&slots);
@@ -119,10 +119,12 @@ pub fn refused(device: &Device) {
             assert!(error.starts_with(expected), "{error}");
         }
     }
-    // Counts of padding rows are not known to be such.
-    let kept = Tensor::zeros((BATCH, 2, D, N), DType::F32, device).expect("a tensor");
-    let error = rollback(&updates.states, &kept, &tensor, &[1, 3, 1]).expect_err("two tokens").to_string();
-    assert!(error.starts_with("`accepted`: expected from 1 to 2 tokens of each row, got 3 for row 1"), "{error}");
+    // The host does not know which rows are padding on a GPU, so that every count is checked.
+    if !device.is_cpu() {
+        let kept = Tensor::zeros((BATCH, 2, D, N), DType::F32, device).expect("a tensor");
+        let error = rollback(&updates.states, &kept, &tensor, &[1, 3, 1]).expect_err("two tokens").to_string();
+        assert!(error.starts_with("`accepted`: expected from 1 to 2 tokens of each row, got 3 for row 1"), "{error}");
+    }
     assert!(updates.all(&[]) == before, "nothing is written");
 }
 
