@@ -13,7 +13,8 @@ use crate::{Error, View, ViewMut};
 /// The slots of an update of candle's tensors: a list on the host, or a tensor of `i32`, `(batch)`, where the pool is.
 ///
 /// One on the processor is read and checked as a list on the host. One on a GPU stays there: nothing waits for it, and what it
-/// says cannot be checked, see [`Slots`](crate::Slots#on-a-device).
+/// says cannot be checked, see [`Slots`](crate::Slots#on-a-device). (`Tensor::slice_set` of candle 0.11 does not copy `i32` on
+/// a GPU. An [`InplaceOp1`](candle_core::InplaceOp1) of one's own does, by a copy to the storage's slice.)
 pub type Slots<'a> = crate::Slots<'a, &'a Tensor>;
 
 impl<'a> From<&'a Tensor> for Slots<'a> {

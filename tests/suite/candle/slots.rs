@@ -1,6 +1,6 @@
 //! Slots as tensors: as lists on the host, and on a GPU read when an update runs.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Tensor};
 use selective_scan::candle::{ConvUpdate, Slots, StateUpdate, rollback};
 
 use super::values;
@@ -60,6 +60,28 @@ fn list(slots: &[i32], device: &Device) -> Tensor {
     Tensor::new(slots, device).expect("a tensor")
 }
 
+/// Writes slots into a tensor from element 1 on, since candle copies no `i32` on GPUs.
+struct Write<'a>(&'a [i32]);
+
+impl InplaceOp1 for Write<'_> {
+    fn name(&self) -> &'static str {
+        "write-slots"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+        let CpuStorage::I32(data) = storage else { candle_core::bail!("i32 is expected") };
+        data[1..][..self.0.len()].copy_from_slice(self.0);
+        Ok(())
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, _: &Layout) -> candle_core::Result<()> {
+        let stream = storage.device.cuda_stream();
+        let to = storage.as_cuda_slice_mut::<i32>()?;
+        stream.memcpy_htod(self.0, &mut to.slice_mut(1..=self.0.len())).map_err(candle_core::Error::wrap)
+    }
+}
+
 /// A tensor of slots, also one that is a part of another, gives the bits of a list on the host; and other slots once others
 /// stand in it.
 pub fn as_a_list(device: &Device) {
@@ -68,7 +90,7 @@ pub fn as_a_list(device: &Device) {
     let wide = list(&[7, 4, -1, 1, 7], device);
     let slots = wide.narrow(0, 1, BATCH).expect("a range");
     for host in [[4, -1, 1], [0, 3, 4]] {
-        wide.slice_set(&list(&host, device), 0, 1).expect("it fits");
+        wide.inplace_op1(&Write(&host)).expect("they fit");
         let got = ours.run((&slots).into()).expect("valid");
         let want = expected.run((&host).into()).expect("valid");
         assert!(ours.all(&got) == expected.all(&want), "{host:?}, seed {seed}");
