@@ -25,7 +25,7 @@ fn main() -> Result<()> {
     // The prompt goes to slot 0, all tokens at once. What comes out are the logits of what follows it.
     let prompt = tokens("the state of a ");
     let ids = Tensor::new(&prompt[..], &device)?.unsqueeze(0)?;
-    let first = model.prefill(&ids, &cache, Some(&[0]))?; // (1, 27)
+    let first = model.prefill(&ids, &cache, &[0])?; // (1, 27)
 
     // All four texts begin with this prompt, which is not read again: its states are copied.
     cache.copy_slots(&[0, 0, 0], &[1, 2, 3])?;
@@ -53,8 +53,8 @@ fn main() -> Result<()> {
     // A text that ended makes room for another one, while the rest go on. Rows need not be slots in order: here the batch
     // is slots 3 and 1.
     cache.reset(Some(&[3]))?;
-    model.prefill(&Tensor::new(tokens("hello"), &device)?.unsqueeze(0)?, &cache, Some(&[3]))?;
-    let next = model.step(&Tensor::new(&[tokens("o")[0], tokens("e")[0]], &device)?, &cache, Some(&[3, 1]))?;
+    model.prefill(&Tensor::new(tokens("hello"), &device)?.unsqueeze(0)?, &cache, &[3])?;
+    let next = model.step(&Tensor::new(&[tokens("o")[0], tokens("e")[0]], &device)?, &cache, &[3, 1])?;
     println!("slots 3 and 1 go on as a batch of two: logits {:?}", next.dims());
     Ok(())
 }

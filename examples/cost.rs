@@ -35,7 +35,7 @@ const OPERATORS: &[(&str, Run)] = &[
     ("scan forward, four channels a lane", |stream| scan_forward(stream, unsplit(PerLane::Four))),
     ("scan forward, one state a lane", |stream| scan_forward(stream, in_parts(PerLane::Quarter))),
     ("scan forward, two states a lane", |stream| scan_forward(stream, in_parts(PerLane::Half))),
-    ("scan forward, split", |stream| scan_forward(stream, Plan { segment_steps: Some(64), per_lane: None })),
+    ("scan forward, split", |stream| scan_forward(stream, Plan { segment_steps: Some(64), ..Plan::default() })),
     ("scan backward, unsplit", |stream| scan_backward(stream, unsplit(PerLane::One))),
     ("scan backward, as planned", |stream| scan_backward(stream, Plan::default())),
     ("convolution forward", conv_forward),
@@ -54,11 +54,11 @@ const WIDTH: usize = 4;
 const ROWS: usize = 64;
 
 fn unsplit(per_lane: PerLane) -> Plan {
-    Plan { segment_steps: Some(usize::MAX), per_lane: Some(per_lane) }
+    Plan { segment_steps: Some(usize::MAX), per_lane: Some(per_lane), ..Plan::default() }
 }
 
 fn in_parts(per_lane: PerLane) -> Plan {
-    Plan { segment_steps: None, per_lane: Some(per_lane) }
+    Plan { per_lane: Some(per_lane), ..Plan::default() }
 }
 
 fn main() -> Result<(), Failure> {
@@ -250,8 +250,8 @@ fn update_states(stream: &Arc<CudaStream>) -> Result<(), Failure> {
     let inputs = state_update::Inputs {
         z: Some(View::on_device(&tensors.z, activation)),
         d: Some(View::on_device(&tensors.d, [CHANNELS])),
-        dt_bias: Some(View::on_device(&tensors.bias, [CHANNELS])),
-        options: state_update::Options { dt_softplus: true, ..Default::default() },
+        delta_bias: Some(View::on_device(&tensors.bias, [CHANNELS])),
+        options: state_update::Options { delta_softplus: true, ..Default::default() },
         ..state_update::Inputs::new(
             View::on_device(&tensors.u, activation),
             View::on_device(&tensors.delta, activation),

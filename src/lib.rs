@@ -123,7 +123,7 @@ pub use arguments::{Discretization, MAX_D_STATE, Projection};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
 pub use kinds::{Buffers, Kind, ProjectionOf, Vectors, Views};
-pub use pool::Slots;
+pub use pool::{DeviceSlots, Slots};
 pub use sequences::count_sequences;
 pub use simd::Isa;
 pub use view::{Host, Memory, View, ViewMut};

@@ -4,6 +4,11 @@
 pub(crate) mod candle;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+mod slots;
+
+pub use slots::{DeviceSlots, Slots};
+#[cfg(feature = "candle")]
+pub(crate) use slots::{check_count, check_list, check_pool_size};
 
 use std::fmt;
 
@@ -58,83 +63,33 @@ pub struct UpdateOutput<T, St> {
 impl<T: Element, St: Element, M: Memory> UpdateMut<'_, T, St, M> {
     /// Checks the pool, the slots and the buffers against activations of shape `activation` and states of
     /// `state_shape`. `names` are those of the dimensions of the pool and of `token_states`.
-    pub(crate) fn check<'s>(
+    pub(crate) fn check(
         &self,
         activation: [usize; 3],
         state_shape: [usize; 2],
         names: [&str; 2],
-        slots: Option<&'s [i32]>,
-    ) -> Result<Slots<'s>> {
+        slots: Slots<DeviceSlots<M>>,
+    ) -> Result<()> {
         let ([batch, tokens, _], [rows, columns]) = (activation, state_shape);
-        let slots = check_pool(&self.state, state_shape, names[0], batch, slots)?;
+        check_pool(&self.state, state_shape, names[0], batch, slots)?;
         check_len("out", "(batch, tokens, d_inner)", &activation, M::len(self.out))?;
         if let Some(states) = &self.token_states {
             check_len("token_states", names[1], &[batch, tokens, rows, columns], M::len(states))?;
         }
-        Ok(slots)
+        Ok(())
     }
 }
 
 /// Checks a pool and that each of `batch` rows has a slot in it.
-pub(crate) fn check_pool<'s, St: Element, M: Memory>(
+fn check_pool<St: Element, M: Memory>(
     state: &ViewMut<St, 3, M>,
     [rows, columns]: [usize; 2],
     names: &str,
     batch: usize,
-    slots: Option<&'s [i32]>,
-) -> Result<Slots<'s>> {
+    slots: Slots<DeviceSlots<M>>,
+) -> Result<()> {
     state.check("state", names, [state.shape[0], rows, columns])?;
-    Slots::check(slots, batch, state.shape[0])
-}
-
-/// The slot in a pool of states that each batch row has: its own number, or what a checked list says.
-#[derive(Debug, Clone, Copy)]
-pub struct Slots<'a>(Option<&'a [i32]>);
-
-impl<'a> Slots<'a> {
-    /// Checks `slots` against `batch` rows and a pool of `pool` slots. Negative ones are padding.
-    ///
-    /// # Errors
-    /// Another number of slots than rows, or without `slots` a pool of another size; a slot that the pool does not have;
-    /// two rows with one slot, since they are updated at the same time.
-    pub fn check(slots: Option<&'a [i32]>, batch: usize, pool: usize) -> Result<Self> {
-        let Some(slots) = slots else {
-            if pool != batch {
-                let expected = format_args!("one slot for each of {batch} batch rows, since no `slots` are given");
-                return Err(Error::argument("state", expected, format_args!("{pool} slots")));
-            }
-            return Ok(Self(None));
-        };
-        if slots.len() != batch {
-            let expected = format_args!("one for each of {batch} batch rows");
-            return Err(Error::argument("slots", expected, format_args!("{}", slots.len())));
-        }
-        let mut used = Vec::with_capacity(slots.len());
-        for (row, &slot) in slots.iter().enumerate() {
-            match usize::try_from(slot) {
-                Ok(index) if index >= pool => {
-                    let expected = format_args!("slots below {pool}, or negative ones for padding");
-                    return Err(Error::argument("slots", expected, format_args!("{slot} for row {row}")));
-                }
-                Ok(index) => used.push(index),
-                Err(_) => {}
-            }
-        }
-        used.sort_unstable();
-        if let Some(pair) = used.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(Error::argument("slots", "a different slot for every row", format_args!("{} twice", pair[0])));
-        }
-        Ok(Self(Some(slots)))
-    }
-
-    /// The slot of batch row `row`; `None` for padding.
-    #[inline(always)]
-    pub fn get(&self, row: usize) -> Option<usize> {
-        match self.0 {
-            None => Some(row),
-            Some(slots) => usize::try_from(slots[row]).ok(),
-        }
-    }
+    slots.check(batch, state.shape[0])
 }
 
 /// A checked pool, the rows of which go to different tasks.
@@ -231,18 +186,20 @@ impl<'a, St: Element> Pool<'a, St> {
 ///
 /// `state` is the pool, `(slots, ..state_shape)`; `token_states` is what an update over the same `slots` left in
 /// [`UpdateMut::token_states`], `(batch, tokens, ..state_shape)`. The slot of batch row `i` gets the state after the
-/// first `accepted[i]` tokens. A padding row (a negative slot) touches nothing, and its `accepted` is not looked at.
+/// first `accepted[i]` tokens. A padding row (a negative slot) touches nothing, and its `accepted` is not looked at (but
+/// where slots lie on a device, which rows are padding is not known, and every count is checked).
 ///
 /// # Errors
 /// Shapes and slots must fit each other as in the update. `accepted` must be from 1 to `tokens`: the state before the
 /// first token is not among those that the update keeps, so it cannot be restored. Nothing is written on an error.
-pub fn rollback<St: Element>(
+pub fn rollback<'s, St: Element>(
     state: ViewMut<St, 3>,
     token_states: View<St, 4>,
-    slots: Option<&[i32]>,
+    slots: impl Into<Slots<'s>>,
     accepted: &[usize],
 ) -> Result<()> {
-    let slots = check_rollback(&state, &token_states, slots, accepted)?;
+    let slots = slots.into();
+    check_rollback(&state, &token_states, slots, accepted)?;
     let [_, _, rows, columns] = token_states.shape;
     if columns == 0 {
         return Ok(());
@@ -259,52 +216,32 @@ pub fn rollback<St: Element>(
 }
 
 /// Checks the arguments of [`rollback`].
-pub(crate) fn check_rollback<'s, St: Element, M: Memory>(
+pub(crate) fn check_rollback<St: Element, M: Memory>(
     state: &ViewMut<St, 3, M>,
     token_states: &View<St, 4, M>,
-    slots: Option<&'s [i32]>,
+    slots: Slots<DeviceSlots<M>>,
     accepted: &[usize],
-) -> Result<Slots<'s>> {
+) -> Result<()> {
     let [batch, tokens, rows, columns] = token_states.shape;
     token_states.check("token_states", "(batch, tokens, ..state_shape)", token_states.shape)?;
     if accepted.len() != batch {
         let expected = format_args!("one count for each of {batch} batch rows");
         return Err(Error::argument("accepted", expected, format_args!("{}", accepted.len())));
     }
-    let slots = check_pool(state, [rows, columns], "(slots, ..state_shape)", batch, slots)?;
+    check_pool(state, [rows, columns], "(slots, ..state_shape)", batch, slots)?;
     for (row, &accepted) in accepted.iter().enumerate() {
-        if slots.get(row).is_some() && !(1..=tokens).contains(&accepted) {
+        if !slots.is_padding(row) && !(1..=tokens).contains(&accepted) {
             let why = if accepted == 0 { " (the state before the first token is not kept)" } else { "" };
             let expected = format_args!("from 1 to {tokens} tokens of each row").to_string();
             return Err(Error::argument("accepted", expected, format_args!("{accepted} for row {row}{why}")));
         }
     }
-    Ok(slots)
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn slots_are_checked() {
-        assert_eq!(Slots::check(None, 2, 2).unwrap().get(1), Some(1));
-        let slots = Slots::check(Some(&[3, -1, 0, i32::MIN]), 4, 4).unwrap();
-        assert_eq!([0, 1, 2, 3].map(|row| slots.get(row)), [Some(3), None, Some(0), None]);
-        for (slots, batch, pool, text) in [
-            (
-                None,
-                2,
-                3,
-                "`state`: expected one slot for each of 2 batch rows, since no `slots` are given, got 3 slots",
-            ),
-            (Some(&[0, 1][..]), 3, 4, "`slots`: expected one for each of 3 batch rows, got 2"),
-            (Some(&[0, 4]), 2, 4, "`slots`: expected slots below 4, or negative ones for padding, got 4 for row 1"),
-            (Some(&[2, -1, 2]), 3, 4, "`slots`: expected a different slot for every row, got 2 twice"),
-        ] {
-            assert_eq!(Slots::check(slots, batch, pool).unwrap_err().to_string(), text);
-        }
-    }
 
     #[test]
     fn a_strided_pool_is_read_and_written_in_place() {

@@ -1,5 +1,6 @@
 //! Tensors as strided views over storage that the caller owns.
 
+use std::convert::Infallible;
 use std::fmt;
 
 use crate::simd::{BLOCK, Row};
@@ -15,12 +16,16 @@ pub trait Memory: Copy + Send + Sync + std::fmt::Debug + sealed::Sealed + 'stati
 
     /// A buffer of token ids, `u32`, in this memory.
     type Tokens: ?Sized;
+    /// A buffer of slots in this memory, which no host function can look at; see [`DeviceSlots`](crate::DeviceSlots).
+    type SlotBuffer: ?Sized;
 
     /// The number of elements that `buffer` holds.
     fn len<T: Element>(buffer: &Self::Buffer<T>) -> usize;
 
     /// The number of ids that `tokens` holds.
     fn token_count(tokens: &Self::Tokens) -> usize;
+    /// The number of slots that `buffer` holds.
+    fn slot_count(buffer: &Self::SlotBuffer) -> usize;
 }
 
 pub(crate) mod sealed {
@@ -37,12 +42,19 @@ impl Memory for Host {
     type Buffer<T: Element> = [T];
     type Tokens = [u32];
 
+    /// There is none: slots on the host are a slice.
+    type SlotBuffer = Infallible;
+
     fn len<T: Element>(buffer: &[T]) -> usize {
         buffer.len()
     }
 
     fn token_count(tokens: &[u32]) -> usize {
         tokens.len()
+    }
+
+    fn slot_count(buffer: &Infallible) -> usize {
+        match *buffer {}
     }
 }
 

@@ -170,9 +170,9 @@ fn update_states<T: Element, S: Element>(stream: &Arc<CudaStream>, case: &Case, 
         let inputs = state_update::Inputs {
             z: Some(zs.view(i, activation)),
             d: Some(View::on_device(&parameters, [d_inner])),
-            dt_bias: Some(View::on_device(&parameters, [d_inner])),
-            slots: with_slots.then_some(&slots),
-            options: state_update::Options { dt_softplus: true, ..Default::default() },
+            delta_bias: Some(View::on_device(&parameters, [d_inner])),
+            slots: with_slots.then_some(&slots[..]).into(),
+            options: state_update::Options { delta_softplus: true, ..Default::default() },
             ..state_update::Inputs::new(
                 us.view(i, activation),
                 dts.view(i, activation),

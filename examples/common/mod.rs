@@ -215,13 +215,13 @@ pub struct UpdateData<T> {
     pub d_state: usize,
     pub state: Vec<f32>,
     pub u: Vec<T>,
-    pub dt: Vec<T>,
+    pub delta: Vec<T>,
     pub z: Vec<T>,
     pub b: Vec<T>,
     pub c: Vec<T>,
     pub a: Vec<f32>,
     pub d: Vec<f32>,
-    pub dt_bias: Vec<f32>,
+    pub delta_bias: Vec<f32>,
 }
 
 impl<T: Element> UpdateData<T> {
@@ -232,13 +232,13 @@ impl<T: Element> UpdateData<T> {
             d_state,
             state: random.normal(batch * d_inner * d_state),
             u: random.normal(batch * d_inner),
-            dt: random.fill(batch * d_inner, raw_delta),
+            delta: random.fill(batch * d_inner, raw_delta),
             z: random.normal(batch * d_inner),
             b: random.normal(batch * d_state),
             c: random.normal(batch * d_state),
             a: state_matrix(d_inner, d_state),
             d: random.fill(d_inner, skip),
-            dt_bias: random.fill(d_inner, delta_bias),
+            delta_bias: random.fill(d_inner, delta_bias),
         }
     }
 
@@ -252,11 +252,11 @@ impl<T: Element> UpdateData<T> {
         state_update::Inputs {
             z: Some(View::new(&self.z, activation)),
             d: Some(View::new(&self.d, [d_inner])),
-            dt_bias: Some(View::new(&self.dt_bias, [d_inner])),
-            options: state_update::Options { dt_softplus: true, ..Default::default() },
+            delta_bias: Some(View::new(&self.delta_bias, [d_inner])),
+            options: state_update::Options { delta_softplus: true, ..Default::default() },
             ..state_update::Inputs::new(
                 View::new(&self.u, activation),
-                View::new(&self.dt, activation),
+                View::new(&self.delta, activation),
                 View::new(&self.a, [d_inner, d_state]),
                 View::new(&self.b, projection),
                 View::new(&self.c, projection),

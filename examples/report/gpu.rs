@@ -130,17 +130,17 @@ impl Gpu {
         let host = data.inputs();
         let [batch, d_inner, d_state] = data.state_shape();
         let (activation, projection) = ([batch, 1, d_inner], [batch, 1, 1, d_state]);
-        let [u, dt, z, b, c] = [&data.u, &data.dt, &data.z, &data.b, &data.c].map(|values| self.copy(values));
-        let [a, d, dt_bias] = [&data.a, &data.d, &data.dt_bias].map(|values| self.copy(values));
-        let (u, dt, z, b, c, a, d, dt_bias) = (u?, dt?, z?, b?, c?, a?, d?, dt_bias?);
+        let [u, delta, z, b, c] = [&data.u, &data.delta, &data.z, &data.b, &data.c].map(|values| self.copy(values));
+        let [a, d, delta_bias] = [&data.a, &data.d, &data.delta_bias].map(|values| self.copy(values));
+        let (u, delta, z, b, c, a, d, delta_bias) = (u?, delta?, z?, b?, c?, a?, d?, delta_bias?);
         let inputs = state_update::Inputs {
             z: Some(View::on_device(&z, activation)),
             d: Some(View::on_device(&d, [d_inner])),
-            dt_bias: Some(View::on_device(&dt_bias, [d_inner])),
+            delta_bias: Some(View::on_device(&delta_bias, [d_inner])),
             options: host.options,
             ..state_update::Inputs::new(
                 View::on_device(&u, activation),
-                View::on_device(&dt, activation),
+                View::on_device(&delta, activation),
                 View::on_device(&a, [d_inner, d_state]),
                 View::on_device(&b, projection),
                 View::on_device(&c, projection),

@@ -66,10 +66,11 @@ constexpr int SLOTS_IN_LAUNCH = 512;
 constexpr int64_t SLOTS_IDENTITY = 0, SLOTS_LISTED = 1, SLOTS_TABLE = 2;
 
 // The slot of each batch row: its own number (SLOTS_IDENTITY), or as listed in the launch itself (SLOTS_LISTED) or in a table
-// (SLOTS_TABLE), for lists that a launch has no room for. Negative for padding.
+// (SLOTS_TABLE), for lists that a launch has no room for and for those that the caller has on the device. Negative for padding,
+// and so are those in a table that a pool of `count` slots does not have: nobody may have checked them.
 struct Slots {
-    const int64_t *table;
-    int64_t kind;
+    const int32_t *table;
+    int64_t kind, count;
     int32_t few[SLOTS_IN_LAUNCH];
 };
 
@@ -85,6 +86,10 @@ struct Rollback {
     int64_t batch, token, row, column;
     const Restored *restored;
     int64_t count, rows, columns;
+    // The slot of each batch row in place of those in `restored`, if not null; one that a pool of `pool_slots` does not have is
+    // padding.
+    const int32_t *slots;
+    int64_t pool_slots;
 };
 
 // A sum over the first dimension of (parts, m) f32.

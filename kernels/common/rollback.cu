@@ -1,11 +1,13 @@
 // Puts states of a pool back to what they were after a token. Elements are copied as they are stored.
-#include "params.cuh"
+#include "tensor.cuh"
 
 namespace common {
 
 template <typename Bits> __device__ __forceinline__ void rollback(const Rollback &p) {
     for (int64_t i = blockIdx.y; i < p.count; i += gridDim.y) {
-        const auto [row, slot, token] = p.restored[i];
+        const auto [row, listed, token] = p.restored[i];
+        const int64_t slot = p.slots ? slot_in(p.slots, row, p.pool_slots) : listed;
+        if (slot < 0) continue;
         const Bits *from = static_cast<const Bits *>(p.token_states) + (row * p.batch + token * p.token);
         Bits *to = static_cast<Bits *>(p.state.data) + slot * p.state.slot;
         for (int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; k < p.rows * p.columns;

@@ -15,9 +15,16 @@ __device__ __forceinline__ float element_or(const Vector &vector, int64_t d, flo
     return vector.data ? vector.data[d * vector.channel] : otherwise;
 }
 
+// A slot as a table on the device has it; negative, for padding, if the pool does not have it.
+__device__ __forceinline__ int64_t slot_in(const int32_t *table, int64_t row, int64_t count) {
+    const int64_t slot = table[row];
+    return slot < count ? slot : -1;
+}
+
 // The slot of a batch row; negative for padding.
 __device__ __forceinline__ int64_t slot_of(const Slots &slots, int64_t row) {
-    return slots.kind == SLOTS_IDENTITY ? row : slots.kind == SLOTS_LISTED ? slots.few[row] : slots.table[row];
+    if (slots.kind == SLOTS_IDENTITY) return row;
+    return slots.kind == SLOTS_LISTED ? slots.few[row] : slot_in(slots.table, row, slots.count);
 }
 
 }

@@ -14,10 +14,10 @@ constexpr int QUADS = 2;
 constexpr uint64_t FLAG_SOFTPLUS = 1, FLAG_ZOH = 2, FLAG_VECTOR = 4;
 
 struct Update {
-    Activation u, dt, z;
+    Activation u, delta, z;
     Matrix a;
     Projection b, c;
-    Vector d, dt_bias;
+    Vector d, delta_bias;
     Pool state;
     void *out;
     // (batch, tokens, d_inner, d_state); null where not requested.

@@ -73,7 +73,7 @@ template <typename T, typename St> __device__ __forceinline__ void general(const
         const int64_t channel = first + map.row;
         const bool exists = channel < p.d_inner;
         const int64_t group = exists ? channel / p.group_channels : 0;
-        const float bias = exists ? element_or(p.dt_bias, channel, 0.0f) : 0.0f;
+        const float bias = exists ? element_or(p.delta_bias, channel, 0.0f) : 0.0f;
         const float skip = exists ? element_or(p.d, channel, 0.0f) : 0.0f;
         Quad<T> quad(p, channel, lane * QUAD, exists);
 
@@ -89,7 +89,7 @@ template <typename T, typename St> __device__ __forceinline__ void general(const
                     return live && from.data ? widen(static_cast<const T *>(from.data)[at]) : 0.0f;
                 };
                 const float u = element(p.u), z = element(p.z);
-                float delta = element(p.dt) + bias, y = 0.0f;
+                float delta = element(p.delta) + bias, y = 0.0f;
                 if (plus) delta = softplus<T>(delta);
                 const float in = hold ? u : delta * u;
                 for (int round = 0; round < rounds; round++) {
@@ -147,13 +147,13 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const Up
         if (!has[q]) n[q] = 0;
     }
 
-    const float bias = element_or(p.dt_bias, channel, 0.0f), skip = element_or(p.d, channel, 0.0f);
+    const float bias = element_or(p.delta_bias, channel, 0.0f), skip = element_or(p.d, channel, 0.0f);
     const Quad<T> quads[QUADS] = {{p, channel, n[0], true}, {p, channel, n[1], true}};
     const uint32_t group = channel / static_cast<uint32_t>(p.group_channels);
-    const T *u_data = static_cast<const T *>(p.u.data), *dt_data = static_cast<const T *>(p.dt.data);
+    const T *u_data = static_cast<const T *>(p.u.data), *delta_data = static_cast<const T *>(p.delta.data);
     const T *z_data = static_cast<const T *>(p.z.data);
     const T *b_data = static_cast<const T *>(p.b.data), *c_data = static_cast<const T *>(p.c.data);
-    const uint32_t u_at = channel * uint32_t(p.u.channel), dt_at = channel * uint32_t(p.dt.channel);
+    const uint32_t u_at = channel * uint32_t(p.u.channel), delta_at = channel * uint32_t(p.delta.channel);
     const uint32_t z_at = channel * uint32_t(p.z.channel);
     const uint32_t b_at = group * uint32_t(p.b.group), c_at = group * uint32_t(p.c.group);
     St *pool = static_cast<St *>(p.state.data) + channel * p.state.row;
@@ -167,7 +167,7 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const Up
         for (int q = 0; q < QUADS; q++) h[q] = load_vec<St, QUAD, true>(state + n[q], 1, live && holds[q] ? QUAD : 0);
         for (uint32_t t = 0; t < tokens; t++) {
             const T u = u_data[row * uint32_t(p.u.batch) + t * uint32_t(p.u.step) + u_at];
-            const T dt = dt_data[row * uint32_t(p.dt.batch) + t * uint32_t(p.dt.step) + dt_at];
+            const T raw = delta_data[row * uint32_t(p.delta.batch) + t * uint32_t(p.delta.step) + delta_at];
             const T z = z_data ? z_data[row * uint32_t(p.z.batch) + t * uint32_t(p.z.step) + z_at] : T();
             const T *const b_row = b_data + (row * uint32_t(p.b.batch) + t * uint32_t(p.b.step) + b_at);
             const T *const c_row = c_data + (row * uint32_t(p.c.batch) + t * uint32_t(p.c.step) + c_at);
@@ -179,7 +179,7 @@ template <typename T, typename St> __device__ __forceinline__ void fast(const Up
             }
             // Nothing above is to wait for its use: all of it shall be in flight.
             __syncwarp();
-            float delta = widen(dt) + bias, y = 0.0f;
+            float delta = widen(raw) + bias, y = 0.0f;
             const float plused = softplus<T>(delta);
             delta = plus ? plused : delta;
             const float in = delta * widen(u);

@@ -8,8 +8,8 @@ use cudarc::driver::{CudaSlice, CudaStream};
 
 use super::device::{Backend, Value};
 use super::write_all::StorageMut;
-use crate::cuda::Cuda;
-use crate::{Error, Result};
+use crate::cuda::{Cuda, Slots};
+use crate::{DeviceSlots, Error, Result};
 
 /// A GPU of candle's.
 pub(crate) struct Gpu {
@@ -65,6 +65,10 @@ impl Backend for Gpu {
 
     fn elements_mut<T: Value>(storage: &mut CudaStorage) -> candle_core::Result<&mut CudaSlice<T>> {
         storage.as_cuda_slice_mut()
+    }
+
+    fn slots(storage: &CudaStorage, offset: usize, len: usize) -> candle_core::Result<Slots<'_>> {
+        Ok(DeviceSlots { data: storage.as_cuda_slice()?, offset, len }.into())
     }
 
     fn allocate<T: Value>(&self, argument: &'static str, shape: &[usize]) -> Result<CudaSlice<T>> {

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, DType, Storage, WithDType};
 
 use super::write_all::StorageMut;
 use crate::arguments::zeroed;
-use crate::{Element, Error, Host, Memory, Result};
+use crate::{DeviceSlots, Element, Error, Host, Memory, Result, Slots};
 
 /// An element type that both this crate and candle know.
 #[cfg(not(feature = "candle-cuda"))]
@@ -21,6 +21,9 @@ impl<T: Element + WithDType + candle_core::cuda::CudaDType> Value for T {}
 
 /// A buffer in a device's memory.
 pub(crate) type Buffer<B, T> = <<B as Backend>::Memory as Memory>::Buffer<T>;
+
+/// The slots of an update beside views of a device's memory.
+pub(crate) type SlotsOf<'a, B> = Slots<'a, DeviceSlots<'a, <B as Backend>::Memory>>;
 
 /// A kind of device: what is asked of its memory. What runs there each operator adds by a trait of its own.
 pub(crate) trait Backend: 'static {
@@ -43,6 +46,9 @@ pub(crate) trait Backend: 'static {
 
     /// The elements of a storage, to be written.
     fn elements_mut<T: Value>(storage: &mut Self::Storage) -> candle_core::Result<&mut Buffer<Self, T>>;
+
+    /// The `len` slots of a storage of `i32` from `offset` on.
+    fn slots(storage: &Self::Storage, offset: usize, len: usize) -> candle_core::Result<SlotsOf<'_, Self>>;
 
     /// A buffer of `shape` that is going to be overwritten whole. An error names `argument`, whose shape asks for it.
     fn allocate<T: Value>(&self, argument: &'static str, shape: &[usize]) -> Result<Self::Owned<T>>;
@@ -100,6 +106,10 @@ impl Backend for Cpu {
             expected: <T as WithDType>::DTYPE,
             got,
         })
+    }
+
+    fn slots(storage: &CpuStorage, offset: usize, len: usize) -> candle_core::Result<Slots<'_>> {
+        Ok(Slots::Host(&storage.as_slice()?[offset..][..len]))
     }
 
     fn allocate<T: Value>(&self, argument: &'static str, shape: &[usize]) -> Result<Vec<T>> {

@@ -59,6 +59,9 @@
 //! - The updates in place have no gradients.
 //!
 //! # Updates in place
+//! Slots are a list on the host, or a tensor of `i32` where the pool is ([`Slots`]); on a GPU a tensor is read when the update
+//! runs, so that a CUDA graph of it is replayed with other slots.
+//!
 //! The updates and [`rollback()`] overwrite the pool that they are given. A pool that candle tracks, a `Var` or the final
 //! state of a scan over variables, is refused: a backward pass would read what was overwritten and give wrong gradients
 //! without a word. Decoding goes on from such a state with a copy, `state.detach().copy()?`.
@@ -91,7 +94,7 @@ pub use crate::embedding::candle::embedding_gradient;
 pub use crate::loss::candle::CrossEntropy;
 pub use crate::norm::candle::{RmsNorm, RmsNormGradients};
 pub use crate::optimizer::candle::AdamWState;
-pub use crate::pool::candle::rollback;
+pub use crate::pool::candle::{Slots, rollback};
 pub use crate::scan::tensors::Scan;
 pub use crate::state_update::tensors::StateUpdate;
 pub use gemm::gemm;

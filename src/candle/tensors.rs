@@ -5,8 +5,8 @@ use std::marker::PhantomData;
 
 use candle_core::{DType, Storage, StorageRef, Tensor, WithDType};
 
-use super::device::{Backend, Buffer, Value};
-use super::graph;
+use super::device::{Backend, Buffer, SlotsOf, Value};
+use super::{Slots, graph};
 use crate::kinds::{Buffers, Field, Kind, Map, Mut, Nothing, Pair, ProjectionAs, ProjectionOf, Ref, Views};
 use crate::{Error, Result, View};
 
@@ -57,6 +57,13 @@ pub(crate) struct Arguments<'a>(Vec<(&'static str, &'a Tensor)>);
 impl<'a> Arguments<'a> {
     pub fn add(&mut self, name: &'static str, tensor: &'a Tensor) {
         self.0.push((name, tensor));
+    }
+
+    /// Adds the slots, if they are a tensor.
+    pub fn add_slots(&mut self, slots: Slots<'a>) {
+        if let Slots::Device(tensor) = slots {
+            self.add("slots", tensor);
+        }
     }
 
     pub fn tensors(&self) -> Vec<&'a Tensor> {
@@ -216,6 +223,21 @@ impl<'l> Reader<'l> {
         Ok(View { data, offset: layout.start_offset(), shape: [rows, width], strides: [row, column] })
     }
 
+    /// The slots of an update. A tensor on the processor is a list on the host.
+    pub fn slots<'s, B: Backend>(&self, slots: Slots<'s>) -> candle_core::Result<SlotsOf<'s, B>>
+    where
+        'l: 's,
+    {
+        match slots {
+            Slots::Rows => Ok(crate::Slots::Rows),
+            Slots::Host(list) => Ok(crate::Slots::Host(list)),
+            Slots::Device(tensor) => {
+                let len = check_slots(tensor)?;
+                B::slots(self.storage::<B>("slots", tensor)?, tensor.layout().start_offset(), len)
+            }
+        }
+    }
+
     fn elements<B: Backend, T: Value>(
         &self,
         name: &'static str,
@@ -318,6 +340,18 @@ impl<'a, 'l, B: Backend, T: Value> Map<Ref<'a, CandleTensors>, Views<'l, T, B::M
             }
         }
     }
+}
+
+/// Checks that a tensor can be a list of slots, whatever they are, and gives their number.
+pub(crate) fn check_slots(tensor: &Tensor) -> Result<usize> {
+    check_dtype("slots", DType::I32, tensor.dtype())?;
+    let &[len] = tensor.dims() else {
+        return Err(Error::argument("slots", "shape (batch)", format_args!("{:?}", tensor.dims())));
+    };
+    if !tensor.is_contiguous() {
+        return Err(Error::argument("slots", "a contiguous tensor", format_args!("stride {:?}", tensor.stride())));
+    }
+    Ok(len)
 }
 
 /// Checks the element type of an argument.

@@ -249,6 +249,7 @@ impl InPlace for ConvUpdate<'_> {
     fn arguments(&self) -> Arguments<'_> {
         let mut arguments = Arguments::default();
         let Ok(_) = self.tensors().map(&mut arguments);
+        arguments.add_slots(self.slots);
         arguments
     }
 }
@@ -263,7 +264,7 @@ impl<B: ConvBackend> RunsOn<B> for ConvUpdate<'_> {
     ) -> Result<Updated> {
         for_dtype!("x", self.x.dtype(), |T| {
             let views = self.tensors().map(&mut reader.views::<B, T>())?;
-            let problem = UpdateInputs::of(views, self.slots, self.silu).check()?;
+            let problem = UpdateInputs::of(views, reader.slots::<B>(self.slots)?, self.silu).check()?;
             let shapes = (problem.inputs.x.shape, problem.token_state_shape());
             updated::<B, T, St>(backend, "x", shapes, state, with_token_states, |outputs| {
                 backend.update(&problem, outputs)

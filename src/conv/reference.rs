@@ -6,7 +6,6 @@
 use super::update::POOL_NAMES;
 use super::{Gradients, Inputs, Output, OutputGradients, Problem, UpdateInputs, UpdateOutput};
 use crate::arguments::zeroed;
-use crate::pool::Slots;
 use crate::reference::{silu, silu_slope};
 use crate::sequences::Sequence;
 use crate::{Element, Result, View};
@@ -92,7 +91,8 @@ pub fn update<T: Element, St: Element>(inputs: &UpdateInputs<T>, state: View<St,
     let problem = inputs.check()?;
     let ([batch, tokens, d_inner], width) = (inputs.x.shape, problem.width);
     state.check("state", POOL_NAMES[0], [state.shape[0], width - 1, d_inner])?;
-    let slots = Slots::check(inputs.slots, batch, state.shape[0])?;
+    let slots = inputs.slots;
+    slots.check(batch, state.shape[0])?;
     let mut output =
         UpdateOutput { out: zeroed("x", &inputs.x.shape)?, token_states: zeroed("x", &problem.token_state_shape())? };
     // Without tokens there may be more rows than can be counted through.

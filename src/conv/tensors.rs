@@ -2,6 +2,7 @@
 
 use super::Options;
 use crate::kinds::{Buffers, Vectors, tensors};
+use crate::{DeviceSlots, Slots};
 
 /// The sizes of a convolution.
 #[derive(Debug, Clone, Copy)]
@@ -70,8 +71,8 @@ tensors! {
     }
     settings<'a> {
         /// The slot of each batch row's state, `(batch)`. No two rows may have the same; a negative one makes its row
-        /// padding, which gives zero and touches no state. If absent, the pool has one slot for each row.
-        slots: Option<&'a [i32]> = None,
+        /// padding, which gives zero and touches no state. By default the pool has one slot for each row.
+        slots: Slots<'a, DeviceSlots<'a, M>> | crate::candle::Slots<'a> = Slots::Rows,
         /// Apply `silu(x) = x/(1 + e^-x)` to the result.
         silu: bool = false,
     }

@@ -4,7 +4,7 @@ use super::check::check_filter;
 use super::{UpdateInputs, cpu};
 use crate::arguments::zeroed;
 use crate::kinds::CheckViews;
-use crate::pool::{Slots, UpdateMut, UpdateOutput};
+use crate::pool::{UpdateMut, UpdateOutput};
 use crate::simd::Isa;
 use crate::{Element, Host, Memory, Result, ViewMut};
 
@@ -38,7 +38,7 @@ impl<'a, T: Element, M: Memory> UpdateProblem<'a, T, M> {
     }
 
     /// Checks the pool, the slots and the buffers to be written.
-    pub fn check_outputs<St: Element>(&self, outputs: &UpdateMut<T, St, M>) -> Result<Slots<'a>> {
+    pub fn check_outputs<St: Element>(&self, outputs: &UpdateMut<T, St, M>) -> Result<()> {
         outputs.check(self.inputs.x.shape, self.state_shape(), POOL_NAMES, self.inputs.slots)
     }
 }

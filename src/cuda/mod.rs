@@ -4,7 +4,8 @@
 //! CPU, with [`Cuda`] as their kind of memory. Every function takes the stream that it is to work on, enqueues its kernels
 //! there and returns; none waits for the device. What a call needs beside its arguments is allocated and freed in the
 //! order of the stream, and tables travel inside the launches, so that a call can be captured in a CUDA graph (with
-//! cudarc's event tracking off, as any capture needs).
+//! cudarc's event tracking off, as any capture needs). An update whose slots lie on the device ([`Slots`]) reads them when it
+//! runs: a graph of it is replayed with other slots.
 //!
 //! ```no_run
 //! use selective_scan::{View, cuda, scan};
@@ -47,7 +48,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaSlice, sys};
 
 use crate::view::dense_strides;
-use crate::{Element, Error, Memory, Result, View, ViewMut};
+use crate::{DeviceSlots, Element, Error, Memory, Result, View, ViewMut};
 
 pub(crate) use context::{Context, Kernel, Properties};
 pub(crate) use launch::{Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, is_vectorizable, suffix};
@@ -65,12 +66,34 @@ impl Memory for Cuda {
     type Buffer<T: Element> = CudaSlice<T>;
     type Tokens = CudaSlice<u32>;
 
+    type SlotBuffer = CudaSlice<i32>;
+
     fn len<T: Element>(buffer: &CudaSlice<T>) -> usize {
         buffer.len()
     }
 
     fn token_count(tokens: &CudaSlice<u32>) -> usize {
         tokens.len()
+    }
+
+    fn slot_count(buffer: &CudaSlice<i32>) -> usize {
+        buffer.len()
+    }
+}
+
+/// The slots of an update on a GPU: a list on the host, or one in its memory.
+pub type Slots<'a> = crate::Slots<'a, DeviceSlots<'a, Cuda>>;
+
+impl<'a> DeviceSlots<'a, Cuda> {
+    /// All of a buffer. A part of it is `DeviceSlots { offset, len, ..DeviceSlots::new(&buffer) }`.
+    pub fn new(data: &'a CudaSlice<i32>) -> Self {
+        Self { data, offset: 0, len: data.len() }
+    }
+}
+
+impl<'a> From<&'a CudaSlice<i32>> for Slots<'a> {
+    fn from(data: &'a CudaSlice<i32>) -> Self {
+        Self::Device(DeviceSlots::new(data))
     }
 }
 

@@ -22,14 +22,15 @@
 ///
 /// A tensor is an `activation`, a `parameter` (or state), or a `projection`, which has two shapes: if it varies and, after
 /// the semicolon, if it is constant. Shapes are made of the names in the pattern of sizes. Settings are what a caller gives
-/// beside the tensors. The kernels' parameters, in `kernels/*/params.cuh`, have a field of each tensor's name.
+/// beside the tensors; where a second type follows after `|`, it is that beside candle's. The kernels' parameters, in
+/// `kernels/*/params.cuh`, have a field of each tensor's name.
 macro_rules! tensors {
     (
         $(#[$doc:meta])*
         pub struct $Tensors:ident($Sizes:ident { $($size:tt)* });
         required { $($(#[$rdoc:meta])* $r:ident: $rrole:ident($($rdims:tt)*),)* }
         optional { $($(#[$odoc:meta])* $o:ident: $orole:ident($($odims:tt)*),)* }
-        settings<$a:lifetime> { $($(#[$sdoc:meta])* $s:ident: $setting:ty = $default:expr,)* }
+        settings<$a:lifetime> { $($(#[$sdoc:meta])* $s:ident: $setting:ty $(| $candle:ty)? = $default:expr,)* }
         $(#[$vdoc:meta])* views $Views:ident;
         $(#[$cdoc:meta])* candle $Candle:ident;
         params $module:ident::$Params:ident;
@@ -235,7 +236,7 @@ macro_rules! tensors {
                 #[doc = $crate::kinds::declare::shape_doc!($orole($($odims)*))]
                 pub $o: Option<&$a candle_core::Tensor>,
             )*
-            $($(#[$sdoc])* pub $s: $setting,)*
+            $($(#[$sdoc])* pub $s: $crate::kinds::declare::setting!($setting $(| $candle)?),)*
         }
 
         #[cfg(feature = "candle")]
@@ -252,7 +253,7 @@ macro_rules! tensors {
             #[allow(dead_code, reason = "only what has gradients keeps tensors")]
             pub(crate) fn over(
                 kept: &$a $Tensors<$crate::candle::tensors::CandleTensors>,
-                $($s: $setting),*
+                $($s: $crate::kinds::declare::setting!($setting $(| $candle)?)),*
             ) -> Self {
                 Self {
                     $($r: $crate::kinds::declare::to_candle!(&kept.$r, $rrole),)*
@@ -343,6 +344,19 @@ macro_rules! given {
     };
 }
 pub(crate) use given;
+
+/// The type of what is given beside candle's tensors.
+#[cfg(feature = "candle")]
+macro_rules! setting {
+    ($setting:ty) => {
+        $setting
+    };
+    ($setting:ty | $candle:ty) => {
+        $candle
+    };
+}
+#[cfg(feature = "candle")]
+pub(crate) use setting;
 
 macro_rules! take {
     ($tensor:expr, projection) => {

@@ -65,6 +65,7 @@ impl InPlace for StateUpdate<'_> {
     fn arguments(&self) -> Arguments<'_> {
         let mut arguments = Arguments::default();
         let Ok(_) = self.tensors().map(&mut arguments);
+        arguments.add_slots(self.slots);
         arguments
     }
 }
@@ -79,7 +80,7 @@ impl<B: StateUpdateBackend> RunsOn<B> for StateUpdate<'_> {
     ) -> Result<Updated> {
         for_dtype!("u", self.u.dtype(), |T| {
             let views = self.tensors().map(&mut reader.views::<B, T>())?;
-            let problem = Inputs::of(views, self.slots, self.options).check()?;
+            let problem = Inputs::of(views, reader.slots::<B>(self.slots)?, self.options).check()?;
             let shapes = (problem.activation_shape(), problem.token_state_shape());
             updated::<B, T, St>(backend, "u", shapes, state, with_token_states, |outputs| {
                 backend.update(&problem, outputs)

@@ -45,7 +45,8 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     outputs: UpdateMut<T, St, Cuda>,
 ) -> Result<()> {
     let options = problem.inputs.options;
-    let slots = problem.check_outputs(&outputs)?;
+    problem.check_outputs(&outputs)?;
+    let pool_slots = outputs.state.shape[0];
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let Dims { batch, len, d_inner, d_state, .. } = problem.dims;
@@ -71,19 +72,20 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     let held = if fast { QUADS * QUAD } else { QUAD };
     params.lane_shift = d_state.div_ceil(held).next_power_of_two().min(32).ilog2().into();
     params.flags = params::flags([
-        (options.dt_softplus, kernels::FLAG_SOFTPLUS),
+        (options.delta_softplus, kernels::FLAG_SOFTPLUS),
         (hold, kernels::FLAG_ZOH),
         (whole, kernels::FLAG_VECTOR),
     ]);
     let columns = d_inner.div_ceil(THREADS >> params.lane_shift).min(GRID_COLUMNS);
     let grid = [columns, grid_rows(columns, batch, 48 * device.properties().processors)];
 
-    let list = SlotList::new(&device, slots)?;
+    let list = SlotList::new(&device, &mut arguments, problem.inputs.slots, pool_slots)?;
     params.slots = list.params;
     let variant = if fast { "fast" } else { "general" };
     let kernel = Kernel::new(Module::STATE_UPDATE, ["state_update", variant, suffix(T::DTYPE), suffix(St::DTYPE)]);
-    // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`; slots of different rows
-    // differ, and each state and output is written by one thread.
+    // SAFETY: every address and extent has been checked by `Inputs::check` and `check_outputs`, slots on the device by the
+    // kernel; slots of different rows differ, and each state and output is written by one thread. (Where a caller has put a
+    // slot on the device twice, two write one state: whatever they leave there is numbers of the state's type.)
     unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }
 }
 
@@ -99,7 +101,7 @@ fn is_small(p: &kernels::Update) -> bool {
         fits(&[(p.batch, x.batch), (p.tokens, x.step), (groups, x.group), (p.d_state, x.state)])
     };
     let out = [(p.batch, p.tokens * p.d_inner), (p.tokens, p.d_inner), (p.d_inner, 1)];
-    [&p.u, &p.dt, &p.z].into_iter().all(activation) && projection(&p.b) && projection(&p.c) && fits(&out)
+    [&p.u, &p.delta, &p.z].into_iter().all(activation) && projection(&p.b) && projection(&p.c) && fits(&out)
 }
 
 /// Whether all that has states as its last dimension can be accessed in vectors of 4.

@@ -4,7 +4,7 @@
 //! few for speculative decoding:
 //!
 //! ```text
-//! Δ   = softplus(dt + dt_bias)                  softplus if `dt_softplus`
+//! Δ   = softplus(delta + delta_bias)            softplus if `delta_softplus`
 //! h   ← exp(Δ A) h + Δ B u                      or exact zero-order hold, see Discretization
 //! y   = Σ_n C h + D u                           summed over the d_state states
 //! out = y · silu(z)                             if there is a gate z
@@ -40,8 +40,8 @@ pub(crate) use check::STATE_NAMES;
 /// Variants of the recurrence, as those of the scan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Options {
-    /// Pass `dt + dt_bias` through `softplus(x) = ln(1 + e^x)`, taken as the identity above 20.
-    pub dt_softplus: bool,
+    /// Pass `delta + delta_bias` through `softplus(x) = ln(1 + e^x)`, taken as the identity above 20.
+    pub delta_softplus: bool,
     /// How the input is weighted.
     pub discretization: Discretization,
 }

@@ -2,7 +2,6 @@
 
 use super::{Inputs, STATE_NAMES, UpdateOutput};
 use crate::arguments::{Dims, zeroed};
-use crate::pool::Slots;
 use crate::reference::{input_weight, silu, softplus};
 use crate::{Element, Projection, Result, View};
 
@@ -14,7 +13,8 @@ pub fn update<T: Element, St: Element>(inputs: &Inputs<T>, state: View<St, 3>) -
     let problem = inputs.check()?;
     let Dims { batch, len: tokens, d_inner, d_state, .. } = problem.dims;
     state.check("state", STATE_NAMES[0], [state.shape[0], d_inner, d_state])?;
-    let slots = Slots::check(inputs.slots, batch, state.shape[0])?;
+    let slots = inputs.slots;
+    slots.check(batch, state.shape[0])?;
     let mut output = UpdateOutput {
         out: zeroed("u", &[batch, tokens, d_inner])?,
         token_states: zeroed("u", &[batch, tokens, d_inner, d_state])?,
@@ -32,9 +32,9 @@ pub fn update<T: Element, St: Element>(inputs: &Inputs<T>, state: View<St, 3>) -
                     Projection::Constant(view) => f64::from(view.at([d, n])),
                 };
                 let u = f64::from(inputs.u.at([row, t, d]));
-                let raw =
-                    f64::from(inputs.dt.at([row, t, d])) + inputs.dt_bias.map_or(0.0, |view| f64::from(view.at([d])));
-                let delta = if inputs.options.dt_softplus { softplus(raw).0 } else { raw };
+                let raw = f64::from(inputs.delta.at([row, t, d]))
+                    + inputs.delta_bias.map_or(0.0, |view| f64::from(view.at([d])));
+                let delta = if inputs.options.delta_softplus { softplus(raw).0 } else { raw };
 
                 // Without D nothing goes past the states, not even the NaN of zero times infinity.
                 let mut y = inputs.d.map_or(0.0, |view| f64::from(view.at([d])) * u);

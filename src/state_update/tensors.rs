@@ -3,6 +3,7 @@
 use super::Options;
 use crate::arguments::Dims;
 use crate::kinds::tensors;
+use crate::{DeviceSlots, Slots};
 
 tensors! {
     /// The tensors that a state update reads beside the states, as some [`Kind`](crate::kinds::Kind).
@@ -11,7 +12,7 @@ tensors! {
         /// The input.
         u: activation(batch, tokens, d_inner),
         /// The step sizes before bias and softplus.
-        dt: activation(batch, tokens, d_inner),
+        delta: activation(batch, tokens, d_inner),
         /// The state matrix, diagonal: negative for a state that decays.
         a: parameter(d_inner, d_state),
         /// How the input enters the state.
@@ -24,13 +25,13 @@ tensors! {
         z: activation(batch, tokens, d_inner),
         /// The skip connection.
         d: parameter(d_inner),
-        /// Added to `dt`.
-        dt_bias: parameter(d_inner),
+        /// Added to `delta`.
+        delta_bias: parameter(d_inner),
     }
     settings<'a> {
         /// The slot of each batch row's state, `(batch)`. No two rows may have the same; a negative one makes its row
-        /// padding, which gives zero and touches no state. If absent, the pool has one slot for each row.
-        slots: Option<&'a [i32]> = None,
+        /// padding, which gives zero and touches no state. By default the pool has one slot for each row.
+        slots: Slots<'a, DeviceSlots<'a, M>> | crate::candle::Slots<'a> = Slots::Rows,
         /// The variant of the recurrence.
         options: Options = Options::default(),
     }

@@ -150,7 +150,7 @@ proptest! {
         }
 
         let update = conv::UpdateInputs {
-            slots: slots.as_deref(),
+            slots: slots.as_deref().into(),
             ..conv::UpdateInputs::new(repeated([batch, len, d]), repeated([d, width]))
         };
         let pool = [if slots.is_some() { pool } else { batch }, width.saturating_sub(1), d];
@@ -173,7 +173,7 @@ proptest! {
         }
         let (activation, varying) = ([batch, len, d], [batch, len, groups, n]);
         let inputs = state_update::Inputs {
-            slots: slots.as_deref(),
+            slots: slots.as_deref().into(),
             ..state_update::Inputs::new(
                 repeated(activation),
                 repeated(activation),

@@ -118,7 +118,7 @@ pub fn a_decay_near_zero_keeps_its_digits<T: Element>(device: Device, hold: bool
 pub fn an_update_forgets_as_well<T: Element>(hold: bool, update: impl Fn(&state_update::Inputs<T>, UpdateMut<T, f32>)) {
     const DELTAS: [f32; 7] = [0.5, 8.0, 10.0, 12.0, 14.5, 18.0, 32.0];
     let d_inner = 4 * DELTAS.len();
-    let dt: Vec<T> = (0..d_inner).map(|d| T::from_f32(DELTAS[d / 4])).collect();
+    let delta: Vec<T> = (0..d_inner).map(|d| T::from_f32(DELTAS[d / 4])).collect();
     let (zero, one, a) = (vec![T::from_f32(0.0); d_inner], vec![T::from_f32(1.0); 4], vec![-1.0f32; 4 * d_inner]);
     let (activation, projection) = ([1, 1, d_inner], [1, 1, 1, 4]);
     let discretization = if hold { Discretization::ZeroOrderHold } else { Discretization::Euler };
@@ -126,7 +126,7 @@ pub fn an_update_forgets_as_well<T: Element>(hold: bool, update: impl Fn(&state_
         options: state_update::Options { discretization, ..Default::default() },
         ..state_update::Inputs::new(
             View::new(&zero, activation),
-            View::new(&dt, activation),
+            View::new(&delta, activation),
             View::new(&a, [d_inner, 4]),
             View::new(&one, projection),
             View::new(&one, projection),

@@ -3,7 +3,7 @@
 //! split sequences, which need many, are left to the sanitizers.
 
 use half::{bf16, f16};
-use selective_scan::{Discretization, Isa, Projection, View, ViewMut, conv, state_update};
+use selective_scan::{Discretization, Isa, Projection, Slots, View, ViewMut, conv, state_update};
 
 use crate::scan::case::{Case, Flags, Shape};
 use crate::support::device::Device;
@@ -55,7 +55,7 @@ fn convolution() {
 
         let mut pool = vec![f16::ZERO; 3 * (d + 1)];
         let pool = ViewMut::new(&mut pool, [3, width - 1, d]).with_layout(0, [d + 1, d + 1, 1]);
-        let update = conv::UpdateInputs { slots: Some(&[2]), ..conv::UpdateInputs::new(x, weight) };
+        let update = conv::UpdateInputs { slots: Slots::Host(&[2]), ..conv::UpdateInputs::new(x, weight) };
         update.update_with_token_states(pool).expect("valid");
     });
 }
@@ -71,7 +71,7 @@ fn state_updates() {
         let (u, b) = (View::new(&u[..], [batch, len, d]), View::new(&b[..], [d, n]));
         let a = View::new(&a[..], [d, n]);
         let inputs = state_update::Inputs {
-            slots: Some(&[2, -1]),
+            slots: Slots::Host(&[2, -1]),
             ..state_update::Inputs::new(u, u, a, Projection::Constant(b), Projection::Constant(b))
         };
         let mut dense = vec![0.5f32; 3 * d * n];

@@ -198,19 +198,19 @@ fn updates(draw: &mut Draw) -> Operator {
     let mut inputs = Tensors::new();
     let mut add = |draw: &mut Draw, name, len, low, high| inputs.insert(name, draw.uniform::<f32>(len, low, high));
     add(draw, "u", batch * tokens * d, 0.2, 1.0);
-    add(draw, "dt", batch * tokens * d, 0.2, 0.8);
+    add(draw, "delta", batch * tokens * d, 0.2, 0.8);
     add(draw, "a", d * n, -1.5, -0.2);
     add(draw, "b", batch * tokens * n, 0.2, 1.0);
     add(draw, "c", batch * tokens * n, 0.2, 1.0);
     add(draw, "state", batch * d * n, 0.2, 1.0);
-    for (name, len) in [("z", batch * tokens * d), ("d", d), ("dt_bias", d)] {
+    for (name, len) in [("z", batch * tokens * d), ("d", d), ("delta_bias", d)] {
         if draw.flag() {
             add(draw, name, len, 0.2, 1.0);
         }
     }
     turn_signs(draw, inputs.get_mut("u").expect("it is there"));
     let options = state_update::Options {
-        dt_softplus: softplus,
+        delta_softplus: softplus,
         discretization: if hold { Discretization::ZeroOrderHold } else { Discretization::Euler },
     };
     let name = format!("update {:?} {options:?} {:?}", [batch, tokens, d, n], inputs.keys());
@@ -219,11 +219,11 @@ fn updates(draw: &mut Draw) -> Operator {
         f(&state_update::Inputs {
             z: t.get("z").map(|z| View::new(z, activation)),
             d: t.get("d").map(|x| View::new(x, [d])),
-            dt_bias: t.get("dt_bias").map(|x| View::new(x, [d])),
+            delta_bias: t.get("delta_bias").map(|x| View::new(x, [d])),
             options,
             ..state_update::Inputs::new(
                 View::new(&t["u"], activation),
-                View::new(&t["dt"], activation),
+                View::new(&t["delta"], activation),
                 View::new(&t["a"], [d, n]),
                 View::new(&t["b"], [batch, tokens, 1, n]),
                 View::new(&t["c"], [batch, tokens, 1, n]),

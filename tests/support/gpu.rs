@@ -4,13 +4,16 @@ use std::any::Any;
 use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
-use cudarc::driver::{CudaSlice, CudaStream};
-use selective_scan::cuda::{self, Cuda};
-use selective_scan::{Element, Projection, View};
+use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
+use selective_scan::cuda::{self, Cuda, Slots};
+use selective_scan::{DeviceSlots, Element, Projection, View};
 
 thread_local! {
     /// Another stream that this thread is to work on.
     static STREAM: Cell<Option<Arc<CudaStream>>> = const { Cell::new(None) };
+
+    /// Whether this thread puts lists of slots on the device.
+    static SLOTS_ON_DEVICE: Cell<bool> = const { Cell::new(false) };
 }
 
 /// The stream that tests work on, or nothing (said once) where there is no device.
@@ -33,6 +36,13 @@ pub fn work_on(stream: Arc<CudaStream>) {
     STREAM.set(Some(stream));
 }
 
+/// Runs a test whose lists of slots lie on the device.
+pub fn with_slots_on_device(test: impl FnOnce()) {
+    SLOTS_ON_DEVICE.set(true);
+    test();
+    SLOTS_ON_DEVICE.set(false);
+}
+
 /// Whether the device is simulated, which takes a second for what a GPU does in a microsecond.
 pub fn is_simulated(stream: &CudaStream) -> bool {
     stream.context().name().is_ok_and(|name| name.to_lowercase().contains("sim"))
@@ -49,7 +59,12 @@ impl Copies {
         Self { stream: stream.clone(), slices: typed_arena::Arena::new() }
     }
 
-    pub fn slice<T: Element>(&self, data: &[T]) -> &mut CudaSlice<T> {
+    /// The stream on which they are made.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    pub fn slice<T: DeviceRepr + 'static>(&self, data: &[T]) -> &mut CudaSlice<T> {
         let slice = match data.len() {
             0 => self.stream.null(),
             _ => self.stream.clone_htod(data),
@@ -67,6 +82,19 @@ impl Copies {
         match projection {
             Projection::Varying(view) => Projection::Varying(self.view(view)),
             Projection::Constant(view) => Projection::Constant(self.view(view)),
+        }
+    }
+
+    /// Slots as they are given or, within [`with_slots_on_device`], on the device: in the middle of a buffer in which there is
+    /// something else before and after.
+    pub fn slots<'a>(&'a self, slots: selective_scan::Slots<'a>) -> Slots<'a> {
+        match slots {
+            selective_scan::Slots::Host(list) if SLOTS_ON_DEVICE.get() => {
+                let data = self.slice(&[&[0, 1], list, &[2]].concat());
+                DeviceSlots { data, offset: 2, len: list.len() }.into()
+            }
+            selective_scan::Slots::Host(list) => list.into(),
+            _ => Slots::Rows,
         }
     }
 

@@ -255,11 +255,9 @@ def state_update_case(name, shape=(3, 1, 5, 4), zero_order_hold=False, pool=None
     `state` is the pool before, `final_state` after, and `token_states` each row's state after each of its tokens.
     """
     batch, tokens, channels, states = shape
-    case = Case(name, dt_softplus=draws.get("softplus", False), zero_order_hold=zero_order_hold, slots=slots)
+    case = Case(name, delta_softplus=draws.get("softplus", False), zero_order_hold=zero_order_hold, slots=slots)
     state = case.normal("state", pool or batch, channels, states)
     inputs, sizes = draw(case, shape, **draws)
-    # The state update's names for these.
-    case.tensors = {{"delta": "dt", "delta_bias": "dt_bias"}.get(key, key): t for key, t in case.tensors.items()}
 
     y = torch.zeros(batch, tokens, channels, dtype=torch.float64)
     token_states = torch.zeros(batch, tokens, channels, states, dtype=torch.float64)

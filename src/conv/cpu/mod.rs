@@ -112,8 +112,8 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     problem: &UpdateProblem<T>,
     outputs: UpdateMut<T, St>,
 ) -> Result<()> {
-    let slots = problem.check_outputs(&outputs)?;
-    update::run(isa, problem, slots, outputs);
+    problem.check_outputs(&outputs)?;
+    update::run(isa, problem, outputs);
     Ok(())
 }
 

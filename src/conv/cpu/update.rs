@@ -13,19 +13,14 @@ use super::{BLOCKS, Filters, MOST_BEFORE, Unit, UpdateMut, channels, channels_mu
 /// Units, counted once per token, in a task at least: a microsecond or more of work.
 const UNITS_PER_TASK: usize = 8;
 
-pub(super) fn run<T: Element, St: Element>(
-    isa: Isa,
-    problem: &UpdateProblem<T>,
-    slots: Slots,
-    outputs: UpdateMut<T, St>,
-) {
+pub(super) fn run<T: Element, St: Element>(isa: Isa, problem: &UpdateProblem<T>, outputs: UpdateMut<T, St>) {
     let [batch, tokens, d_inner] = problem.inputs.x.shape;
     if batch == 0 || tokens == 0 {
         return;
     }
     let pass = Pass {
         problem,
-        slots,
+        slots: problem.inputs.slots,
         state: Pool::new(outputs.state),
         out: Shared::new(outputs.out),
         token_states: outputs.token_states.map(Shared::new),

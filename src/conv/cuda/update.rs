@@ -36,7 +36,8 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     outputs: UpdateMut<T, St, Cuda>,
 ) -> Result<()> {
     let inputs = &problem.inputs;
-    let slots = problem.check_outputs(&outputs)?;
+    problem.check_outputs(&outputs)?;
+    let pool_slots = outputs.state.shape[0];
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let [batch, tokens, d_inner] = inputs.x.shape;
@@ -63,12 +64,13 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     // Rows share what a thread reads of the filters, once there are enough of them to fill the device.
     let grid = [columns, grid_rows(columns, blocks(batch, THREADS / lanes), 16 * device.properties().processors)];
 
-    let list = SlotList::new(&device, slots)?;
+    let list = SlotList::new(&device, &mut arguments, inputs.slots, pool_slots)?;
     params.slots = list.params;
     let variant = if whole && problem.width == 4 { "fast" } else { "general" };
     let kernel = Kernel::new(Module::CONV_UPDATE, ["conv_update", variant, suffix(T::DTYPE), suffix(St::DTYPE)]);
-    // SAFETY: every address and extent has been checked by `UpdateInputs::check` and `check_outputs`; slots of different
-    // rows differ, and each state and output is written by one thread.
+    // SAFETY: every address and extent has been checked by `UpdateInputs::check` and `check_outputs`, slots on the device by
+    // the kernel; slots of different rows differ, and each state and output is written by one thread. (Where a caller has put
+    // a slot on the device twice, two write one state: whatever they leave there is numbers of the state's type.)
     unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }
 }
 

@@ -7,7 +7,7 @@ use candle_nn::{Module, VarBuilder};
 
 use super::parts::Parts;
 use super::{MambaConfig, MambaState};
-use crate::candle::node;
+use crate::candle::{Slots, node};
 use crate::count_sequences;
 use crate::nn::layers::{Change, Gradients, ParameterList, Parameters};
 use crate::nn::{argument, check_once, check_room};
@@ -120,28 +120,29 @@ impl Mamba {
     /// Runs sequences on from the states of a cache, and leaves there the states after them: a prompt, whole or chunk by
     /// chunk. `x` is `(batch, length, d_model)`.
     ///
-    /// Row `i` uses slot `slots[i]` of the cache, or slot `i` if there are no `slots`, the cache then having one for each
-    /// row. A row whose slot is negative is padding: it touches no state, and what comes out of it means nothing.
+    /// Row `i` uses slot `slots[i]` of the cache, or slot `i` if `slots` is `None`, the cache then having one for each row. A
+    /// row whose slot is negative is padding: it touches no state, and what comes out of it means nothing. Slots are on the
+    /// host here; a [tensor](Slots) on a GPU is for [`step`](Self::step).
     ///
     /// Not differentiable, since the states are written in place: candle tracks neither the result nor the states.
     ///
     /// # Errors
     /// A bidirectional block: its second direction needs what comes later. A cache of another shape, or slots that do not
     /// fit; nothing is written then.
-    pub fn prefill(&self, x: &Tensor, state: &MambaState, slots: Option<&[i32]>) -> Result<Tensor> {
-        self.extend(x, None, state, slots)
+    pub fn prefill<'s>(&self, x: &Tensor, state: &MambaState, slots: impl Into<Slots<'s>>) -> Result<Tensor> {
+        self.extend(x, None, state, slots.into())
     }
 
     /// As [`Mamba::prefill`], for sequences that lie one after another as in [`Mamba::forward_packed`]; sequence `i` uses
     /// slot `slots[i]`.
-    pub fn prefill_packed(
+    pub fn prefill_packed<'s>(
         &self,
         x: &Tensor,
         cu_seqlens: &[usize],
         state: &MambaState,
-        slots: Option<&[i32]>,
+        slots: impl Into<Slots<'s>>,
     ) -> Result<Tensor> {
-        self.extend(x, Some(cu_seqlens), state, slots)
+        self.extend(x, Some(cu_seqlens), state, slots.into())
     }
 
     pub(crate) fn extend(
@@ -149,29 +150,32 @@ impl Mamba {
         x: &Tensor,
         cu_seqlens: Option<&[usize]>,
         state: &MambaState,
-        slots: Option<&[i32]>,
+        slots: Slots,
     ) -> Result<Tensor> {
         self.check_causal()?;
         let sequences = self.check_input(x, cu_seqlens)?;
-        let slots = state.check(&self.config, x.device(), sequences, slots)?;
+        state.check(&self.config, x.device(), sequences, slots)?;
+        let slots = state.slots_of(sequences, slots)?;
         if x.elem_count() == 0 {
             return x.zeros_like();
         }
         let parts = self.untracked()?;
         let [u, z] = parts.project(&x.detach())?;
-        let states = state.load(&slots, sequences)?;
+        let states = state.load(&slots)?;
         let (y, states) = parts.causal.extend(&u, &z, cu_seqlens, &states)?;
         let out = parts.out_proj.forward(&y)?;
-        state.store(&states, &slots, sequences)?;
+        state.store(&states, &slots)?;
         Ok(out)
     }
 
     /// Carries the states of a cache through the next token of each row, or through a few: `x` is
-    /// `(batch, tokens, d_model)`. Slots are those of [`Mamba::prefill`]; not differentiable, as that.
+    /// `(batch, tokens, d_model)`. Slots are those of [`Mamba::prefill`], or a tensor of `i32` where the states are, `(batch)`,
+    /// which on a GPU is read when the step runs there; not differentiable, as that.
     ///
     /// # Errors
     /// As [`Mamba::prefill`].
-    pub fn step(&self, x: &Tensor, state: &MambaState, slots: Option<&[i32]>) -> Result<Tensor> {
+    pub fn step<'s>(&self, x: &Tensor, state: &MambaState, slots: impl Into<Slots<'s>>) -> Result<Tensor> {
+        let slots = slots.into();
         self.check_causal()?;
         let rows = self.check_input(x, None)?;
         state.check(&self.config, x.device(), rows, slots)?;

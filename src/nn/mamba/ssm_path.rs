@@ -8,7 +8,7 @@ use candle_core::{DType, Result, Tensor};
 use super::parts::rows;
 use super::state::States;
 use super::{MambaConfig, MambaState, Norms};
-use crate::candle::{CausalConv, ConvUpdate, RmsNorm, RmsNormGradients, Scan, StateUpdate};
+use crate::candle::{CausalConv, ConvUpdate, RmsNorm, RmsNormGradients, Scan, Slots, StateUpdate};
 use crate::nn::layers::{Gradients, Initial, Linear, Parameter, Parameters, rms_norm};
 use crate::{conv, norm, scan, state_update};
 
@@ -27,7 +27,7 @@ pub(super) struct SsmPath {
     /// `(d_inner)`, `f32`.
     d: Parameter,
     /// `(d_inner)`, `f32`.
-    dt_bias: Parameter,
+    delta_bias: Parameter,
     dynamics: Dynamics,
 }
 
@@ -54,7 +54,7 @@ struct Values {
     conv_bias: Option<Tensor>,
     a: Tensor,
     d: Tensor,
-    dt_bias: Tensor,
+    delta_bias: Tensor,
 }
 
 /// What the scan reads beside its input and parameters.
@@ -93,14 +93,14 @@ impl SsmPath {
         let conv_weight = conv.get_f32(&[d_inner, 1, d_conv], "weight", taps)?;
         let conv_bias = config.conv_bias.then(|| conv.get_f32(&[d_inner], "bias", taps)).transpose()?;
         let steps = Initial::StepSizes { min: config.dt_min, max: config.dt_max, floor: config.dt_init_floor };
-        let (dynamics, dt_bias) = if config.selective {
+        let (dynamics, delta_bias) = if config.selective {
             let x_proj = Linear::new(&within("x_proj"), [d_inner, dt_rank + 2 * d_state], false, 1.0)?;
             let dt = within("dt_proj");
             let weight = Initial::Uniform(config.dt_scale / (dt_rank as f64).sqrt());
             let dt_proj = Linear::without_bias(dt.get(&[d_inner, dt_rank], "weight", weight)?);
-            let dt_bias = dt.get_f32(&[d_inner], "bias", steps)?;
+            let delta_bias = dt.get_f32(&[d_inner], "bias", steps)?;
             let norms = ProjectionNorms::new(config, within)?;
-            (Dynamics::Selective { x_proj, dt_proj, norms }, dt_bias)
+            (Dynamics::Selective { x_proj, dt_proj, norms }, delta_bias)
         } else {
             let parameter =
                 |name: &str, initial| parameters.get_f32(&[d_inner, d_state], &format!("{name}{suffix}"), initial);
@@ -108,7 +108,7 @@ impl SsmPath {
             let c = parameter("C", Initial::Normal(1.0))?;
             (Dynamics::Invariant { b, c }, parameters.get_f32(&[d_inner], &format!("dt_bias{suffix}"), steps)?)
         };
-        Ok(Self { reverse, sizes: [dt_rank, d_state], conv_weight, conv_bias, a, d, dt_bias, dynamics })
+        Ok(Self { reverse, sizes: [dt_rank, d_state], conv_weight, conv_bias, a, d, delta_bias, dynamics })
     }
 
     /// The same path outside of candle's graph.
@@ -125,7 +125,7 @@ impl SsmPath {
             conv_bias: self.conv_bias.as_ref().map(Parameter::leave_graph).transpose()?,
             a: self.a.leave_graph()?,
             d: self.d.leave_graph()?,
-            dt_bias: self.dt_bias.leave_graph()?,
+            delta_bias: self.delta_bias.leave_graph()?,
             dynamics,
             ..*self
         })
@@ -178,7 +178,7 @@ impl SsmPath {
         let of_scan = scan.backward(&kept.checkpoints, d_y, None)?;
         drop(projected);
         gradients.add(&self.a, |_| Ok(of_scan.a))?;
-        for (parameter, gradient) in [(&self.d, of_scan.d), (&self.dt_bias, of_scan.delta_bias)] {
+        for (parameter, gradient) in [(&self.d, of_scan.d), (&self.delta_bias, of_scan.delta_bias)] {
             gradients.add(parameter, |_| given(gradient))?;
         }
         let d_u = of_scan.u;
@@ -211,7 +211,7 @@ impl SsmPath {
     }
 
     /// Carries states through a few tokens, in place.
-    pub fn step(&self, x: &Tensor, z: &Tensor, state: &MambaState, slots: Option<&[i32]>) -> Result<Tensor> {
+    pub fn step(&self, x: &Tensor, z: &Tensor, state: &MambaState, slots: Slots) -> Result<Tensor> {
         let values = self.values()?;
         let weight = &values.conv_weight;
         let update = ConvUpdate { bias: values.conv_bias.as_ref(), slots, silu: true, ..ConvUpdate::new(x, weight) };
@@ -220,9 +220,9 @@ impl SsmPath {
         StateUpdate {
             z: Some(z),
             d: Some(&values.d),
-            dt_bias: Some(&values.dt_bias),
+            delta_bias: Some(&values.delta_bias),
             slots,
-            options: state_update::Options { dt_softplus: true, ..Default::default() },
+            options: state_update::Options { delta_softplus: true, ..Default::default() },
             ..StateUpdate::new(&u, &delta, &values.a, &b, &c)
         }
         .update(&state.ssm)
@@ -235,7 +235,7 @@ impl SsmPath {
             conv_bias: self.conv_bias.as_ref().map(Parameter::tensor).transpose()?,
             a: self.a.tensor()?,
             d: self.d.tensor()?,
-            dt_bias: self.dt_bias.tensor()?,
+            delta_bias: self.delta_bias.tensor()?,
         })
     }
 
@@ -249,7 +249,7 @@ impl SsmPath {
         Scan {
             z: Some(z),
             d: Some(&values.d),
-            delta_bias: Some(&values.dt_bias),
+            delta_bias: Some(&values.delta_bias),
             options: scan::Options { delta_softplus: true, reverse: self.reverse, ..Default::default() },
             ..Scan::new(u, delta, &values.a, b, c)
         }

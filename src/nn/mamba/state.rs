@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::MambaConfig;
-use crate::Slots;
+use crate::candle::Slots;
 use crate::nn::decode::{check_pools, check_slots, reset};
 use crate::nn::{argument, check_room};
 
@@ -71,13 +71,7 @@ impl MambaState {
 
     /// Checks that these are states of a block with this configuration on this device, and that each of `sequences` has a
     /// slot.
-    pub(crate) fn check<'s>(
-        &self,
-        config: &MambaConfig,
-        device: &Device,
-        sequences: usize,
-        slots: Option<&'s [i32]>,
-    ) -> Result<Slots<'s>> {
+    pub(crate) fn check(&self, config: &MambaConfig, device: &Device, sequences: usize, slots: Slots) -> Result<()> {
         let got = self.check_pools()?;
         let pool = got[1][0];
         let expected = shapes(config, pool);
@@ -91,16 +85,21 @@ impl MambaState {
                 return Err(argument("cache", expected, format_args!("{:?}", pool.device().location())));
             }
         }
-        Ok(Slots::check(slots, sequences, pool)?)
+        slots.check(sequences, "cache", &self.ssm)
     }
 
-    /// The states from which `sequences` go on, in `f32`; zero for padding.
-    pub(super) fn load(&self, slots: &Slots, sequences: usize) -> Result<States> {
+    /// The slot of each of `sequences`, and `None` for padding, to [`load`](Self::load) and [`store`](Self::store) them.
+    pub(super) fn slots_of(&self, sequences: usize, slots: Slots) -> Result<Vec<Option<usize>>> {
+        slots.of_rows(sequences, "cache", &self.ssm)
+    }
+
+    /// The states from which sequences in these slots go on, in `f32`; zero for padding.
+    pub(super) fn load(&self, slots: &[Option<usize>]) -> Result<States> {
         let load = |pool: &Tensor| {
             let (_, rows, columns) = pool.dims3()?;
-            let states = Tensor::zeros((sequences, rows, columns), pool.dtype(), pool.device())?;
-            for row in 0..sequences {
-                if let Some(slot) = slots.get(row) {
+            let states = Tensor::zeros((slots.len(), rows, columns), pool.dtype(), pool.device())?;
+            for (row, &slot) in slots.iter().enumerate() {
+                if let Some(slot) = slot {
                     states.slice_set(&pool.narrow(0, slot, 1)?, 0, row)?;
                 }
             }
@@ -109,12 +108,12 @@ impl MambaState {
         Ok(States { conv: load(&self.conv)?, ssm: load(&self.ssm)? })
     }
 
-    /// Keeps the states after `sequences`, but for those of padding.
-    pub(super) fn store(&self, states: &States, slots: &Slots, sequences: usize) -> Result<()> {
+    /// Keeps the states after sequences in these slots, but for those of padding.
+    pub(super) fn store(&self, states: &States, slots: &[Option<usize>]) -> Result<()> {
         for (pool, states) in [(&self.conv, &states.conv), (&self.ssm, &states.ssm)] {
             let states = states.to_dtype(pool.dtype())?;
-            for row in 0..sequences {
-                if let Some(slot) = slots.get(row) {
+            for (row, &slot) in slots.iter().enumerate() {
+                if let Some(slot) = slot {
                     pool.slice_set(&states.narrow(0, row, 1)?, 0, slot)?;
                 }
             }

@@ -8,6 +8,7 @@ use candle_nn::{Module, VarBuilder};
 use super::mixer::Pass;
 use super::stack::{self, WayBack};
 use super::{BackboneConfig, Mixer};
+use crate::candle::Slots;
 use crate::count_sequences;
 use crate::nn::layers::{Change, ParameterList, Parameters};
 use crate::nn::{Cache, RmsNorm, argument, check_model_dtype, check_room};
@@ -166,23 +167,23 @@ impl Backbone {
     ///
     /// # Errors
     /// A layer that is bidirectional; a cache or slots that do not fit. Nothing is written then.
-    pub fn prefill(&self, x: &Tensor, cache: &Cache, slots: Option<&[i32]>) -> Result<Tensor> {
-        self.decode(x, None, cache, slots)
+    pub fn prefill<'s>(&self, x: &Tensor, cache: &Cache, slots: impl Into<Slots<'s>>) -> Result<Tensor> {
+        self.decode(x, None, cache, slots.into())
     }
 
     /// As [`Backbone::prefill`], for sequences that lie one after another as in [`Backbone::forward_packed`]; sequence `i`
     /// uses slot `slots[i]`.
-    pub fn prefill_packed(
+    pub fn prefill_packed<'s>(
         &self,
         x: &Tensor,
         cu_seqlens: &[usize],
         cache: &Cache,
-        slots: Option<&[i32]>,
+        slots: impl Into<Slots<'s>>,
     ) -> Result<Tensor> {
-        self.decode(x, Some(cu_seqlens), cache, slots)
+        self.decode(x, Some(cu_seqlens), cache, slots.into())
     }
 
-    fn decode(&self, x: &Tensor, cu_seqlens: Option<&[usize]>, cache: &Cache, slots: Option<&[i32]>) -> Result<Tensor> {
+    fn decode(&self, x: &Tensor, cu_seqlens: Option<&[usize]>, cache: &Cache, slots: Slots) -> Result<Tensor> {
         let (batch, length) = self.check_input(x)?;
         let sequences = count_sequences(batch, length, cu_seqlens)?;
         self.check_decoding(cache, sequences, slots)?;
@@ -192,18 +193,20 @@ impl Backbone {
     }
 
     /// Carries the states of a cache through the next step of each row, or through a few: `x` is
-    /// `(batch, steps, d_model)`. Otherwise as [`Backbone::prefill`].
+    /// `(batch, steps, d_model)`. Slots may also be a tensor of `i32` where the states are, as in
+    /// [`Mamba::step`](crate::nn::Mamba::step). Otherwise as [`Backbone::prefill`].
     ///
     /// # Errors
     /// As [`Backbone::prefill`].
-    pub fn step(&self, x: &Tensor, cache: &Cache, slots: Option<&[i32]>) -> Result<Tensor> {
+    pub fn step<'s>(&self, x: &Tensor, cache: &Cache, slots: impl Into<Slots<'s>>) -> Result<Tensor> {
+        let slots = slots.into();
         self.check_decoding(cache, self.check_input(x)?.0, slots)?;
         let layers = self.untracked()?;
         layers.norm_f.forward(&layers.run(&x.detach(), Pass::Step { cache, slots })?)
     }
 
     /// Checks a cache and slots for all layers, before the first one writes.
-    pub(super) fn check_decoding(&self, cache: &Cache, sequences: usize, slots: Option<&[i32]>) -> Result<()> {
+    pub(super) fn check_decoding(&self, cache: &Cache, sequences: usize, slots: Slots) -> Result<()> {
         if cache.layers.len() != self.layers.len() {
             let expected = format_args!("states of {} layers", self.layers.len());
             return Err(argument("cache", expected, cache.layers.len()));

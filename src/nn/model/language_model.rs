@@ -7,6 +7,7 @@ use candle_nn::{Module, VarBuilder};
 
 use super::mixer::Pass;
 use super::{Backbone, LanguageModelConfig, Mixer};
+use crate::candle::Slots;
 use crate::nn::layers::{Change, Initial, Linear, Parameter, ParameterList, Parameters, Tokens};
 use crate::nn::train::{LossOptions, Targets};
 use crate::nn::{Cache, argument, check_model_dtype, check_room};
@@ -232,9 +233,9 @@ impl LanguageModel {
     /// Reads prompts, or the next chunks of them, from the states of a cache on, and leaves there the states after them:
     /// `ids` `(batch, length)` to the logits after the last token of each, `(batch, vocab_size)` of `f32`.
     ///
-    /// Row `i` uses slot `slots[i]` of the cache, or slot `i` if there are no `slots`, the cache then having one for each
-    /// row. A row whose slot is negative is padding: it touches no state, and its logits mean nothing. [`Cache::reset`]
-    /// makes a slot ready for a new sequence.
+    /// Row `i` uses slot `slots[i]` of the cache, or slot `i` if `slots` is `None`, the cache then having one for each row. A
+    /// row whose slot is negative is padding: it touches no state, and its logits mean nothing. [`Cache::reset`] makes a slot
+    /// ready for a new sequence. Slots are on the host here; a [tensor](Slots) on a GPU is for [`step`](Self::step).
     ///
     /// Not differentiable, since the states are written in place: candle tracks neither the logits nor the states, and a
     /// backward pass from them reaches no parameter. To train, use [`forward`](Self::forward). A model that is decoded with
@@ -243,7 +244,8 @@ impl LanguageModel {
     /// # Errors
     /// A bidirectional model; a row without tokens; ids beyond the vocabulary; a cache or slots that do not fit. Nothing is
     /// written then.
-    pub fn prefill(&self, ids: &Tensor, cache: &Cache, slots: Option<&[i32]>) -> Result<Tensor> {
+    pub fn prefill<'s>(&self, ids: &Tensor, cache: &Cache, slots: impl Into<Slots<'s>>) -> Result<Tensor> {
+        let slots = slots.into();
         let (batch, length) = check_ids(ids)?;
         if length == 0 && batch > 0 {
             return Err(argument("ids", "at least one token in every row", "none"));
@@ -260,13 +262,14 @@ impl LanguageModel {
 
     /// As [`LanguageModel::prefill`], for prompts of several lengths that lie one after another as in
     /// [`LanguageModel::forward_packed`]; prompt `i` uses slot `slots[i]`. Gives `(prompts, vocab_size)`.
-    pub fn prefill_packed(
+    pub fn prefill_packed<'s>(
         &self,
         ids: &Tensor,
         cu_seqlens: &[usize],
         cache: &Cache,
-        slots: Option<&[i32]>,
+        slots: impl Into<Slots<'s>>,
     ) -> Result<Tensor> {
+        let slots = slots.into();
         check_ids(ids)?;
         let mut last = Vec::with_capacity(cu_seqlens.len());
         for ends in cu_seqlens.windows(2) {
@@ -287,11 +290,14 @@ impl LanguageModel {
     }
 
     /// Reads the next token of each sequence: `ids` `(batch)` to the logits after it, `(batch, vocab_size)` of `f32`.
-    /// Cache and slots are those of [`LanguageModel::prefill`]; not differentiable, as that.
+    /// Cache and slots are those of [`LanguageModel::prefill`], and slots may also be a tensor of `i32` where the states are,
+    /// `(batch)`, which on a GPU is read when the step runs there; not differentiable, as that. The ids are read and checked on
+    /// the host; [`Backbone::step`] has none.
     ///
     /// # Errors
     /// As [`LanguageModel::prefill`].
-    pub fn step(&self, ids: &Tensor, cache: &Cache, slots: Option<&[i32]>) -> Result<Tensor> {
+    pub fn step<'s>(&self, ids: &Tensor, cache: &Cache, slots: impl Into<Slots<'s>>) -> Result<Tensor> {
+        let slots = slots.into();
         let &[batch] = ids.dims() else {
             return Err(argument("ids", "shape (batch)", format_args!("{:?}", ids.dims())));
         };

@@ -4,6 +4,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use crate::candle::Slots;
 use crate::nn::layers::Parameters;
 use crate::nn::{Cache, Mamba, MambaConfig, MambaState, argument};
 
@@ -75,9 +76,9 @@ pub enum Mixer {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Pass<'a> {
     /// Sequences on from the states of a cache, which are brought up to date.
-    Prefill { cu_seqlens: Option<&'a [usize]>, cache: &'a Cache, slots: Option<&'a [i32]> },
+    Prefill { cu_seqlens: Option<&'a [usize]>, cache: &'a Cache, slots: Slots<'a> },
     /// The next token of each sequence, in the same way.
-    Step { cache: &'a Cache, slots: Option<&'a [i32]> },
+    Step { cache: &'a Cache, slots: Slots<'a> },
 }
 
 impl Mixer {
@@ -118,7 +119,7 @@ impl Mixer {
         state: &LayerState,
         device: &Device,
         sequences: usize,
-        slots: Option<&[i32]>,
+        slots: Slots,
     ) -> Result<()> {
         match self {
             Self::Mamba(block) => {

@@ -46,14 +46,14 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     problem: &Problem<T>,
     outputs: UpdateMut<T, St>,
 ) -> Result<()> {
-    let slots = problem.check_outputs(&outputs)?;
+    problem.check_outputs(&outputs)?;
     let Dims { batch, len, d_inner, d_state, .. } = problem.dims;
     if batch == 0 || len == 0 {
         return Ok(());
     }
     let pass = Pass {
         problem,
-        slots,
+        slots: problem.inputs.slots,
         state: Pool::new(outputs.state),
         out: Shared::new(outputs.out),
         token_states: outputs.token_states.map(Shared::new),
@@ -172,17 +172,17 @@ impl<T: Element, St: Element> Pass<'_, '_, T, St> {
     fn stage<S: Lanes>(&self, simd: S, block: Block, scratch: &mut Scratch<St>) {
         let inputs = &self.problem.inputs;
         let mut bias = Row::ZERO;
-        if let Some(view) = &inputs.dt_bias {
+        if let Some(view) = &inputs.delta_bias {
             view.widen_row([block.first], &mut bias.0[..block.width]);
         }
         for t in 0..block.tokens {
             let index = [block.row, block.token + t, block.first];
             inputs.u.widen_row(index, &mut scratch.u[t].0[..block.width]);
             let delta = &mut scratch.delta[t];
-            inputs.dt.widen_row(index, &mut delta.0[..block.width]);
+            inputs.delta.widen_row(index, &mut delta.0[..block.width]);
             for (delta, bias) in delta.vectors_mut::<S>().iter_mut().zip(bias.vectors::<S>()) {
                 *delta = simd.add_f32s(*delta, *bias);
-                if inputs.options.dt_softplus {
+                if inputs.options.delta_softplus {
                     *delta = softplus(simd, *delta);
                 }
             }

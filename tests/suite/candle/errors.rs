@@ -1,8 +1,8 @@
 //! What does not fit gives an error that names the argument.
 
 use candle_core::{DType, Device, Tensor};
-use selective_scan::Error;
 use selective_scan::candle::{CausalConv, ConvUpdate, Scan, StateUpdate, rollback};
+use selective_scan::{Error, Slots};
 
 #[cfg(feature = "nn")]
 use {
@@ -82,13 +82,16 @@ fn of_the_updates() {
     refused(update.update(&zeros(&[], F32)), "`state`: expected shape (slots, d_inner, d_state), got []");
     refused(update.update(&zeros(&[4, 5], F32)), "`state`: expected shape (slots, d_inner, d_state), got [4, 5]");
     refused(update.update(&zeros(&[3, 4, 5], F32)), "`state`: expected one slot for each of 2 batch rows");
-    refused(StateUpdate { slots: Some(&[0, 2]), ..update }.update(&pool), "`slots`: expected slots below 2");
-    refused(StateUpdate { slots: Some(&[1, 1]), ..update }.update(&pool), "`slots`: expected a different slot");
+    refused(StateUpdate { slots: Slots::Host(&[0, 2]), ..update }.update(&pool), "`slots`: expected slots below 2");
+    refused(StateUpdate { slots: Slots::Host(&[1, 1]), ..update }.update(&pool), "`slots`: expected a different slot");
     refused(
-        StateUpdate { dt: &b, ..update }.update(&pool),
-        "`dt`: expected shape (batch, tokens, d_inner) = [2, 1, 4]",
+        StateUpdate { delta: &b, ..update }.update(&pool),
+        "`delta`: expected shape (batch, tokens, d_inner) = [2, 1, 4]",
     );
-    refused(StateUpdate { u: &x.to_dtype(BF16).expect("floats"), ..update }.update(&pool), "`dt`: expected dtype BF16");
+    refused(
+        StateUpdate { u: &x.to_dtype(BF16).expect("floats"), ..update }.update(&pool),
+        "`delta`: expected dtype BF16",
+    );
     let (rows, weight) = (zeros(&[2, 3, 4], F32), zeros(&[4, 4], F32));
     let conv = ConvUpdate::new(&x, &weight);
     conv.update(&rows).expect("these fit");

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use selective_scan::candle::Scan;
 
-use super::{conv, embedding, graph, norm, optimizer, scan, update, vectors, views};
+use super::{conv, embedding, graph, norm, optimizer, scan, slots, update, vectors, views};
 use crate::scan::case::Shape;
 
 pub fn device() -> Option<Device> {
@@ -80,6 +80,13 @@ on_the_device! {
         update::like_slices::<f16, f32>(device);
     };
     updates_continue_a_scan: |device| update::continues_a_scan(device);
+    slots_as_tensors: |device| {
+        slots::as_a_list(device);
+        slots::beyond_a_pool(device);
+        slots::refused(device);
+    };
+    #[cfg(feature = "nn")]
+    slots_of_a_model: |device| crate::nn::decoding::slots_as_tensors(device);
     a_pool_that_is_an_input_is_refused: |device| update::aliasing(device);
     states_of_the_graph_are_refused: |device| update::states_of_the_graph(device);
     agrees_with_pytorch: |device| {
@@ -104,5 +111,12 @@ on_the_device! {
         let update = selective_scan::candle::StateUpdate::new(&gpu[0], &gpu[0], &gpu[1], &gpu[2], &gpu[2]);
         let error = update.update(&pool).expect_err("two devices").to_string();
         assert!(error.contains("`state`: expected a tensor on Cuda { gpu_id: 0 }, as `u`, got one on Cpu"), "{error}");
+        let slots = Tensor::new(&[0i32, 1], &Device::Cpu).unwrap();
+        let pool = pool.to_device(device).unwrap();
+        let update = selective_scan::candle::StateUpdate { slots: (&slots).into(), ..update };
+        for error in [update.update(&pool).map(drop), update.slots.check(2, "pool", &pool)] {
+            let error = error.expect_err("two devices").to_string();
+            assert!(error.starts_with("`slots`: expected a tensor on Cuda { gpu_id: 0 }, as `"), "{error}");
+        }
     };
 }

@@ -10,6 +10,7 @@ mod norm;
 mod optimizer;
 mod plain;
 mod scan;
+mod slots;
 mod update;
 mod vectors;
 mod views;

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor, Var, WithDType};
 use half::{bf16, f16};
 use selective_scan::candle::{CausalConv, ConvUpdate, Scan, StateUpdate, rollback};
-use selective_scan::{Element, View, ViewMut, conv, scan, state_update};
+use selective_scan::{Element, Slots, View, ViewMut, conv, scan, state_update};
 
 use super::values;
 use crate::support::draw::{Draw, seeded};
@@ -40,25 +40,25 @@ pub fn like_slices<T: Element + WithDType, St: Element + WithDType>(device: &Dev
     let what = format!("seed {seed}");
     let is_narrow = size_of::<T>() == 2 || size_of::<St>() == 2;
     let activation = [BATCH, TOKENS, D];
-    let [u, dt, z] = [(); 3].map(|()| draw.uniform::<T>(BATCH * TOKENS * D, -1.0, 1.0));
+    let [u, delta, z] = [(); 3].map(|()| draw.uniform::<T>(BATCH * TOKENS * D, -1.0, 1.0));
     let [b, c] = [(); 2].map(|()| draw.uniform::<T>(BATCH * TOKENS * N, -1.0, 1.0));
     let (a, d) = (draw.uniform::<f32>(D * N, -2.0, -0.1), draw.uniform::<f32>(D, -1.0, 1.0));
-    let dt_bias = draw.uniform::<f32>(D, -1.0, 1.0);
+    let delta_bias = draw.uniform::<f32>(D, -1.0, 1.0);
     let weight = draw.uniform::<f32>(D * WIDTH, -1.0, 1.0);
     let wide: Vec<St> = draw.uniform(POOL * D * (N + 4), -1.0, 1.0);
     let wide_rows: Vec<St> = draw.uniform(POOL * (WIDTH - 1) * (D + 4), -1.0, 1.0);
 
     let varying = |data| View::new(data, [BATCH, TOKENS, 1, N]);
-    let options = state_update::Options { dt_softplus: true, ..Default::default() };
+    let options = state_update::Options { delta_softplus: true, ..Default::default() };
     let inputs = state_update::Inputs {
         z: Some(View::new(&z, activation)),
         d: Some(View::new(&d, [D])),
-        dt_bias: Some(View::new(&dt_bias, [D])),
-        slots: Some(&SLOTS),
+        delta_bias: Some(View::new(&delta_bias, [D])),
+        slots: Slots::Host(&SLOTS),
         options,
         ..state_update::Inputs::new(
             View::new(&u, activation),
-            View::new(&dt, activation),
+            View::new(&delta, activation),
             View::new(&a, [D, N]),
             varying(&b[..]),
             varying(&c[..]),
@@ -69,16 +69,16 @@ pub fn like_slices<T: Element + WithDType, St: Element + WithDType>(device: &Dev
 
     let tensor = |data: &[T], shape: &[usize]| dense(data, shape, device);
     let parameter = |data: &[f32], shape: &[usize]| dense(data, shape, device);
-    let [u_, dt_, z_] = [&u, &dt, &z].map(|data| tensor(data, &activation));
+    let [u_, delta_, z_] = [&u, &delta, &z].map(|data| tensor(data, &activation));
     let [b_, c_] = [&b, &c].map(|data| tensor(data, &[BATCH, TOKENS, N]));
-    let (a_, d_, bias_) = (parameter(&a, &[D, N]), parameter(&d, &[D]), parameter(&dt_bias, &[D]));
+    let (a_, d_, bias_) = (parameter(&a, &[D, N]), parameter(&d, &[D]), parameter(&delta_bias, &[D]));
     let update = StateUpdate {
         z: Some(&z_),
         d: Some(&d_),
-        dt_bias: Some(&bias_),
-        slots: Some(&SLOTS),
+        delta_bias: Some(&bias_),
+        slots: Slots::Host(&SLOTS),
         options,
-        ..StateUpdate::new(&u_, &dt_, &a_, &b_, &c_)
+        ..StateUpdate::new(&u_, &delta_, &a_, &b_, &c_)
     };
     let pools = [(); 2].map(|()| dense(&wide, &[POOL, D, N + 4], device));
     let (out, token_states) = update.update_with_token_states(&inner(&pools[0])).expect("valid");
@@ -93,20 +93,21 @@ pub fn like_slices<T: Element + WithDType, St: Element + WithDType>(device: &Dev
     // The first row keeps two tokens and the third all four.
     let accepted = [2, 0, 4];
     let token_view = View::new(&expected.token_states, [BATCH, TOKENS, D, N]);
-    state_update::rollback(strided(&mut expected_pool, [D, N]), token_view, Some(&SLOTS), &accepted).expect("valid");
-    rollback(&inner(&pools[0]), &token_states, Some(&SLOTS), &accepted).expect("valid");
+    state_update::rollback(strided(&mut expected_pool, [D, N]), token_view, &SLOTS, &accepted).expect("valid");
+    rollback(&inner(&pools[0]), &token_states, &SLOTS, &accepted).expect("valid");
     check(device, is_narrow, &values(&pools[0]), &widen(&expected_pool), &what);
 
     let inputs = conv::UpdateInputs {
         bias: Some(View::new(&d, [D])),
-        slots: Some(&SLOTS),
+        slots: Slots::Host(&SLOTS),
         silu: true,
         ..conv::UpdateInputs::new(View::new(&u, activation), View::new(&weight, [D, WIDTH]))
     };
     let mut expected_pool = wide_rows.clone();
     let expected = inputs.update_with_token_states(strided(&mut expected_pool, [WIDTH - 1, D])).expect("valid");
     let weight_ = parameter(&weight, &[D, WIDTH]);
-    let update = ConvUpdate { bias: Some(&d_), slots: Some(&SLOTS), silu: true, ..ConvUpdate::new(&u_, &weight_) };
+    let update =
+        ConvUpdate { bias: Some(&d_), slots: Slots::Host(&SLOTS), silu: true, ..ConvUpdate::new(&u_, &weight_) };
     let pool = dense(&wide_rows, &[POOL, WIDTH - 1, D + 4], device);
     let (out, token_states) = update.update_with_token_states(&inner(&pool)).expect("valid");
     check(device, is_narrow, &values(&out), &widen(&expected.out), &what);
@@ -172,7 +173,7 @@ pub fn continues_a_scan(device: &Device) {
     for t in prompt..len {
         let [x, delta, b, c] = [&x, &delta, &b, &c].map(|tensor| part(tensor, t, 1));
         let u = ConvUpdate { silu: true, ..ConvUpdate::new(&x, &weight) }.update(&conv_state).expect("valid");
-        let options = state_update::Options { dt_softplus: true, ..Default::default() };
+        let options = state_update::Options { delta_softplus: true, ..Default::default() };
         let update = StateUpdate { options, ..StateUpdate::new(&u, &delta, &a, &b, &c) };
         let out = update.update(&state).expect("valid");
         // The crate's bound on f32.

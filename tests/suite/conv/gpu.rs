@@ -11,7 +11,7 @@ use super::update::{tokens_at_once, update_against_reference};
 use super::{Case, against_reference, chunks, infinite_weights, packed_alone};
 use crate::support::device::Device;
 use crate::support::draw::Draw;
-use crate::support::gpu::{Copies, stream};
+use crate::support::gpu::{Copies, stream, with_slots_on_device};
 use crate::support::tolerance::{assert_close, bits};
 
 fn on_device<'a, T: Element>(copies: &'a Copies, inputs: &Inputs<'a, T>) -> Inputs<'a, T, Cuda> {
@@ -71,7 +71,7 @@ pub fn update<T: Element, St: Element>(inputs: &UpdateInputs<T>, outputs: Update
     let copies = Copies::new(&stream);
     let on_device = UpdateInputs {
         bias: inputs.bias.as_ref().map(|view| copies.view(view)),
-        slots: inputs.slots,
+        slots: copies.slots(inputs.slots),
         silu: inputs.silu,
         ..UpdateInputs::new(copies.view(&inputs.x), copies.view(&inputs.weight))
     };
@@ -151,6 +151,16 @@ fn many_tokens_give_the_bits_of_single_ones() {
         tokens_at_once::<f32, f32>(gpu());
         tokens_at_once::<f32, bf16>(gpu());
         tokens_at_once::<bf16, f16>(gpu());
+    }
+}
+
+#[test]
+fn slots_on_the_device_are_as_a_list() {
+    if stream().is_some() {
+        with_slots_on_device(|| {
+            update_against_reference::<f32, f32>(&device, &[1, 2, 5]);
+            tokens_at_once::<bf16, f16>(gpu());
+        });
     }
 }
 
@@ -262,7 +272,7 @@ fn large_batches_take_any_slots() {
         let shape = [2 * batch + 1, width - 1, d];
         let pool: Vec<f32> = draw.uniform(shape.iter().product(), -1.0, 1.0);
         let inputs = UpdateInputs {
-            slots: Some(&slots),
+            slots: (&slots).into(),
             ..UpdateInputs::new(View::new(&x[..], [batch, 1, d]), View::new(&weight, [d, width]))
         };
         let (mut want, mut got) = (pool.clone(), pool);

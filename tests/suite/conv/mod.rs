@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use selective_scan::conv::{
     Gradients, GradientsMut, Inputs, Options, Output, OutputGradients, OutputMut, UpdateInputs, cpu, reference,
 };
-use selective_scan::{Element, View, ViewMut};
+use selective_scan::{Element, Slots, View, ViewMut};
 
 use crate::support::device::Device;
 use crate::support::draw::Draw;
@@ -461,7 +461,7 @@ fn what_does_not_fit_is_named() {
     let inputs = UpdateInputs::new(x, weight);
     update(inputs, [2, 3, 4], "`state`: expected shape (slots, width - 1, d_inner) = [2, 2, 4]");
     update(inputs, [3, 2, 4], "`state`: expected one slot for each");
-    update(UpdateInputs { slots: Some(&[0, 3]), ..inputs }, [3, 2, 4], "`slots`: expected slots below 3");
+    update(UpdateInputs { slots: Slots::Host(&[0, 3]), ..inputs }, [3, 2, 4], "`slots`: expected slots below 3");
     update(UpdateInputs { weight: View::new(&data[..4], [4, 1]), ..inputs }, [2, 0, 4], width);
 }
 

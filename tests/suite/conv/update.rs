@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use selective_scan::conv::{Inputs, Options, UpdateInputs, UpdateMut, cpu, reference, rollback};
-use selective_scan::{Element, View, ViewMut};
+use selective_scan::{Element, Slots, View, ViewMut};
 
 use super::{FORWARD, on_cpu, steps};
 use crate::support::device::Device;
@@ -57,7 +57,7 @@ impl<T: Element, St: Element> Update<T, St> {
         let d = self.x.shape[2];
         UpdateInputs {
             bias: self.bias.as_ref().map(|bias| View::new(&bias[..], [d])),
-            slots: self.slots.as_deref(),
+            slots: self.slots.as_deref().into(),
             silu: self.silu,
             ..UpdateInputs::new(steps(self.x.view(), first, first + tokens), View::new(&self.weight, [d, self.width]))
         }
@@ -179,7 +179,7 @@ fn updates_give_the_bits_of_a_whole_sequence() {
     for seed in 0..10 {
         let case = Update::<f32, f32>::draw(&mut Draw::new(seed), &[9]);
         let [batch, tokens, d] = case.x.shape;
-        let update = UpdateInputs { slots: None, ..case.inputs(0, tokens) };
+        let update = UpdateInputs { slots: Slots::Rows, ..case.inputs(0, tokens) };
         let mut state = vec![0.25f32; batch * (case.width - 1) * d];
         let initial = state.clone();
         let shape = [batch, case.width - 1, d];

@@ -43,7 +43,7 @@ proptest! {
             prop_assert!(conv::reference::forward(&inputs).is_ok());
         }
 
-        let update = conv::UpdateInputs { slots: slots.as_deref(), ..conv::UpdateInputs::new(view(0), weight) };
+        let update = conv::UpdateInputs { slots: slots.as_deref().into(), ..conv::UpdateInputs::new(view(0), weight) };
         let (offset, pool_shape, strides) = views[2];
         let mut pool = vec![0.5f32; lens[2]];
         let pool = ViewMut::new(&mut pool, pool_shape).with_layout(offset, strides);

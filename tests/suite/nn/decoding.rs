@@ -1,9 +1,11 @@
 //! Prefill and steps on a cache give what one pass over the whole gives, and touch the slots they should.
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use rand::Rng;
 use rand::seq::SliceRandom;
-use selective_scan::nn::{Cache, MambaConfig, MambaState};
+use selective_scan::candle::Slots;
+use selective_scan::nn::{Cache, LanguageModel, MambaConfig, MambaState};
 
 use super::{
     SAME, all_blocks, assert_close, bits, block, causal_blocks, cuts, ids, mamba_states, model, random, refusal, tensor,
@@ -114,10 +116,10 @@ fn slots_hold_sequences_of_their_own() {
                 .unwrap();
             assert_close(&got, &wanted, SAME, name);
         };
-        check(model.prefill(&ids.narrow(1, 0, 8).unwrap(), &cache, Some(&slots)).unwrap(), 7);
+        check(model.prefill(&ids.narrow(1, 0, 8).unwrap(), &cache, &slots).unwrap(), 7);
         for t in 8..12 {
             let token = ids.narrow(1, t, 1).unwrap().squeeze(1).unwrap();
-            check(model.step(&token, &cache, Some(&slots)).unwrap(), t);
+            check(model.step(&token, &cache, &slots).unwrap(), t);
         }
         for (before, after) in before.iter().zip(states(&cache)) {
             for &slot in &order[2..] {
@@ -132,10 +134,76 @@ fn slots_hold_sequences_of_their_own() {
         }
         // A call with nothing but padding writes nothing at all.
         let before = states(&cache);
-        model.prefill(&ids, &cache, Some(&[-1, -1, -7])).unwrap();
-        model.step(&ids.narrow(1, 0, 1).unwrap().squeeze(1).unwrap(), &cache, Some(&[-1, -1, -1])).unwrap();
+        model.prefill(&ids, &cache, &[-1, -1, -7]).unwrap();
+        model.step(&ids.narrow(1, 0, 1).unwrap().squeeze(1).unwrap(), &cache, &[-1, -1, -1]).unwrap();
         assert_eq!(before, states(&cache));
     }
+}
+
+/// Steps whose slots are a tensor give the bits of those with a list, in blocks, stacks and models; a prompt needs a list that
+/// the host can read.
+pub fn slots_as_tensors(device: &Device) {
+    let mut random = random();
+    let config = &causal_blocks()[0].1;
+    let (model, _) = model(config, &mut random);
+    let vb = VarBuilder::from_tensors(
+        model.named_tensors().into_iter().map(|(name, tensor)| (name, tensor.to_device(device).unwrap())).collect(),
+        DType::F32,
+        device,
+    );
+    let model = LanguageModel::new(model.config(), vb).unwrap();
+    let on_device = |tensor: Tensor| tensor.to_device(device).unwrap();
+    let prompts = on_device(ids(&mut random, 3, 4));
+    let embedded = on_device(tensor(&mut random, &[3, 1, 12], 1.0));
+    let tokens = Tensor::new(&[3u32, 1, 4], device).unwrap();
+    let caches = [(); 2].map(|()| {
+        let cache = model.new_cache(5, DType::F32).unwrap();
+        model.prefill(&prompts, &cache, &[4, 0, 2]).unwrap();
+        cache
+    });
+    let list = [2, -1, 4];
+    let slots = Tensor::new(&list, device).unwrap();
+    let block = model.mixers().next().unwrap().as_mamba().unwrap();
+    let run = |cache: &Cache, slots: Slots| {
+        let results = [
+            model.step(&tokens, cache, slots).unwrap(),
+            model.backbone().step(&embedded, cache, slots).unwrap(),
+            block.step(&embedded, mamba_states(cache)[0], slots).unwrap(),
+        ];
+        results.iter().map(bits).collect::<Vec<_>>()
+    };
+    assert_eq!(run(&caches[0], (&slots).into()), run(&caches[1], (&list).into()));
+    assert_eq!(states(&caches[0]), states(&caches[1]));
+
+    let before = states(&caches[0]);
+    let refused = |slots: &Tensor, words: &str| {
+        for message in [
+            refusal(model.step(&tokens, &caches[0], slots)),
+            refusal(model.prefill(&prompts, &caches[0], slots)),
+            refusal(model.backbone().step(&embedded, &caches[0], slots)),
+            refusal(block.step(&embedded, mamba_states(&caches[0])[0], slots)),
+        ] {
+            assert!(message.starts_with(words), "{message}");
+        }
+        assert_eq!(states(&caches[0]), before);
+    };
+    refused(&tokens, "`slots`: expected dtype I32, got U32");
+    refused(&slots.narrow(0, 0, 2).unwrap(), "`slots`: expected one for each of 3 batch rows, got 2");
+    if device.is_cpu() {
+        refused(&Tensor::new(&[0i32, 1, 5], device).unwrap(), "`slots`: expected slots below 5");
+        let logits = caches.each_ref().map(|cache| bits(&model.prefill(&prompts, cache, &slots).unwrap()));
+        assert_eq!(logits[0], logits[1]);
+    } else {
+        let message = refusal(model.prefill(&prompts, &caches[0], &slots));
+        assert!(message.starts_with("`slots`: expected a list on the host"), "{message}");
+        let elsewhere = Tensor::new(&list, &Device::Cpu).unwrap();
+        refused(&elsewhere, "`slots`: expected a tensor on Cuda { gpu_id: 0 }, as `cache`, got one on Cpu");
+    }
+}
+
+#[test]
+fn slots_may_be_a_tensor() {
+    slots_as_tensors(&Device::Cpu);
 }
 
 #[test]
@@ -194,7 +262,7 @@ fn slots_are_copied_taken_and_put() {
     assert_eq!((cache.slots(), handle.slots()), (6, 4));
     assert_eq!(picked(&states(&cache), &[0, 1, 2, 3]), small);
     assert!(states(&cache).iter().all(|pool| pool[4].iter().chain(&pool[5]).all(|bits| *bits == 0)));
-    model.step(&Tensor::new(&[1u32], &Device::Cpu).unwrap(), &cache, Some(&[5])).unwrap();
+    model.step(&Tensor::new(&[1u32], &Device::Cpu).unwrap(), &cache, &[5]).unwrap();
 
     // A cache of narrow states rounds what is put there.
     let narrow = model.new_cache(1, DType::BF16).unwrap();
@@ -233,7 +301,7 @@ fn what_does_not_fit_is_refused_and_writes_nothing() {
     let (model, _) = super::model(&blocks[0].1, &mut random);
     let (ids, token) = (ids(&mut random, 2, 5), Tensor::new(&[1u32, 2], &Device::Cpu).unwrap());
     let cache = model.new_cache(3, DType::F32).unwrap();
-    model.prefill(&ids, &cache, Some(&[2, 0])).unwrap();
+    model.prefill(&ids, &cache, &[2, 0]).unwrap();
     let before = states(&cache);
     let refused = |slots: Option<&[i32]>, words: &[&str]| {
         for message in [
@@ -245,19 +313,18 @@ fn what_does_not_fit_is_refused_and_writes_nothing() {
             assert_eq!(before, states(&cache));
         }
     };
-    refused(None, &["one slot for each of 2"]);
+    refused(None, &["`cache`", "one slot for each of 2"]);
     refused(Some(&[0, 3]), &["slots", "below 3"]);
     refused(Some(&[1, 1]), &["slots", "1 twice"]);
     refused(Some(&[1]), &["slots", "each of 2"]);
-    let message = refusal(model.prefill(&ids.narrow(1, 0, 0).unwrap(), &cache, Some(&[0, 1])));
+    let message = refusal(model.prefill(&ids.narrow(1, 0, 0).unwrap(), &cache, &[0, 1]));
     assert!(message.contains("ids"), "{message}");
-    let message =
-        refusal(model.prefill_packed(&ids.reshape((1, 10)).unwrap(), &[0, 4, 4, 10], &cache, Some(&[0, 1, 2])));
+    let message = refusal(model.prefill_packed(&ids.reshape((1, 10)).unwrap(), &[0, 4, 4, 10], &cache, &[0, 1, 2]));
     assert!(message.contains("cu_seqlens"), "{message}");
-    let message = refusal(model.prefill_packed(&ids.reshape((1, 10)).unwrap(), &[0, 4, 9], &cache, Some(&[0, 1])));
+    let message = refusal(model.prefill_packed(&ids.reshape((1, 10)).unwrap(), &[0, 4, 9], &cache, &[0, 1]));
     assert!(message.contains("cu_seqlens"), "{message}");
     let wild = Tensor::new(&[1u32, 11], &Device::Cpu).unwrap();
-    refusal(model.step(&wild, &cache, Some(&[0, 1])));
+    refusal(model.step(&wild, &cache, &[0, 1]));
     assert!(refusal(cache.reset(Some(&[0, 3]))).contains("below 3"));
     assert_eq!(before, states(&cache));
 

@@ -1,7 +1,7 @@
 //! The Mamba block and the language model.
 
 mod checkpoints;
-mod decoding;
+pub mod decoding;
 #[cfg(feature = "candle-cuda")]
 mod gpu;
 mod initial;

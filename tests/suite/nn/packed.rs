@@ -63,10 +63,10 @@ fn prompts() {
         let slots: Vec<_> = (1..=count as i32).collect();
         // Twice, so that the second time goes on from what the first left.
         for _ in 0..2 {
-            let logits = model.prefill_packed(&ids, &cu_seqlens, &together, Some(&slots)).unwrap();
+            let logits = model.prefill_packed(&ids, &cu_seqlens, &together, &slots).unwrap();
             assert_eq!(logits.dims(), [count, 11]);
         }
-        let logits = model.prefill_packed(&ids, &cu_seqlens, &together, Some(&slots)).unwrap();
+        let logits = model.prefill_packed(&ids, &cu_seqlens, &together, &slots).unwrap();
         for (index, ends) in cu_seqlens.windows(2).enumerate() {
             let prompt = ids.narrow(1, ends[0], ends[1] - ends[0]).unwrap();
             apart.reset(None).unwrap();

@@ -1,5 +1,7 @@
 //! The state update on a GPU, or on a simulated one.
 
+mod slots;
+
 use half::{bf16, f16};
 use selective_scan::scan::cuda::Plan;
 use selective_scan::state_update::{Inputs, Options, UpdateMut, cuda};
@@ -9,7 +11,7 @@ use super::{against_reference, tokens_at_once};
 use crate::extremes::an_update_forgets_as_well;
 use crate::support::device::Device;
 use crate::support::draw::Draw;
-use crate::support::gpu::{Copies, stream};
+use crate::support::gpu::{Copies, stream, with_slots_on_device};
 use crate::support::tolerance::bits;
 
 /// Runs an update on the device, on copies of all that it reads and writes.
@@ -18,14 +20,14 @@ pub fn update<T: Element, St: Element>(inputs: &Inputs<T>, outputs: UpdateMut<T,
     let copies = Copies::new(&stream);
     let on_device = Inputs {
         u: copies.view(&inputs.u),
-        dt: copies.view(&inputs.dt),
+        delta: copies.view(&inputs.delta),
         a: copies.view(&inputs.a),
         b: copies.projection(&inputs.b),
         c: copies.projection(&inputs.c),
         z: inputs.z.as_ref().map(|view| copies.view(view)),
         d: inputs.d.as_ref().map(|view| copies.view(view)),
-        dt_bias: inputs.dt_bias.as_ref().map(|view| copies.view(view)),
-        slots: inputs.slots,
+        delta_bias: inputs.delta_bias.as_ref().map(|view| copies.view(view)),
+        slots: copies.slots(inputs.slots),
         options: inputs.options,
     };
     let ViewMut { data, offset, shape, strides } = outputs.state;
@@ -55,7 +57,7 @@ pub fn rollback<St: Element>(
     let pool = copies.slice(data);
     let state = ViewMut { data: &mut *pool, offset, shape, strides };
     let token_states = copies.view(&token_states);
-    cuda::rollback(&stream, state, token_states, slots, accepted).expect("the case is valid");
+    cuda::rollback(&stream, state, token_states, copies.slots(slots.into()), accepted).expect("the case is valid");
     copies.download(pool, data);
 }
 
@@ -111,6 +113,16 @@ fn many_tokens_give_the_bits_of_single_ones() {
     }
 }
 
+#[test]
+fn slots_on_the_device_are_as_a_list() {
+    if stream().is_some() {
+        with_slots_on_device(|| {
+            against_reference::<f32, f32>(&device, 60..90, &[1, 2, 5]);
+            tokens_at_once::<bf16, f16>(Device::Cuda(Plan::default()), 120..140);
+        });
+    }
+}
+
 /// The fast kernel, with one batch row and with two to a thread, against the CPU: every slot but padding in an order of
 /// its own, more rows than a launch carries slots for, and channels that do not fill the last block.
 #[test]
@@ -120,7 +132,7 @@ fn large_batches_take_any_slots() {
     for batch in [7, 513, 3001] {
         let draw = &mut Draw::new(batch as u64);
         let size = d_inner * d_state;
-        let (u, dt) = (draw.uniform::<bf16>(batch * d_inner, -1.0, 1.0), draw.uniform(batch * d_inner, -3.0, 1.0));
+        let (u, delta) = (draw.uniform::<bf16>(batch * d_inner, -1.0, 1.0), draw.uniform(batch * d_inner, -3.0, 1.0));
         let (b, c) = (draw.uniform(batch * d_state, -1.0, 1.0), draw.uniform(batch * d_state, -1.0, 1.0));
         let a = draw.uniform::<f32>(size, -2.0, 0.0);
         let slots: Vec<i32> =
@@ -129,11 +141,11 @@ fn large_batches_take_any_slots() {
         let activation = [batch, 1, d_inner];
         let projection = |data| View::new(data, [batch, 1, 1, d_state]);
         let inputs = Inputs {
-            slots: Some(&slots),
-            options: Options { dt_softplus: true, ..Options::default() },
+            slots: (&slots).into(),
+            options: Options { delta_softplus: true, ..Options::default() },
             ..Inputs::new(
                 View::new(&u[..], activation),
-                View::new(&dt[..], activation),
+                View::new(&delta[..], activation),
                 View::new(&a, [d_inner, d_state]),
                 projection(&b[..]),
                 projection(&c[..]),
@@ -144,6 +156,10 @@ fn large_batches_take_any_slots() {
         let want_out = inputs.update(ViewMut::new(&mut want, shape)).unwrap();
         let mut out = vec![bf16::NAN; batch * d_inner];
         update(&inputs, UpdateMut { state: ViewMut::new(&mut got, shape), out: &mut out, token_states: None });
+        let (mut again, mut out_again) = (pool.clone(), out.clone());
+        let outputs = UpdateMut::new(ViewMut::new(&mut again, shape), &mut out_again[..]);
+        with_slots_on_device(|| update(&inputs, outputs));
+        assert!(bits(&again) == bits(&got) && out_again == out, "batch {batch}: slots on the device");
         // Sums of terms up to 1 or so, with a step size exact to 2^-19; and the outputs' own rounding of 2^-9.
         for (got, want) in got.iter().zip(&want) {
             assert!((got - want).abs() <= 1e-5 * want.abs().max(1.0), "{got} and {want}, batch {batch}");
@@ -193,8 +209,8 @@ fn any_place_and_distance_give_the_same_bits() {
             let inputs = Inputs {
                 z: Some(activation(&activations[2][..])),
                 d: Some(View::new(&d[..], [d_inner])),
-                slots: Some(&slots),
-                options: Options { dt_softplus: true, ..Options::default() },
+                slots: (&slots).into(),
+                options: Options { delta_softplus: true, ..Options::default() },
                 ..Inputs::new(
                     activation(&activations[0][..]),
                     activation(&activations[1][..]),

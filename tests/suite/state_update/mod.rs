@@ -7,7 +7,7 @@ mod wild;
 
 use half::{bf16, f16};
 use selective_scan::state_update::{Inputs, Options, UpdateMut, cpu, reference, rollback};
-use selective_scan::{Discretization, Element, Isa, Projection, View, ViewMut, scan};
+use selective_scan::{Discretization, Element, Isa, Projection, Slots, View, ViewMut, scan};
 
 use crate::support::device::Device;
 use crate::support::draw::Draw;
@@ -23,14 +23,14 @@ struct Case<T, St> {
     d_state: usize,
     groups: Option<usize>,
     u: Strided<T>,
-    dt: Strided<T>,
+    delta: Strided<T>,
     z: Option<Strided<T>>,
     a: Vec<f32>,
     b: Vec<T>,
     c: Vec<T>,
     constant: Vec<f32>,
     d: Option<Vec<f32>>,
-    dt_bias: Option<Vec<f32>>,
+    delta_bias: Option<Vec<f32>>,
     slots: Option<Vec<i32>>,
     options: Options,
     pool: Vec<St>,
@@ -67,17 +67,17 @@ impl<T: Element, St: Element> Case<T, St> {
             d_state,
             groups,
             u: draw.activation(shape),
-            dt: draw.activation(shape),
+            delta: draw.activation(shape),
             z: draw.flag().then(|| draw.activation(shape)),
             a: draw.uniform(state, -1.5, 0.0),
             b: draw.uniform(projection, -1.0, 1.0),
             c: draw.uniform(projection, -1.0, 1.0),
             constant: draw.uniform(state, -1.0, 1.0),
             d: draw.flag().then(|| draw.uniform(d_inner, -1.0, 1.0)),
-            dt_bias: draw.flag().then(|| draw.uniform(d_inner, -1.0, 1.0)),
+            delta_bias: draw.flag().then(|| draw.uniform(d_inner, -1.0, 1.0)),
             slots,
             options: Options {
-                dt_softplus: draw.flag(),
+                delta_softplus: draw.flag(),
                 discretization: draw.one_of(&[Discretization::Euler, Discretization::ZeroOrderHold]),
             },
             pool: draw.uniform(offset + slot_count * pool_strides[0].max(d_inner * pool_strides[1]), -1.0, 1.0),
@@ -100,12 +100,12 @@ impl<T: Element, St: Element> Case<T, St> {
         Inputs {
             z: self.z.as_ref().map(part),
             d: self.d.as_ref().map(|d| View::new(&d[..], [d.len()])),
-            dt_bias: self.dt_bias.as_ref().map(|bias| View::new(&bias[..], [bias.len()])),
-            slots: self.slots.as_deref(),
+            delta_bias: self.delta_bias.as_ref().map(|bias| View::new(&bias[..], [bias.len()])),
+            slots: self.slots.as_deref().into(),
             options: self.options,
             ..Inputs::new(
                 part(&self.u),
-                part(&self.dt),
+                part(&self.delta),
                 View::new(&self.a, [self.shape[2], self.d_state]),
                 varying(&self.b[..]).unwrap_or_else(constant),
                 varying(&self.c[..]).unwrap_or_else(constant),
@@ -292,7 +292,7 @@ fn steps_continue_a_scan() {
     for discretization in [Discretization::Euler, Discretization::ZeroOrderHold] {
         let draw = &mut Draw::new(5);
         let mut activation = || draw.uniform::<f32>(batch * len * d_inner, -1.0, 1.0);
-        let (u, dt, z) = (activation(), activation(), activation());
+        let (u, delta, z) = (activation(), activation(), activation());
         let (a, d) = (draw.uniform(d_inner * d_state, -2.0, 0.0), draw.uniform(d_inner, -1.0, 1.0));
         let b: Vec<f32> = draw.uniform(batch * len * d_state, -1.0, 1.0);
         let c: Vec<f32> = draw.uniform(batch * len * d_state, -1.0, 1.0);
@@ -303,7 +303,7 @@ fn steps_continue_a_scan() {
             z: Some(view(&z)),
             d: Some(d),
             options: scan::Options { delta_softplus: true, discretization, reverse: false },
-            ..scan::Inputs::new(view(&u), view(&dt), a, projection(&b), projection(&c))
+            ..scan::Inputs::new(view(&u), view(&delta), a, projection(&b), projection(&c))
         };
         let whole = inputs.forward().unwrap();
 
@@ -315,8 +315,8 @@ fn steps_continue_a_scan() {
             let inputs = Inputs {
                 z: Some(step(&z)),
                 d: Some(d),
-                options: Options { dt_softplus: true, discretization },
-                ..Inputs::new(step(&u), step(&dt), a, projection(&b), projection(&c))
+                options: Options { delta_softplus: true, discretization },
+                ..Inputs::new(step(&u), step(&delta), a, projection(&b), projection(&c))
             };
             let y = inputs.update(ViewMut::new(&mut state, [batch, d_inner, d_state])).unwrap();
             for row in 0..batch {
@@ -334,18 +334,18 @@ fn infinity_stays_in_its_channel() {
     let (tokens, d_inner, d_state) = (3, 18, 5);
     let draw = &mut Draw::new(1);
     let u: Vec<f32> = draw.uniform(tokens * d_inner, -1.0, 1.0);
-    let (mut dt, a) = (vec![0.5f32; tokens * d_inner], vec![-1.0; d_inner * d_state]);
+    let (mut delta, a) = (vec![0.5f32; tokens * d_inner], vec![-1.0; d_inner * d_state]);
     let b: Vec<f32> = draw.uniform(tokens * d_state, 0.1, 1.0);
-    let run = |dt: &[f32]| {
+    let run = |delta: &[f32]| {
         let mut state = vec![1.0f32; d_inner * d_state];
         let view = |data| View::new(data, [1, tokens, d_inner]);
         let b = View::new(&b, [1, tokens, 1, d_state]);
-        let inputs = Inputs::new(view(&u), view(dt), View::new(&a, [d_inner, d_state]), b, b);
+        let inputs = Inputs::new(view(&u), view(delta), View::new(&a, [d_inner, d_state]), b, b);
         (inputs.update(ViewMut::new(&mut state, [1, d_inner, d_state])).unwrap(), state)
     };
-    let (clean_out, clean_state) = run(&dt);
-    dt[2] = f32::INFINITY;
-    let (out, state) = run(&dt);
+    let (clean_out, clean_state) = run(&delta);
+    delta[2] = f32::INFINITY;
+    let (out, state) = run(&delta);
     assert!(out[2].is_infinite(), "the padding of the last vector must not make NaN of {}", out[2]);
     for d in (0..d_inner).filter(|&d| d != 2) {
         for t in 0..tokens {
@@ -373,19 +373,25 @@ fn what_does_not_fit_is_named() {
     };
     let sizes = [16, 48];
     let wide = View::new(&data[..], [2, 2, 5]);
-    check(Inputs { dt: wide, ..good }, shape, None, sizes, "`dt`: expected shape (batch, tokens, d_inner) = [2, 2, 4]");
-    check(Inputs { z: Some(wide), ..good }, shape, None, sizes, "`z`: expected shape");
-    check(Inputs { d: Some(View::new(&data[..3], [3])), ..good }, shape, None, sizes, "`d`: expected shape (d_inner)");
     check(
-        Inputs { dt_bias: Some(View::new(&data[..3], [4])), ..good },
+        Inputs { delta: wide, ..good },
         shape,
         None,
         sizes,
-        "`dt_bias`: expected a stor",
+        "`delta`: expected shape (batch, tokens, d_inner) = [2, 2, 4]",
     );
-    check(Inputs { slots: Some(&[0]), ..good }, shape, None, sizes, "`slots`: expected one for each of 2");
-    check(Inputs { slots: Some(&[0, 2]), ..good }, shape, None, sizes, "`slots`: expected slots below 2");
-    check(Inputs { slots: Some(&[1, 1]), ..good }, shape, None, sizes, "`slots`: expected a different slot");
+    check(Inputs { z: Some(wide), ..good }, shape, None, sizes, "`z`: expected shape");
+    check(Inputs { d: Some(View::new(&data[..3], [3])), ..good }, shape, None, sizes, "`d`: expected shape (d_inner)");
+    check(
+        Inputs { delta_bias: Some(View::new(&data[..3], [4])), ..good },
+        shape,
+        None,
+        sizes,
+        "`delta_bias`: expected a stor",
+    );
+    check(Inputs { slots: Slots::Host(&[0]), ..good }, shape, None, sizes, "`slots`: expected one for each of 2");
+    check(Inputs { slots: Slots::Host(&[0, 2]), ..good }, shape, None, sizes, "`slots`: expected slots below 2");
+    check(Inputs { slots: Slots::Host(&[1, 1]), ..good }, shape, None, sizes, "`slots`: expected a different slot");
     check(good, [3, 4, 3], None, sizes, "`state`: expected one slot for each of 2 batch rows");
     check(good, [2, 4, 4], None, sizes, "`state`: expected shape (slots, d_inner, d_state) = [2, 4, 3]");
     check(good, shape, Some([2, 3, 1]), sizes, "`state`: expected strides");
@@ -426,6 +432,6 @@ fn a_rollback_that_does_not_fit_is_named() {
     // A padding row's count is not looked at.
     let mut pool = [1.0f32; 8];
     let token_states = View::new(&states, shape);
-    rollback(ViewMut::new(&mut pool, [2, 2, 2]), token_states, Some(&[-1, 0]), &[0, 3]).unwrap();
+    rollback(ViewMut::new(&mut pool, [2, 2, 2]), token_states, &[-1, 0], &[0, 3]).unwrap();
     assert_eq!(pool, [2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]);
 }

@@ -1,22 +1,22 @@
 //! The state update against PyTorch.
 
 use selective_scan::state_update::{Inputs, Options, UpdateMut, UpdateOutput, cpu, reference};
-use selective_scan::{Isa, ViewMut};
+use selective_scan::{Isa, Slots, ViewMut};
 
 use crate::support::vectors::{Case, Comparison, FORWARD, REFERENCE, widen};
 
 fn inputs<'a>(case: &'a Case, slots: &'a Option<Vec<i32>>) -> Inputs<'a, f32> {
     Inputs {
         u: case.view("u"),
-        dt: case.view("dt"),
+        delta: case.view("delta"),
         a: case.view("a"),
         b: case.projection("b"),
         c: case.projection("c"),
         z: case.optional("z"),
         d: case.optional("d"),
-        dt_bias: case.optional("dt_bias"),
-        slots: slots.as_deref(),
-        options: Options { dt_softplus: case.option("dt_softplus"), discretization: case.discretization() },
+        delta_bias: case.optional("delta_bias"),
+        slots: slots.as_deref().into(),
+        options: Options { delta_softplus: case.option("delta_softplus"), discretization: case.discretization() },
     }
 }
 
@@ -35,7 +35,11 @@ fn pool_after(case: &Case, inputs: &Inputs<f32>, token_states: &[f64]) -> Vec<f6
     let ([batch, tokens, _], size) = (inputs.u.shape, shape[1] * shape[2]);
     let mut pool = widen(before);
     for row in 0..batch {
-        if let Ok(slot) = inputs.slots.map_or(Ok(row), |slots| usize::try_from(slots[row])) {
+        let slot = match inputs.slots {
+            Slots::Host(list) => usize::try_from(list[row]),
+            _ => Ok(row),
+        };
+        if let Ok(slot) = slot {
             let last = &token_states[(row * tokens + tokens - 1) * size..][..size];
             pool[slot * size..][..size].copy_from_slice(last);
         }

@@ -39,7 +39,7 @@ proptest! {
         let inputs = state_update::Inputs {
             z: given[0].then(|| view(1)),
             d: given[1].then(|| View::new(&storage[0], [shape[2]])),
-            slots: slots.as_deref(),
+            slots: slots.as_deref().into(),
             ..state_update::Inputs::new(view(0), view(1), a, projection(0), projection(1))
         };
         let (offset, pool_shape, strides) = views[2];
