@@ -35,9 +35,17 @@ pub(super) struct SsmPath {
 #[derive(Debug, Clone)]
 enum Dynamics {
     /// From the input.
-    Selective { x_proj: Linear, dt_proj: Linear, norms: Option<ProjectionNorms> },
+    Selective(Box<Selective>),
     /// B and C are parameters, `(d_inner, d_state)`, `f32`, and the step size is that of the bias alone.
     Invariant { b: Parameter, c: Parameter },
+}
+
+/// The projections of what is selective.
+#[derive(Debug, Clone)]
+struct Selective {
+    x_proj: Linear,
+    dt_proj: Linear,
+    norms: Option<ProjectionNorms>,
 }
 
 /// The norms of the low-rank step size, B and C.
@@ -100,7 +108,7 @@ impl SsmPath {
             let dt_proj = Linear::without_bias(dt.get(&[d_inner, dt_rank], "weight", weight)?);
             let delta_bias = dt.get_f32(&[d_inner], "bias", steps)?;
             let norms = ProjectionNorms::new(config, within)?;
-            (Dynamics::Selective { x_proj, dt_proj, norms }, delta_bias)
+            (Dynamics::Selective(Box::new(Selective { x_proj, dt_proj, norms })), delta_bias)
         } else {
             let parameter =
                 |name: &str, initial| parameters.get_f32(&[d_inner, d_state], &format!("{name}{suffix}"), initial);
@@ -114,9 +122,11 @@ impl SsmPath {
     /// The same path outside of candle's graph.
     pub fn leave_graph(&self) -> Result<Self> {
         let dynamics = match &self.dynamics {
-            Dynamics::Selective { x_proj, dt_proj, norms } => {
+            Dynamics::Selective(selective) => {
+                let Selective { x_proj, dt_proj, norms } = &**selective;
                 let norms = norms.as_ref().map(ProjectionNorms::leave_graph).transpose()?;
-                Dynamics::Selective { x_proj: x_proj.leave_graph()?, dt_proj: dt_proj.leave_graph()?, norms }
+                let (x_proj, dt_proj) = (x_proj.leave_graph()?, dt_proj.leave_graph()?);
+                Dynamics::Selective(Box::new(Selective { x_proj, dt_proj, norms }))
             }
             Dynamics::Invariant { b, c } => Dynamics::Invariant { b: b.leave_graph()?, c: c.leave_graph()? },
         };
@@ -261,7 +271,8 @@ impl SsmPath {
 
     /// What `x_proj` gives; none where nothing is projected.
     fn columns(&self, u: &Tensor) -> Result<Option<Columns>> {
-        let Dynamics::Selective { x_proj, norms, .. } = &self.dynamics else { return Ok(None) };
+        let Dynamics::Selective(selective) = &self.dynamics else { return Ok(None) };
+        let Selective { x_proj, norms, .. } = &**selective;
         let projected = x_proj.apply(&rows(u)?)?;
         let normed = |norms: &ProjectionNorms| {
             let [dt, b, c] = self.split(&projected, 1)?;
@@ -290,7 +301,8 @@ impl SsmPath {
     fn projected(&self, u: &Tensor, columns: Option<&Columns>, delta: Option<Tensor>) -> Result<Projected> {
         let (batch, length, d_inner) = u.dims3()?;
         match &self.dynamics {
-            Dynamics::Selective { dt_proj, .. } => {
+            Dynamics::Selective(selective) => {
+                let dt_proj = &selective.dt_proj;
                 let columns = present(columns)?;
                 let delta = match delta {
                     Some(delta) => delta,
@@ -321,8 +333,8 @@ impl SsmPath {
         gradients: &mut Gradients,
     ) -> Result<()> {
         let Projected { delta, b, c } = d_projected;
-        let (x_proj, dt_proj, norms) = match &self.dynamics {
-            Dynamics::Selective { x_proj, dt_proj, norms } => (x_proj, dt_proj, norms),
+        let Selective { x_proj, dt_proj, norms } = match &self.dynamics {
+            Dynamics::Selective(selective) => &**selective,
             Dynamics::Invariant { b: b_parameter, c: c_parameter } => {
                 gradients.add(b_parameter, |_| Ok(b.clone()))?;
                 return gradients.add(c_parameter, |_| Ok(c.clone()));

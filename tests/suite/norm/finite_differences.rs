@@ -56,7 +56,8 @@ fn reference_gradients() {
             tensor.data.iter_mut().for_each(|x| *x = (*x * 4096.0).round() / 4096.0);
             tensor
         };
-        case.x = on_grid(&case.x);
+        let x = on_grid(&case.x);
+        case.x = x;
         case.residual = case.residual.as_ref().map(on_grid);
         case.z = case.z.as_ref().map(on_grid);
         if let Some(weight) = &mut case.weight {
