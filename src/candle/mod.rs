@@ -108,6 +108,16 @@ pub type ScanGradients = crate::scan::Tensors<CandleTensors>;
 /// The gradients of the tensors of a [`CausalConv`], dense, each of its tensor's shape and type: of those that were given.
 pub type CausalConvGradients = crate::conv::Tensors<CandleTensors>;
 
+/// Lets a GPU keep the memory that tensors free, for the next ones; does nothing on other devices. By default all of it goes back
+/// to the driver whenever the device is waited for, and has to be mapped again.
+#[cfg_attr(not(feature = "candle-cuda"), expect(unused_variables, reason = "there is no GPU"))]
+pub fn keep_freed_memory(device: &candle_core::Device) {
+    #[cfg(feature = "candle-cuda")]
+    if let candle_core::Device::Cuda(device) = device {
+        crate::cuda::keep_freed_memory(device.cuda_stream().context());
+    }
+}
+
 impl From<crate::Error> for candle_core::Error {
     fn from(error: crate::Error) -> Self {
         // Of candle's errors that hold another, this one gives it back as a value, shows its message and nothing else.

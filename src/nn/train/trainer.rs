@@ -170,7 +170,8 @@ impl<M> Trainer<M> {
         if !(rate >= 0.0 && rate.is_finite()) {
             return Err(argument("learning_rate", "a finite number, 0 or more", rate));
         }
-        keep_freed_memory(optimizer.device());
+        // What one step frees, the next takes; else it would have to be mapped again.
+        crate::candle::keep_freed_memory(optimizer.device());
         Ok(Self { model, variables: variables.clone(), optimizer, config, steps: 0 })
     }
 
@@ -416,17 +417,6 @@ impl Trainer {
         Ok(trainer)
     }
 }
-
-/// Lets a GPU keep what one step frees for the next, which else would have to be mapped again.
-#[cfg(feature = "candle-cuda")]
-fn keep_freed_memory(device: &Device) {
-    if let Device::Cuda(device) = device {
-        crate::cuda::keep_freed_memory(device.cuda_stream().context());
-    }
-}
-
-#[cfg(not(feature = "candle-cuda"))]
-fn keep_freed_memory(_: &Device) {}
 
 /// Where gradients come from.
 enum ToCome {
