@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor};
 
 use super::{Inputs, InputsMut, Options, cpu};
-use crate::candle::device::{Backend, Buffer, Cpu, Value, elsewhere, for_dtype, unsupported};
+use crate::candle::device::{Backend, Buffer, Cpu, Value, for_dtype, unsupported};
 use crate::candle::graph::untracked;
 use crate::{Error, Memory, View, ViewMut};
 
@@ -199,7 +199,7 @@ impl CustomOp1 for Losses {
     #[cfg(not(feature = "candle-cuda"))]
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         // candle may have been built for GPUs by another crate's wish.
-        Err(elsewhere("logits", "an NVIDIA GPU").into())
+        Err(crate::candle::device::elsewhere("logits", "an NVIDIA GPU").into())
     }
 }
 
@@ -245,6 +245,6 @@ impl InplaceOp1 for InPlace {
 
     #[cfg(not(feature = "candle-cuda"))]
     fn cuda_fwd(&self, _: &mut CudaStorage, _: &Layout) -> Result<()> {
-        Err(elsewhere("logits", "an NVIDIA GPU").into())
+        Err(crate::candle::device::elsewhere("logits", "an NVIDIA GPU").into())
     }
 }
