@@ -83,7 +83,7 @@ struct Partial {
         sum += part;
     }
 
-    __device__ __forceinline__ void add(const Partial &other) {
+    __device__ __forceinline__ void join(const Partial &other) {
         const float greatest = fmaxf(most, other.most);
         sum = sum * exponential(most - greatest) + other.sum * exponential(other.most - greatest);
         logits += other.logits;
@@ -94,8 +94,8 @@ struct Partial {
     __device__ __forceinline__ void add_warp() {
 #pragma unroll
         for (int distance = WARP / 2; distance > 0; distance /= 2) {
-            add({__shfl_xor_sync(~0u, most, distance), __shfl_xor_sync(~0u, sum, distance),
-                 __shfl_xor_sync(~0u, logits, distance)});
+            join({__shfl_xor_sync(~0u, most, distance), __shfl_xor_sync(~0u, sum, distance),
+                  __shfl_xor_sync(~0u, logits, distance)});
         }
     }
 };

@@ -3,7 +3,7 @@
 //! split sequences, which need many, are left to the sanitizers.
 
 use half::{bf16, f16};
-use selective_scan::{Discretization, Isa, Projection, Slots, View, ViewMut, conv, state_update};
+use selective_scan::{Discretization, Isa, Projection, Slots, View, ViewMut, conv, loss, state_update};
 
 use crate::scan::case::{Case, Flags, Shape};
 use crate::support::device::Device;
@@ -80,5 +80,18 @@ fn state_updates() {
         let apart = ViewMut::new(&mut apart, [3, d, n]).with_layout(0, [d * (n + 1), n + 1, 1]);
         let options = state_update::Options { discretization: Discretization::ZeroOrderHold, ..inputs.options };
         state_update::Inputs { options, ..inputs }.update_with_token_states(apart).expect("valid");
+    });
+}
+
+/// Rows with room between them, written from two threads.
+#[test]
+fn cross_entropy() {
+    on_two_threads(|| {
+        let (draw, [rows, vocab, stride]) = (&mut Draw::new(1), [4, 4100, 4103]);
+        let mut logits = draw.uniform::<bf16>(1 + rows * stride, -1.0, 1.0);
+        let logits = ViewMut::new(&mut logits, [rows, vocab]).with_layout(1, [stride, 1]);
+        let (inputs, mut losses) = (loss::InputsMut::new(logits, &[0, 4099, 7, loss::IGNORED], 1.0), [0.0; 4]);
+        loss::cpu::losses_and_gradient_with(Isa::Portable, inputs, &mut losses).expect("valid");
+        assert!(losses[..3].iter().all(|loss| (loss - (vocab as f32).ln()).abs() < 2.0) && losses[3] == 0.0);
     });
 }
