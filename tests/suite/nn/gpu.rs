@@ -13,5 +13,6 @@ on_the_device! {
         loss::half_types(device);
     };
     losses_of_models: |device| loss::models_lose_what_their_logits_do(device);
+    without_gradients_the_same: |device| nodes::without_gradients_the_same(device);
     losses_of_training: |device| nodes::losses_of_training(device);
 }
