@@ -65,6 +65,9 @@
 //! assert!(model.dtype() == DType::BF16 && variables.all_vars().iter().all(|v| v.dtype() == DType::F32));
 //! # Ok::<(), candle_core::Error>(())
 //! ```
+//! [`train::Trainer::language_model`] makes both and trains them. Where variables are of a half type all the same,
+//! [`train::AdamW`] keeps masters of them in `f32`.
+//!
 //! Sums over rows, of the gradients of embeddings, norms and biases, are `f32` or wider in a model of any type, and are
 //! rounded once.
 //!

@@ -252,5 +252,6 @@ fn a_run_calls_back() {
             _ => Ok(()),
         },
     );
-    assert_eq!((refusal(stopped).as_str(), trainer.steps()), ("enough", 33));
+    assert!(refusal(stopped).starts_with("enough"));
+    assert_eq!(trainer.steps(), 33);
 }
