@@ -223,7 +223,7 @@ template <typename T> __device__ __forceinline__ void cross_entropy(const CrossE
         // Where the target has most of the softmax, softmax - 1 is what all others have together.
         const float share = of_target * inverse;
         const float rest = share > 0.5f ? fmaf(-all.sum, inverse, smoothing) : share - (1 - smoothing);
-        gradient.of_target = p.scale * (fmaf(share, pull, rest) - each);
+        gradient.of_target = p.scale * fmaf(share, pull, rest - each);
         write_gradient(row, map, target, gradient);
     }
 }
