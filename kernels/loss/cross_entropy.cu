@@ -220,8 +220,10 @@ template <typename T> __device__ __forceinline__ void cross_entropy(const CrossE
         gradient.most = all.most;
         gradient.factor = p.scale * (1 + pull) * inverse;
         gradient.offset = p.scale * each;
-        // softmax - 1 is what all others have together.
-        gradient.of_target = p.scale * (fmaf(of_target * inverse, pull, -all.sum * inverse) + (smoothing - each));
+        // Where the target has most of the softmax, softmax - 1 is what all others have together.
+        const float share = of_target * inverse;
+        const float rest = share > 0.5f ? fmaf(-all.sum, inverse, smoothing) : share - (1 - smoothing);
+        gradient.of_target = p.scale * fmaf(share, pull, rest - each);
         write_gradient(row, map, target, gradient);
     }
 }

@@ -138,8 +138,10 @@ impl<T: Element> Kernel for Task<'_, '_, T> {
             let (pull, each) = (2.0 * z_loss * log_sum, smoothing / problem.vocab as f64);
             let (factor, offset) = (scale * (1.0 + pull) / total, scale * each);
             write_gradient(simd, scratch, factor as f32, offset as f32, gradient);
-            // softmax - 1 is what all others have together.
-            let of_target = scale * ((of_target * pull - others) / total + (smoothing - each));
+            // Where the target has most of the softmax, softmax - 1 is what all others have together.
+            let share = of_target / total;
+            let rest = if share > 0.5 { smoothing - others / total } else { share - (1.0 - smoothing) };
+            let of_target = scale * (share * pull + rest - each);
             gradient[target] = T::from_f32(of_target as f32);
         }
         loss as f32

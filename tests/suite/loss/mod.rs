@@ -14,8 +14,9 @@ use crate::support::tolerance::{assert_close, bits};
 
 /// An f32 exponential within 2^-22, sums of at most 256 of them in a row, and one rounding of the loss.
 const LOSSES: f64 = 1e-5;
-/// The same, and a division.
-const GRADIENTS: f64 = 1e-5;
+/// A few roundings more, beside softmax and smoothed labels; where logits are near each other and labels are smoothed whole,
+/// these cancel but for a twentieth.
+const GRADIENTS: f64 = 5e-5;
 
 /// Rows of logits as they lie in memory, with targets.
 pub struct Case<T> {
