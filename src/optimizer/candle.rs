@@ -240,7 +240,7 @@ impl AdamWState {
     ) -> Result<Tensor> {
         let (factors, norm) = self.begin_on(backend, options, gradients)?;
         // The moments are written too.
-        let most = MOST_WRITTEN - 3;
+        let most = MOST_WRITTEN - 4;
         for first in (0..gradients.len()).step_by(most) {
             let part = first..gradients.len().min(first + most);
             self.update_on(backend, options, learning_rate, &factors, &groups[part.clone()], gradients, part)?;
