@@ -115,7 +115,8 @@ template <typename X, typename S, typename O> __device__ __forceinline__ void ge
 }
 
 #define INSTANCE(NAME, ...)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS) rms_norm_forward_##NAME(const __grid_constant__ Forward params) { \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)                                                    \
+        rms_norm_forward_##NAME(const __grid_constant__ Forward params) {                                              \
         __VA_ARGS__(params);                                                                                           \
     }
 
