@@ -14,5 +14,6 @@ on_the_device! {
     };
     losses_of_models: |device| loss::models_lose_what_their_logits_do(device);
     without_gradients_the_same: |device| nodes::without_gradients_the_same(device);
+    gradients_without_the_graph: |device| nodes::gradients_without_the_graph(device);
     losses_of_training: |device| nodes::losses_of_training(device);
 }
