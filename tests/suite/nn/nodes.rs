@@ -411,8 +411,10 @@ pub fn gradients_without_the_graph(device: &Device) {
             for (parameter, variable) in variables.data().lock().unwrap().iter() {
                 let [got, expected] = [&gradients, &expected].map(|store| store.get(variable).unwrap());
                 assert_eq!(got.dtype(), variable.dtype(), "{what}: {parameter}");
-                // The sum of two gradients of a tied matrix is taken in one order here and in another there.
-                assert_close(got, expected, 1e-6, &format!("{what}: {parameter}"));
+                // The sum of two gradients of a tied matrix is taken in one order here and in another there. And the graph
+                // rounds to the model's type what goes through a parameter in that type, as of the last norm.
+                let tolerance = if dtype == DType::F32 { 1e-6 } else { 2f64.powi(-8) };
+                assert_close(got, expected, tolerance, &format!("{what}: {parameter}"));
             }
         }
     }
