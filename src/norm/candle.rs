@@ -450,8 +450,8 @@ mod tests {
         let loss = ((&out * &d_out)?.to_dtype(DType::F32)?.sum_all()? + (&sum * &d_sum)?.sum_all()?)?;
         let gradients = loss.backward()?;
 
-        let (x, weight) = (x.detach(), weight.detach());
-        let norm = RmsNorm { weight: Some(&weight), dtype: DType::BF16, ..RmsNorm::new(&x) };
+        let (detached, of_weight) = (x.detach(), weight.detach());
+        let norm = RmsNorm { weight: Some(&of_weight), dtype: DType::BF16, ..RmsNorm::new(&detached) };
         let parts = norm.forward_with_residual()?;
         let same = |ours: &Tensor, theirs: &Tensor| -> Result<()> {
             assert_eq!((ours.dtype(), ours.dims()), (theirs.dtype(), theirs.dims()));

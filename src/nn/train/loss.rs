@@ -274,7 +274,7 @@ mod tests {
         assert_eq!([1, 100, 5000].map(|rows| chunk(rows, 4 * 256)), [1, 100, 5000]);
         // A row is larger than that, or nearly so.
         assert_eq!([1 << 29, 1 << 30, 3 << 27].map(|row_bytes| chunk(1000, row_bytes)), [1; 3]);
-        assert_eq!(chunk(1000, 6 << 20), 84);
+        assert_eq!(chunk(1000, 6 << 20), 85);
         for rows in [1, 127, 128, 129, 5248, 5249, 100_000] {
             for row_bytes in [4, 1000, 50_280, 100_560, 1 << 20, 1 << 25] {
                 let chunk = chunk(rows, row_bytes);
