@@ -29,6 +29,7 @@ macro_rules! on_the_device {
     };
 }
 
+#[cfg(feature = "nn")]
 pub(crate) use on_the_device;
 
 const SMALL: Shape = Shape { batch: 2, len: 9, d_inner: 6, d_state: 5 };
