@@ -351,6 +351,11 @@ pub fn without_gradients_the_same(device: &Device) {
         let model = LanguageModel::new(&config, VarBuilder::from_varmap(&variables, dtype, device)).unwrap();
         let detached = model.detach().unwrap();
         let ids = super::ids(&mut random, 1, 600).to_device(device).unwrap();
+        // What it is given it leaves as it is, though it adds to the residual stream in place.
+        let embeddings = detached.embed(&ids).unwrap();
+        let before = bits(&embeddings);
+        detached.forward_embeddings(&embeddings).unwrap();
+        assert_eq!(bits(&embeddings), before, "{dtype:?}: the input");
         let cu_seqlens = [0, 330, 340, 341, 600];
         let packed = model.forward_packed(&ids, &cu_seqlens).unwrap();
         assert_eq!(bits(&detached.forward_packed(&ids, &cu_seqlens).unwrap()), bits(&packed), "{dtype:?}, packed");
