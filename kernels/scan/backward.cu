@@ -25,6 +25,7 @@ namespace scan::backward {
 namespace scan::backward_narrow {
 using backward::CHANNELS_PER_LANE, backward::TILE, backward::WARP_CHANNELS;
 #endif
+static_assert(CHANNELS == WARPS * WARP_CHANNELS, "a warp's channels");
 
 // Pairs of channels, of which each lane has one; tiles of a chunk.
 constexpr int PAIRS = WARP_CHANNELS / CHANNELS_PER_LANE, TILES = CHECKPOINT_STEPS / TILE;

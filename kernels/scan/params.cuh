@@ -97,7 +97,7 @@ constexpr int SMEM = 107696, SMEM_PER_BYTE = 512;
 }
 // The same with fewer warps to a block.
 namespace backward_narrow {
-constexpr int WARPS = 2, THREADS = 32 * WARPS, CHANNELS = WARPS * backward::WARP_CHANNELS;
+constexpr int WARPS = 2, THREADS = 32 * WARPS, CHANNELS = 2 * THREADS / STATE_LANES;
 constexpr int SMEM = 58032, SMEM_PER_BYTE = 256;
 }
 namespace backward_general {
