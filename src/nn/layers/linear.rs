@@ -2,9 +2,8 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::{Gradients, Initial, Parameter, Parameters};
-use crate::candle::{gemm, node};
-use crate::nn::check_once;
+use super::{Gradients, Initial, Parameter, Parameters, node_over};
+use crate::candle::gemm;
 
 /// A linear layer.
 #[derive(Debug, Clone)]
@@ -46,19 +45,14 @@ impl Linear {
         let out = layer.apply(&matrix)?;
         let out = out.reshape([rest, &[out.dim(1)?]].concat())?;
         let parameters: Vec<_> = [&self.weight].into_iter().chain(&self.bias).map(|p| p.stored().clone()).collect();
-        let inputs: Vec<_> = [x].into_iter().chain(&parameters).collect();
         let (x_shape, is_x_tracked) = (x.shape().clone(), x.track_op());
-        let ids: Vec<_> = parameters.iter().map(Tensor::id).collect();
-        let backward = move |d_out: &Tensor| {
-            check_once("linear", d_out)?;
+        let backward = move |d_out: &Tensor, gradients: &mut Gradients| {
             let d_out = d_out.reshape(((), d_out.dim(D::Minus1)?))?;
-            let mut gradients = Gradients::default();
-            layer.parameter_gradients(&matrix, &d_out, &mut gradients)?;
-            let d_x = is_x_tracked.then(|| layer.input_gradient(&d_out)?.reshape(&x_shape)).transpose()?;
-            Ok([d_x].into_iter().chain(ids.iter().map(|&id| gradients.take(id))).collect())
+            layer.parameter_gradients(&matrix, &d_out, gradients)?;
+            is_x_tracked.then(|| layer.input_gradient(&d_out)?.reshape(&x_shape)).transpose()
         };
         // SAFETY: the product is a tensor of its own, of which no other handle is left.
-        unsafe { node("linear", &inputs, out, backward) }
+        unsafe { node_over("linear", x, &parameters, out, backward) }
     }
 
     /// The layer outside of candle's graph.

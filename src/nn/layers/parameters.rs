@@ -10,7 +10,8 @@ use candle_nn::VarBuilder;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::nn::{argument, check_room};
+use crate::candle::node;
+use crate::nn::{argument, check_once, check_room};
 
 /// A parameter: the tensor that the model was built on, and the form in which it is computed with.
 ///
@@ -137,6 +138,42 @@ impl Gradients {
     }
 }
 
+/// Puts into candle's graph what was computed outside of it from `x` and `parameters`, tensors of the graph, each once.
+/// `backward` gets the gradient of `out`, adds those of the parameters, and gives that of `x`, which it has if candle tracks
+/// `x`.
+///
+/// # Safety
+/// As [`node`]: no other tensor reads the storage of `out`.
+pub(crate) unsafe fn node_over(
+    name: &'static str,
+    x: &Tensor,
+    parameters: &[Tensor],
+    out: Tensor,
+    backward: impl Fn(&Tensor, &mut Gradients) -> Result<Option<Tensor>> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let inputs: Vec<_> = [x].into_iter().chain(parameters).collect();
+    let ids: Vec<_> = parameters.iter().map(Tensor::id).collect();
+    let backward = move |d_out: &Tensor| {
+        check_once(name, d_out)?;
+        let mut gradients = Gradients::default();
+        let d_x = backward(d_out, &mut gradients)?;
+        Ok([d_x].into_iter().chain(ids.iter().map(|&id| gradients.take(id))).collect())
+    };
+    // SAFETY: as the caller promises.
+    unsafe { node(name, &inputs, out, backward) }
+}
+
+/// Tensors without those that stand before them already.
+pub(crate) fn each_once<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Vec<Tensor> {
+    let mut once: Vec<Tensor> = Vec::new();
+    for tensor in tensors {
+        if once.iter().all(|other| other.id() != tensor.id()) {
+            once.push(tensor.clone());
+        }
+    }
+    once
+}
+
 /// Refuses numbers that are none of a parameter's.
 fn check_float(argument_name: &'static str, name: &str, dtype: DType) -> Result<()> {
     match dtype {
@@ -180,13 +217,8 @@ impl ParameterList {
 
     /// The tensors that a backward pass could reach, each once.
     pub fn tracked(&self) -> Vec<Tensor> {
-        let mut tensors: Vec<Tensor> = Vec::new();
-        for (_, Parameter { stored, .. }) in &self.parameters {
-            if stored.track_op() && tensors.iter().all(|other| other.id() != stored.id()) {
-                tensors.push(stored.clone());
-            }
-        }
-        tensors
+        let stored = self.parameters.iter().map(|(_, parameter)| &parameter.stored);
+        each_once(stored.filter(|tensor| tensor.track_op()))
     }
 
     /// The same by name, to be looked up.

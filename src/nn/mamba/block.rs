@@ -7,10 +7,10 @@ use candle_nn::{Module, VarBuilder};
 
 use super::parts::Parts;
 use super::{MambaConfig, MambaState};
-use crate::candle::{Slots, node};
+use crate::candle::Slots;
 use crate::count_sequences;
-use crate::nn::layers::{Change, Gradients, ParameterList, Parameters};
-use crate::nn::{argument, check_once, check_room};
+use crate::nn::layers::{Change, Gradients, ParameterList, Parameters, node_over};
+use crate::nn::{argument, check_room};
 
 /// The Mamba block of Gu and Dao, *Mamba* (2023), arXiv 2312.00752, figure 3:
 ///
@@ -103,18 +103,13 @@ impl Mamba {
         let (parts, shape) = (self.parts.leave_graph()?, x.shape().clone());
         let kept = parts.forward_kept(&x.detach(), cu_seqlens)?;
         let out = parts.out_proj.apply(&kept.y)?.reshape(x.shape())?;
-        let parameters = self.parameters.tracked();
-        let inputs: Vec<_> = [x].into_iter().chain(&parameters).collect();
-        let (is_x_tracked, ids) = (x.track_op(), parameters.iter().map(Tensor::id).collect::<Vec<_>>());
-        let backward = move |d_out: &Tensor| {
-            check_once("mamba", d_out)?;
-            let mut gradients = Gradients::default();
-            let d_x = parts.backward(&kept, d_out, is_x_tracked, &mut gradients)?;
-            let d_x = d_x.map(|d_x| d_x.reshape(&shape)).transpose()?;
-            Ok([d_x].into_iter().chain(ids.iter().map(|&id| gradients.take(id))).collect())
+        let is_x_tracked = x.track_op();
+        let backward = move |d_out: &Tensor, gradients: &mut Gradients| {
+            let d_x = parts.backward(&kept, d_out, is_x_tracked, gradients)?;
+            d_x.map(|d_x| d_x.reshape(&shape)).transpose()
         };
         // SAFETY: the output is a tensor of its own, of which no other handle is left.
-        unsafe { node("mamba", &inputs, out, backward) }
+        unsafe { node_over("mamba", x, &self.parameters.tracked(), out, backward) }
     }
 
     /// Runs sequences on from the states of a cache, and leaves there the states after them: a prompt, whole or chunk by

@@ -57,7 +57,12 @@ impl Parts {
 
     /// The scan's input and gate, views of what `in_proj` gives, `(batch, length, d_inner)`.
     pub fn project(&self, x: &Tensor) -> Result<[Tensor; 2]> {
-        self.split(&self.in_proj.apply(&rows(x)?)?.reshape((x.dim(0)?, x.dim(1)?, 2 * self.d_inner))?)
+        self.split(&self.projected(&rows(x)?, x)?)
+    }
+
+    /// What `in_proj` gives, `(batch, length, 2 d_inner)`, of the rows of `x`.
+    fn projected(&self, matrix: &Tensor, x: &Tensor) -> Result<Tensor> {
+        self.in_proj.apply(matrix)?.reshape((x.dim(0)?, x.dim(1)?, 2 * self.d_inner))
     }
 
     fn split(&self, projected: &Tensor) -> Result<[Tensor; 2]> {
@@ -88,7 +93,7 @@ impl Parts {
     /// [`forward`](Self::forward), which gives [`Kept::y`], and all that [`backward`](Self::backward) needs.
     pub fn forward_kept(&self, x: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Kept> {
         let matrix = rows(x)?;
-        let projected = self.in_proj.apply(&matrix)?.reshape((x.dim(0)?, x.dim(1)?, 2 * self.d_inner))?;
+        let projected = self.projected(&matrix, x)?;
         let [u, z] = self.split(&projected)?;
         let (mut directions, mut paths) = (Vec::new(), Vec::new());
         for path in self.paths() {

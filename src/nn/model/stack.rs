@@ -7,9 +7,8 @@ use candle_core::{DType, Result, Tensor};
 
 use super::backbone::Layer;
 use super::mixer::Mixer;
-use crate::candle::{RmsNorm, node};
-use crate::nn::check_once;
-use crate::nn::layers::{Gradients, Parameter};
+use crate::candle::RmsNorm;
+use crate::nn::layers::{Gradients, Parameter, each_once, node_over};
 use crate::nn::mamba::{Kept, Parts, rows};
 use crate::norm;
 
@@ -32,23 +31,11 @@ struct KeptLayer {
 
 /// Runs a residual stream, `(batch, length, d_model)` with at least one element, through layers. Differentiable.
 pub(super) fn forward(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
-    let mut parameters: Vec<Tensor> = Vec::new();
-    for tensor in layers.iter().flat_map(Layer::tracked) {
-        if parameters.iter().all(|other| other.id() != tensor.id()) {
-            parameters.push(tensor);
-        }
-    }
+    let tracked: Vec<_> = layers.iter().flat_map(Layer::tracked).collect();
     let (out, way_back) = pass(layers, stream, cu_seqlens, stream.track_op())?;
-    let ids: Vec<_> = parameters.iter().map(Tensor::id).collect();
-    let inputs: Vec<_> = [stream].into_iter().chain(&parameters).collect();
-    let backward = move |d_stream: &Tensor| {
-        check_once("layers", d_stream)?;
-        let mut gradients = Gradients::default();
-        let d_stream = way_back.backward(d_stream, &mut gradients)?;
-        Ok([d_stream].into_iter().chain(ids.iter().map(|&id| gradients.take(id))).collect())
-    };
+    let backward = move |d_stream: &Tensor, gradients: &mut Gradients| way_back.backward(d_stream, gradients);
     // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
-    unsafe { node("layers", &inputs, out, backward) }
+    unsafe { node_over("layers", stream, &each_once(&tracked), out, backward) }
 }
 
 /// The way back through layers.
