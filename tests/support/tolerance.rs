@@ -18,6 +18,13 @@ pub fn error(ours: &[f64], exact: &[f64]) -> f64 {
 /// what rounding the wanted values to it gives besides.
 #[track_caller]
 pub fn assert_close<T: Element>(got: &[T], want: &[f64], tolerance: f64, what: &str) {
+    assert_close_to(got, want, tolerance, 0.0, what);
+}
+
+/// The same for sums that may cancel: where what is wanted is smaller than `terms`, the norm of what is summed, the error may
+/// be `tolerance` times that.
+#[track_caller]
+pub fn assert_close_to<T: Element>(got: &[T], want: &[f64], tolerance: f64, terms: f64, what: &str) {
     assert_eq!(got.len(), want.len(), "{what}: the number of elements");
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
     let error = norm(&mut got.iter().zip(want).map(|(got, want)| f64::from(got.to_f32()) - want));
@@ -25,7 +32,7 @@ pub fn assert_close<T: Element>(got: &[T], want: &[f64], tolerance: f64, what: &
         DType::F32 => 0.0,
         _ => norm(&mut want.iter().map(|want| f64::from(T::from_f32(*want as f32).to_f32()) - want)),
     };
-    let size = norm(&mut want.iter().copied());
+    let size = norm(&mut want.iter().copied()).max(terms);
     assert!(
         error <= tolerance * size + 2.0 * rounding,
         "{what}: error {error:e}, rounding {rounding:e}, norm {size:e}"

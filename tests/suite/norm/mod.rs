@@ -14,7 +14,7 @@ use selective_scan::{DType, Element, Isa, View};
 use crate::support::device::Device;
 use crate::support::draw::{Draw, seeded};
 use crate::support::strided::{Layout, Strided};
-use crate::support::tolerance::{assert_close, bits};
+use crate::support::tolerance::{assert_close, assert_close_to, bits};
 
 /// A sum of squares by at least 4 lanes, of up to 1,250 terms each whose roundings of 2^-24 are independent, is within
 /// 2^-19; its root halves that. The gate is within 2^-21.
@@ -191,7 +191,10 @@ fn against_reference<X: Element, S: Element, O: Element>(
             assert_close(&gradients.x, &exact.x, GRADIENTS, &what("x"));
             assert_close(&gradients.residual, &exact.residual, GRADIENTS, &what("residual"));
         }
-        assert_close(&gradients.weight, &exact.weight, GRADIENTS, &what("weight"));
+        // A term of a column's sum over the rows is the output's gradient times a normed value, whose size is about 1 (and a
+        // gate): with one column the sum may come to much less than its terms do.
+        let terms = case.d_out.dense().values().iter().map(|x| f64::from(x.to_f32()).powi(2)).sum::<f64>().sqrt();
+        assert_close_to(&gradients.weight, &exact.weight, GRADIENTS, terms, &what("weight"));
         if let (Some(ours), Some(exact)) = (&gradients.z, &exact.z)
             && (!cancels || case.options.norm_before_gate)
         {
