@@ -179,3 +179,24 @@ pub(crate) fn reserved<T>(argument: &'static str, shape: &[usize], count: usize)
         .map_err(|_| Error::argument(argument, "a shape that fits in memory", format_args!("{shape:?}")))?;
     Ok(room)
 }
+
+/// `Clone`, `Copy` and `Debug` for a struct of views over memory `M`, which derives would ask `M` and the elements for.
+macro_rules! plain_struct {
+    ($name:ident<$($generic:ident),*> { $($field:ident),* }) => {
+        impl<$($generic: Element,)* M: Memory> Clone for $name<'_, $($generic,)* M> {
+            fn clone(&self) -> Self {
+                *self
+            }
+        }
+
+        impl<$($generic: Element,)* M: Memory> Copy for $name<'_, $($generic,)* M> {}
+
+        impl<$($generic: Element,)* M: Memory> std::fmt::Debug for $name<'_, $($generic,)* M> {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.debug_struct(stringify!($name))$(.field(stringify!($field), &self.$field))*.finish()
+            }
+        }
+    };
+}
+
+pub(crate) use plain_struct;

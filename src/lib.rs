@@ -93,6 +93,7 @@ pub mod candle;
 pub mod conv;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod decode;
 mod element;
 pub mod embedding;
 mod error;

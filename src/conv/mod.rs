@@ -37,6 +37,7 @@ use crate::kinds::{Slices, Zeros};
 use crate::simd::Isa;
 use crate::{Element, Host, Memory, Result, View};
 use check::Problem;
+pub(crate) use update::POOL_NAMES;
 
 /// The filter widths that the operator takes.
 pub const WIDTHS: RangeInclusive<usize> = 2..=8;

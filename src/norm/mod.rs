@@ -36,7 +36,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod reference;
 
-use crate::arguments::zeroed;
+use crate::arguments::{plain_struct, zeroed};
 use crate::simd::Isa;
 use crate::{Element, Host, Memory, Result, View};
 use check::{BackwardProblem, Problem};
@@ -87,24 +87,6 @@ pub struct BackwardInputs<'a, X: Element, S: Element = X, O: Element = X, M: Mem
     pub d_residual_out: Option<View<'a, S, 2, M>>,
     /// The variant of the norm.
     pub options: Options,
-}
-
-macro_rules! plain_struct {
-    ($name:ident<$($generic:ident),*> { $($field:ident),* }) => {
-        impl<$($generic: Element,)* M: Memory> Clone for $name<'_, $($generic,)* M> {
-            fn clone(&self) -> Self {
-                *self
-            }
-        }
-
-        impl<$($generic: Element,)* M: Memory> Copy for $name<'_, $($generic,)* M> {}
-
-        impl<$($generic: Element,)* M: Memory> std::fmt::Debug for $name<'_, $($generic,)* M> {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.debug_struct(stringify!($name))$(.field(stringify!($field), &self.$field))*.finish()
-            }
-        }
-    };
 }
 
 plain_struct!(Inputs<X, S> { x, residual, weight, z, options });
