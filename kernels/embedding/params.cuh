@@ -1,4 +1,4 @@
-// What the kernels of an embedding's gradient take, and how they are launched.
+// What the kernels of an embedding and of its gradient take, and how they are launched.
 #pragma once
 #include "../common/params.cuh"
 
@@ -10,6 +10,18 @@ using namespace common;
 constexpr int SORT_THREADS = 512, TILE = 256;
 // Threads of a block that sums.
 constexpr int THREADS = 256;
+
+struct Lookup {
+    // By slots.
+    const uint32_t *ids;
+    // (vocab, width)
+    const void *table;
+    int64_t row, column;
+    // (count, width)
+    void *out;
+    int64_t count, vocab, width;
+    Slots slots;
+};
 
 struct Sort {
     // (count)

@@ -5,6 +5,7 @@
 //! | selective scan | [`Scan`] | [`scan`](crate::scan) |
 //! | causal convolution | [`CausalConv`] | [`conv`](crate::conv) |
 //! | RMS norm | [`RmsNorm`] | [`norm`](crate::norm) |
+//! | a decoding step, in place | [`DecodeLinear`], [`DecodeUpdate`], [`embedding_lookup`] | [`decode`](crate::decode) |
 //! | gradient of an embedding | [`embedding_gradient`] | [`embedding`](crate::embedding) |
 //! | state update, in place | [`StateUpdate`], [`rollback()`] | [`state_update`](crate::state_update) |
 //! | causal convolution, in place | [`ConvUpdate`], [`rollback()`] | [`conv::UpdateInputs`](crate::conv::UpdateInputs) |
@@ -83,13 +84,16 @@ pub(crate) mod cuda;
 pub(crate) mod device;
 pub(crate) mod gemm;
 pub(crate) mod graph;
+pub(crate) mod host;
 pub(crate) mod in_place;
+mod repeat;
 pub(crate) mod tensors;
 pub(crate) mod write_all;
 
 use std::io;
 
 pub use crate::conv::tensors::{CausalConv, ConvUpdate};
+pub use crate::decode::candle::{DecodeConv, DecodeLinear, DecodeUpdate, embedding_lookup};
 pub use crate::embedding::candle::embedding_gradient;
 pub use crate::loss::candle::CrossEntropy;
 pub use crate::norm::candle::{RmsNorm, RmsNormGradients};
@@ -99,7 +103,9 @@ pub use crate::scan::tensors::Scan;
 pub use crate::state_update::tensors::StateUpdate;
 pub use gemm::gemm;
 pub use graph::node;
+pub use host::{HostCopy, Number, copy_from_host};
 pub use in_place::check_pool;
+pub use repeat::{Repeated, Repetition};
 pub use tensors::CandleTensors;
 
 /// The gradients of the tensors of a [`Scan`], dense, each of its tensor's shape and type: of those that were given.

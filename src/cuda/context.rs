@@ -9,6 +9,7 @@ use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUstreamCapt
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice};
 use cudarc::nvrtc::Ptx;
 
+use super::record::is_recording;
 use super::{Device, Module};
 use crate::{Error, Result};
 
@@ -160,6 +161,9 @@ impl Device<'_> {
     /// tables of a packed batch, or the same slots. While the stream is captured a table is uploaded for the call alone, as
     /// a graph may be launched when it would be kept no more.
     pub fn table(&self, what: &str, numbers: &[u64]) -> Result<Arc<CudaSlice<u64>>> {
+        if is_recording() {
+            return self.upload(what, numbers).map(Arc::new);
+        }
         let status = self.stream.capture_status().map_err(|error| Error::cuda("asking for a capture", error))?;
         let is_captured = status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         if is_captured || numbers.len() > LONGEST_TABLE {

@@ -8,6 +8,7 @@ use cudarc::driver::{
 };
 
 use super::params::{self, UPLOAD_VALUES};
+use super::record::{is_recording, record_launch};
 use super::{Context, Cuda, Kernel, Module, Properties, Strided};
 use crate::{DType, Element, Error, Result, View};
 
@@ -29,6 +30,10 @@ impl<'a> Device<'a> {
     /// Memory whose contents a kernel on this stream will write; freed in the order of the stream when it is dropped.
     pub fn workspace<T: DeviceRepr>(&self, what: &str, len: usize) -> Result<CudaSlice<T>> {
         // There is no allocation of nothing.
+        if len > 0 && is_recording() {
+            let action = format!("recording a call that allocates {len} elements for {what}");
+            return Err(Error::Cuda { action, message: "they would be freed before they are used".into() });
+        }
         let allocated = match len {
             0 => self.stream.null(),
             // SAFETY: T is plain data, and every kernel that reads a workspace runs after one that has written it.
@@ -77,6 +82,9 @@ impl<'a> Device<'a> {
         unsafe impl<P: Pod> DeviceRepr for Argument<P> {}
 
         let function = self.context.function(kernel)?;
+        if record_launch(&function, kernel, grid, threads, shared, params) {
+            return Ok(());
+        }
         let argument = Argument(*params);
         let config = LaunchConfig {
             grid_dim: (grid[0] as u32, grid[1] as u32, 1),

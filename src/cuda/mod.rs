@@ -5,7 +5,7 @@
 //! there and returns; none waits for the device. What a call needs beside its arguments is allocated and freed in the
 //! order of the stream, and tables travel inside the launches, so that a call can be captured in a CUDA graph (with
 //! cudarc's event tracking off, as any capture needs). An update whose slots lie on the device ([`Slots`]) reads them when it
-//! runs: a graph of it is replayed with other slots.
+//! runs: a graph of it is replayed with other slots. [`record`] makes such graphs without a capture.
 //!
 //! ```no_run
 //! use selective_scan::{View, cuda, scan};
@@ -40,6 +40,7 @@ mod context;
 mod launch;
 mod module;
 pub(crate) mod params;
+mod record;
 mod sum;
 mod tensors;
 
@@ -53,6 +54,7 @@ use crate::{DeviceSlots, Element, Error, Memory, Result, View, ViewMut};
 pub(crate) use context::{Context, Kernel, Properties};
 pub(crate) use launch::{Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, is_vectorizable, suffix};
 pub(crate) use module::Module;
+pub use record::{Graph, Recording, record};
 pub(crate) use sum::Sum;
 pub(crate) use tensors::{DeviceBuffers, DeviceViews, Strided, or_null};
 

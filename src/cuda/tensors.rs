@@ -81,6 +81,13 @@ impl From<Strided<2>> for params::rms_norm::Rows {
     }
 }
 
+impl From<Strided<2>> for params::decode::Rows {
+    fn from(tensor: Strided<2>) -> Self {
+        let [row, column] = tensor.strides;
+        Self { data: tensor.data, row, column }
+    }
+}
+
 impl From<Strided<1>> for params::Vector {
     fn from(tensor: Strided<1>) -> Self {
         let [channel] = tensor.strides;

@@ -21,7 +21,12 @@
 //! [`Linear`] and [`SelectiveUpdate`] say what the operators read; [`cpu`] runs them on slices,
 //! [`reference`](mod@reference) is the same written plainly in `f64`.
 
+#[cfg(feature = "candle")]
+pub(crate) mod candle;
 mod check;
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod reference;
 
 use crate::arguments::plain_struct;

@@ -1,10 +1,10 @@
-//! The gradient on the CPU: parallel over tokens.
+//! The lookup and the gradient on the CPU; the gradient is parallel over tokens.
 
 use rayon::prelude::*;
 
-use super::check;
+use super::{check, check_lookup};
 use crate::arguments::zeroed;
-use crate::{Element, Result, View};
+use crate::{Element, Result, Slots, View};
 
 /// Writes the gradient of a matrix of `vocab_size` rows, `d_table`, `(vocab_size, width)`, from that of the rows that `ids`
 /// name, `d_out`, `(ids, width)`. It is summed in `f64`, so that a token that is there a million times loses nothing, and
@@ -53,5 +53,30 @@ pub fn backward<T: Element>(ids: &[u32], d_out: &View<T, 2>, vocab_size: usize, 
             }
         },
     );
+    Ok(())
+}
+
+/// Writes the rows of `table`, `(vocab_size, width)`, that `ids` name to `out`, `(rows, width)`: row `i` is that of `ids[i]` or, with
+/// slots, of `ids[slots[i]]`; zeros for padding, NaN for a token that the table does not have.
+///
+/// # Errors
+/// Results of a type that is neither the table's nor `f32`, or of another length; slots that are none of the ids. Nothing is written
+/// then.
+pub fn lookup<T: Element, O: Element>(ids: &[u32], slots: Slots, table: &View<T, 2>, out: &mut [O]) -> Result<()> {
+    check_lookup::<T, O, _>(ids.len(), &slots, table, out.len())?;
+    let [vocab_size, width] = table.shape;
+    if out.is_empty() {
+        return Ok(());
+    }
+    for (i, to) in out.chunks_exact_mut(width).enumerate() {
+        let Some(slot) = slots.get(i) else {
+            to.fill(O::from_f32(0.0));
+            continue;
+        };
+        let id = ids[slot] as usize;
+        for (j, to) in to.iter_mut().enumerate() {
+            *to = O::from_f32(if id < vocab_size { table.at([id, j]) } else { f32::NAN });
+        }
+    }
     Ok(())
 }

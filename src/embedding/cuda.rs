@@ -1,6 +1,6 @@
-//! The gradient on NVIDIA GPUs; see [`cuda`](crate::cuda) for how tensors are passed.
+//! The lookup and the gradient on NVIDIA GPUs; see [`cuda`](crate::cuda) for how tensors are passed.
 //!
-//! The positions are sorted by token first. Then a few threads go through the rows of each token in order; tokens of many
+//! For the gradient the positions are sorted by token first. Then a few threads go through the rows of each token in order; tokens of many
 //! rows are cut into parts, and their sums added up in a third pass. Rows of contiguous columns that are a multiple of 4,
 //! start at such multiples and lie such multiples apart are read and written as vectors; others get the same bits, slower.
 
@@ -9,10 +9,13 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use super::check;
+use super::{check, check_lookup};
 use crate::cuda::params::QUAD;
 use crate::cuda::params::embedding::{self as kernels, SORT_THREADS, THREADS, TILE};
-use crate::cuda::{Arguments, Cuda, Device, GRID_ROWS, Kernel, Module, blocks, is_vectorizable, params, suffix};
+use crate::cuda::{
+    Arguments, Cuda, Device, GRID_COLUMNS, GRID_ROWS, Kernel, Module, Slots, blocks, is_vectorizable, params, suffix,
+};
+use crate::pool::cuda::SlotList;
 use crate::{Element, Error, Result, View};
 
 /// The least positions of a part, and about how many parts there are at most.
@@ -108,6 +111,43 @@ pub(crate) fn backward_of_range<T: Element>(
     let kernel = Kernel::new(Module::EMBEDDING_SUM, ["embedding_finish"]);
     // SAFETY: as before.
     unsafe { device.launch(&kernel, [part_blocks, 1], THREADS, 0, &sum) }
+}
+
+/// [`cpu::lookup`](super::cpu::lookup) on the stream's device, asynchronously.
+///
+/// # Errors
+/// As there, and an argument that lies on another device; nothing is written then. What the driver refuses.
+pub fn lookup<T: Element, O: Element>(
+    stream: &Arc<CudaStream>,
+    ids: &CudaSlice<u32>,
+    slots: Slots,
+    table: &View<T, 2, Cuda>,
+    out: &mut CudaSlice<O>,
+) -> Result<()> {
+    let count = check_lookup::<T, O, _>(ids.len(), &slots, table, out.len())?;
+    let (device, mut arguments) = (Device::new(stream)?, Arguments::new(stream));
+    let ([vocab, width], is_empty) = (table.shape, out.is_empty());
+    let list = SlotList::new(&device, &mut arguments, slots, ids.len())?;
+    let rows = arguments.view("table", table)?;
+    let params = kernels::Lookup {
+        ids: arguments.read("ids", ids, 0)?,
+        table: rows.data,
+        row: rows.strides[0],
+        column: rows.strides[1],
+        out: arguments.write("out", out)?,
+        count: count as i64,
+        vocab: vocab as i64,
+        width: width as i64,
+        slots: list.params,
+    };
+    if is_empty {
+        return Ok(());
+    }
+    let grid = [blocks(width, THREADS).min(GRID_COLUMNS), count.min(GRID_ROWS)];
+    let kernel = Kernel::new(Module::EMBEDDING_LOOKUP, ["embedding_lookup", suffix(T::DTYPE), suffix(O::DTYPE)]);
+    // SAFETY: every address and extent has been checked, ids by the kernel, and each element of the result is written by one
+    // thread.
+    unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }
 }
 
 /// How the sums are divided, by the shape alone.

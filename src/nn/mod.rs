@@ -105,7 +105,7 @@
 
 mod checkpoint;
 mod checks;
-mod decode;
+pub mod decode;
 mod layers;
 mod mamba;
 mod model;

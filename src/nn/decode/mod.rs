@@ -1,9 +1,11 @@
-//! What decoding needs beside a model: the states that it carries, and the choice of tokens.
+//! Decoding: the states that a model carries, its steps over fixed buffers, and the choice of tokens.
 
 mod cache;
+mod decoder;
 mod pool;
 mod sampler;
 
 pub use cache::Cache;
+pub use decoder::{Decoder, DecoderOptions};
 pub(crate) use pool::{check_pools, check_slots, copy, grow, put, reset, take};
 pub use sampler::{Sampler, Sampling};

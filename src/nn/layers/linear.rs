@@ -29,6 +29,12 @@ impl Linear {
         &self.weight
     }
 
+    /// The matrix in the type in which it computes, and the bias in `f32`.
+    pub fn joined(&self) -> Result<(Tensor, Option<Tensor>)> {
+        let bias = self.bias.as_ref().map(|bias| bias.tensor()?.to_dtype(DType::F32)).transpose()?;
+        Ok((self.weight.tensor()?, bias))
+    }
+
     /// The type in which it computes.
     pub fn dtype(&self) -> DType {
         self.weight.dtype()

@@ -5,6 +5,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
+use super::joined::{JoinedPath, full};
 use super::parts::rows;
 use super::state::States;
 use super::{MambaConfig, MambaState, Norms};
@@ -236,6 +237,29 @@ impl SsmPath {
             ..StateUpdate::new(&u, &delta, &values.a, &b, &c)
         }
         .update(&state.ssm)
+    }
+
+    /// The path as a joined step takes it; none where nothing is projected.
+    pub(super) fn joined(&self) -> Result<Option<JoinedPath>> {
+        let Dynamics::Selective(selective) = &self.dynamics else { return Ok(None) };
+        let Selective { x_proj, dt_proj, norms } = &**selective;
+        let weights = |[dt, b, c]: &[Parameter; 3]| -> Result<_> {
+            Ok([full(dt.tensor()?)?, full(b.tensor()?)?, full(c.tensor()?)?])
+        };
+        let norms = match norms {
+            Some(ProjectionNorms { weights: all, eps }) => Some((all.as_ref().map(weights).transpose()?, *eps)),
+            None => None,
+        };
+        let values = self.values()?;
+        Ok(Some(JoinedPath {
+            conv: (values.conv_weight.contiguous()?, values.conv_bias),
+            x_proj: x_proj.weight().tensor()?,
+            dt_proj: dt_proj.weight().tensor()?,
+            norms,
+            a: values.a,
+            d: values.d,
+            delta_bias: values.delta_bias,
+        }))
     }
 
     /// What the convolution and the scan compute with.

@@ -11,6 +11,7 @@ use super::{BackboneConfig, Mixer};
 use crate::candle::Slots;
 use crate::count_sequences;
 use crate::nn::layers::{Change, ParameterList, Parameters};
+use crate::nn::mamba::JoinedLayer;
 use crate::nn::{Cache, RmsNorm, argument, check_model_dtype, check_room};
 
 /// The layers of a model between its embeddings and its head:
@@ -206,7 +207,7 @@ impl Backbone {
     }
 
     /// Checks a cache and slots for all layers, before the first one writes.
-    pub(super) fn check_decoding(&self, cache: &Cache, sequences: usize, slots: Slots) -> Result<()> {
+    pub(crate) fn check_decoding(&self, cache: &Cache, sequences: usize, slots: Slots) -> Result<()> {
         if cache.layers.len() != self.layers.len() {
             let expected = format_args!("states of {} layers", self.layers.len());
             return Err(argument("cache", expected, cache.layers.len()));
@@ -262,8 +263,16 @@ impl Backbone {
         stack::pass(&self.layers, &self.begin(x)?, cu_seqlens, is_input_wanted)
     }
 
+    /// The layers as a joined step of decoding takes them, first to last; none if there is one that it does not take.
+    pub(crate) fn joined(&self) -> Result<Option<Vec<JoinedLayer>>> {
+        let joined = |layer: &Layer| match &layer.mixer {
+            Mixer::Mamba(block) => JoinedLayer::new(&layer.norm, block),
+        };
+        self.layers.iter().map(joined).collect::<Result<Option<Vec<_>>>>()
+    }
+
     /// The norm after the last layer.
-    pub(super) fn last_norm(&self) -> &RmsNorm {
+    pub(crate) fn last_norm(&self) -> &RmsNorm {
         &self.norm_f
     }
 

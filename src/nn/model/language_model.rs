@@ -96,6 +96,12 @@ impl LanguageModel {
         &self.embeddings
     }
 
+    /// The embedding matrix and the matrix of the head, in the type in which the model computes.
+    pub(crate) fn ends(&self) -> Result<[Tensor; 2]> {
+        let head = self.head.as_ref().map_or(&self.embeddings, Linear::weight);
+        Ok([self.embeddings.tensor()?, head.tensor()?])
+    }
+
     /// The head, if it is a matrix of its own.
     pub(super) fn head(&self) -> Option<&Linear> {
         self.head.as_ref()

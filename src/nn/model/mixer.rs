@@ -155,7 +155,7 @@ impl LayerState {
         }
     }
 
-    fn mamba(&self) -> Result<&MambaState> {
+    pub(crate) fn mamba(&self) -> Result<&MambaState> {
         self.as_mamba().ok_or_else(|| argument("cache", "states of a Mamba block", "those of another"))
     }
 

@@ -1,0 +1,91 @@
+// What the kernels of a decoding step take, and how they are launched.
+#pragma once
+#include "../common/params.cuh"
+
+namespace decode {
+
+using namespace common;
+
+// (rows, columns)
+struct Rows {
+    const void *data;
+    int64_t row, column;
+};
+
+// The element types of what a kernel is not made for one type of.
+constexpr int64_t TYPE_F32 = 0, TYPE_F16 = 1, TYPE_BF16 = 2;
+
+namespace linear {
+constexpr int WARPS = 8, THREADS = 256;
+// Columns of the product that a block gives, and the rows of a tile of it.
+constexpr int OUTPUTS = 16, TILE_ROWS = 8, F32_ROWS = 4;
+// Features that a warp multiplies at a time: with tensor cores, and with f32.
+constexpr int CHUNK = 32, CHUNK_F32 = 128;
+// Bytes of each row that are staged at a time, at most. It decides, with the number of features, in which order these are
+// summed, so that the number of rows does not: eight rows of it fit the shared memory of any device.
+constexpr int SLICE_BYTES = 12288;
+// What the columns of a warp's part of the product lie apart for each row: lanes that write at the same time meet no bank twice.
+constexpr int PARTIAL_STRIDE = 20;
+}
+
+// FLAG_NORM: x is normed first. FLAG_ACCUMULATE: the product is added to `out`. FLAG_CONV: there is a convolution.
+constexpr uint64_t FLAG_NORM = 1, FLAG_ACCUMULATE = 2, FLAG_CONV = 4;
+
+struct Linear {
+    // (rows, features), of type `x_type`.
+    Rows x;
+    // (out_features, features) of the kernel's type.
+    Rows weight;
+    // (out_features)
+    Vector bias;
+    // (features)
+    Vector norm_weight;
+    // (rows, out_features) of type `out_type`.
+    void *out;
+    int64_t rows, features, out_features, x_type, out_type;
+    // Features that are staged at a time, and what staged rows lie apart.
+    int64_t slice, stride;
+    uint64_t flags;
+    // `count` is the number of features.
+    float eps, count;
+    // (d_inner, width) and (d_inner)
+    Matrix conv_weight;
+    Vector conv_bias;
+    int64_t d_inner, width;
+    // (slots, width - 1, d_inner) of type `state_type`.
+    Pool conv_state;
+    int64_t state_type;
+    Slots slots;
+};
+
+namespace update {
+constexpr int THREADS = 128;
+// FLAG_VECTOR: all that has states or ranks as its last dimension can be read and written in vectors of 4. FLAG_NORMS: the
+// columns are normed.
+constexpr uint64_t FLAG_VECTOR = 1, FLAG_NORMS = 2;
+}
+
+struct Update {
+    // (rows, d_inner)
+    Rows u, z;
+    // (rows, dt_rank + 2 d_state)
+    Rows columns;
+    // (d_inner, dt_rank)
+    Rows dt_weight;
+    // Of the norms of the step sizes' ranks, of B and of C.
+    Vector dt_norm, b_norm, c_norm;
+    Matrix a;
+    Vector d, delta_bias;
+    Pool state;
+    // (rows, d_inner)
+    void *out;
+    int64_t rows, d_inner, d_state, dt_rank;
+    // Threads to a channel, a power of two up to 32, as a shift.
+    int64_t lane_shift;
+    uint64_t flags;
+    // Of the norm of the ranks, and of those of B and C.
+    float dt_eps, state_eps;
+    Slots slots;
+};
+
+}

@@ -1,0 +1,256 @@
+//! Launches that are recorded rather than made, to be repeated one by one or as a CUDA graph.
+
+use std::cell::RefCell;
+use std::ffi::c_void;
+use std::fmt;
+use std::ptr;
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use cudarc::driver::sys::{CUgraphExec, CUgraphInstantiate_flags, CUstream, CUstreamCaptureMode};
+use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, result};
+
+use crate::{Error, Result};
+
+/// A launch: everything but its stream.
+struct Launch {
+    function: CudaFunction,
+    name: String,
+    grid: [u32; 2],
+    threads: u32,
+    shared: u32,
+    /// The kernel's one argument, in words so that it is aligned.
+    params: Box<[u64]>,
+}
+
+thread_local! {
+    /// What this thread records, if it does.
+    static RECORDED: RefCell<Option<Vec<Launch>>> = const { RefCell::new(None) };
+}
+
+/// Whether this thread records.
+pub(super) fn is_recording() -> bool {
+    RECORDED.with_borrow(Option::is_some)
+}
+
+/// Adds a launch to what this thread records; false if it does not.
+pub(super) fn record_launch<P: Pod>(
+    function: &CudaFunction,
+    name: impl fmt::Display,
+    grid: [usize; 2],
+    threads: usize,
+    shared: usize,
+    params: &P,
+) -> bool {
+    RECORDED.with_borrow_mut(|recorded| {
+        let Some(recorded) = recorded else { return false };
+        let mut words = vec![0u64; size_of::<P>().div_ceil(size_of::<u64>())].into_boxed_slice();
+        bytemuck::cast_slice_mut(&mut words)[..size_of::<P>()].copy_from_slice(bytemuck::bytes_of(params));
+        recorded.push(Launch {
+            function: function.clone(),
+            name: name.to_string(),
+            grid: grid.map(|blocks| blocks as u32),
+            threads: threads as u32,
+            shared: shared as u32,
+            params: words,
+        });
+        true
+    })
+}
+
+/// Calls `work`, and records what the operators of this crate that it calls on this thread would launch, rather than launching it.
+///
+/// The operators check their arguments as ever and note where these lie. What is recorded can be repeated as often as is wanted,
+/// by itself ([`Recording::launch`]) or as a graph ([`Recording::graph`]), always on the same memory: inputs are written there
+/// between two times, and slots may lie on the device. Work of other crates is no part of it, and is done at once.
+///
+/// # Errors
+/// Those of `work`. An operator that needs more than its arguments: workspaces of its own, tables of packed sequences or of more than
+/// 512 slots on the host.
+///
+/// ```no_run
+/// use selective_scan::{View, ViewMut, cuda, norm};
+///
+/// # fn main() -> selective_scan::Result<()> {
+/// let context = cuda::context(0)?;
+/// let stream = context.default_stream();
+/// let (x, mut out) = (stream.clone_htod(&[3.0f32, 4.0])?, stream.alloc_zeros::<f32>(2)?);
+/// let recording = cuda::record(&context, || {
+///     let inputs = norm::Inputs::new(View::on_device(&x, [1, 2]));
+///     norm::cuda::forward(&stream, &inputs, norm::OutputMut { out: &mut out, residual_out: None })
+/// })?;
+/// let graph = recording.graph()?;
+/// // SAFETY: what it reads and writes lives as long, and nothing else uses it meanwhile.
+/// unsafe { graph.launch(&stream)? };
+/// # Ok(())
+/// # }
+/// ```
+pub fn record<E: From<Error>>(
+    context: &Arc<CudaContext>,
+    work: impl FnOnce() -> Result<(), E>,
+) -> Result<Recording, E> {
+    /// Ends the recording however `work` ends.
+    struct End;
+    impl Drop for End {
+        fn drop(&mut self) {
+            RECORDED.with_borrow_mut(|recorded| *recorded = None);
+        }
+    }
+    if is_recording() {
+        let action = "recording launches".into();
+        return Err(Error::Cuda { action, message: "this thread is recording already".into() }.into());
+    }
+    RECORDED.with_borrow_mut(|recorded| *recorded = Some(Vec::new()));
+    let end = End;
+    work()?;
+    let launches = RECORDED.with_borrow_mut(Option::take).unwrap_or_default();
+    drop(end);
+    Ok(Recording { context: context.clone(), launches })
+}
+
+/// Launches that [`record`] has recorded, in their order.
+pub struct Recording {
+    context: Arc<CudaContext>,
+    launches: Vec<Launch>,
+}
+
+impl fmt::Debug for Recording {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.debug_list().entries(self.launches.iter().map(|launch| (&launch.name, launch.grid))).finish()
+    }
+}
+
+impl Recording {
+    /// The number of launches.
+    pub fn len(&self) -> usize {
+        self.launches.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.launches.is_empty()
+    }
+
+    /// Enqueues them one after another.
+    ///
+    /// # Safety
+    /// All that was an argument when they were recorded must still be there, and nothing else may use what they write, nor write
+    /// what they read, until they are done.
+    pub unsafe fn launch(&self, stream: &Arc<CudaStream>) -> Result<()> {
+        self.check(stream)?;
+        // SAFETY: the stream lives as long as its reference; the rest is the caller's promise.
+        unsafe { self.enqueue(stream.cu_stream()) }
+    }
+
+    fn check(&self, stream: &Arc<CudaStream>) -> Result<()> {
+        check_context(&self.context, stream)?;
+        self.bind("launching what was recorded")
+    }
+
+    fn bind(&self, action: &str) -> Result<()> {
+        self.context.bind_to_thread().map_err(|error| Error::cuda(action, error))
+    }
+
+    /// # Safety
+    /// As [`launch`](Self::launch), on a stream of the context, which is bound to this thread.
+    unsafe fn enqueue(&self, stream: CUstream) -> Result<()> {
+        for Launch { function, name, grid, threads, shared, params } in &self.launches {
+            let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
+            // SAFETY: the function is loaded as long as the handle is kept, and takes one argument of this size, which the driver
+            // copies; what it points at is there, as the caller promises.
+            unsafe {
+                result::launch_kernel(
+                    function.cu_function(),
+                    (grid[0], grid[1], 1),
+                    (*threads, 1, 1),
+                    *shared,
+                    stream,
+                    &mut arguments,
+                )
+            }
+            .map_err(|error| Error::cuda(format_args!("launching {name}"), error))?;
+        }
+        Ok(())
+    }
+
+    /// Makes a graph of them, which the driver launches as one.
+    ///
+    /// # Errors
+    /// What the driver refuses, such as a capture on one without graphs.
+    pub fn graph(&self) -> Result<Graph> {
+        let error = |error: DriverError| Error::cuda("making a graph", error);
+        self.bind("making a graph")?;
+        // A stream of its own, which cudarc does not know: it would take the program for one of several streams from then on.
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(error)?;
+        // SAFETY: the stream is this call's own. The capture runs nothing: what the launches point at is looked at when the graph
+        // is launched, whose caller promises that it is there.
+        let captured = unsafe {
+            result::stream::begin_capture(stream, CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
+                .map_err(error)
+                .and_then(|()| {
+                    let enqueued = self.enqueue(stream);
+                    // Ended in any case, or the stream could not be given back.
+                    let graph = result::stream::end_capture(stream).map_err(error);
+                    enqueued.and(graph)
+                })
+        };
+        // SAFETY: nothing else uses the stream, nor after this the graph, which the executable one does not need.
+        let made = captured.and_then(|graph| unsafe {
+            let made = result::graph::instantiate(graph, CUgraphInstantiate_flags(0)).map_err(error);
+            let destroyed = result::graph::destroy(graph).map_err(error);
+            made.and_then(|made| destroyed.map(|()| made))
+        });
+        // SAFETY: as above.
+        let given_back = unsafe { result::stream::destroy(stream) }.map_err(error);
+        let graph = Graph { context: self.context.clone(), graph: made? };
+        given_back.map(|()| graph)
+    }
+}
+
+fn check_context(context: &Arc<CudaContext>, stream: &Arc<CudaStream>) -> Result<()> {
+    if ptr::eq(Arc::as_ptr(context), Arc::as_ptr(stream.context())) {
+        return Ok(());
+    }
+    Err(Error::argument("stream", format_args!("a stream of GPU {}", context.ordinal()), "one of another context"))
+}
+
+/// A CUDA graph of recorded launches.
+pub struct Graph {
+    context: Arc<CudaContext>,
+    graph: CUgraphExec,
+}
+
+// SAFETY: the driver's handle may be used from any thread, and is not changed after it was made.
+unsafe impl Send for Graph {}
+// SAFETY: as above; launches from several threads are the callers' promise to keep apart.
+unsafe impl Sync for Graph {}
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.debug_struct("Graph").field("device", &self.context.ordinal()).finish_non_exhaustive()
+    }
+}
+
+impl Graph {
+    /// Enqueues the graph. Two launches of one graph run one after the other, whatever their streams.
+    ///
+    /// # Safety
+    /// As [`Recording::launch`].
+    pub unsafe fn launch(&self, stream: &Arc<CudaStream>) -> Result<()> {
+        check_context(&self.context, stream)?;
+        let error = |error| Error::cuda("launching a graph", error);
+        self.context.bind_to_thread().map_err(error)?;
+        // SAFETY: both handles live as long as their references; the rest is the caller's promise.
+        unsafe { result::graph::launch(self.graph, stream.cu_stream()) }.map_err(error)
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // There is nobody to tell of an error, and nothing to do about it. A graph that still runs is given back once it has.
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: the handle is this value's own, and is not used again.
+            let _ = unsafe { result::graph::exec_destroy(self.graph) };
+        }
+    }
+}

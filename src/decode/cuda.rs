@@ -1,0 +1,261 @@
+//! The operators on NVIDIA GPUs; see [`cuda`](crate::cuda) for how tensors are passed.
+//!
+//! Each is one launch that needs nothing beside its arguments, so that a step can be [recorded](crate::cuda::record) once and
+//! run as a graph.
+//!
+//! A product reads its matrix once for every 64 rows (fewer where these have more features than shared memory has room for, and
+//! 4 of `f32`), as fast as memory gives it where its rows are contiguous, aligned to 16 bytes, and of a multiple of 8 features.
+//! Other strides give the same bits, slower. Half types go through the tensor cores.
+
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
+use cudarc::driver::CudaStream;
+
+use super::check::{LinearProblem, LinearSizes, UpdateProblem, UpdateSizes};
+use super::{Linear, LinearMut, SelectiveUpdate, SelectiveUpdateMut};
+use crate::cuda::params::decode::linear::{
+    CHUNK, CHUNK_F32, F32_ROWS, OUTPUTS, PARTIAL_STRIDE, SLICE_BYTES, TILE_ROWS, WARPS,
+};
+use crate::cuda::params::decode::{self as kernels, update};
+use crate::cuda::params::{self, QUAD};
+use crate::cuda::{
+    Arguments, Cuda, Device, GRID_COLUMNS, GRID_ROWS, Kernel, Module, grid_rows, is_vectorizable, or_null, suffix,
+};
+use crate::pool::cuda::SlotList;
+use crate::{DType, Element, Error, Result};
+
+/// Multiplies on the stream's device, asynchronously.
+///
+/// # Errors
+/// An argument that does not fit, see [`Linear`] and [`LinearMut`], or that lies on another device; nothing is written then.
+/// What the driver refuses.
+pub fn linear<X: Element, T: Element, O: Element, St: Element>(
+    stream: &Arc<CudaStream>,
+    inputs: &Linear<X, T, Cuda>,
+    outputs: LinearMut<O, St, Cuda>,
+) -> Result<()> {
+    linear_checked(stream, &inputs.check()?, outputs)
+}
+
+/// [`linear`] of inputs that have been checked.
+pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
+    stream: &Arc<CudaStream>,
+    problem: &LinearProblem<X, T, Cuda>,
+    outputs: LinearMut<O, St, Cuda>,
+) -> Result<()> {
+    problem.check_outputs(&outputs)?;
+    let (device, mut arguments) = (Device::new(stream)?, Arguments::new(stream));
+    let (inputs, sizes) = (&problem.inputs, problem.sizes);
+    let LinearSizes { rows, features, out_features, conv: [d_inner, width] } = sizes;
+    let weight = kernels::Rows::from(arguments.view("weight", &inputs.weight)?);
+    let is_whole = weight.column == 1
+        && features.is_multiple_of(8)
+        && is_vectorizable::<T>(weight.data, &[weight.row], 16 / size_of::<T>());
+    let tile = Tile::new::<T>(sizes, is_whole, device.properties().shared_memory);
+    let mut params = kernels::Linear {
+        x: arguments.view("x", &inputs.x)?.into(),
+        weight,
+        bias: or_null(arguments.optional_view("bias", &inputs.bias)?),
+        out: arguments.write("out", outputs.out)?,
+        rows: rows as i64,
+        features: features as i64,
+        out_features: out_features as i64,
+        x_type: type_code(X::DTYPE),
+        out_type: type_code(O::DTYPE),
+        slice: tile.slice as i64,
+        stride: tile.stride as i64,
+        flags: params::flags([
+            (inputs.norm.is_some(), kernels::FLAG_NORM),
+            (outputs.accumulate, kernels::FLAG_ACCUMULATE),
+            (inputs.conv.is_some(), kernels::FLAG_CONV),
+        ]),
+        count: features as f32,
+        d_inner: d_inner as i64,
+        width: width as i64,
+        ..kernels::Linear::zeroed()
+    };
+    if let Some(norm) = &inputs.norm {
+        params.eps = norm.eps as f32;
+        params.norm_weight = or_null(arguments.optional_view("norm.weight", &norm.weight)?);
+    }
+    let mut list = None;
+    if let (Some(conv), Some(state)) = (&inputs.conv, outputs.conv_state) {
+        params.conv_weight = arguments.view("conv.weight", &conv.weight)?.into();
+        params.conv_bias = or_null(arguments.optional_view("conv.bias", &conv.bias)?);
+        let slots = state.shape[0];
+        params.conv_state = arguments.pool("conv_state", state)?;
+        params.state_type = type_code(St::DTYPE);
+        params.slots = list.insert(SlotList::new(&device, &mut arguments, conv.slots, slots)?).params;
+    }
+    if rows == 0 || out_features == 0 {
+        return Ok(());
+    }
+    let grid = [out_features.div_ceil(OUTPUTS), rows.div_ceil(tile.rows)];
+    if grid[0] > GRID_COLUMNS || grid[1] > GRID_ROWS {
+        let expected = format_args!("at most {} rows", GRID_ROWS * tile.rows).to_string();
+        return Err(Error::argument("x", expected, rows));
+    }
+    let mut kernel = Kernel::new(Module::DECODE_LINEAR, ["decode_linear", tile.variant, suffix(T::DTYPE)]);
+    kernel.most_shared = device.properties().shared_memory;
+    // SAFETY: every address and extent has been checked by `Linear::check` and `check_outputs`, slots on the device by the
+    // kernel; each element of the output and of the states of a slot is written by one thread. (Where a caller has put a slot on
+    // the device twice, two write one state: whatever they leave there is numbers of the state's type.)
+    unsafe { device.launch(&kernel, grid, kernels::linear::THREADS, tile.shared, &params) }
+}
+
+/// The types of what a kernel is not made for one type of.
+fn type_code(dtype: DType) -> i64 {
+    match dtype {
+        DType::F32 => kernels::TYPE_F32,
+        DType::F16 => kernels::TYPE_F16,
+        DType::Bf16 => kernels::TYPE_BF16,
+    }
+}
+
+/// The part of a product that a block gives, and how its rows are staged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Tile {
+    rows: usize,
+    variant: &'static str,
+    /// Features that are staged at a time, and what staged rows lie apart.
+    slice: usize,
+    stride: usize,
+    /// Bytes of shared memory.
+    shared: usize,
+}
+
+impl Tile {
+    /// As many rows as there are, up to 64, that shared memory has room for. How features are divided follows from their
+    /// number alone, so that a row's sums have the same order in any company.
+    fn new<T: Element>(sizes: LinearSizes, is_whole: bool, shared_memory: usize) -> Self {
+        let is_f32 = T::DTYPE == DType::F32;
+        let chunk = if is_f32 { CHUNK_F32 } else { CHUNK };
+        let most = SLICE_BYTES / size_of::<T>() / chunk * chunk;
+        // Equal slices, so that none is left over that keeps few warps busy.
+        let slices = sizes.features.div_ceil(most);
+        let slice = sizes.features.div_ceil(slices).next_multiple_of(chunk);
+        // Rows of half types start 64 bytes apart, as banks go: what eight lanes read of two rows lies in different ones.
+        let stride = if !is_f32 && slice.is_multiple_of(2 * chunk) { slice + chunk } else { slice };
+        let shared =
+            |rows: usize| (rows * stride * size_of::<T>()).max(WARPS * rows * PARTIAL_STRIDE * size_of::<f32>());
+        let tile = |rows, variant| Self { rows, variant, slice, stride, shared: shared(rows) };
+        if is_f32 {
+            return tile(F32_ROWS, if is_whole { "rows4" } else { "general" });
+        }
+        if !is_whole {
+            return tile(TILE_ROWS, "general");
+        }
+        let variants = [(64, "rows64"), (32, "rows32"), (16, "rows16")];
+        let fits = |rows: usize| sizes.rows > rows / 2 && shared(rows) <= shared_memory;
+        match variants.into_iter().find(|(rows, _)| fits(*rows)) {
+            Some((rows, variant)) => tile(rows, variant),
+            None => tile(TILE_ROWS, "rows8"),
+        }
+    }
+}
+
+/// Runs the update on the stream's device, asynchronously.
+///
+/// # Errors
+/// An argument that does not fit, see [`SelectiveUpdate`] and [`SelectiveUpdateMut`], or that lies on another device; step
+/// sizes of a rank that shared memory has no room for (some 50,000 on an H100). Nothing is written then. What the driver refuses.
+pub fn selective_update<T: Element, St: Element>(
+    stream: &Arc<CudaStream>,
+    inputs: &SelectiveUpdate<T, Cuda>,
+    outputs: SelectiveUpdateMut<T, St, Cuda>,
+) -> Result<()> {
+    selective_update_checked(stream, &inputs.check()?, outputs)
+}
+
+/// [`selective_update`] of inputs that have been checked.
+pub(crate) fn selective_update_checked<T: Element, St: Element>(
+    stream: &Arc<CudaStream>,
+    problem: &UpdateProblem<T, Cuda>,
+    outputs: SelectiveUpdateMut<T, St, Cuda>,
+) -> Result<()> {
+    problem.check_outputs(&outputs)?;
+    let (device, mut arguments) = (Device::new(stream)?, Arguments::new(stream));
+    let (inputs, UpdateSizes { rows, d_inner, d_state, dt_rank }) = (&problem.inputs, problem.sizes);
+    let shared = (dt_rank + 2 * d_state) * size_of::<f32>();
+    if shared > device.properties().shared_memory {
+        let most = device.properties().shared_memory / size_of::<f32>() - 2 * d_state;
+        return Err(Error::argument("dt_weight", format_args!("a rank of at most {most} on this device"), dt_rank));
+    }
+    let slots = outputs.state.shape[0];
+    let mut params = kernels::Update {
+        u: arguments.view("u", &inputs.u)?.into(),
+        z: or_null(arguments.optional_view("z", &inputs.z)?),
+        columns: arguments.view("columns", &inputs.columns)?.into(),
+        dt_weight: arguments.view("dt_weight", &inputs.dt_weight)?.into(),
+        a: arguments.view("a", &inputs.a)?.into(),
+        d: or_null(arguments.optional_view("d", &inputs.d)?),
+        delta_bias: or_null(arguments.optional_view("delta_bias", &inputs.delta_bias)?),
+        state: arguments.pool("state", outputs.state)?,
+        out: arguments.write("out", outputs.out)?,
+        rows: rows as i64,
+        d_inner: d_inner as i64,
+        d_state: d_state as i64,
+        dt_rank: dt_rank as i64,
+        lane_shift: d_state.div_ceil(QUAD).next_power_of_two().min(32).ilog2().into(),
+        ..kernels::Update::zeroed()
+    };
+    if let Some(norms) = &inputs.norms {
+        (params.dt_eps, params.state_eps) = (norms.eps as f32, norms.eps as f32);
+        if let Some([dt, b, c]) = &norms.weights {
+            params.dt_norm = arguments.view("norms.weights[0]", dt)?.into();
+            params.b_norm = arguments.view("norms.weights[1]", b)?.into();
+            params.c_norm = arguments.view("norms.weights[2]", c)?.into();
+        }
+    }
+    let is_whole = d_state.is_multiple_of(QUAD)
+        && dt_rank.is_multiple_of(QUAD)
+        && [params.a.state, params.state.column, params.dt_weight.column] == [1; 3]
+        && is_vectorizable::<f32>(params.a.data, &[params.a.channel], QUAD)
+        && is_vectorizable::<St>(params.state.data, &[params.state.slot, params.state.row], QUAD)
+        && is_vectorizable::<T>(params.dt_weight.data, &[params.dt_weight.row], QUAD);
+    params.flags = params::flags([(is_whole, update::FLAG_VECTOR), (inputs.norms.is_some(), update::FLAG_NORMS)]);
+    let list = SlotList::new(&device, &mut arguments, inputs.slots, slots)?;
+    params.slots = list.params;
+    if rows == 0 {
+        return Ok(());
+    }
+    let columns = d_inner.div_ceil(update::THREADS >> params.lane_shift);
+    if columns > GRID_COLUMNS {
+        return Err(Error::argument("u", "fewer channels", d_inner));
+    }
+    let grid = [columns, grid_rows(columns, rows, 32 * device.properties().processors)];
+    let mut kernel = Kernel::new(Module::DECODE_UPDATE, ["decode_update", suffix(T::DTYPE), suffix(St::DTYPE)]);
+    kernel.most_shared = device.properties().shared_memory;
+    // SAFETY: every address and extent has been checked by `SelectiveUpdate::check` and `check_outputs`, slots on the device by
+    // the kernel; each state and output is written by one thread. (Of a slot that stands on the device twice, see `linear`.)
+    unsafe { device.launch(&kernel, grid, update::THREADS, shared, &params) }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+
+    /// The tiles of products on devices with 227 KB and with 99 KB of shared memory.
+    #[test]
+    fn tiles() {
+        let tile = |rows, features, shared_memory| {
+            let sizes = LinearSizes { rows, features, out_features: 16, conv: [0, 0] };
+            let Tile { rows, slice, stride, shared, .. } = Tile::new::<bf16>(sizes, true, shared_memory);
+            (rows, slice, stride, shared)
+        };
+        assert_eq!(tile(1, 768, 232_448), (8, 768, 800, 12_800));
+        assert_eq!(tile(64, 768, 232_448), (64, 768, 800, 102_400));
+        assert_eq!(tile(64, 768, 101_376), (32, 768, 800, 51_200));
+        assert_eq!(tile(9, 1536, 232_448), (16, 1536, 1568, 50_176));
+        assert_eq!(tile(64, 5120, 232_448), (16, 5120, 5152, 164_864));
+        // Two slices of a row, as many as on a device with more memory.
+        assert_eq!(tile(64, 8192, 101_376), (8, 4096, 4128, 66_048));
+        assert_eq!(tile(8, 100, 101_376), (8, 128, 160, 5_120));
+        let sizes = LinearSizes { rows: 9, features: 4096, out_features: 16, conv: [0, 0] };
+        let Tile { rows, slice, stride, shared, .. } = Tile::new::<f32>(sizes, true, 101_376);
+        assert_eq!((rows, slice, stride, shared), (4, 2048, 2048, 32_768));
+    }
+}
