@@ -22,6 +22,7 @@
 //! [`reference`](mod@reference) is the same written plainly in `f64`.
 
 mod check;
+pub mod cpu;
 pub mod reference;
 
 use crate::arguments::plain_struct;
