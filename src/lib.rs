@@ -110,6 +110,7 @@ mod sequences;
 mod shared;
 mod simd;
 pub mod state_update;
+mod tasks;
 mod view;
 
 #[cfg(feature = "candle")]

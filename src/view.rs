@@ -231,6 +231,12 @@ pub(crate) struct Ahead {
 static NOTHING: u8 = 0;
 
 impl Ahead {
+    /// An element, and others `step` elements apart from there on.
+    #[inline(always)]
+    pub fn of<T>(first: &T, step: usize) -> Self {
+        Self { at: (&raw const *first).cast(), step: (step * size_of::<T>()).cast_signed() }
+    }
+
     /// Nothing.
     pub const NONE: Self = Self { at: &raw const NOTHING, step: 0 };
 

@@ -1,12 +1,15 @@
 //! One generic algorithm on every instruction set: dispatch, rows of channels, and the vector operations that
 //! [`pulp::Simd`] does not have.
 
+mod load;
 mod math;
 mod sum;
 
+pub(crate) use load::load;
 pub(crate) use math::{Decay, exp, hold_inverse, hold_weight, polynomial, silu, silu_grad, softplus};
 pub(crate) use sum::{Carried, Sum, SumRows, SumTile};
 
+use half::f16;
 use pulp::{NullaryFnOnce, Simd};
 
 use crate::Element;
@@ -59,7 +62,7 @@ impl Row {
 pub enum Isa {
     /// 16 lanes: x86-64-v4 (AVX-512 F, BW, CD, DQ and VL).
     Avx512,
-    /// 8 lanes: x86-64-v3 (AVX2 and FMA).
+    /// 8 lanes: x86-64-v3 (AVX2, FMA and F16C).
     Avx2,
     /// 4 lanes on AArch64.
     Neon,
@@ -87,7 +90,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => pulp::x86::V4::is_available(),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => pulp::x86::V3::is_available(),
+            Self::Avx2 => v3::is_available(),
             #[cfg(target_arch = "aarch64")]
             Self::Neon => pulp::aarch64::Neon::is_available(),
             Self::Portable => true,
@@ -108,8 +111,11 @@ impl Isa {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => {
-                if let Some(simd) = pulp::x86::V3::try_new() {
-                    return simd.vectorize(Call(simd, kernel));
+                if v3::is_available()
+                    && let Some(simd) = pulp::x86::V3::try_new()
+                {
+                    // SAFETY: the processor has been found to have all of these instructions.
+                    return unsafe { v3::run(simd, kernel) };
                 }
             }
             #[cfg(target_arch = "aarch64")]
@@ -191,6 +197,12 @@ pub(crate) trait Lanes: Simd {
         let bits = self.transmute_u32s_f32s(biased);
         self.transmute_f32s_u32s(self.wrapping_dyn_shl_u32s(bits, self.splat_u32s(23)))
     }
+
+    /// The first `F32_LANES` of `from`, exactly.
+    #[inline(always)]
+    fn widen_f16s(self, from: &[f16]) -> Self::f32s {
+        load::widen_f16s(self, from)
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -221,10 +233,46 @@ impl Lanes for pulp::x86::V4 {
     fn exp2_integer(self, k: Self::f32s) -> Self::f32s {
         self.scale(self.splat_f32s(1.0), k)
     }
+
+    #[inline(always)]
+    fn widen_f16s(self, from: &[f16]) -> Self::f32s {
+        let halves: [u16; 16] = bytemuck::pod_read_unaligned(bytemuck::cast_slice(&from[..16]));
+        bytemuck::cast(self.avx512f._mm512_cvtph_ps(bytemuck::cast(halves)))
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Lanes for pulp::x86::V3 {}
+impl Lanes for pulp::x86::V3 {
+    #[inline(always)]
+    fn widen_f16s(self, from: &[f16]) -> Self::f32s {
+        let halves: [u16; 8] = bytemuck::pod_read_unaligned(bytemuck::cast_slice(&from[..8]));
+        // SAFETY: kernels meet this set in `v3::run` alone, for which the processor must have F16C.
+        bytemuck::cast(unsafe { std::arch::x86_64::_mm256_cvtph_ps(bytemuck::cast(halves)) })
+    }
+}
+
+/// x86-64-v3 with F16C, which is a part of it that pulp leaves out.
+#[cfg(target_arch = "x86_64")]
+mod v3 {
+    use super::{Kernel, Lanes};
+    use pulp::x86::V3;
+
+    pub fn is_available() -> bool {
+        V3::is_available() && std::is_x86_feature_detected!("f16c")
+    }
+
+    /// Runs a kernel compiled for these instructions.
+    ///
+    /// # Safety
+    /// [`is_available`] must hold.
+    #[target_feature(enable = "sse,sse2,sse3,ssse3,sse4.1,sse4.2,fxsr,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c")]
+    pub unsafe fn run<K: Kernel>(simd: V3, kernel: K) -> K::Output
+    where
+        V3: Lanes,
+    {
+        kernel.run(simd)
+    }
+}
 
 #[cfg(target_arch = "aarch64")]
 impl Lanes for pulp::aarch64::Neon {}

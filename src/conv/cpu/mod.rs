@@ -19,7 +19,7 @@ mod update;
 use crate::arguments::reserved;
 use crate::sequences::{self, Sequence, Sequences};
 use crate::simd::{BLOCK, Isa, Row};
-use crate::{Element, Result, View};
+use crate::{Element, Result, View, ViewMut};
 
 use super::update::UpdateProblem;
 use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Problem, UpdateInputs, UpdateMut, WIDTHS};
@@ -113,8 +113,21 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     outputs: UpdateMut<T, St>,
 ) -> Result<()> {
     problem.check_outputs(&outputs)?;
-    update::run(isa, problem, outputs);
+    update::run(isa, problem, outputs, problem.inputs.x.shape[2]);
     Ok(())
+}
+
+/// An update whose output is the first channels of rows of `columns`, dense, of which the others are left. The caller has
+/// checked what is written.
+pub(crate) fn update_in_rows<T: Element, St: Element>(
+    isa: Isa,
+    problem: &UpdateProblem<T>,
+    state: ViewMut<St, 3>,
+    out: &mut [T],
+    columns: usize,
+) {
+    assert!(columns >= problem.inputs.x.shape[2], "the tasks' channels are disjoint");
+    update::run(isa, problem, UpdateMut::new(state, out), columns);
 }
 
 /// `len` steps of a sequence from the `first`-th in the direction of the convolution on, at most [`TILE`].

@@ -1,19 +1,24 @@
 //! The update in place.
 
-use rayon::prelude::*;
-
 use crate::Element;
 use crate::conv::update::UpdateProblem;
 use crate::pool::{Pool, Slots};
 use crate::shared::Shared;
 use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, silu};
+use crate::tasks;
 
 use super::{BLOCKS, Filters, MOST_BEFORE, Unit, UpdateMut, channels, channels_mut, unit_rows, units};
 
 /// Units, counted once per token, in a task at least: a microsecond or more of work.
 const UNITS_PER_TASK: usize = 8;
 
-pub(super) fn run<T: Element, St: Element>(isa: Isa, problem: &UpdateProblem<T>, outputs: UpdateMut<T, St>) {
+/// The output of each token is the first channels of a row of `columns`, of which the others are left.
+pub(super) fn run<T: Element, St: Element>(
+    isa: Isa,
+    problem: &UpdateProblem<T>,
+    outputs: UpdateMut<T, St>,
+    columns: usize,
+) {
     let [batch, tokens, d_inner] = problem.inputs.x.shape;
     if batch == 0 || tokens == 0 {
         return;
@@ -23,12 +28,12 @@ pub(super) fn run<T: Element, St: Element>(isa: Isa, problem: &UpdateProblem<T>,
         slots: problem.inputs.slots,
         state: Pool::new(outputs.state),
         out: Shared::new(outputs.out),
+        columns,
         token_states: outputs.token_states.map(Shared::new),
     };
     let units = units(d_inner);
     // Units are the outer loop, so that a task reads the weights of few.
-    let tasks = (0..units.len() * batch).into_par_iter().with_min_len(UNITS_PER_TASK.div_ceil(tokens));
-    tasks.for_each_init(Scratch::new, |scratch, task| {
+    tasks::for_each_init(units.len() * batch, UNITS_PER_TASK.div_ceil(tokens), Scratch::new, |scratch, task| {
         isa.run(Task { pass: &pass, unit: units[task / batch], row: task % batch, scratch });
     });
 }
@@ -38,6 +43,7 @@ struct Pass<'p, 'a, T: Element, St: Element> {
     slots: Slots<'p>,
     state: Pool<'p, St>,
     out: Shared<'p, T>,
+    columns: usize,
     token_states: Option<Shared<'p, St>>,
 }
 
@@ -93,7 +99,7 @@ impl<T: Element, St: Element> Kernel for Task<'_, '_, '_, T, St> {
             St::narrow(channels(x, 0, unit), stored);
             St::widen(stored, channels_mut(rounded, 0, unit));
             step(simd, filters, unit, inputs.silu, state, x, rounded);
-            let at = (row * tokens + t) * d_inner + unit.first;
+            let at = (row * tokens + t) * pass.columns + unit.first;
             // SAFETY: this task alone works on these channels of this row.
             T::narrow(channels(x, 0, unit), unsafe { pass.out.part(at..at + unit.width) });
             let Some(states) = &pass.token_states else { continue };
@@ -115,7 +121,7 @@ impl<T: Element, St: Element> Pass<'_, '_, T, St> {
     fn zero(&self, row: usize, unit: Unit) {
         let ([_, tokens, d_inner], before) = (self.problem.inputs.x.shape, self.problem.width - 1);
         for t in row * tokens..(row + 1) * tokens {
-            let at = t * d_inner + unit.first;
+            let at = t * self.columns + unit.first;
             // SAFETY (both): this task alone works on these channels of this row.
             unsafe { self.out.part(at..at + unit.width) }.fill(T::zeroed());
             let Some(states) = &self.token_states else { continue };

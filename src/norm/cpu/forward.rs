@@ -1,10 +1,9 @@
 //! The forward pass.
 
-use rayon::prelude::*;
-
 use super::{OutputMut, Problem, ROWS, Staged, multiply, scale, weight_or_ones};
 use crate::shared::Shared;
 use crate::simd::{Isa, Kernel, Lanes, silu};
+use crate::tasks;
 use crate::{DType, Element};
 
 pub(super) fn run<X: Element, S: Element, O: Element>(isa: Isa, problem: &Problem<X, S>, outputs: OutputMut<S, O>) {
@@ -15,13 +14,17 @@ pub(super) fn run<X: Element, S: Element, O: Element>(isa: Isa, problem: &Proble
     }
     let weight = weight_or_ones(&problem.inputs.weight, width);
     let residual_out = outputs.residual_out.map(Shared::new);
-    outputs.out.par_chunks_mut(ROWS * width).enumerate().for_each_init(
+    let out = Shared::new(outputs.out);
+    tasks::for_each_init(
+        problem.sizes.rows.div_ceil(ROWS),
+        1,
         || Scratch { s: Staged::new(width), other: Staged::new(width), rounded: vec![S::from_f32(0.0); width] },
-        |scratch, (block, out)| {
+        |scratch, block| {
             let first = block * ROWS;
-            // SAFETY: the blocks of rows are disjoint, and this task alone works on this one.
-            let residual_out =
-                residual_out.as_ref().map(|all| unsafe { all.part(first * width..first * width + out.len()) });
+            let part = first * width..problem.sizes.rows.min(first + ROWS) * width;
+            // SAFETY (both): the blocks of rows are disjoint, and this task alone works on this one.
+            let residual_out = residual_out.as_ref().map(|all| unsafe { all.part(part.clone()) });
+            let out = unsafe { out.part(part) };
             isa.run(Block { problem, weight: &weight, first, out, residual_out, scratch });
         },
     );

@@ -10,12 +10,11 @@ mod kernels;
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use crate::arguments::Dims;
 use crate::pool::{Pool, Slots, UpdateMut};
 use crate::shared::Shared;
 use crate::simd::{BLOCK, Isa, Kernel, Lanes, Row, silu, softplus};
+use crate::tasks;
 use crate::{DType, Discretization, Element, Result};
 
 use super::{Inputs, Problem};
@@ -62,7 +61,7 @@ pub(crate) fn update_checked<T: Element, St: Element>(
     let channel_work = len.min(TOKENS) * d_state;
     let channels = STATES_PER_TASK.div_ceil(channel_work).next_multiple_of(BLOCK);
     let units = d_inner.div_ceil(channels);
-    (0..batch * units).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
+    tasks::for_each_init(batch * units, 1, Scratch::default, |scratch, task| {
         let first = task % units * channels;
         let width = channels.min(d_inner - first);
         isa.run(Task { pass: &pass, row: task / units, first, width, scratch });
