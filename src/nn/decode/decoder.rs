@@ -42,6 +42,7 @@ pub struct Decoder {
     tokens: Tensor,
     /// By the number of rows.
     steps: BTreeMap<usize, Step>,
+    launches_plainly: bool,
 }
 
 /// How a [`Decoder`] is made.
@@ -95,7 +96,7 @@ impl Decoder {
         model.backbone().check_decoding(&cache, options.slots, Slots::Rows)?;
         let tokens = Tensor::zeros(options.slots, DType::U32, model.device())?;
         let joined = Joined::new(&model)?;
-        Ok(Self { model, cache, joined, tokens, steps: BTreeMap::new() })
+        Ok(Self { model, cache, joined, tokens, steps: BTreeMap::new(), launches_plainly: false })
     }
 
     /// The model.
@@ -160,10 +161,14 @@ impl Decoder {
         }
         copy_from_host(&of_slots, &self.tokens)?;
         let rows = rows_of_step(slots.len(), self.model.device().is_cpu());
+        let launches_plainly = self.launches_plainly;
         let step = self.step_of(rows)?;
         let padded: Vec<_> = slots.iter().copied().chain(std::iter::repeat(-1)).take(rows).collect();
         copy_from_host(&padded, &step.slots)?;
-        step.work.run()?;
+        match launches_plainly {
+            true => step.work.run_plainly()?,
+            false => step.work.run()?,
+        }
         step.logits.narrow(0, 0, slots.len())
     }
 
@@ -180,6 +185,12 @@ impl Decoder {
         }
         let rows = rows_of_step(rows.max(1), self.model.device().is_cpu());
         Ok(self.step_of(rows)?.work.how())
+    }
+
+    /// Whether steps on a GPU are launched one kernel after another even where there is a graph: to compare the two, whose bits are
+    /// the same.
+    pub fn launch_plainly(&mut self, plainly: bool) {
+        self.launches_plainly = plainly;
     }
 
     fn step_of(&mut self, rows: usize) -> Result<&Step> {

@@ -1,6 +1,7 @@
 //! The Mamba block and the language model.
 
 mod checkpoints;
+pub mod decoder;
 pub mod decoding;
 #[cfg(feature = "candle-cuda")]
 mod gpu;
