@@ -64,17 +64,23 @@ impl Cache {
     /// A slot that there is not, or that is written twice; a cache of another model or number of slots. Nothing is written
     /// then.
     pub fn put(&self, states: &Self, slots: &[i32]) -> Result<()> {
-        states.check("states", &[], false)?;
+        self.check_states("states", states)?;
         self.check_written("slots", slots, states.slots())?;
+        let pools = |cache| Self::layers(cache).iter().flat_map(LayerState::pools);
+        pools(self).zip(pools(states)).try_for_each(|(pool, rows)| put(pool, rows, slots))
+    }
+
+    /// Checks that states are those of the same model.
+    pub(crate) fn check_states(&self, name: &'static str, states: &Self) -> Result<()> {
+        states.check(name, &[], false)?;
         let shapes = |cache: &Self| {
             let shape = |pool: &candle_core::Tensor| pool.dims()[1..].to_vec();
             cache.layers.iter().map(|layer| layer.pools().into_iter().map(shape).collect()).collect::<Vec<Vec<_>>>()
         };
-        if shapes(self) != shapes(states) {
-            return Err(argument("states", "states of the same model", "those of another"));
+        match shapes(self) == shapes(states) {
+            true => Ok(()),
+            false => Err(argument(name, "states of the same model", "those of another")),
         }
-        let pools = |cache| Self::layers(cache).iter().flat_map(LayerState::pools);
-        pools(self).zip(pools(states)).try_for_each(|(pool, rows)| put(pool, rows, slots))
     }
 
     /// Makes room for more sequences, in new memory: slots stay where they are, and the new ones are zero. Other handles to

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
-use super::parts::Parts;
+use super::parts::{Parts, rows};
 use super::{MambaConfig, MambaState};
 use crate::candle::Slots;
 use crate::count_sequences;
@@ -140,13 +140,7 @@ impl Mamba {
         self.extend(x, Some(cu_seqlens), state, slots.into())
     }
 
-    pub(crate) fn extend(
-        &self,
-        x: &Tensor,
-        cu_seqlens: Option<&[usize]>,
-        state: &MambaState,
-        slots: Slots,
-    ) -> Result<Tensor> {
+    fn extend(&self, x: &Tensor, cu_seqlens: Option<&[usize]>, state: &MambaState, slots: Slots) -> Result<Tensor> {
         self.check_causal()?;
         let sequences = self.check_input(x, cu_seqlens)?;
         state.check(&self.config, x.device(), sequences, slots)?;
@@ -155,12 +149,27 @@ impl Mamba {
             return x.zeros_like();
         }
         let parts = self.untracked()?;
-        let [u, z] = parts.project(&x.detach())?;
-        let states = state.load(&slots)?;
-        let (y, states) = parts.causal.extend(&u, &z, cu_seqlens, &states)?;
-        let out = parts.out_proj.forward(&y)?;
+        let (y, states) = parts.extend(&x.detach(), cu_seqlens, &state.load(&slots)?)?;
+        let out = parts.out_proj.apply(&y)?.reshape(x.shape())?;
         state.store(&states, &slots)?;
         Ok(out)
+    }
+
+    /// Runs the rows of a residual stream, `x` being their norm, on from the states of a cache, and adds what comes out to them. All
+    /// has been checked, and there is at least one row.
+    pub(crate) fn extend_onto(&self, stream: &Tensor, x: &Tensor, pass: CachePass, state: &MambaState) -> Result<()> {
+        let parts = self.untracked()?;
+        let rows = rows(stream)?;
+        match pass {
+            CachePass::Prefill { cu_seqlens, slots } => {
+                let sequences = cu_seqlens.map_or(x.dim(0)?, |ends| ends.len() - 1);
+                let slots = state.slots_of(sequences, slots)?;
+                let (y, states) = parts.extend(x, cu_seqlens, &state.load(&slots)?)?;
+                parts.out_proj.apply_onto(&rows, &y)?;
+                state.store(&states, &slots)
+            }
+            CachePass::Step { slots } => parts.out_proj.apply_onto(&rows, &parts.step(x, state, slots)?),
+        }
     }
 
     /// Carries the states of a cache through the next token of each row, or through a few: `x` is
@@ -178,8 +187,7 @@ impl Mamba {
             return x.zeros_like();
         }
         let parts = self.untracked()?;
-        let [u, z] = parts.project(&x.detach())?;
-        parts.out_proj.forward(&parts.causal.step(&u, &z, state, slots)?)
+        parts.out_proj.apply(&parts.step(&x.detach(), state, slots)?)?.reshape(x.shape())
     }
 
     /// The layers themselves where candle tracks nothing, else the same without gradients.
@@ -242,6 +250,15 @@ impl Mamba {
     pub fn named_tensors(&self) -> Vec<(String, Tensor)> {
         self.parameters.named_tensors()
     }
+}
+
+/// How rows run on from the states of a cache.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum CachePass<'a> {
+    /// Sequences, which bring the states up to date.
+    Prefill { cu_seqlens: Option<&'a [usize]>, slots: Slots<'a> },
+    /// The next tokens of each sequence, in the same way.
+    Step { slots: Slots<'a> },
 }
 
 impl Module for Mamba {

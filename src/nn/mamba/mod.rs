@@ -7,6 +7,7 @@ mod parts;
 mod ssm_path;
 mod state;
 
+pub(crate) use block::CachePass;
 pub use block::Mamba;
 pub use config::{MambaConfig, Norms};
 pub(crate) use joined::{Buffers, JoinedLayer, full};

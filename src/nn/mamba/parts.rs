@@ -2,8 +2,10 @@
 
 use candle_core::{Result, Tensor};
 
-use super::MambaConfig;
 use super::ssm_path::{self, SsmPath};
+use super::state::States;
+use super::{MambaConfig, MambaState};
+use crate::candle::Slots;
 use crate::nn::layers::{Gradients, Linear, Parameters};
 
 /// The layers of a block.
@@ -88,6 +90,20 @@ impl Parts {
         let [u, z] = self.project(x)?;
         let directions = self.paths().map(|path| path.forward(&u, &z, cu_seqlens)).collect::<Result<_>>()?;
         rows(&self.join(directions)?)
+    }
+
+    /// Runs sequences on from given states: `(batch, length, d_model)` to what `out_proj` takes, `(rows, d_inner)`, and the states
+    /// afterwards.
+    pub(super) fn extend(&self, x: &Tensor, cu_seqlens: Option<&[usize]>, states: &States) -> Result<(Tensor, States)> {
+        let [u, z] = self.project(x)?;
+        let (y, states) = self.causal.extend(&u, &z, cu_seqlens, states)?;
+        Ok((rows(&y)?, states))
+    }
+
+    /// Carries states through a few tokens, in place: as [`extend`](Self::extend) else.
+    pub(super) fn step(&self, x: &Tensor, state: &MambaState, slots: Slots) -> Result<Tensor> {
+        let [u, z] = self.project(x)?;
+        rows(&self.causal.step(&u, &z, state, slots)?)
     }
 
     /// [`forward`](Self::forward), which gives [`Kept::y`], and all that [`backward`](Self::backward) needs.

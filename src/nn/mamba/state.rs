@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::MambaConfig;
-use crate::candle::Slots;
+use crate::candle::{Slots, rollback};
 use crate::nn::decode::{check_pools, check_slots, reset};
 use crate::nn::{argument, check_room};
 
@@ -93,33 +93,42 @@ impl MambaState {
         slots.of_rows(sequences, "cache", &self.ssm)
     }
 
-    /// The states from which sequences in these slots go on, in `f32`; zero for padding.
+    /// The states from which sequences in these slots go on, in `f32`; any for padding.
     pub(super) fn load(&self, slots: &[Option<usize>]) -> Result<States> {
         let load = |pool: &Tensor| {
-            let (_, rows, columns) = pool.dims3()?;
-            let states = Tensor::zeros((slots.len(), rows, columns), pool.dtype(), pool.device())?;
-            for (row, &slot) in slots.iter().enumerate() {
-                if let Some(slot) = slot {
-                    states.slice_set(&pool.narrow(0, slot, 1)?, 0, row)?;
-                }
+            let (count, rows, columns) = pool.dims3()?;
+            if let Some(first) = run_of(slots) {
+                return pool.narrow(0, first, slots.len())?.to_dtype(DType::F32);
             }
-            states.to_dtype(DType::F32)
+            if count == 0 {
+                return Tensor::zeros((slots.len(), rows, columns), DType::F32, pool.device());
+            }
+            let places: Vec<u32> = slots.iter().map(|slot| slot.unwrap_or(0) as u32).collect();
+            pool.index_select(&Tensor::new(places, pool.device())?, 0)?.to_dtype(DType::F32)
         };
         Ok(States { conv: load(&self.conv)?, ssm: load(&self.ssm)? })
     }
 
     /// Keeps the states after sequences in these slots, but for those of padding.
     pub(super) fn store(&self, states: &States, slots: &[Option<usize>]) -> Result<()> {
+        // As after the first token of a draft that is all accepted.
+        let (list, accepted): (Vec<i32>, Vec<usize>) =
+            slots.iter().map(|slot| (slot.map_or(-1, |slot| slot as i32), 1)).unzip();
         for (pool, states) in [(&self.conv, &states.conv), (&self.ssm, &states.ssm)] {
             let states = states.to_dtype(pool.dtype())?;
-            for (row, &slot) in slots.iter().enumerate() {
-                if let Some(slot) = slot {
-                    pool.slice_set(&states.narrow(0, row, 1)?, 0, slot)?;
-                }
+            match run_of(slots) {
+                Some(first) => pool.slice_set(&states.contiguous()?, 0, first)?,
+                None => rollback(pool, &states.unsqueeze(1)?, &list, &accepted)?,
             }
         }
         Ok(())
     }
+}
+
+/// The first of slots that follow each other, none of them padding.
+fn run_of(slots: &[Option<usize>]) -> Option<usize> {
+    let first = slots.first().copied().flatten()?;
+    slots.iter().enumerate().all(|(i, slot)| *slot == Some(first + i)).then_some(first)
 }
 
 /// The shapes of the states of the convolution and of the scan.

@@ -5,13 +5,12 @@ use std::borrow::Cow;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
-use super::mixer::Pass;
 use super::stack::{self, WayBack};
 use super::{BackboneConfig, Mixer};
 use crate::candle::Slots;
 use crate::count_sequences;
 use crate::nn::layers::{Change, ParameterList, Parameters};
-use crate::nn::mamba::JoinedLayer;
+use crate::nn::mamba::{CachePass, JoinedLayer};
 use crate::nn::{Cache, RmsNorm, argument, check_model_dtype, check_room};
 
 /// The layers of a model between its embeddings and its head:
@@ -189,7 +188,7 @@ impl Backbone {
         let sequences = count_sequences(batch, length, cu_seqlens)?;
         self.check_decoding(cache, sequences, slots)?;
         let layers = self.untracked()?;
-        let stream = layers.run(&x.detach(), Pass::Prefill { cu_seqlens, cache, slots })?;
+        let stream = layers.run(&x.detach(), cache, CachePass::Prefill { cu_seqlens, slots })?;
         layers.norm_f.forward(&stream)
     }
 
@@ -203,7 +202,7 @@ impl Backbone {
         let slots = slots.into();
         self.check_decoding(cache, self.check_input(x)?.0, slots)?;
         let layers = self.untracked()?;
-        layers.norm_f.forward(&layers.run(&x.detach(), Pass::Step { cache, slots })?)
+        layers.norm_f.forward(&layers.run(&x.detach(), cache, CachePass::Step { slots })?)
     }
 
     /// Checks a cache and slots for all layers, before the first one writes.
@@ -276,14 +275,20 @@ impl Backbone {
         &self.norm_f
     }
 
-    /// Runs the layers on from the states of a cache, and gives the residual stream.
-    pub(super) fn run(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
-        let mut stream = self.begin(x)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let mixed = layer.mixer.run(&layer.norm.forward(&stream)?, index, pass)?;
-            if stream.elem_count() > 0 {
-                stream = (&stream + mixed.to_dtype(stream.dtype())?)?;
-            }
+    /// Runs the layers on from the states of a cache, which have been checked, and gives the residual stream.
+    pub(super) fn run(&self, x: &Tensor, cache: &Cache, pass: CachePass) -> Result<Tensor> {
+        let (batch, length) = self.check_input(x)?;
+        if let CachePass::Prefill { cu_seqlens, .. } = pass {
+            count_sequences(batch, length, cu_seqlens)?;
+        }
+        let begin = self.begin(x)?;
+        if begin.elem_count() == 0 {
+            return Ok(begin);
+        }
+        // What the layers add is added in place, which must not be seen in the input.
+        let stream = begin.detach().copy()?;
+        for (layer, state) in self.layers.iter().zip(&cache.layers) {
+            layer.mixer.extend_onto(&stream, &layer.norm.forward(&stream)?, pass, state)?;
         }
         Ok(stream)
     }

@@ -5,10 +5,10 @@ use std::borrow::Cow;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
-use super::mixer::Pass;
 use super::{Backbone, LanguageModelConfig, Mixer};
 use crate::candle::Slots;
 use crate::nn::layers::{Change, Initial, Linear, Parameter, ParameterList, Parameters, Tokens};
+use crate::nn::mamba::CachePass;
 use crate::nn::train::{LossOptions, Targets};
 use crate::nn::{Cache, argument, check_model_dtype, check_room};
 
@@ -258,8 +258,8 @@ impl LanguageModel {
         }
         self.backbone.check_decoding(cache, batch, slots)?;
         let model = self.untracked()?;
-        let pass = Pass::Prefill { cu_seqlens: None, cache, slots };
-        let stream = model.backbone.run(&model.embed(ids)?, pass)?;
+        let pass = CachePass::Prefill { cu_seqlens: None, slots };
+        let stream = model.backbone.run(&model.embed(ids)?, cache, pass)?;
         match batch {
             0 => model.no_logits(&[0]),
             _ => model.logits(&stream.narrow(1, length - 1, 1)?.squeeze(1)?),
@@ -287,8 +287,8 @@ impl LanguageModel {
         // What else can be wrong with them is found before the first layer's states are written.
         self.backbone.check_decoding(cache, last.len(), slots)?;
         let model = self.untracked()?;
-        let pass = Pass::Prefill { cu_seqlens: Some(cu_seqlens), cache, slots };
-        let stream = model.backbone.run(&model.embed(ids)?, pass)?;
+        let pass = CachePass::Prefill { cu_seqlens: Some(cu_seqlens), slots };
+        let stream = model.backbone.run(&model.embed(ids)?, cache, pass)?;
         if last.is_empty() {
             return model.no_logits(&[0]);
         }
@@ -309,7 +309,7 @@ impl LanguageModel {
         };
         self.backbone.check_decoding(cache, batch, slots)?;
         let (model, ids) = (self.untracked()?, ids.reshape((batch, 1))?);
-        let stream = model.backbone.run(&model.embed(&ids)?, Pass::Step { cache, slots })?;
+        let stream = model.backbone.run(&model.embed(&ids)?, cache, CachePass::Step { slots })?;
         model.logits(&stream.squeeze(1)?)
     }
 

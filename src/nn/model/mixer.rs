@@ -6,7 +6,8 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use crate::candle::Slots;
 use crate::nn::layers::Parameters;
-use crate::nn::{Cache, Mamba, MambaConfig, MambaState, argument};
+use crate::nn::mamba::CachePass;
+use crate::nn::{Mamba, MambaConfig, MambaState, argument};
 
 /// The mixer of a layer: its kind, sizes and variants.
 #[derive(Debug, Clone, PartialEq)]
@@ -72,15 +73,6 @@ pub enum Mixer {
     Mamba(Mamba),
 }
 
-/// How a model runs on from the states of a cache.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Pass<'a> {
-    /// Sequences on from the states of a cache, which are brought up to date.
-    Prefill { cu_seqlens: Option<&'a [usize]>, cache: &'a Cache, slots: Slots<'a> },
-    /// The next token of each sequence, in the same way.
-    Step { cache: &'a Cache, slots: Slots<'a> },
-}
-
 impl Mixer {
     /// The Mamba block, if it is one.
     pub fn as_mamba(&self) -> Option<&Mamba> {
@@ -96,13 +88,11 @@ impl Mixer {
         }
     }
 
-    /// Runs `(batch, length, d_model)` to the same shape, as number `layer` of a model.
-    pub(super) fn run(&self, x: &Tensor, layer: usize, pass: Pass) -> Result<Tensor> {
-        match (self, pass) {
-            (Self::Mamba(block), Pass::Prefill { cu_seqlens, cache, slots }) => {
-                block.extend(x, cu_seqlens, cache.layers[layer].mamba()?, slots)
-            }
-            (Self::Mamba(block), Pass::Step { cache, slots }) => block.step(x, cache.layers[layer].mamba()?, slots),
+    /// Runs the norm of a residual stream, `(batch, length, d_model)` with at least one row, on from the states of a cache, and adds
+    /// what comes out to the stream. All has been checked.
+    pub(super) fn extend_onto(&self, stream: &Tensor, x: &Tensor, pass: CachePass, state: &LayerState) -> Result<()> {
+        match self {
+            Self::Mamba(block) => block.extend_onto(stream, x, pass, state.mamba()?),
         }
     }
 
@@ -132,7 +122,7 @@ impl Mixer {
 
 /// The states of a layer for a number of sequences, each in a slot of its own.
 ///
-/// As those of [`Cache`], they are written in place, and a clone is another handle to the same states.
+/// As those of [`Cache`](crate::nn::Cache), they are written in place, and a clone is another handle to the same states.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum LayerState {
