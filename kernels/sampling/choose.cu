@@ -7,7 +7,7 @@
 //     sampling_maximum   the highest logit of each chunk, and the first token that has it
 //     sampling_choose    the highest of the row: all that a temperature of 0 asks for;
 //                        with it the weights of tokens, whole numbers, and their sum for each tile; with top-k or top-p also
-//                        how many tokens, and what weight, there are in bins of the order of logits, for the whole row;
+//                        how many tokens, and what weight, there are in bins of these, for the whole row;
 //                        then the block of the row that is done last finishes it:
 //                          with top-k or top-p it looks for the last token of the order (search.cuh; each reads the row once),
 //                          and sums up the weights of each tile again, of what is kept;
@@ -140,6 +140,8 @@ __device__ __forceinline__ uint64_t filter(const Sample &p, int64_t row, Shared 
         if (!is_on) continue;
         const uint64_t least = by_weight ? nucleus(settings.top_p, total) : settings.top_k;
         const Place place = search(shared, logits, sums.tiles, kept.weigh, bin_sums, bin_counts, by_weight, least);
+        // Fewer tokens have a weight.
+        if (place.tokens_there == 0) continue;
         const uint64_t each = kept.weigh(logit_of(place.bits));
         ties = by_weight ? (least - place.weight_above + each - 1) / each : least - place.tokens_above;
         total = place.weight_above + ties * each;
@@ -157,16 +159,24 @@ __device__ __forceinline__ void write(const Sample &p, int64_t row, int64_t slot
     if (p.occurred) p.occurred[slot * p.words + token / 32] |= 1u << (token % 32);
 }
 
-// What a block finds out of the row, and what it needs for that.
+// What is done for a row.
 struct Task {
-    int64_t slot;
     Row row;
-    // The highest logits, before and after penalties.
+    Settings settings;
+    // By the highest logit, before and after penalties.
     Weigh plain;
-    Best best;
     Kept kept;
-    // Whether top-k or top-p are on, and whether there is a temperature.
-    bool is_filtered, is_random;
+    // Whether there is a temperature, and whether top-k or top-p are on.
+    bool is_random, is_filtered;
+
+    __device__ __forceinline__ Task(const Sample &p, int64_t index, int64_t slot, const Settings &settings, const Maximum &all)
+        : row(p, index, slot, settings.repetition_penalty), settings(settings) {
+        plain = {all.most, 1.44269504088896340736f};
+        const Weigh weigh = {Best{all.best}.logit(), scale_of(settings.temperature)};
+        kept = {weigh, least_weight(settings.min_p), 0, static_cast<int>(p.tokens)};
+        is_random = settings.temperature > 0;
+        is_filtered = is_random && (settings.top_k > 0 || settings.top_p < 1.0f);
+    }
 };
 
 // Sums up the weights of a chunk's tiles.
@@ -182,12 +192,21 @@ __device__ __forceinline__ void weigh_chunk(const Sample &p, const Chunk &chunk,
             }
             if (!task.is_random) return;
             task.row.penalise(first, x);
+            if (task.is_filtered) {
+                // What top-p is a part of has all tokens, those too that min-p leaves out.
+                for_each_of(x, [&](float y, int) {
+                    const float power = task.kept.weigh.power(y);
+                    const uint64_t own = weight(power);
+                    sum += own;
+                    // What has no weight has no bin, -infinity beyond the last token among it.
+                    if (const uint32_t bin = Weigh::bin(power); bin > 0) shared.histogram.add(bin, own);
+                });
+                return;
+            }
 #pragma unroll
             for (int i = 0; i < QUAD; i++) {
                 const uint64_t own = task.kept.weigh(x[i]);
-                // What top-p is a part of has all tokens, those too that min-p leaves out.
-                sum += task.is_filtered || own >= task.kept.least ? own : 0;
-                if (task.is_filtered && first + i < task.row.tokens) shared.histogram.add(key_of(x[i]) >> 21, own);
+                sum += own >= task.kept.least ? own : 0;
             }
         });
         sum = sum_of_warp(sum), log_sum = sum_of_warp(log_sum);
@@ -199,22 +218,22 @@ __device__ __forceinline__ void weigh_chunk(const Sample &p, const Chunk &chunk,
     if (task.is_filtered) add_bins(p, chunk.row, shared.histogram);
 }
 
-// What the last block of a row does.
-__device__ __forceinline__ void finish(const Sample &p, int64_t row, const Task &task, Shared &shared) {
+// What the last block of a row does. (All that is known of the row is read again, so that no register holds it before.)
+__device__ __forceinline__ void finish(const Sample &p, int64_t row, Shared &shared) {
+    const int64_t slot = slot_of(p.slots, row);
+    const Task task(p, row, slot, p.settings[slot], shared.all);
     const int tiles = static_cast<int>(p.tiles);
-    int token = task.best.token();
+    int token = Best{shared.all.best}.token();
     if (task.is_random) {
-        // Read again, so that no register holds them before.
-        const Settings settings = p.settings[task.slot];
         const Sums sums = {p.workspace.sums + row * p.tiles, tiles};
         Kept kept = task.kept;
         uint64_t ties = 0;
-        if (task.is_filtered) ties = filter(p, row, shared, settings, task.row, sums, kept);
+        if (task.is_filtered) ties = filter(p, row, shared, task.settings, task.row, sums, kept);
         // Of several tokens with the logit of the last one the last that is kept, then the one that is chosen.
 #pragma unroll 1
         for (int is_tie = ties > 0; is_tie >= 0; is_tie--) {
             if (task.is_filtered) sums.fill(task.row, kept, is_tie);
-            const uint64_t random = is_tie ? 0 : uniform(settings.seed, settings.position);
+            const uint64_t random = is_tie ? 0 : uniform(task.settings.seed, task.settings.position);
             const uint64_t target = is_tie ? ties - 1 : __umul64hi(random, sums.total(shared));
             token = sums.find(shared, task.row, kept, is_tie, target);
             if (is_tie) kept.last_token = token;
@@ -225,9 +244,9 @@ __device__ __forceinline__ void finish(const Sample &p, int64_t row, const Task 
         const Sums sums = {p.workspace.log_sums + row * p.tiles, tiles};
         // What all others have beside the likeliest, which has 1: a token that is sure keeps its digits.
         const uint64_t others = sums.total(shared) - (uint64_t(1) << WEIGHT_BITS);
-        log_prob = task.row.logits[token] - task.plain.most - log1pf(static_cast<float>(others) * 0x1p-40f);
+        log_prob = task.row.logits[token] - shared.all.most - log1pf(static_cast<float>(others) * 0x1p-40f);
     }
-    if (threadIdx.x == 0) write(p, row, task.slot, static_cast<uint32_t>(token), log_prob);
+    if (threadIdx.x == 0) write(p, row, slot, static_cast<uint32_t>(token), log_prob);
 }
 
 __device__ __forceinline__ void choose(const Sample &p) {
@@ -241,20 +260,10 @@ __device__ __forceinline__ void choose(const Sample &p) {
         if (chunk.index == 0 && threadIdx.x == 0) write(p, chunk.row, slot, INVALID, NAN);
         return;
     }
-    const bool is_random = settings.temperature > 0;
-    const Best best = {all.best};
-    const Weigh weigh = {best.logit(), scale_of(settings.temperature)};
-    const Task task = {
-        slot,
-        Row(p, chunk.row, slot, settings.repetition_penalty),
-        {all.most, 1.44269504088896340736f},
-        best,
-        {weigh, least_weight(settings.min_p), 0, static_cast<int>(p.tokens)},
-        is_random && (settings.top_k > 0 || settings.top_p < 1.0f),
-        is_random,
-    };
-    if (is_random || p.log_probs) weigh_chunk(p, chunk, task, shared);
-    if (is_last(p, chunk.row, shared)) finish(p, chunk.row, task, shared);
+    const Task task(p, chunk.row, slot, settings, all);
+    if (task.is_random || p.log_probs) weigh_chunk(p, chunk, task, shared);
+    if (threadIdx.x == 0) shared.all = all;
+    if (is_last(p, chunk.row, shared)) finish(p, chunk.row, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sampling_choose(const __grid_constant__ Sample params) {

@@ -10,7 +10,7 @@ using namespace common;
 // of a token in a tile each thread of a block has one. Chunks of tiles are a block's.
 constexpr int THREADS = 512, WARPS = THREADS / 32, QUADS = 4, TILE = 32 * QUADS * QUAD;
 
-// Bins of a histogram: 11 of the 32 bits by which logits are ordered.
+// Bins of a histogram: 11 bits.
 constexpr int BINS = 2048;
 
 // The token of a row that has none. (The greatest number of 32 bits, as `sampling::INVALID`.)
@@ -36,7 +36,7 @@ struct Workspace {
     Maximum *maxima;
     // The weights of each tile, and those by which log-probabilities are had: (rows, tiles).
     uint64_t *sums, *log_sums;
-    // The weights and the number of tokens whose order has the same 11 highest bits: (rows, BINS).
+    // The weights and the number of tokens in each bin: (rows, BINS).
     uint64_t *bin_sums;
     uint32_t *bin_counts;
     // The blocks that are done with their chunks: (rows).

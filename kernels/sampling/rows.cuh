@@ -94,14 +94,22 @@ template <typename Each> __device__ __forceinline__ void for_each_quad(const Row
     }
 }
 
-// Calls `each` for all tokens of a tile that a lane has, with their penalised logits.
+// Calls `each` for the tokens of a quad, in a loop that is not unrolled either.
+template <typename Each> __device__ __forceinline__ void for_each_of(float (&x)[QUAD], Each each) {
+#pragma unroll 1
+    for (int i = 0; i < QUAD; i++) {
+        const float own = x[0];
+#pragma unroll
+        for (int next = 1; next < QUAD; next++) x[next - 1] = x[next];
+        each(own, i);
+    }
+}
+
+// Calls `each` for all tokens of a tile that a lane has, with their penalised logits. Beyond the last token there is -infinity.
 template <typename Each> __device__ __forceinline__ void for_each_token(const Row &row, int tile, Each each) {
     for_each_quad(row, tile, [&](int first, float (&y)[QUAD]) {
         row.penalise(first, y);
-#pragma unroll
-        for (int i = 0; i < QUAD; i++) {
-            if (first + i < row.tokens) each(y[i], first + i);
-        }
+        for_each_of(y, [&](float y, int i) { each(y, first + i); });
     });
 }
 
@@ -117,8 +125,9 @@ struct Chunk {
     int index, first, end;
 
     __device__ __forceinline__ explicit Chunk(const Sample &p) {
-        row = blockIdx.x / p.chunks;
-        index = static_cast<int>(blockIdx.x % p.chunks);
+        const uint32_t chunks = static_cast<uint32_t>(p.chunks);
+        row = blockIdx.x / chunks;
+        index = static_cast<int>(blockIdx.x % chunks);
         first = index * static_cast<int>(p.chunk_tiles);
         end = min(first + static_cast<int>(p.chunk_tiles), static_cast<int>(p.tiles));
     }
@@ -132,7 +141,7 @@ template <typename T, typename Join> __device__ __forceinline__ T of_block(T own
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = own;
     __syncthreads();
     own = scratch[0];
-#pragma unroll
+#pragma unroll 4
     for (int i = 1; i < WARPS; i++) own = join(own, scratch[i]);
     __syncthreads();
     return own;
@@ -153,7 +162,7 @@ __device__ __forceinline__ uint64_t sum_before(uint64_t own, uint64_t (&scratch)
     }
     if (lane == WARP - 1) scratch[warp] = sum;
     __syncthreads();
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < WARPS; i++) {
         if (i < warp) sum += scratch[i];
     }
