@@ -105,6 +105,7 @@ pub mod norm;
 pub mod optimizer;
 mod pool;
 mod reference;
+pub mod sampling;
 pub mod scan;
 mod sequences;
 mod shared;

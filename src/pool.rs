@@ -6,9 +6,10 @@ pub(crate) mod candle;
 pub(crate) mod cuda;
 mod slots;
 
+pub(crate) use slots::check_pool_size;
 pub use slots::{DeviceSlots, Slots};
 #[cfg(feature = "candle")]
-pub(crate) use slots::{check_count, check_list, check_pool_size};
+pub(crate) use slots::{check_count, check_list};
 
 use std::fmt;
 

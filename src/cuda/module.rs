@@ -69,4 +69,6 @@ modules! {
     OPTIMIZER_SQUARES = "optimizer/squares",
     OPTIMIZER_BEGIN = "optimizer/begin",
     OPTIMIZER_UPDATE = "optimizer/update",
+    SAMPLING_MAXIMUM = "sampling/maximum",
+    SAMPLING_CHOOSE = "sampling/choose",
 }

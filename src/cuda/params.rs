@@ -10,7 +10,7 @@ mod generated {
 }
 
 pub(crate) use generated::common::*;
-pub(crate) use generated::{conv, decode, embedding, loss, optimizer, rms_norm, scan, state_update};
+pub(crate) use generated::{conv, decode, embedding, loss, optimizer, rms_norm, sampling, scan, state_update};
 
 /// The reader of those files, for its tests.
 #[cfg(test)]

@@ -13,6 +13,7 @@ mod loss;
 mod nn;
 mod norm;
 mod optimizer;
+mod sampling;
 mod scan;
 mod state_update;
 
