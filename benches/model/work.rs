@@ -1,11 +1,13 @@
 //! The work itself, as a user of the crate writes it.
 
-use candle_core::{D, DType, Device, Result as CandleResult, Tensor, Var};
+use candle_core::{DType, Device, Result as CandleResult, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use selective_scan::nn::decode::{Decoder, DecoderOptions};
 use selective_scan::nn::train::{AdamW, AdamWConfig, LossOptions};
 use selective_scan::nn::{Cache, LanguageModel, LanguageModelConfig};
+use selective_scan::sampling::Settings;
 
 use crate::Result;
 use crate::case::{Case, Mode, What};
@@ -38,7 +40,7 @@ impl Work {
         let model = match self {
             Self::Train(training) => &training.model,
             Self::Prefill(prefill) => &prefill.model,
-            Self::Decode(decoding) => &decoding.model,
+            Self::Decode(decoding) => decoding.decoder.model(),
         };
         let mut count = 0;
         model.visit(&mut |_, tensor| count += tensor.elem_count());
@@ -115,24 +117,26 @@ impl Prefill {
     }
 }
 
-/// Texts that go on with the likeliest token.
+/// Texts that go on with the likeliest token, chosen on the device.
 pub struct Decoding {
-    model: LanguageModel,
-    cache: Cache,
-    /// The last token of each, `(batch)`.
-    tokens: Tensor,
+    decoder: Decoder,
+    slots: Vec<i32>,
 }
 
 impl Decoding {
     fn new(config: &LanguageModelConfig, case: &Case, device: &Device) -> Result<Self> {
-        let model = random_model(config, case.mode, device)?.0.detach()?;
-        let cache = model.new_cache(case.batch, DType::F32)?;
-        Ok(Self { model, cache, tokens: random_tokens(config, [case.batch, 1])?.squeeze(1)? })
+        let model = random_model(config, case.mode, device)?.0;
+        let mut options = DecoderOptions::default();
+        options.slots = case.batch;
+        let decoder = Decoder::new(&model, &options)?;
+        for slot in 0..case.batch {
+            decoder.sampling().begin(slot, &Settings::greedy(), &[])?;
+        }
+        Ok(Self { decoder, slots: (0..case.batch as i32).collect() })
     }
 
     fn run(&mut self) -> Result<()> {
-        let logits = self.model.step(&self.tokens, &self.cache, None)?;
-        self.tokens = logits.argmax(D::Minus1)?;
+        self.decoder.step_chosen(&self.slots)?;
         Ok(())
     }
 }

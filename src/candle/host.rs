@@ -6,19 +6,23 @@ use crate::Error;
 
 /// Numbers that tensors hold and that are copied to and from them.
 #[cfg(not(feature = "candle-cuda"))]
-pub trait Number: WithDType {}
+pub trait Number: WithDType + bytemuck::Pod {}
 #[cfg(not(feature = "candle-cuda"))]
-impl<T: WithDType> Number for T {}
+impl<T: WithDType + bytemuck::Pod> Number for T {}
 
 /// Numbers that tensors hold and that are copied to and from them.
 #[cfg(feature = "candle-cuda")]
 pub trait Number:
-    WithDType + candle_core::cuda::CudaDType + cudarc::driver::DeviceRepr + cudarc::driver::ValidAsZeroBits
+    WithDType + bytemuck::Pod + candle_core::cuda::CudaDType + cudarc::driver::DeviceRepr + cudarc::driver::ValidAsZeroBits
 {
 }
 #[cfg(feature = "candle-cuda")]
 impl<T> Number for T where
-    T: WithDType + candle_core::cuda::CudaDType + cudarc::driver::DeviceRepr + cudarc::driver::ValidAsZeroBits
+    T: WithDType
+        + bytemuck::Pod
+        + candle_core::cuda::CudaDType
+        + cudarc::driver::DeviceRepr
+        + cudarc::driver::ValidAsZeroBits
 {
 }
 
@@ -29,9 +33,22 @@ impl<T> Number for T where
 /// Another number of elements than `tensor` has; a tensor of another type, with gaps, or that is a part of another; one that candle
 /// tracks. Nothing is written then. What the device refuses.
 pub fn copy_from_host<T: Number>(values: &[T], tensor: &Tensor) -> Result<()> {
-    check("tensor", tensor, T::DTYPE)?;
     if values.len() != tensor.elem_count() {
         let expected = format_args!("{} elements, as `tensor`", tensor.elem_count()).to_string();
+        return Err(Error::argument("values", expected, values.len()).into());
+    }
+    copy_from_host_at(values, tensor, 0)
+}
+
+/// [`copy_from_host`] of some elements, in row-major order, from element `first` on.
+///
+/// # Errors
+/// As there; more elements than there are from `first` on.
+pub fn copy_from_host_at<T: Number>(values: &[T], tensor: &Tensor, first: usize) -> Result<()> {
+    check("tensor", tensor, T::DTYPE)?;
+    if first.checked_add(values.len()).is_none_or(|end| end > tensor.elem_count()) {
+        let expected =
+            format_args!("at most {} elements, as `tensor`, from {first} on", tensor.elem_count()).to_string();
         return Err(Error::argument("values", expected, values.len()).into());
     }
     if tensor.track_op() {
@@ -40,11 +57,11 @@ pub fn copy_from_host<T: Number>(values: &[T], tensor: &Tensor) -> Result<()> {
     }
     match values.len() {
         0 => Ok(()),
-        _ => tensor.inplace_op1(&Overwrite(values)),
+        _ => tensor.inplace_op1(&Overwrite { values, first }),
     }
 }
 
-/// Checks that a tensor is dense, the whole of its storage, and of a type.
+/// Checks that a tensor is dense, from the beginning of its storage on, and of a type.
 fn check(name: &'static str, tensor: &Tensor, dtype: candle_core::DType) -> Result<()> {
     if tensor.dtype() != dtype {
         let got = format_args!("{:?}", tensor.dtype()).to_string();
@@ -52,36 +69,45 @@ fn check(name: &'static str, tensor: &Tensor, dtype: candle_core::DType) -> Resu
     }
     if !tensor.is_contiguous() || tensor.layout().start_offset() > 0 {
         let got = format_args!("{:?}", tensor.layout()).to_string();
-        return Err(Error::argument(name, "a dense tensor, the whole of its storage", got).into());
+        return Err(Error::argument(name, "a dense tensor that begins where its storage does", got).into());
     }
     Ok(())
 }
 
-/// Writes these numbers to the beginning of a storage.
-struct Overwrite<'v, T>(&'v [T]);
+/// Writes these numbers to a storage from element `first` on.
+struct Overwrite<'v, T> {
+    values: &'v [T],
+    first: usize,
+}
 
 impl<T: Number> InplaceOp1 for Overwrite<'_, T> {
     fn name(&self) -> &'static str {
         "copy-from-host"
     }
 
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        // candle has no generic way to write to a storage, but one to make it.
-        match layout.shape().elem_count() == BackendLen::len(storage) {
-            true => *storage = T::to_cpu_storage(self.0),
-            false => return Err(Error::argument("tensor", "the whole of its storage", "a part").into()),
-        }
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+        // candle has no generic way to write to a storage. The type has been checked.
+        let to: &mut [T] = match storage {
+            CpuStorage::U8(data) => bytemuck::cast_slice_mut(data),
+            CpuStorage::U32(data) => bytemuck::cast_slice_mut(data),
+            CpuStorage::I16(data) => bytemuck::cast_slice_mut(data),
+            CpuStorage::I32(data) => bytemuck::cast_slice_mut(data),
+            CpuStorage::I64(data) => bytemuck::cast_slice_mut(data),
+            CpuStorage::BF16(data) => bytemuck::cast_slice_mut(data),
+            CpuStorage::F16(data) => bytemuck::cast_slice_mut(data),
+            CpuStorage::F32(data) => bytemuck::cast_slice_mut(data),
+            CpuStorage::F64(data) => bytemuck::cast_slice_mut(data),
+            _ => return Err(Error::argument("tensor", "a tensor of plain numbers", "another").into()),
+        };
+        to[self.first..][..self.values.len()].copy_from_slice(self.values);
         Ok(())
     }
 
     #[cfg(feature = "candle-cuda")]
     fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
         let stream = storage.device.cuda_stream();
-        let to = storage.as_cuda_slice_mut::<T>()?;
-        if to.len() != self.0.len() {
-            return Err(Error::argument("tensor", "the whole of its storage", "a part").into());
-        }
-        stream.memcpy_htod(self.0, to).map_err(|error| Error::cuda("copying to the device", error).into())
+        let mut to = storage.as_cuda_slice_mut::<T>()?.slice_mut(self.first..self.first + self.values.len());
+        stream.memcpy_htod(self.values, &mut to).map_err(|error| Error::cuda("copying to the device", error).into())
     }
 
     #[cfg(not(feature = "candle-cuda"))]
@@ -92,28 +118,6 @@ impl<T: Number> InplaceOp1 for Overwrite<'_, T> {
 
     fn metal_fwd(&self, _: &mut candle_core::MetalStorage, _: &Layout) -> Result<()> {
         Err(super::device::elsewhere("tensor", "a Metal device").into())
-    }
-}
-
-/// The elements of a storage.
-trait BackendLen {
-    fn len(&self) -> usize;
-}
-
-impl BackendLen for CpuStorage {
-    fn len(&self) -> usize {
-        match self {
-            Self::U8(data) => data.len(),
-            Self::U32(data) => data.len(),
-            Self::I16(data) => data.len(),
-            Self::I32(data) => data.len(),
-            Self::I64(data) => data.len(),
-            Self::BF16(data) => data.len(),
-            Self::F16(data) => data.len(),
-            Self::F32(data) => data.len(),
-            Self::F64(data) => data.len(),
-            _ => usize::MAX,
-        }
     }
 }
 

@@ -10,6 +10,7 @@
 //! | state update, in place | [`StateUpdate`], [`rollback()`] | [`state_update`](crate::state_update) |
 //! | causal convolution, in place | [`ConvUpdate`], [`rollback()`] | [`conv::UpdateInputs`](crate::conv::UpdateInputs) |
 //! | cross entropy, its gradient in place | [`CrossEntropy`] | [`loss`](crate::loss) |
+//! | choosing tokens | [`SamplingState`] | [`sampling`](crate::sampling) |
 //! | AdamW, in place | [`AdamWState`] | [`optimizer`](crate::optimizer) |
 //!
 //! ```
@@ -99,11 +100,12 @@ pub use crate::loss::candle::CrossEntropy;
 pub use crate::norm::candle::{RmsNorm, RmsNormGradients};
 pub use crate::optimizer::candle::AdamWState;
 pub use crate::pool::candle::{Slots, rollback};
+pub use crate::sampling::candle::SamplingState;
 pub use crate::scan::tensors::Scan;
 pub use crate::state_update::tensors::StateUpdate;
 pub use gemm::gemm;
 pub use graph::node;
-pub use host::{HostCopy, Number, copy_from_host};
+pub use host::{HostCopy, Number, copy_from_host, copy_from_host_at};
 pub use in_place::check_pool;
 pub use repeat::{Repeated, Repetition};
 pub use tensors::CandleTensors;

@@ -8,6 +8,7 @@ use std::cell::RefCell;
 
 use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result, Storage, StorageRef, Tensor};
 
+use super::device::Backend;
 use super::tensors::storage_of;
 use crate::Error;
 
@@ -65,6 +66,21 @@ pub(crate) fn write_all<R>(
     }
     let written = written.iter().map(|_| None).collect();
     advance(&steps, Held { written, read: Read { keys: &keys, guards: Vec::new() }, work })
+}
+
+/// The storages that are written, on one kind of device. An error that one lies elsewhere names `argument`.
+pub(crate) fn open<'t, B: Backend, const N: usize>(
+    argument: &'static str,
+    written: Vec<StorageMut<'t>>,
+) -> Result<[&'t mut B::Storage; N]> {
+    // The devices were checked, but another thread may move a variable between the two.
+    let elsewhere = || Error::argument(argument, "tensors on one device", "one elsewhere");
+    let open = |storage| B::open_mut(storage).ok_or_else(elsewhere);
+    let opened: Vec<_> = written.into_iter().map(open).collect::<std::result::Result<_, _>>()?;
+    match opened.try_into() {
+        Ok(opened) => Ok(opened),
+        Err(_) => unreachable!("as many as were given"),
+    }
 }
 
 /// A storage to be locked.

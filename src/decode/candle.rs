@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, DType, Result, Tensor, WithDType};
 
 use super::{ColumnNorms, ConvStep, Linear, LinearMut, RowNorm, SelectiveUpdate, SelectiveUpdateMut, cpu};
 use crate::candle::device::{Backend, Buffer, Cpu, SlotsOf, Value, for_dtype, on_device};
-use crate::candle::write_all::{Read, StorageMut, write_all};
+use crate::candle::write_all::{Read, open, write_all};
 use crate::candle::{Slots, check_pool};
 use crate::conv::POOL_NAMES;
 use crate::state_update::STATE_NAMES;
@@ -207,11 +207,6 @@ fn pool<'t, B: Backend, St: Value>(
     Ok(ViewMut { data: B::elements_mut(storage)?, offset: layout.start_offset(), shape, strides })
 }
 
-fn open_mut<'t, B: Backend>(storage: StorageMut<'t>) -> Result<&'t mut B::Storage> {
-    B::open_mut(storage)
-        .ok_or_else(|| Error::argument("out", "a tensor on the device of the others", "one elsewhere").into())
-}
-
 /// The types that go with matrices of type `T`: `T`, or `f32`.
 macro_rules! full_or {
     ($argument:literal, $dtype:expr, $T:ty, |$X:ident| $body:expr) => {
@@ -328,8 +323,7 @@ impl<'a> DecodeLinear<'a> {
         reads.check_out(out)?;
         write_all("out", &[out], &reads.tensors(), |written, read| {
             let reader = Reader { reads: &reads, read };
-            let [storage] = take(written)?;
-            let storage = open_mut::<B>(storage)?;
+            let [storage] = open::<B, 1>("out", written)?;
             for_dtype!("weight", self.weight.dtype(), |T| full_or!("x", self.x.dtype(), T, |X| {
                 full_or!("out", out.dtype(), T, |O| {
                     let inputs = places.inputs::<B, X, T>(&reader)?;
@@ -349,8 +343,7 @@ impl<'a> DecodeLinear<'a> {
         reads.check_out(out)?;
         write_all("out", &[out, conv.state], &reads.tensors(), |written, read| {
             let reader = Reader { reads: &reads, read };
-            let [out_storage, state] = take(written)?;
-            let (out_storage, state) = (open_mut::<B>(out_storage)?, open_mut::<B>(state)?);
+            let [out_storage, state] = open::<B, 2>("out", written)?;
             for_dtype!("weight", self.weight.dtype(), |T| full_or!("x", self.x.dtype(), T, |X| {
                 for_dtype!("conv.state", conv.state.dtype(), |St| {
                     let step = ConvStep {
@@ -385,11 +378,6 @@ impl LinearPlaces {
             ..Linear::new(reader.view::<B, X, 2>(self.x)?, reader.view::<B, T, 2>(self.weight)?)
         })
     }
-}
-
-/// What was locked to be written.
-fn take<const N: usize>(written: Vec<StorageMut>) -> Result<[StorageMut; N]> {
-    written.try_into().map_err(|_| candle_core::Error::Msg("a storage was not locked".into()))
 }
 
 /// A selective state update of one token, see [`decode::SelectiveUpdate`](crate::decode::SelectiveUpdate).
@@ -445,8 +433,7 @@ impl<'a> DecodeUpdate<'a> {
         reads.check_out(out)?;
         write_all("out", &[out, state], &reads.tensors(), |written, read| {
             let reader = Reader { reads: &reads, read };
-            let [out_storage, state_storage] = take(written)?;
-            let (out_storage, state_storage) = (open_mut::<B>(out_storage)?, open_mut::<B>(state_storage)?);
+            let [out_storage, state_storage] = open::<B, 2>("out", written)?;
             for_dtype!("u", self.u.dtype(), |T| for_dtype!("state", state.dtype(), |St| {
                 let weights = |[dt, b, c]: [Place; 3]| -> Result<_> {
                     let view = |place| reader.view::<B, f32, 1>(place);
@@ -498,8 +485,7 @@ fn look_up<B: DecodeBackend>(backend: &B, ids: &Tensor, slots: Slots, table: &Te
     }
     write_all("out", &[out], &reads.tensors(), |written, read| {
         let reader = Reader { reads: &reads, read };
-        let [storage] = take(written)?;
-        let storage = open_mut::<B>(storage)?;
+        let [storage] = open::<B, 1>("out", written)?;
         for_dtype!("table", table.dtype(), |T| full_or!("out", out.dtype(), T, |O| {
             let view = reader.view::<B, T, 2>(of_table)?;
             let slots = reader.slots::<B>(slots, of_slots)?;

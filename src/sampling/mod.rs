@@ -57,6 +57,8 @@
 //!
 //! [`cpu`] runs it on slices, [`reference`](mod@reference) is the same written plainly in `f64`.
 
+#[cfg(feature = "candle")]
+pub(crate) mod candle;
 mod check;
 pub mod cpu;
 #[cfg(feature = "cuda")]

@@ -1,11 +1,13 @@
 //! Steps of decoding over buffers that stay where they are.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
 
 use super::Cache;
-use crate::candle::{DecodeLinear, Repeated, Repetition, Slots, copy_from_host, embedding_lookup};
+use crate::candle::{DecodeLinear, Repeated, Repetition, SamplingState, Slots, copy_from_host, embedding_lookup};
 use crate::nn::mamba::{Buffers, JoinedLayer, full};
 use crate::nn::{LanguageModel, argument, check_room};
 
@@ -38,10 +40,10 @@ pub struct Decoder {
     cache: Cache,
     /// None if there is a layer whose steps cannot be joined.
     joined: Option<Joined>,
-    /// The last token of each slot, `(slots)` of `u32`.
-    tokens: Tensor,
-    /// By the number of rows.
-    steps: BTreeMap<usize, Step>,
+    /// Shared with the steps that choose tokens.
+    sampling: Arc<SamplingState>,
+    /// By the number of rows, and whether they choose the next token.
+    steps: BTreeMap<(usize, bool), Step>,
     launches_plainly: bool,
 }
 
@@ -75,8 +77,9 @@ struct Joined {
 /// A step of so many rows.
 #[derive(Debug)]
 struct Step {
-    /// `(rows)` of `i32`.
+    /// `(rows)` of `i32`, and what it holds.
     slots: Tensor,
+    listed: Vec<i32>,
     /// `(rows, padded_vocab_size)` of `f32`.
     logits: Tensor,
     work: Repeated,
@@ -94,9 +97,10 @@ impl Decoder {
         let model = model.detach()?;
         let cache = model.new_cache(options.slots, options.state_dtype)?;
         model.backbone().check_decoding(&cache, options.slots, Slots::Rows)?;
-        let tokens = Tensor::zeros(options.slots, DType::U32, model.device())?;
+        let (vocab, columns) = (model.config().vocab_size, model.config().padded_vocab_size());
+        let sampling = Arc::new(SamplingState::new(model.device(), options.slots, vocab, columns)?);
         let joined = Joined::new(&model)?;
-        Ok(Self { model, cache, joined, tokens, steps: BTreeMap::new(), launches_plainly: false })
+        Ok(Self { model, cache, joined, sampling, steps: BTreeMap::new(), launches_plainly: false })
     }
 
     /// The model.
@@ -107,6 +111,11 @@ impl Decoder {
     /// The states of its sequences: to reset slots, copy one onto another, keep some or put them back, see [`Cache`].
     pub fn cache(&self) -> &Cache {
         &self.cache
+    }
+
+    /// How tokens are chosen, and the last one of each slot.
+    pub fn sampling(&self) -> &SamplingState {
+        &self.sampling
     }
 
     /// How many sequences there can be.
@@ -159,12 +168,37 @@ impl Decoder {
                 of_slots[slot] = token;
             }
         }
-        copy_from_host(&of_slots, &self.tokens)?;
+        copy_from_host(&of_slots, self.sampling.tokens())?;
+        self.run(slots, false)
+    }
+
+    /// Takes the token that was chosen last in each of these slots ([`sampling`](Self::sampling)), and chooses the next one, all on the
+    /// device: nothing waits for it. Gives the logits that it was chosen from, as [`step`](Self::step) does.
+    ///
+    /// # Errors
+    /// A slot that there is not, or twice. Nothing is written then. What the device refuses.
+    pub fn step_chosen(&mut self, slots: &[i32]) -> Result<Tensor> {
+        self.model.backbone().check_decoding(&self.cache, slots.len(), Slots::Host(slots))?;
+        if !slots.is_empty() && self.joined.is_some() {
+            return self.run(slots, true);
+        }
+        let tokens = self.sampling.tokens().to_vec1::<u32>()?;
+        let ids: Vec<_> = slots.iter().map(|&slot| usize::try_from(slot).map_or(0, |slot| tokens[slot])).collect();
+        let logits = self.model.step(&Tensor::new(ids, &candle_core::Device::Cpu)?, &self.cache, slots)?;
+        self.sampling.sample(&logits, slots)?;
+        Ok(logits)
+    }
+
+    /// Runs a step of checked slots, at least one.
+    fn run(&mut self, slots: &[i32], chooses: bool) -> Result<Tensor> {
         let rows = rows_of_step(slots.len(), self.model.device().is_cpu());
         let launches_plainly = self.launches_plainly;
-        let step = self.step_of(rows)?;
+        let step = self.step_of(rows, chooses)?;
         let padded: Vec<_> = slots.iter().copied().chain(std::iter::repeat(-1)).take(rows).collect();
-        copy_from_host(&padded, &step.slots)?;
+        if step.listed != padded {
+            copy_from_host(&padded, &step.slots)?;
+            step.listed = padded;
+        }
         match launches_plainly {
             true => step.work.run_plainly()?,
             false => step.work.run()?,
@@ -184,7 +218,7 @@ impl Decoder {
             return Ok(Repetition::Call);
         }
         let rows = rows_of_step(rows.max(1), self.model.device().is_cpu());
-        Ok(self.step_of(rows)?.work.how())
+        Ok(self.step_of(rows, false)?.work.how())
     }
 
     /// Whether steps on a GPU are launched one kernel after another even where there is a graph: to compare the two, whose bits are
@@ -193,16 +227,12 @@ impl Decoder {
         self.launches_plainly = plainly;
     }
 
-    fn step_of(&mut self, rows: usize) -> Result<&Step> {
-        if !self.steps.contains_key(&rows) {
-            let joined =
-                self.joined.as_ref().ok_or_else(|| argument("model", "layers whose steps can be joined", "others"))?;
-            let step = joined.step(rows, &self.cache, &self.tokens)?;
-            self.steps.insert(rows, step);
-        }
-        match self.steps.get(&rows) {
-            Some(step) => Ok(step),
-            None => unreachable!("it was made"),
+    fn step_of(&mut self, rows: usize, chooses: bool) -> Result<&mut Step> {
+        let joined =
+            self.joined.as_ref().ok_or_else(|| argument("model", "layers whose steps can be joined", "others"))?;
+        match self.steps.entry((rows, chooses)) {
+            Entry::Occupied(step) => Ok(step.into_mut()),
+            Entry::Vacant(place) => Ok(place.insert(joined.step(rows, &self.cache, &self.sampling, chooses)?)),
         }
     }
 }
@@ -229,7 +259,7 @@ impl Joined {
     }
 
     /// A step over buffers of its own.
-    fn step(&self, rows: usize, cache: &Cache, tokens: &Tensor) -> Result<Step> {
+    fn step(&self, rows: usize, cache: &Cache, sampling: &Arc<SamplingState>, chooses: bool) -> Result<Step> {
         let (vocab, d_model) = self.head.dims2()?;
         let device = self.head.device();
         check_room("slots", &[rows, vocab], DType::F32, device)?;
@@ -246,23 +276,26 @@ impl Joined {
                 None => layer.buffers(rows)?,
             });
         }
-        let mut tensors = vec![slots.clone(), stream.clone(), logits.clone(), tokens.clone()];
+        let mut tensors = vec![slots.clone(), stream.clone(), logits.clone()];
+        tensors.extend(sampling.tensors());
         tensors.extend([&self.embeddings, &self.head, &self.norm_f.0].map(Tensor::clone));
         tensors.extend(self.layers.iter().flat_map(JoinedLayer::tensors));
         tensors.extend(buffers.iter().flat_map(Buffers::tensors));
         tensors.extend(cache.layers().iter().flat_map(|layer| layer.pools()).cloned());
-        let (joined, cache, tokens) = (self.clone(), cache.clone(), tokens.clone());
+        let (joined, cache, sampling) = (self.clone(), cache.clone(), sampling.clone());
         let (step_slots, step_logits) = (slots.clone(), logits.clone());
         let work = move || {
-            embedding_lookup(&tokens, &step_slots, &joined.embeddings, &stream)?;
+            embedding_lookup(sampling.tokens(), &step_slots, &joined.embeddings, &stream)?;
             for ((layer, buffers), state) in joined.layers.iter().zip(&buffers).zip(cache.layers()) {
                 layer.run(&stream, buffers, state.mamba()?, Slots::Device(&step_slots))?;
             }
             let norm = Some((&joined.norm_f.0, joined.norm_f.1));
-            DecodeLinear { norm, ..DecodeLinear::new(&stream, &joined.head) }.write(&step_logits)
+            DecodeLinear { norm, ..DecodeLinear::new(&stream, &joined.head) }.write(&step_logits)?;
+            if chooses { sampling.sample(&step_logits, &step_slots) } else { Ok(()) }
         };
-        // SAFETY: all of these are operators of this crate, which read and write the tensors listed above.
+        // SAFETY: all of these are operators of this crate, which read and write the tensors listed above, and what `sampling` has
+        // for itself, which lives as long as the work.
         let work = unsafe { Repeated::new(device, tensors, work) }?;
-        Ok(Step { slots, logits, work })
+        Ok(Step { slots, listed: vec![-1; rows], logits, work })
     }
 }

@@ -171,7 +171,11 @@ struct Running {
 #[derive(Debug)]
 enum Stage {
     /// The prompt, how much of it has been read, and the slots of the other samples of it.
-    Reading { prompt: Vec<u32>, at: usize, others: Vec<usize> },
+    Reading {
+        prompt: Vec<u32>,
+        at: usize,
+        others: Vec<usize>,
+    },
     /// It waits for the sequence that reads the prompt of both.
     Following,
     Writing,
@@ -237,7 +241,11 @@ impl Generator {
             return Err(argument("prompt", "at least one token", "none"));
         }
         if let Some((at, token)) = request.prompt.iter().enumerate().find(|(_, token)| **token as usize >= vocab) {
-            return Err(argument("prompt", format_args!("tokens from 0 to {}", vocab - 1), format_args!("{token} at {at}")));
+            return Err(argument(
+                "prompt",
+                format_args!("tokens from 0 to {}", vocab - 1),
+                format_args!("{token} at {at}"),
+            ));
         }
         request.settings.check()?;
         if request.max_tokens == 0 {
@@ -387,7 +395,9 @@ impl Generator {
         let (mut parts, mut slots): (Vec<Vec<u32>>, Vec<i32>) = Default::default();
         let mut finished = Vec::new();
         for &slot in &self.reading {
-            let Some(Running { stage: Stage::Reading { prompt, at, .. }, .. }) = &mut self.running[slot] else { continue };
+            let Some(Running { stage: Stage::Reading { prompt, at, .. }, .. }) = &mut self.running[slot] else {
+                continue;
+            };
             if room == 0 {
                 break;
             }
@@ -438,7 +448,9 @@ impl Generator {
         let (tokens, log_probs) = (copies.tokens.wait()?, copies.log_probs.wait()?);
         for (sequence, slot) in of {
             // It may have ended by the token before, and another have its slot.
-            let Some(running) = self.running[slot].as_mut().filter(|running| running.sequence == sequence) else { continue };
+            let Some(running) = self.running[slot].as_mut().filter(|running| running.sequence == sequence) else {
+                continue;
+            };
             let (token, log_prob) = (tokens[slot], log_probs[slot]);
             let ended = if running.is_cancelled {
                 Some(FinishReason::Cancelled)

@@ -1,16 +1,15 @@
 //! Steps over fixed buffers are the model's own steps, whoever is decoded beside a sequence, and graphs give what launches do.
 
 use candle_core::{DType, Device, Tensor};
-use candle_nn::{VarBuilder, VarMap};
 use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 #[cfg(feature = "candle-cuda")]
 use selective_scan::candle::Repetition;
 use selective_scan::nn::decode::{Decoder, DecoderOptions};
-use selective_scan::nn::{LanguageModel, LanguageModelConfig, MambaConfig, Norms};
+use selective_scan::nn::{LanguageModel, MambaConfig, Norms};
 
-use super::{SAME, assert_close, bits, causal_blocks, random, refusal, relative_error, shake};
+use super::{SAME, assert_close, bits, causal_blocks, random, rebuilt, refusal, relative_error};
 
 /// Tokens of the vocabulary of 11.
 fn tokens(random: &mut StdRng, count: usize) -> Vec<u32> {
@@ -25,15 +24,10 @@ fn model(
     random: &mut StdRng,
     device: &Device,
 ) -> LanguageModel {
-    let mamba = MambaConfig { seed: random.random(), ..block.clone() };
-    let mut config = LanguageModelConfig::with_mixer(11, 2, mamba);
+    let (model, _) = super::model(block, random);
+    let mut config = model.config().clone();
     config.backbone.residual_in_f32 = residual_in_f32;
-    config.tie_embeddings = random.random();
-    let variables = VarMap::new();
-    let build = |dtype| LanguageModel::new(&config, VarBuilder::from_varmap(&variables, dtype, device)).unwrap();
-    build(DType::F32);
-    shake(&variables, random);
-    build(dtype)
+    rebuilt(&model, &config, dtype, device)
 }
 
 fn decoder(model: &LanguageModel, slots: usize, state_dtype: DType) -> Decoder {

@@ -1,12 +1,13 @@
 //! Tests of models on a GPU, or on a simulated one. Without one they say that they are skipped.
 
-use super::{decoder, loss, nodes};
+use super::{decoder, loss, nodes, serving};
 use crate::candle::gpu::on_the_device;
 
 on_the_device! {
     decoding_steps_are_the_models: |device| decoder::steps_are_the_models(device);
     company_changes_no_bit: |device| decoder::company_changes_no_bit(device);
     graphs_are_launches: |device| decoder::graphs_are_launches(device);
+    texts_are_those_of_sequences_alone: |device| serving::texts_are_those_of_sequences_alone(device, 12, 5, 9);
     a_block_is_its_operators: |device| nodes::a_block_is_its_operators(device);
     subsets_of_parameters: |device| nodes::subsets_of_parameters(device);
     layers_are_their_operators: |device| nodes::layers_are_their_operators(device);

@@ -14,6 +14,7 @@ mod packed;
 mod parity;
 mod refusals;
 mod sampler;
+pub mod serving;
 mod trainer;
 mod training;
 mod variants;
@@ -101,6 +102,13 @@ fn model(block: &MambaConfig, random: &mut StdRng) -> (LanguageModel, VarMap) {
     build();
     shake(&variables, random);
     (build(), variables)
+}
+
+/// The same parameters in a model of another type, elsewhere, or of another configuration that has the same.
+fn rebuilt(model: &LanguageModel, config: &LanguageModelConfig, dtype: DType, device: &Device) -> LanguageModel {
+    let tensors = model.named_tensors().into_iter();
+    let tensors = tensors.map(|(name, tensor)| (name, tensor.detach().to_device(device).unwrap())).collect();
+    LanguageModel::new(config, VarBuilder::from_tensors(tensors, dtype, device)).unwrap()
 }
 
 /// The configuration of a model's Mamba blocks.
