@@ -84,7 +84,7 @@ impl Kernel for Choice<'_> {
     fn run<S: Lanes>(self, _: S) -> Self::Output {
         let Self { logits, settings, occurred, with_log_prob, scratch: Scratch { y, weights, order } } = self;
         let most = highest(logits);
-        if !weights::is_valid(settings) || !most.is_finite() {
+        if settings.check().is_err() || !most.is_finite() {
             return None;
         }
         y.clear();

@@ -65,7 +65,12 @@ pub fn sample(logits: &[f32], settings: &Settings, occurred: Option<&[u32]>) -> 
     // Rounding can leave the sum of all a little below 1.
     let last = probabilities.iter().rposition(|p| *p > 0.0)?;
     let token = probabilities.iter().position(passes).unwrap_or(last);
+    Some((token as u32, log_probability(logits, token)))
+}
+
+/// The logarithm of a token's probability under the softmax of the vocabulary's logits.
+pub fn log_probability(logits: &[f32], token: usize) -> f64 {
     let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let total: f64 = logits.iter().map(|&x| (f64::from(x) - most).exp()).sum();
-    Some((token as u32, f64::from(logits[token]) - most - total.ln()))
+    f64::from(logits[token]) - most - total.ln()
 }
