@@ -1,5 +1,5 @@
-//! The arithmetic that processors and GPUs share, bit for bit. `kernels/sampling/weights.cuh` is the same in C++; what one
-//! changes, the other must.
+//! The arithmetic that processors and GPUs share, bit for bit. `kernels/sampling/weights.cuh` is the same in C++; what
+//! one changes, the other must.
 //!
 //! Products and sums are rounded one by one here (no fused ones, which not all processors have), and weights are whole
 //! numbers, whose sums are the same in any order.

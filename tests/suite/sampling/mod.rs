@@ -1,5 +1,5 @@
-//! Choosing tokens: the fast path against the reference, distributions against exact probabilities, and what changes beside the
-//! token.
+//! Choosing tokens: the fast path against the reference, distributions against exact probabilities, and what changes
+//! beside the token.
 
 mod arguments;
 mod distributions;
@@ -176,9 +176,9 @@ fn relative_error(t: f64) -> f64 {
     2f64.powi(-20) + t.abs() * 4.0 * 2f64.powi(-24)
 }
 
-/// Asserts that a token is the reference's or one that rounding can put in its place: the random number falls within the error
-/// of the cumulative sum of a boundary, where the filters are taken at their strictest and at their most generous, each within
-/// the error of what it compares.
+/// Asserts that a token is the reference's or one that rounding can put in its place: the random number falls within
+/// the error of the cumulative sum of a boundary, where the filters are taken at their strictest and at their most
+/// generous, each within the error of what it compares.
 #[track_caller]
 fn assert_within_rounding(logits: &[f32], settings: &Settings, bits: Option<&[u32]>, token: usize, what: &str) {
     let y = reference::penalised(logits, settings, bits);
@@ -367,7 +367,8 @@ fn rows_without_a_token() {
     Isa::available().for_each(|isa| odd_rows(Device::Cpu(isa)));
 }
 
-/// Logits of which some are the same are greedily chosen by the lowest index, whatever settings come to a greedy choice.
+/// Logits of which some are the same are greedily chosen by the lowest index, whatever settings come to a greedy
+/// choice.
 fn greedy_choices(device: Device, vocabs: &[usize]) {
     let (_, seed) = seeded();
     for i in 0..40 {
