@@ -71,8 +71,8 @@ struct Arguments {
     cases: Vec<String>,
 }
 
-/// What is timed: operator, direction, type, batch, length, d_inner (of a loss the vocabulary), d_state or width (of a norm the
-/// size of a group, of an embedding the vocabulary, of a loss 1), and words for variants. Several
+/// What is timed: operator, direction, type, batch, length, d_inner (of a loss and of sampling the vocabulary), d_state or
+/// width (of a norm the size of a group, of an embedding the vocabulary, of a loss and of sampling 1), and words for variants. Several
 /// values between commas stand for a case with each.
 const CASES: &[&str] = &[
     "scan forward,backward bf16,f32 8 2048 2048 16",
@@ -118,6 +118,9 @@ const CASES: &[&str] = &[
     "embedding backward bf16,f32 8 2048 768 50280",
     "embedding backward f32 8 2048 768 50280 half",
     "embedding backward f32 8 2048 768 256",
+    "sampling choose f32 1,16,64,256 1 50280 1",
+    "sampling choose f32 1,64 1 50280 1 greedy,min-p,top-k,top-p,penalty,log-probs",
+    "sampling choose f32 1,64 1 256000 1",
 ];
 
 /// Where cases run, and what bounds them there.
@@ -161,6 +164,7 @@ impl Bench {
             ("embedding", "f32") => rows::embedding::<f32>(stream, case),
             ("embedding", "f16") => rows::embedding::<f16>(stream, case),
             ("embedding", "bf16") => rows::embedding::<bf16>(stream, case),
+            ("sampling", "f32") => rows::sampling(stream, case),
             #[cfg(feature = "candle-cuda")]
             ("candle", "f32") => candle::prepare(case),
             _ => Err(format!("no operator of this name and type: `{case}`").into()),

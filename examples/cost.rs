@@ -7,10 +7,11 @@ use cudarc::driver::{CudaSlice, CudaStream};
 use half::bf16;
 use rand::Rng;
 use selective_scan::cuda::{self, Cuda};
+use selective_scan::sampling::Settings;
 use selective_scan::scan::cuda::{PerLane, Plan};
 use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut};
 use selective_scan::{
-    DType, Element, ProjectionOf, View, ViewMut, conv, embedding, loss, norm, optimizer, state_update,
+    DType, Element, ProjectionOf, View, ViewMut, conv, embedding, loss, norm, optimizer, sampling, state_update,
 };
 
 use crate::common::Random;
@@ -47,6 +48,10 @@ const OPERATORS: &[(&str, Run)] = &[
     ("norm forward", norm_forward),
     ("norm backward", norm_backward),
     ("embedding backward", embedding_backward),
+    ("sampling by temperature", |stream| choose_tokens(stream, Settings::default())),
+    ("sampling by top-k and top-p", |stream| {
+        choose_tokens(stream, Settings { top_k: 50, top_p: 0.9, ..Settings::default() })
+    }),
 ];
 
 /// Taps of the convolution, and the rows that are decoded at once.
@@ -330,4 +335,15 @@ fn embedding_backward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
     let ids = stream.clone_htod(&ids)?;
     let mut d_table = stream.alloc_zeros::<f32>(VOCABULARY * CHANNELS)?;
     Ok(embedding::cuda::backward(stream, &ids, &View::on_device(&d_out, TOKENS), VOCABULARY, &mut d_table)?)
+}
+
+/// Of a few rows and a vocabulary of as many tokens as there are elements elsewhere.
+fn choose_tokens(stream: &Arc<CudaStream>, settings: Settings) -> Result<(), Failure> {
+    const FEW: usize = 16;
+    let logits = uniform::<f32>(stream, &mut Random::new(7), COUNT, -12.0, 12.0)?;
+    let (mut settings, mut tokens) = (stream.clone_htod(&[settings; FEW])?, stream.alloc_zeros(FEW)?);
+    let mut workspace = sampling::cuda::Workspace::new(stream, FEW, COUNT / FEW)?;
+    let inputs = sampling::Inputs::new(View::on_device(&logits, [FEW, COUNT / FEW]));
+    let state = sampling::cuda::StateMut::new(&mut settings, &mut tokens);
+    Ok(sampling::cuda::sample(stream, &inputs, state, &mut workspace)?)
 }

@@ -1,10 +1,11 @@
-//! The operators on rows: the norm, and the gradient of an embedding. Memory bounds both.
+//! The operators on rows: the norm, the gradient of an embedding, and the choice of a token. Memory bounds them.
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 use half::bf16;
 use selective_scan::norm::{self, GradientsMut, OutputMut};
+use selective_scan::sampling::{self, Settings};
 use selective_scan::{Element, View, embedding};
 
 use crate::Result;
@@ -102,5 +103,47 @@ pub fn embedding<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Pr
     let on = stream.clone();
     let run =
         Box::new(move |i| Ok(embedding::cuda::backward(&on, &ids, &d_outs.view(i, shape), vocab_size, &mut d_table)?));
+    Ok(Prepared { stream: stream.clone(), sets, can_capture: true, work, run })
+}
+
+/// Direction `choose`; the rows are batch times length, and d_inner is the vocabulary. Tokens have their probabilities, or are
+/// chosen as words for variants say: `greedy`, `top-k`, `top-p` and `min-p`, the last three also together; `penalty` penalises
+/// those that have occurred, and `log-probs` asks for log-probabilities.
+pub fn sampling(stream: &Arc<CudaStream>, case: &Case) -> Result<Prepared> {
+    let mut rest = case.clone();
+    let settings = Settings {
+        temperature: if rest.take("greedy") { 0.0 } else { 1.0 },
+        top_k: if rest.take("top-k") { 50 } else { 0 },
+        top_p: if rest.take("top-p") { 0.9 } else { 1.0 },
+        min_p: if rest.take("min-p") { 0.05 } else { 0.0 },
+        repetition_penalty: if rest.take("penalty") { 1.2 } else { 1.0 },
+        ..Settings::default()
+    };
+    let with_log_probs = rest.take("log-probs");
+    rest.finish()?;
+    if case.direction != "choose" {
+        return Err(format!("sampling has no direction `{}`", case.direction).into());
+    }
+    let (rows, vocab, count) = (case.batch * case.len, case.d_inner, case.count());
+    let sets = sets(count * F32);
+    let logits = Sets::<f32>::uniform(stream, sets, count, [-12.0, 12.0])?;
+    let of_row = |row: usize| Settings { seed: row as u64, ..settings };
+    let mut settings = stream.clone_htod(&(0..rows).map(of_row).collect::<Vec<_>>())?;
+    let mut occurred = stream.alloc_zeros(rows * sampling::words(vocab))?;
+    let mut tokens = stream.alloc_zeros(rows)?;
+    let mut log_probs = with_log_probs.then(|| zeros::<f32>(stream, rows)).transpose()?;
+    let mut workspace = sampling::cuda::Workspace::new(stream, rows, vocab)?;
+    let work = Work::new(count, 0, [0.0, 4.0], [0.0, 0.0], count * F32);
+    let on = stream.clone();
+    let run = Box::new(move |i| {
+        let state = sampling::cuda::StateMut {
+            settings: &mut settings,
+            occurred: Some(&mut occurred),
+            tokens: &mut tokens,
+            log_probs: log_probs.as_mut(),
+        };
+        let inputs = sampling::Inputs::new(logits.view(i, [rows, vocab]));
+        Ok(sampling::cuda::sample(&on, &inputs, state, &mut workspace)?)
+    });
     Ok(Prepared { stream: stream.clone(), sets, can_capture: true, work, run })
 }

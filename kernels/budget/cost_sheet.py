@@ -51,6 +51,8 @@ REACHED = 4 * (SEGMENTS - 1) * CHANNELS * (STATES + 1)  # bytes of those
 # residual, sum and out; backward the sum, its gradient, the result's gradient, and what is written.
 # Embedding, of a vocabulary of four times as many tokens: an addition for each element. Bytes: the rows read, the matrix
 # written; of the sort, which has an instruction for each id, ids, positions and starts.
+# Sampling, of f32 logits: a comparison for the highest; a difference, a product, a polynomial of five products and sums, and a sum
+# for weights. Bytes: the logits, by each kernel.
 TAPS, ROWS = 4, 64
 VOCABULARY = 4 * BATCH * LENGTH
 ROW_PART = ROWS * CHANNELS / ELEMENTS
@@ -66,6 +68,8 @@ LEAST = {
     "state_update": (ROW_PART, (5, 4), (1, 4),
                      ROWS * CHANNELS * (8 + 2 * 4 * STATES) + 2 * 2 * ROWS * STATES + PARAMETERS),
     "loss_cross_entropy": (1, (0, 9), (0, 2), 4 * ELEMENTS + 8 * LENGTH),
+    "sampling_maximum": (1, (0, 1), (0, 0), 4 * ELEMENTS),
+    "sampling_choose": (1, (0, 13), (0, 0), 4 * ELEMENTS),
     "optimizer_squares": (1, (0, 2), (0, 0), 2 * ELEMENTS),
     "optimizer_update": (1, (0, 18), (0, 2), 28 * ELEMENTS),
     "scan_forward": (1, (5, 4), (1, 4), 8 * ELEMENTS + PROJECTIONS + PARAMETERS),

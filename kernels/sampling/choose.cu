@@ -1,20 +1,21 @@
 // The second of two kernels that choose the next token of each row of logits.
 //
-// A row is divided into chunks of tokens, which blocks of both kernels take, and these into tiles of 512, which their warps
-// take, so that one row alone has the bandwidth of several multiprocessors. The grid follows from the shape alone; what is done
-// for a row, from its settings.
+// A row is divided into chunks of tokens, which blocks of both kernels take, and these into tiles of 512, which their
+// warps take, so that one row alone has the bandwidth of several multiprocessors. The grid follows from the shape
+// alone; what is done for a row, from its settings.
 //
 //     sampling_maximum   the highest logit of each chunk, and the first token that has it
 //     sampling_choose    the highest of the row: all that a temperature of 0 asks for;
-//                        with it the weights of tokens, whole numbers, and their sum for each tile; with top-k or top-p also
-//                        how many tokens, and what weight, there are in bins of these, for the whole row;
+//                        with it the weights of tokens, whole numbers, and their sum for each tile; with top-k or top-p
+//                        also how many tokens, and what weight, there are in bins of the distance from the highest,
+//                        for the whole row;
 //                        then the block of the row that is done last finishes it:
-//                          with top-k or top-p it looks for the last token of the order (search.cuh; each reads the row once),
-//                          and sums up the weights of each tile again, of what is kept;
+//                          with top-k or top-p it looks for the last token of the order (search.cuh; the row is read once
+//                          for each) and sums up the weights of each tile again, of what is kept;
 //                          it looks for the tile that the random number falls into, and for the token there.
 //
-// Where neither is on, a row is read twice, and a tile of it a third time. Sums are of whole numbers, so that neither the order
-// in which blocks come, nor how a row is divided, nor the device changes a token.
+// Where neither is on, a row is read twice, and a tile of it a third time. Sums are of whole numbers, so that neither
+// the order in which blocks come, nor how a row is divided, nor the device changes a token.
 #include "../common/tensor.cuh"
 #include "search.cuh"
 
@@ -66,7 +67,8 @@ struct Sums {
     }
 
     // The token at which the sum from the first on passes `target`, which is less than that of all.
-    __device__ __forceinline__ int find(Shared &shared, const Row &row, const Kept &kept, bool is_tie, uint64_t target) const {
+    __device__ __forceinline__ int find(Shared &shared, const Row &row, const Kept &kept, bool is_tie,
+                                        uint64_t target) const {
         uint64_t before = 0;
 #pragma unroll 1
         for (int base = 0; base < tiles; base += THREADS) {
@@ -96,10 +98,9 @@ __device__ __forceinline__ Maximum of_row(const Sample &p, int64_t row, Shared &
         all.most = fmaxf(all.most, chunk.most);
         all.is_bad |= chunk.is_bad;
     }
-    all.best = of_block(all.best, shared.scratch, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+    all.best = greatest_of_block(all.best, shared.scratch);
     // The order of keys is that of logits.
-    const uint64_t key = of_block<uint64_t>(key_of(all.most), shared.scratch, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
-    all.most = logit_of(static_cast<uint32_t>(key));
+    all.most = logit_of(static_cast<uint32_t>(greatest_of_block(key_of(all.most), shared.scratch)));
     all.is_bad = __syncthreads_or(all.is_bad);
     return all;
 }
@@ -127,8 +128,8 @@ __device__ __forceinline__ bool is_last(const Sample &p, int64_t row, Shared &sh
     return last;
 }
 
-// Leaves out what top-k and top-p do not keep. Gives how many tokens with the logit of the last one are kept, the first of
-// them, or 0 if all are.
+// Leaves out what top-k and top-p do not keep. Gives how many tokens with the logit of the last one are kept, the first
+// of them, or 0 if all are.
 __device__ __forceinline__ uint64_t filter(const Sample &p, int64_t row, Shared &shared, const Settings &settings,
                                            const Row &logits, const Sums &sums, Kept &kept) {
     const uint64_t *bin_sums = p.workspace.bin_sums + row * BINS;
@@ -169,7 +170,8 @@ struct Task {
     // Whether there is a temperature, and whether top-k or top-p are on.
     bool is_random, is_filtered;
 
-    __device__ __forceinline__ Task(const Sample &p, int64_t index, int64_t slot, const Settings &settings, const Maximum &all)
+    __device__ __forceinline__ Task(const Sample &p, int64_t index, int64_t slot, const Settings &settings,
+                                    const Maximum &all)
         : row(p, index, slot, settings.repetition_penalty), settings(settings) {
         plain = {all.most, 1.44269504088896340736f};
         const Weigh weigh = {Best{all.best}.logit(), scale_of(settings.temperature)};

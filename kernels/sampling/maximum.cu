@@ -1,5 +1,5 @@
-// The first of two kernels that choose the next token of each row of logits: what the highest of each chunk is. (`choose.cu` is
-// the second, and says how both work.) A block takes a chunk of a row, and its warps the tiles of it.
+// The first of two kernels that choose the next token of each row of logits: what the highest of each chunk is.
+// (`choose.cu` is the second, and says how both work.) A block takes a chunk of a row, and its warps the tiles of it.
 #include "../common/tensor.cuh"
 #include "rows.cuh"
 
@@ -46,7 +46,7 @@ __device__ __forceinline__ void maximum(const Sample &p) {
             }
         });
     }
-    best = of_block(best, best_of, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+    best = greatest_of_block(best, best_of);
     most = of_block(most, most_of, [](float a, float b) { return fmaxf(a, b); });
     is_bad = __syncthreads_or(is_bad);
     if (threadIdx.x == 0) p.workspace.maxima[chunk.row * p.chunks + chunk.index] = {best, most, is_bad};

@@ -6,8 +6,8 @@ namespace sampling {
 
 using namespace common;
 
-// A row is divided into tiles of tokens, each a warp's, whose lanes have QUADS times QUAD neighbouring ones of it; in the search
-// of a token in a tile each thread of a block has one. Chunks of tiles are a block's.
+// A row is divided into tiles of tokens, each a warp's, whose lanes have QUADS times QUAD neighbouring ones of it; in
+// the search of a token in a tile each thread of a block has one. Chunks of tiles are a block's.
 constexpr int THREADS = 512, WARPS = THREADS / 32, QUADS = 4, TILE = 32 * QUADS * QUAD;
 
 // Bins of a histogram: 11 bits.
@@ -22,8 +22,8 @@ struct Settings {
     float temperature, top_p, min_p, repetition_penalty;
 };
 
-// What is known of a chunk: its highest penalised logit and the first token that has it, as one number (see `Best`), its
-// highest logit, and whether one of them is NaN or positive infinity (1, else 0).
+// What is known of a chunk: its highest penalised logit and the first token that has it, as one number (see `Best`),
+// its highest logit, and whether one of them is NaN or positive infinity (1, else 0).
 struct Maximum {
     uint64_t best;
     float most;

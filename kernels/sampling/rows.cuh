@@ -72,8 +72,8 @@ __device__ __forceinline__ int first_token(int tile, int quad) {
     return tile * TILE + (quad * WARP + static_cast<int>(threadIdx.x % WARP)) * QUAD;
 }
 
-// Calls `each` for the quads of a tile that a lane has, with the first token of each and the logits. All are loaded first; the
-// calls are a loop that is not unrolled, so that there is little code.
+// Calls `each` for the quads of a tile that a lane has, with the first token of each and the logits. All are loaded
+// first; the calls are a loop that is not unrolled, so that there is little code.
 template <typename Each> __device__ __forceinline__ void for_each_quad(const Row &row, int tile, Each each) {
     float x[QUADS][QUAD];
 #pragma unroll
@@ -105,7 +105,8 @@ template <typename Each> __device__ __forceinline__ void for_each_of(float (&x)[
     }
 }
 
-// Calls `each` for all tokens of a tile that a lane has, with their penalised logits. Beyond the last token there is -infinity.
+// Calls `each` for all tokens of a tile that a lane has, with their penalised logits. Beyond the last token there is
+// -infinity.
 template <typename Each> __device__ __forceinline__ void for_each_token(const Row &row, int tile, Each each) {
     for_each_quad(row, tile, [&](int first, float (&y)[QUAD]) {
         row.penalise(first, y);
@@ -149,6 +150,10 @@ template <typename T, typename Join> __device__ __forceinline__ T of_block(T own
 
 __device__ __forceinline__ uint64_t sum_of_block(uint64_t own, uint64_t (&scratch)[WARPS]) {
     return of_block(own, scratch, [](uint64_t a, uint64_t b) { return a + b; });
+}
+
+__device__ __forceinline__ uint64_t greatest_of_block(uint64_t own, uint64_t (&scratch)[WARPS]) {
+    return of_block(own, scratch, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
 }
 
 // The sum of what the threads before this one have. `scratch` may be used again afterwards.

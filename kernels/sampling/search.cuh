@@ -1,10 +1,10 @@
 // Where the order of the likeliest tokens ends, by their number or by the sum of their weights, without sorting them.
 //
-// A histogram over the distances from the highest logit, of all tokens that have a weight, says in which bin the last token is
-// that counts: it is a sum over the blocks of the row. What follows is one block's: it goes through the row for the tokens of
-// that bin, lists their keys (`key_of`), and narrows these down by 11, 11 and 10 of their 32 bits, from the highest on, in three
-// more histograms: of the list or, where it has no room for all, of the row again. Sums are of whole numbers, and so the same in
-// any order.
+// A histogram over the distances from the highest logit, of all tokens that have a weight, says in which bin the last
+// token is that counts: it is a sum over the blocks of the row. What follows is one block's: it goes through the row
+// for the tokens of that bin, lists their keys (`key_of`), and narrows these down by 11, 11 and 10 of their 32 bits,
+// from the highest on, in three more histograms: of the list or, where it has no room for all, of the row again. Sums
+// are of whole numbers, and so the same in any order.
 #pragma once
 #include "rows.cuh"
 
@@ -26,7 +26,8 @@ struct Histogram {
     __device__ __forceinline__ void add(uint32_t bin, uint64_t weight) {
         atomicAdd(&tokens[bin], 1);
         const uint32_t part = static_cast<uint32_t>(weight);
-        // There are no atomics of 64 bits on shared memory in hardware: a sum that is less than what was added has overflowed.
+        // There are no atomics of 64 bits on shared memory in hardware: a sum that is less than what was added has
+        // overflowed.
         const uint32_t sum = part ? atomicAdd(&low[bin], part) + part : 0;
         const uint32_t above = static_cast<uint32_t>(weight >> 32) + (sum < part);
         if (above) atomicAdd(&high[bin], above);
@@ -59,8 +60,8 @@ struct Place {
     uint64_t tokens_above, weight_above;
     uint32_t tokens_there;
 
-    // Goes on to a bin, of which `width` bits more are known: that in which the number of tokens, or the sum of weights, from
-    // the highest on, comes to `least`.
+    // Goes on to a bin, of which `width` bits more are known: that in which the number of tokens, or the sum of
+    // weights, from the highest on, comes to `least`.
     __device__ __forceinline__ void narrow(Shared &shared, bool by_weight, int width, uint64_t least) {
         if (threadIdx.x == 0) shared.found = NONE;
         __syncthreads();
@@ -104,19 +105,20 @@ struct Weigh {
     __device__ __forceinline__ float power(float y) const { return (y - most) * scale; }
     __device__ __forceinline__ uint64_t operator()(float y) const { return weight(power(y)); }
 
-    // Bins are 0.02 powers wide, the likeliest in the last one. Those below 2^-41, which have no weight, are in none (0). No step
-    // of this changes the order of logits.
+    // Bins are 0.02 powers wide, the likeliest in the last one. Those below 2^-41, which have no weight, are in none
+    // (0). No step of this changes the order of logits.
     __device__ __forceinline__ static uint32_t bin(float power) {
         const float distance = power * -49.9f;
         return distance < BINS - 1 ? BINS - 1 - static_cast<uint32_t>(distance) : 0;
     }
 };
 
-// The place of the token at which the number of tokens, or the sum of their weights, from the highest on, comes to `least`: all
-// bits of its key. By weight it must come to that; by number there is no such place if it does not among those that have a
-// weight. `bin_sums` and `bin_counts` are the row's histogram.
-__device__ __forceinline__ Place search(Shared &shared, const Row &row, int tiles, const Weigh &weigh, const uint64_t *bin_sums,
-                                        const uint32_t *bin_counts, bool by_weight, uint64_t least) {
+// The place of the token at which the number of tokens, or the sum of their weights, from the highest on, comes to
+// `least`: all bits of its key. By weight it must come to that; by number there is no such place if it does not among
+// those that have a weight. `bin_sums` and `bin_counts` are the row's histogram.
+__device__ __forceinline__ Place search(Shared &shared, const Row &row, int tiles, const Weigh &weigh,
+                                        const uint64_t *bin_sums, const uint32_t *bin_counts, bool by_weight,
+                                        uint64_t least) {
     Histogram &histogram = shared.histogram;
     __syncthreads();
     for (int i = threadIdx.x; i < BINS; i += THREADS) {
@@ -141,7 +143,10 @@ __device__ __forceinline__ Place search(Shared &shared, const Row &row, int tile
             if (uint64_t(key) >> (width + rest) == place.bits) histogram.add(key >> rest & ((1 << width) - 1), weight);
         };
         if (!is_first && members <= MOST_MEMBERS) {
-            for (int i = threadIdx.x; i < members; i += THREADS) add(shared.members[i], weigh(logit_of(shared.members[i])));
+            for (int i = threadIdx.x; i < members; i += THREADS) {
+                const uint32_t key = shared.members[i];
+                add(key, weigh(logit_of(key)));
+            }
         } else {
 #pragma unroll 1
             for (int tile = threadIdx.x / WARP; tile < tiles; tile += WARPS) {

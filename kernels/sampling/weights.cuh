@@ -1,5 +1,6 @@
-// The arithmetic that processors and GPUs share, bit for bit: src/sampling/weights.rs and random.rs are the same in Rust; what
-// one changes, the other must. (Products and sums are rounded one by one, as everything is compiled without contraction.)
+// The arithmetic that processors and GPUs share, bit for bit: src/sampling/weights.rs and random.rs are the same in
+// Rust; what one changes, the other must. (Products and sums are rounded one by one, as everything is compiled without
+// contraction.)
 #pragma once
 #include "params.cuh"
 #include <float.h>
@@ -27,8 +28,8 @@ __device__ __forceinline__ uint64_t weight(float t) {
     return (fixed << (WEIGHT_BITS - 30)) >> ((__float_as_uint(MAGIC) - __float_as_uint(shifted)) & 63);
 }
 
-// What distances from the highest logit are multiplied by: log2(e) over the temperature. Finite, so that a distance of zero
-// stays zero.
+// What distances from the highest logit are multiplied by: log2(e) over the temperature. Finite, so that a distance of
+// zero stays zero.
 __device__ __forceinline__ float scale_of(float temperature) {
     return fminf(__fdiv_rn(1.44269504088896340736f, temperature), FLT_MAX);
 }
@@ -60,8 +61,8 @@ __device__ __forceinline__ uint64_t least_weight(float min_p) { return static_ca
 
 // Whether the settings are numbers by which tokens can be chosen.
 __device__ __forceinline__ bool is_valid(const Settings &s) {
-    return s.temperature >= 0 && s.temperature < INFINITY && s.top_p > 0 && s.top_p <= 1 && s.min_p >= 0 && s.min_p <= 1 &&
-           s.repetition_penalty > 0 && s.repetition_penalty < INFINITY;
+    return s.temperature >= 0 && s.temperature < INFINITY && s.top_p > 0 && s.top_p <= 1 && s.min_p >= 0 &&
+           s.min_p <= 1 && s.repetition_penalty > 0 && s.repetition_penalty < INFINITY;
 }
 
 // The random number of a sequence at a position, 64 bits of Philox 4x32-10.

@@ -1,7 +1,7 @@
 //! The choice on the CPU: rows in parallel, each vectorised over its logits.
 //!
-//! Weights are whole numbers, so that neither the instruction set nor the number of threads changes a token. Where top-k or
-//! top-p are on, the likeliest tokens are found by partial sorts, as few as they need.
+//! Weights are whole numbers, so that neither the instruction set nor the number of threads changes a token. Where
+//! top-k or top-p are on, the likeliest tokens are found by partial sorts, as few as they need.
 
 use rayon::prelude::*;
 
@@ -11,7 +11,8 @@ use crate::Result;
 use crate::shared::Shared;
 use crate::simd::{Isa, Kernel, Lanes};
 
-/// Chooses the token of each row, with the widest instructions of this processor, on the threads of the current rayon pool.
+/// Chooses the token of each row, with the widest instructions of this processor, on the threads of the current rayon
+/// pool.
 ///
 /// # Errors
 /// An argument that does not fit, see [`Inputs`] and [`StateMut`]. Nothing is written then.
@@ -84,7 +85,7 @@ impl Kernel for Choice<'_> {
     fn run<S: Lanes>(self, _: S) -> Self::Output {
         let Self { logits, settings, occurred, with_log_prob, scratch: Scratch { y, weights, order } } = self;
         let most = highest(logits);
-        if !weights::is_valid(settings) || !most.is_finite() {
+        if settings.check().is_err() || !most.is_finite() {
             return None;
         }
         y.clear();

@@ -1,12 +1,13 @@
 //! The choice on NVIDIA GPUs; see [`cuda`](crate::cuda) for how tensors are passed.
 //!
-//! Two kernels are launched, whatever the settings, which they read from device memory: a call that was captured in a CUDA
-//! graph serves every setting, and replays go on from the positions and the bits that those before have left. Nothing is
-//! allocated where the slots are [`Slots::Rows`](crate::Slots) or a [`DeviceSlots`](crate::DeviceSlots) (or a list of at most
-//! 512 on the host, which a graph keeps as it is); what the kernels leave for each other lies in a [`Workspace`] of the caller's.
+//! Two kernels are launched, whatever the settings, which they read from device memory: a call that was captured in a
+//! CUDA graph serves every setting, and replays go on from the positions and the bits that those before have left.
+//! Nothing is allocated where the slots are [`Slots::Rows`](crate::Slots) or a [`DeviceSlots`](crate::DeviceSlots) (or
+//! a list of at most 512 on the host, which a graph keeps as it is); what the kernels leave for each other lies in a
+//! [`Workspace`] of the caller's.
 //!
-//! A row is divided over several blocks. Greedy choices read it once, those by a temperature and min-p twice; top-k and top-p
-//! take two or three readings more, by one block.
+//! A row is divided over several blocks. Greedy choices read it once, those by a temperature and min-p twice; top-k and
+//! top-p take two or three readings more, by one block.
 
 use std::sync::Arc;
 
@@ -36,8 +37,8 @@ const _: () = {
 unsafe impl DeviceRepr for Settings {}
 unsafe impl ValidAsZeroBits for Settings {}
 
-/// What is read and brought up to date for each sequence, and where tokens are written, all in device memory. The fields are
-/// those of [`StateMut`](super::StateMut).
+/// What is read and brought up to date for each sequence, and where tokens are written, all in device memory. The
+/// fields are those of [`StateMut`](super::StateMut).
 #[derive(Debug)]
 pub struct StateMut<'a> {
     /// `(sequences)`.
@@ -57,8 +58,8 @@ impl<'a> StateMut<'a> {
     }
 }
 
-/// Memory in which the kernels of a call leave things for one another: some 25 KB for each row. What it holds between calls is of
-/// no account; calls that may run at the same time need one each.
+/// Memory in which the kernels of a call leave things for one another: some 25 KB for each row. What it holds between
+/// calls is of no account; calls that may run at the same time need one each.
 #[derive(Debug)]
 pub struct Workspace {
     data: CudaSlice<u64>,
@@ -98,8 +99,8 @@ impl Workspace {
 /// Chooses the token of each row on the stream's device, asynchronously.
 ///
 /// # Errors
-/// An argument that does not fit, see [`Inputs`] and [`StateMut`], or that lies on another device; a workspace for fewer rows or
-/// tokens. Nothing is written then. What the driver refuses.
+/// An argument that does not fit, see [`Inputs`] and [`StateMut`], or that lies on another device; a workspace for fewer
+/// rows or tokens. Nothing is written then. What the driver refuses.
 pub fn sample(
     stream: &Arc<CudaStream>,
     inputs: &Inputs<Cuda>,
@@ -142,9 +143,10 @@ pub fn sample(
     }
     for (module, name) in [(Module::SAMPLING_MAXIMUM, "sampling_maximum"), (Module::SAMPLING_CHOOSE, "sampling_choose")]
     {
-        // SAFETY: every address and extent has been checked, slots on the device by the kernels; the workspace has room for so
-        // many rows and tokens, and what the second kernel reads there the first has written. Each row is finished by one block.
-        // Where a caller has put a slot on the device twice, its settings and bits are those of one of the rows or the other.
+        // SAFETY: every address and extent has been checked, slots on the device by the kernels; the workspace has room
+        // for so many rows and tokens, and what the second kernel reads there the first has written. Each row is
+        // finished by one block. Where a caller has put a slot on the device twice, its settings and bits are those of
+        // one of the rows or the other.
         unsafe { device.launch(&Kernel::new(module, [name]), [rows * layout.chunks, 1], THREADS, 0, &params) }?;
     }
     Ok(())

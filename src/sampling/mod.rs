@@ -1,43 +1,45 @@
-//! Choosing the next token of each row of logits: greedy, or by probabilities that a temperature, top-k, top-p, min-p and a
-//! penalty of repetitions have changed.
+//! Choosing the next token of each row of logits: greedy, or by probabilities that a temperature, top-k, top-p, min-p
+//! and a penalty of repetitions have changed.
 //!
 //! # Meaning
-//! For a row `x` of logits, of which the first `vocab_size` are tokens (columns from there on pad the vocabulary and are never
-//! chosen), and the [`Settings`] of its sequence:
+//! For a row `x` of logits, of which the first `vocab_size` are tokens (columns from there on pad the vocabulary and are
+//! never chosen), and the [`Settings`] of its sequence:
 //!
 //! ```text
-//! y_v = x_v / ρ if x_v > 0, else x_v ρ        for tokens that have occurred (Keskar et al. 2019, arXiv 1909.05858); else x_v
+//! y_v = x_v / ρ if x_v > 0, else x_v ρ        for tokens that have occurred (Keskar et al. 2019, arXiv 1909.05858)
+//! y_v = x_v                                   for others
 //! w_v = exp((y_v - max y) / τ)                τ the temperature
 //! ```
 //!
-//! With a temperature of 0 the token is the one of the highest `y`, of several the first. Else tokens are put in order, those of
-//! higher `y` first and of equal ones that of the lower index, and these are kept:
+//! With a temperature of 0 the token is the one of the highest `y`, of several the first. Else tokens are put in order,
+//! those of higher `y` first and of equal ones that of the lower index, and these are kept:
 //!
 //! 1. `top_k`: the first `k` of that order (Fan et al. 2018, arXiv 1805.04833);
-//! 2. `top_p`: of what is left, the fewest, from the first on, whose weights come to at least `p` of the sum of all that is
-//!    left (Holtzman et al. 2020, arXiv 1904.09751);
-//! 3. `min_p`: of what is left, those with `w_v ≥ min_p`, that is, of at least `min_p` times the probability of the likeliest
-//!    (Nguyen et al. 2024, arXiv 2407.01082).
+//! 2. `top_p`: of what is left, the fewest, from the first on, whose weights come to at least `p` of the sum of all that
+//!    is left (Holtzman et al. 2020, arXiv 1904.09751);
+//! 3. `min_p`: of what is left, those with `w_v ≥ min_p`, that is, of at least `min_p` times the probability of the
+//!    likeliest (Nguyen et al. 2024, arXiv 2407.01082).
 //!
 //! The order of the filters is that of Hugging Face's transformers. Of those that are kept a token is chosen with the
-//! probability of its weight: the first, by index, at which the cumulative sum of weights passes `u` times their sum. The
-//! uniform number `u` is [`random::uniform`] of the sequence's seed and position, so that a token does not depend on who shares
-//! the batch.
+//! probability of its weight: the first, by index, at which the cumulative sum of weights passes `u` times their sum.
+//! The uniform number `u` is [`random::uniform`] of the sequence's seed and position, so that a token does not depend
+//! on who shares the batch.
 //!
-//! `y` is rounded to `f32`, and kept within the finite numbers where `x` is finite. Weights are whole multiples of 2^-40, within
-//! a relative 2^-20 and the rounding of their exponent, and a token below 2^-41 of the likeliest is never chosen. They are
-//! computed by the same roundings on processors and on GPUs, and summed exactly: **all devices choose the same token**, in
-//! every run, however rows are batched.
+//! `y` is rounded to `f32`, and kept within the finite numbers where `x` is finite. Weights are whole multiples of
+//! 2^-40, within a relative 2^-20 and the rounding of their exponent; a token of less than that is never chosen. They
+//! are computed by the same roundings on processors and on GPUs, and summed exactly: **all devices choose the same
+//! token**, in every run, however rows are batched.
 //!
 //! # What changes
-//! The token is written, the position of its sequence goes up by one, and the token's bit is set among those that have occurred,
-//! where there are any. [`mark`] sets the bits of a prompt. The logarithm of the token's probability, if it is wanted, is that
-//! of the softmax of `x` over the vocabulary, which neither temperature, filters nor penalty have touched, within 1e-5 (and a
-//! rounding of the result).
+//! The token is written, the position of its sequence goes up by one, and the token's bit is set among those that have
+//! occurred, where there are any. [`mark`] sets the bits of a prompt. The logarithm of the token's probability, if it is
+//! wanted, is that of the softmax of `x` over the vocabulary, which neither temperature, filters nor penalty have touched,
+//! within 1e-5 (and a rounding of the result).
 //!
-//! A row of a negative slot is padding: nothing of it is read or written. A row with a logit that is NaN or +infinity, with
-//! none that is above -infinity, or with settings that [`Settings::check`] refuses gets the token [`INVALID`] and a
-//! log-probability of NaN, and nothing else of it changes. (Settings may lie on a device, where nobody has looked at them.)
+//! A row of a negative slot is padding: nothing of it is read or written. A row with a logit that is NaN or +infinity,
+//! with none that is above -infinity, or with settings that [`Settings::check`] refuses gets the token [`INVALID`] and
+//! a log-probability of NaN, and nothing else of it changes. (Settings may lie on a device, where nobody has looked at
+//! them.)
 //!
 //! ```
 //! use selective_scan::View;
@@ -139,7 +141,8 @@ pub struct Inputs<'a, M: Memory = Host> {
     pub logits: View<'a, f32, 2, M>,
     /// The tokens of the vocabulary, the first columns of the logits; columns from there on are padding.
     pub vocab_size: usize,
-    /// The sequence of each row: where in the settings and among the bits what belongs to it lies. A negative one is padding.
+    /// The sequence of each row: where in the settings and among the bits what belongs to it lies. A negative one is
+    /// padding.
     pub slots: Slots<'a, DeviceSlots<'a, M>>,
 }
 
@@ -164,8 +167,8 @@ impl<'a, M: Memory> Inputs<'a, M> {
 pub struct StateMut<'a> {
     /// `(sequences)`.
     pub settings: &'a mut [Settings],
-    /// Bit `v % 32` of word `v / 32` of a sequence is set if token `v` has occurred: `(sequences, ⌈vocab / 32⌉)`. Without it none
-    /// has, and penalties change nothing.
+    /// Bit `v % 32` of word `v / 32` of a sequence is set if token `v` has occurred: `(sequences, ⌈vocab / 32⌉)`.
+    /// Without it none has, and penalties change nothing.
     pub occurred: Option<&'a mut [u32]>,
     /// `(rows)`. Those of padding are left as they are.
     pub tokens: &'a mut [u32],
@@ -195,8 +198,8 @@ pub const fn words(vocab: usize) -> usize {
     vocab.div_ceil(32)
 }
 
-/// Marks tokens of one sequence as such that have occurred, those of a prompt for instance. `occurred` are the bits of that
-/// sequence.
+/// Marks tokens of one sequence as such that have occurred, those of a prompt for instance. `occurred` are the bits of
+/// that sequence.
 ///
 /// # Errors
 /// A token that there is no bit for. Nothing is written then.

@@ -24,7 +24,8 @@ pub fn philox4x32_10(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 }
 
 /// The random number with which a sequence of this seed chooses its token at this position, as 64 bits: over 2^64 it is
-/// uniform from 0 to 1. It is the first two words (the lower first) of the counter `(position, 0)` under the key `seed`.
+/// uniform from 0 to 1. It is the first two words (the lower first) of the counter `(position, 0)` under the key
+/// `seed`.
 pub fn uniform(seed: u64, position: u64) -> u64 {
     let words = |x: u64| [x as u32, (x >> 32) as u32];
     let [low, high] = words(position);

@@ -2,8 +2,8 @@
 
 use super::{Settings, random};
 
-/// The penalised logits `y` of a row of the vocabulary's logits, rounded to `f32` as they are everywhere. `occurred` are the
-/// bits of its sequence.
+/// The penalised logits `y` of a row of the vocabulary's logits, rounded to `f32` as they are everywhere. `occurred`
+/// are the bits of its sequence.
 pub fn penalised(logits: &[f32], settings: &Settings, occurred: Option<&[u32]>) -> Vec<f32> {
     let has_occurred = |v: usize| occurred.is_some_and(|words| words[v / 32] >> (v % 32) & 1 == 1);
     let penalised = |(v, &x): (usize, &f32)| {
@@ -17,8 +17,8 @@ pub fn penalised(logits: &[f32], settings: &Settings, occurred: Option<&[u32]>) 
     logits.iter().enumerate().map(penalised).collect()
 }
 
-/// The probability with which each token of a row is chosen, after all filters; `None` if the row has no token. `logits` are
-/// those of the vocabulary, `occurred` the bits of its sequence.
+/// The probability with which each token of a row is chosen, after all filters; `None` if the row has no token.
+/// `logits` are those of the vocabulary, `occurred` the bits of its sequence.
 pub fn probabilities(logits: &[f32], settings: &Settings, occurred: Option<&[u32]>) -> Option<Vec<f64>> {
     settings.check().ok()?;
     if logits.iter().any(|x| x.is_nan() || *x == f32::INFINITY) || logits.iter().all(|x| *x == f32::NEG_INFINITY) {
@@ -53,7 +53,8 @@ pub fn probabilities(logits: &[f32], settings: &Settings, occurred: Option<&[u32
     Some(probabilities)
 }
 
-/// The token of a row, and the logarithm of its probability under the softmax of its logits; `None` if the row has none.
+/// The token of a row, and the logarithm of its probability under the softmax of its logits; `None` if the row has
+/// none.
 pub fn sample(logits: &[f32], settings: &Settings, occurred: Option<&[u32]>) -> Option<(u32, f64)> {
     let probabilities = probabilities(logits, settings, occurred)?;
     let u = random::uniform(settings.seed, settings.position) as f64 / 2f64.powi(64);
@@ -65,7 +66,12 @@ pub fn sample(logits: &[f32], settings: &Settings, occurred: Option<&[u32]>) -> 
     // Rounding can leave the sum of all a little below 1.
     let last = probabilities.iter().rposition(|p| *p > 0.0)?;
     let token = probabilities.iter().position(passes).unwrap_or(last);
+    Some((token as u32, log_probability(logits, token)))
+}
+
+/// The logarithm of a token's probability under the softmax of the vocabulary's logits.
+pub fn log_probability(logits: &[f32], token: usize) -> f64 {
     let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let total: f64 = logits.iter().map(|&x| (f64::from(x) - most).exp()).sum();
-    Some((token as u32, f64::from(logits[token]) - most - total.ln()))
+    f64::from(logits[token]) - most - total.ln()
 }

@@ -1,10 +1,8 @@
-//! The arithmetic that processors and GPUs share, bit for bit. `kernels/sampling/weights.cuh` is the same in C++; what one
-//! changes, the other must.
+//! The arithmetic that processors and GPUs share, bit for bit. `kernels/sampling/weights.cuh` is the same in C++; what
+//! one changes, the other must.
 //!
 //! Products and sums are rounded one by one here (no fused ones, which not all processors have), and weights are whole
 //! numbers, whose sums are the same in any order.
-
-use super::Settings;
 
 /// The weight of the likeliest token. All of [`MAX_VOCAB_SIZE`](super::MAX_VOCAB_SIZE) tokens together stay below 2^64.
 pub(super) const ONE: u64 = 1 << 40;
@@ -58,7 +56,7 @@ pub(super) fn key(y: f32) -> u32 {
 /// The least sum of weights that the likeliest tokens must have by `top_p`, of `total` for all.
 pub(super) fn nucleus(top_p: f32, total: u64) -> u64 {
     let part = (top_p * 4_294_967_296.0) as u64;
-    ((u128::from(part) * u128::from(total) >> 32) as u64).max(1)
+    (((u128::from(part) * u128::from(total)) >> 32) as u64).max(1)
 }
 
 /// The least weight of a token by `min_p`.
@@ -68,19 +66,7 @@ pub(super) fn least_weight(min_p: f32) -> u64 {
 
 /// Where the cumulative sum of weights must pass, of `total` for all.
 pub(super) fn target(random: u64, total: u64) -> u64 {
-    (u128::from(random) * u128::from(total) >> 64) as u64
-}
-
-/// Whether the settings are numbers by which tokens can be chosen.
-pub(super) fn is_valid(settings: &Settings) -> bool {
-    let &Settings { temperature, top_p, min_p, repetition_penalty, .. } = settings;
-    temperature >= 0.0
-        && temperature < f32::INFINITY
-        && top_p > 0.0
-        && top_p <= 1.0
-        && (0.0..=1.0).contains(&min_p)
-        && repetition_penalty > 0.0
-        && repetition_penalty < f32::INFINITY
+    ((u128::from(random) * u128::from(total)) >> 64) as u64
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 //! split sequences, which need many, are left to the sanitizers.
 
 use half::{bf16, f16};
-use selective_scan::{Discretization, Isa, Projection, Slots, View, ViewMut, conv, loss, state_update};
+use selective_scan::sampling::{Settings, StateMut};
+use selective_scan::{Discretization, Isa, Projection, Slots, View, ViewMut, conv, loss, sampling, state_update};
 
 use crate::scan::case::{Case, Flags, Shape};
 use crate::support::device::Device;
@@ -93,5 +94,23 @@ fn cross_entropy() {
         let (inputs, mut losses) = (loss::InputsMut::new(logits, &[0, 4099, 7, loss::IGNORED], 1.0), [0.0; 4]);
         loss::cpu::losses_and_gradient_with(Isa::Portable, inputs, &mut losses).expect("valid");
         assert!(losses[..3].iter().all(|loss| (loss - (vocab as f32).ln()).abs() < 2.0) && losses[3] == 0.0);
+    });
+}
+
+/// Settings, bits and log-probabilities of rows that change places, written from two threads.
+#[test]
+fn sampling() {
+    on_two_threads(|| {
+        let logits: Vec<f32> = Draw::new(1).uniform(3 * 40, -2.0, 2.0);
+        let settings = Settings { top_k: 9, top_p: 0.9, repetition_penalty: 2.0, ..Settings::default() };
+        let (mut settings, mut occurred, mut tokens, mut log_probs) = ([settings; 4], [0; 8], [0; 3], [0.0; 3]);
+        for slots in [[3, 0, 1], [0, -1, 2]] {
+            let inputs =
+                sampling::Inputs { slots: Slots::Host(&slots), ..sampling::Inputs::new(View::new(&logits, [3, 40])) };
+            let (occurred, log_probs) = (Some(&mut occurred[..]), Some(&mut log_probs[..]));
+            let state = StateMut { settings: &mut settings, occurred, tokens: &mut tokens, log_probs };
+            sampling::cpu::sample_with(Isa::Portable, &inputs, state).expect("valid");
+        }
+        assert_eq!(settings.map(|settings| settings.position), [2, 1, 1, 1]);
     });
 }

@@ -6,9 +6,9 @@ use super::Case;
 use crate::support::device::Device;
 use crate::support::draw::{Draw, seeded};
 
-/// Chi-square of counts beside probabilities. It is beyond this bound once in e^30 (1e13) times by the tail of the distribution
-/// (Laurent and Massart 2000, lemma 1: beyond d + 2 √(d x) + 2 x with a probability of e^-x at most). The counts' own tail is a
-/// little heavier where 50 are expected, which leaves four powers of ten.
+/// Chi-square of counts beside probabilities. It is beyond this bound once in e^30 (1e13) times by the tail of the
+/// distribution (Laurent and Massart 2000, lemma 1: beyond d + 2 √(d x) + 2 x with a probability of e^-x at most). The
+/// counts' own tail is a little heavier where 50 are expected, which leaves four powers of ten.
 #[track_caller]
 fn assert_distributed(counts: &[u64], probabilities: &[f64], what: &str) {
     let draws = counts.iter().sum::<u64>() as f64;
