@@ -282,7 +282,7 @@ fn threads_change_no_bits() {
     let (_, seed) = seeded();
     let draw = &mut Draw::new(seed);
     for size in [[1, 601, 1030], [6, 200, 1001], [70, 64, 203]] {
-        let case = Case::<f32, bf16, bf16, f32>::convolved(draw, size, 203);
+        let case = Case::<f32, f32, f32, f32>::convolved(draw, size, 203);
         let run = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
             let (out, states) = pool.install(|| case.run(Device::best()));
