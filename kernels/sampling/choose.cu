@@ -152,9 +152,9 @@ __device__ __forceinline__ uint64_t filter(const Sample &p, int64_t row, Shared 
     return ties;
 }
 
-__device__ __forceinline__ void write(const Sample &p, int64_t row, int64_t slot, uint32_t token, float log_prob) {
-    p.chosen[row] = token;
-    if (p.log_probs) p.log_probs[row] = log_prob;
+__device__ __forceinline__ void write(const Sample &p, int64_t slot, uint32_t token, float log_prob) {
+    p.chosen[slot] = token;
+    if (p.log_probs) p.log_probs[slot] = log_prob;
     if (token == INVALID) return;
     p.settings[slot].position += 1;
     if (p.occurred) p.occurred[slot * p.words + token / 32] |= 1u << (token % 32);
@@ -248,7 +248,7 @@ __device__ __forceinline__ void finish(const Sample &p, int64_t row, Shared &sha
         const uint64_t others = sums.total(shared) - (uint64_t(1) << WEIGHT_BITS);
         log_prob = task.row.logits[token] - shared.all.most - log1pf(static_cast<float>(others) * 0x1p-40f);
     }
-    if (threadIdx.x == 0) write(p, row, slot, static_cast<uint32_t>(token), log_prob);
+    if (threadIdx.x == 0) write(p, slot, static_cast<uint32_t>(token), log_prob);
 }
 
 __device__ __forceinline__ void choose(const Sample &p) {

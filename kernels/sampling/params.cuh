@@ -53,9 +53,9 @@ struct Sample {
     Settings *settings;
     // (sequences, words); null where not kept.
     uint32_t *occurred;
-    // (rows)
+    // (sequences)
     uint32_t *chosen;
-    // (rows); null where not requested.
+    // (sequences); null where not requested.
     float *log_probs;
     Workspace workspace;
     // 1 if rows start at multiples of 16 bytes, else 0.

@@ -79,7 +79,9 @@ impl SamplingState {
                 let stream = device.cuda_stream();
                 let settings = stream.clone_htod(&vec![Settings::default(); slots]);
                 let settings = settings.map_err(|error| Error::cuda("allocating settings", error))?;
-                Stored::Cuda { settings, workspace: super::cuda::Workspace::new(&stream, slots, vocab_size)? }
+                // Rows of padding may come beside those that have a slot.
+                let rows = slots.next_multiple_of(64);
+                Stored::Cuda { settings, workspace: super::cuda::Workspace::new(&stream, rows, vocab_size)? }
             }
             device => {
                 return Err(crate::candle::device::elsewhere("device", format_args!("{:?}", device.location())).into());

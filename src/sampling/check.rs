@@ -11,6 +11,7 @@ pub(crate) struct Problem {
     /// The tokens of the vocabulary, and the words of bits of a sequence.
     pub vocab_size: usize,
     pub words: usize,
+    pub rows: usize,
     /// Where the first row starts, and the distance from one to the next.
     pub offset: usize,
     pub stride: usize,
@@ -47,10 +48,10 @@ impl<M: Memory> Inputs<'_, M> {
         if let Some(len) = lens.occurred {
             check_len("occurred", "(sequences, ⌈vocab / 32⌉)", &[sequences, words(vocab)], len)?;
         }
-        check_len("tokens", "(rows)", &[rows], lens.tokens)?;
+        check_len("tokens", "(sequences)", &[sequences], lens.tokens)?;
         if let Some(len) = lens.log_probs {
-            check_len("log_probs", "(rows)", &[rows], len)?;
+            check_len("log_probs", "(sequences)", &[sequences], len)?;
         }
-        Ok(Problem { vocab_size: self.vocab_size, words: words(vocab), offset, stride: strides[0] })
+        Ok(Problem { rows, vocab_size: self.vocab_size, words: words(vocab), offset, stride: strides[0] })
     }
 }

@@ -32,21 +32,21 @@ pub fn sample_with(isa: Isa, inputs: &Inputs, state: StateMut) -> Result<()> {
         tokens: tokens.len(),
         log_probs: log_probs.as_ref().map(|values| values.len()),
     };
-    let Problem { vocab_size, words, offset, stride, .. } = inputs.check(&lens)?;
-    let (settings, occurred, log_probs) =
-        (Shared::new(settings), occurred.map(Shared::new), log_probs.map(Shared::new));
-    tokens.par_iter_mut().enumerate().for_each_init(Scratch::default, |scratch, (row, token)| {
+    let Problem { rows, vocab_size, words, offset, stride } = inputs.check(&lens)?;
+    let (settings, occurred) = (Shared::new(settings), occurred.map(Shared::new));
+    let (tokens, log_probs) = (Shared::new(tokens), log_probs.map(Shared::new));
+    (0..rows).into_par_iter().for_each_init(Scratch::default, |scratch, row| {
         let Some(slot) = inputs.slots.get(row) else { return };
         let logits = &inputs.logits.data[offset + row * stride..][..vocab_size];
-        // SAFETY (both): slots have been checked to differ, and this task alone has this one's.
+        // SAFETY (all): slots have been checked to differ, and this task alone has this one's.
         let settings = &mut unsafe { settings.part(slot..slot + 1) }[0];
         let mut bits = occurred.as_ref().map(|all| unsafe { all.part(slot * words..(slot + 1) * words) });
         let with_log_prob = log_probs.is_some();
         let chosen = isa.run(Choice { logits, settings, occurred: bits.as_deref(), with_log_prob, scratch });
-        *token = chosen.map_or(INVALID, |(token, _)| token);
+        let to = unsafe { tokens.part(slot..slot + 1) };
+        to[0] = chosen.map_or(INVALID, |(token, _)| token);
         if let Some(all) = &log_probs {
-            // SAFETY: each row has a place of its own.
-            let to = unsafe { all.part(row..row + 1) };
+            let to = unsafe { all.part(slot..slot + 1) };
             to[0] = chosen.map_or(f32::NAN, |(_, log_prob)| log_prob);
         }
         if let Some((token, _)) = chosen {

@@ -45,9 +45,9 @@ pub struct StateMut<'a> {
     pub settings: &'a mut CudaSlice<Settings>,
     /// `(sequences, ⌈vocab / 32⌉)`.
     pub occurred: Option<&'a mut CudaSlice<u32>>,
-    /// `(rows)`. Those of padding are left as they are.
+    /// `(sequences)`. Those that no row is of are left as they are.
     pub tokens: &'a mut CudaSlice<u32>,
-    /// `(rows)`. Those of padding are left as they are.
+    /// `(sequences)`. Those that no row is of are left as they are.
     pub log_probs: Option<&'a mut CudaSlice<f32>>,
 }
 
@@ -114,8 +114,8 @@ pub fn sample(
         tokens: tokens.len(),
         log_probs: log_probs.as_ref().map(|values| values.len()),
     };
-    let Problem { vocab_size, words, offset, stride } = inputs.check(&lens)?;
-    let (rows, sequences) = (tokens.len(), settings.len());
+    let Problem { rows, vocab_size, words, offset, stride } = inputs.check(&lens)?;
+    let sequences = settings.len();
     workspace.check(rows, vocab_size)?;
     let (device, mut arguments) = (Device::new(stream)?, Arguments::new(stream));
     let View { data, .. } = inputs.logits;

@@ -170,9 +170,9 @@ pub struct StateMut<'a> {
     /// Bit `v % 32` of word `v / 32` of a sequence is set if token `v` has occurred: `(sequences, ⌈vocab / 32⌉)`.
     /// Without it none has, and penalties change nothing.
     pub occurred: Option<&'a mut [u32]>,
-    /// `(rows)`. Those of padding are left as they are.
+    /// `(sequences)`. Those that no row is of are left as they are.
     pub tokens: &'a mut [u32],
-    /// `(rows)`. Those of padding are left as they are.
+    /// `(sequences)`. Those that no row is of are left as they are.
     pub log_probs: Option<&'a mut [f32]>,
 }
 

@@ -4,7 +4,9 @@
 
 use half::{bf16, f16};
 use selective_scan::sampling::{Settings, StateMut};
-use selective_scan::{Discretization, Isa, Projection, Slots, View, ViewMut, conv, loss, sampling, state_update};
+use selective_scan::{
+    Discretization, Isa, Projection, Slots, View, ViewMut, conv, decode, loss, sampling, state_update,
+};
 
 use crate::scan::case::{Case, Flags, Shape};
 use crate::support::device::Device;
@@ -81,6 +83,39 @@ fn state_updates() {
         let apart = ViewMut::new(&mut apart, [3, d, n]).with_layout(0, [d * (n + 1), n + 1, 1]);
         let options = state_update::Options { discretization: Discretization::ZeroOrderHold, ..inputs.options };
         state_update::Inputs { options, ..inputs }.update_with_token_states(apart).expect("valid");
+    });
+}
+
+/// The operators of a decoding step from two threads: a product whose first columns go through a convolution, one that is
+/// added, and an update. What comes out is for `decode` to judge.
+#[test]
+fn decoding_steps() {
+    on_two_threads(|| {
+        let (draw, [rows, features, columns, d]) = (&mut Draw::new(1), [3, 5, 30, 18]);
+        let (x, weight) =
+            (draw.uniform::<f32>(rows * features, -1.0, 1.0), draw.uniform::<f16>(columns * features, -1.0, 1.0));
+        let (x, weight) = (View::new(&x[..], [rows, features]), View::new(&weight[..], [columns, features]));
+        let filter = draw.uniform::<f32>(d * 2, -1.0, 1.0);
+        let slots = Slots::Host(&[2, -1, 0]);
+        let conv = decode::ConvStep { weight: View::new(&filter[..], [d, 2]), bias: None, slots };
+        let norm = Some(decode::RowNorm { weight: None, eps: 1e-5 });
+        let inputs = decode::Linear { conv: Some(conv), norm, ..decode::Linear::new(x, weight) };
+        let (mut out, mut pool) = (vec![f16::ZERO; rows * columns], vec![bf16::ZERO; 3 * (d + 1)]);
+        let conv_state = Some(ViewMut::new(&mut pool[..], [3, 1, d]).with_layout(0, [d + 1, d + 1, 1]));
+        let outputs = decode::LinearMut { out: &mut out[..], accumulate: false, conv_state };
+        decode::cpu::linear_with(Isa::Portable, &inputs, outputs).expect("valid");
+        let mut sums = vec![0.0f32; rows * columns];
+        let plain = decode::Linear::new(x, weight);
+        decode::cpu::linear_with(Isa::Portable, &plain, decode::LinearMut::add_to(&mut sums[..])).expect("valid");
+
+        let u = View::new(&out[..], [rows, d]).with_layout(0, [columns, 1]);
+        let projected = View::new(&out[..], [rows, 2 + 2 * 4]).with_layout(d, [columns, 1]);
+        let (dt_weight, a) = (draw.uniform::<f16>(d * 2, -1.0, 1.0), draw.uniform::<f32>(d * 4, -1.0, 0.0));
+        let (dt_weight, a) = (View::new(&dt_weight[..], [d, 2]), View::new(&a[..], [d, 4]));
+        let update = decode::SelectiveUpdate { slots, ..decode::SelectiveUpdate::new(u, projected, dt_weight, a) };
+        let (mut y, mut states) = (vec![f16::ZERO; rows * d], vec![0.5f32; 3 * d * 4]);
+        let outputs = decode::SelectiveUpdateMut { state: ViewMut::new(&mut states[..], [3, d, 4]), out: &mut y[..] };
+        decode::cpu::selective_update_with(Isa::Portable, &update, outputs).expect("valid");
     });
 }
 

@@ -7,6 +7,7 @@ mod support;
 #[cfg(feature = "candle")]
 mod candle;
 mod conv;
+mod decode;
 mod embedding;
 mod loss;
 #[cfg(feature = "nn")]

@@ -22,8 +22,8 @@ const TOGETHER: usize = 4;
 const MOST_ROWS: usize = 4;
 
 /// Multiplications in a task: 10 to 50 µs, by where the matrix lies. Two of them are worth a second thread, which takes 5
-/// to 10 µs to wake.
-const WORK_PER_TASK: usize = 1 << 17;
+/// to 10 µs to wake. (Miri, which takes a thousand times as long, is to see several threads too.)
+const WORK_PER_TASK: usize = if cfg!(miri) { 1 << 7 } else { 1 << 17 };
 
 pub(super) fn run<X: Element, T: Element, O: Element, St: Element>(
     isa: Isa,
@@ -258,7 +258,9 @@ impl<'t, T: Element> Matrix<'t, T> {
     /// The vectors of `lanes` elements of a row, which may be one after the last: then it is probably the next task's.
     #[inline(always)]
     fn ahead(&self, row: usize, lanes: usize) -> Ahead {
-        self.data.get(row * self.stride).map_or(Ahead::NONE, |first| Ahead::of(first, lanes))
+        // A single row may have any stride.
+        let first = row.checked_mul(self.stride).and_then(|at| self.data.get(at));
+        first.map_or(Ahead::NONE, |first| Ahead::of(first, lanes))
     }
 }
 

@@ -2,7 +2,7 @@
 //! against their parts.
 
 #[cfg(feature = "cuda")]
-mod gpu;
+pub mod gpu;
 mod update;
 mod vectors;
 mod wild;

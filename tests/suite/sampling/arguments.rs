@@ -64,11 +64,15 @@ fn what_does_not_fit_is_named() {
         |buffers| buffers.occurred.truncate(2),
         "`occurred`: expected (sequences, ⌈vocab / 32⌉) = [2, 2] elements, got 2 elements",
     );
-    refused(|_| {}, |buffers| buffers.tokens.truncate(1), "`tokens`: expected (rows) = [2] elements, got 1 elements");
+    refused(
+        |_| {},
+        |buffers| buffers.tokens.truncate(1),
+        "`tokens`: expected (sequences) = [2] elements, got 1 elements",
+    );
     refused(
         |_| {},
         |buffers| buffers.log_probs.push(0.0),
-        "`log_probs`: expected (rows) = [2] elements, got 3 elements",
+        "`log_probs`: expected (sequences) = [2] elements, got 3 elements",
     );
 }
 

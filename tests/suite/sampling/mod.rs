@@ -115,8 +115,9 @@ impl Case {
 
     pub fn run(&self, device: Device, with_log_probs: bool) -> Chosen {
         let (mut settings, mut occurred) = (self.settings.clone(), self.occurred.clone());
-        let mut tokens = vec![UNTOUCHED; self.rows];
-        let mut log_probs = with_log_probs.then(|| vec![f32::from_bits(UNTOUCHED); self.rows]);
+        let sequences = settings.len();
+        let mut tokens = vec![UNTOUCHED; sequences];
+        let mut log_probs = with_log_probs.then(|| vec![f32::from_bits(UNTOUCHED); sequences]);
         match device {
             Device::Cpu(isa) => {
                 let slots = self.slots.as_deref().into();
@@ -134,7 +135,14 @@ impl Case {
                 gpu::sample(self, &mut settings, occurred.as_deref_mut(), &mut tokens, log_probs.as_deref_mut());
             }
         }
-        let log_probs = log_probs.map(|values| values.iter().map(|x| x.to_bits()).collect());
+        // By rows; padding has none, and what no row is of must be untouched.
+        let of_row = |row| self.slot(row).filter(|slot| *slot < sequences);
+        for slot in (0..sequences).filter(|slot| (0..self.rows).all(|row| of_row(row) != Some(*slot))) {
+            assert_eq!(tokens[slot], UNTOUCHED, "sequence {slot}, which no row is of");
+        }
+        let tokens = (0..self.rows).map(|row| of_row(row).map_or(UNTOUCHED, |slot| tokens[slot])).collect();
+        let log_prob = |values: &[f32], row| of_row(row).map_or(UNTOUCHED, |slot| values[slot].to_bits());
+        let log_probs = log_probs.map(|values| (0..self.rows).map(|row| log_prob(&values, row)).collect());
         Chosen { tokens, log_probs, settings, occurred }
     }
 
