@@ -259,7 +259,7 @@ __device__ __forceinline__ void choose(const Sample &p) {
     const Settings settings = p.settings[slot];
     const Maximum all = of_row(p, chunk.row, shared);
     if (all.is_bad || all.most == -INFINITY || !is_valid(settings)) {
-        if (chunk.index == 0 && threadIdx.x == 0) write(p, chunk.row, slot, INVALID, NAN);
+        if (chunk.index == 0 && threadIdx.x == 0) write(p, slot, INVALID, NAN);
         return;
     }
     const Task task(p, chunk.row, slot, settings, all);

@@ -15,7 +15,8 @@
 //!
 //! # Numbers
 //! `T` is the type of matrices and activations. Arithmetic is `f32`, and rounded to `T` wherever the operators one by one
-//! would round: what is normed, each projection, the output of the convolution, Δ, the output. What a row gets depends on
+//! would round: the rows that are multiplied, after their norm, the output of the convolution and what goes into it, Δ, the output of
+//! the update. A product is rounded once, to the type of what it is written to or added to. What a row gets depends on
 //! neither the other rows nor their number, to the last bit: a sequence that is decoded in company gets what it gets alone.
 //!
 //! [`Linear`] and [`SelectiveUpdate`] say what the operators read; [`cpu`] runs them on slices,

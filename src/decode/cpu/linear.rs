@@ -193,7 +193,8 @@ impl<T: Element, O: Element> Kernel for Task<'_, '_, '_, T, O> {
 }
 
 impl<T: Element, O: Element> Product<'_, '_, T, O> {
-    /// Adds the bias to some columns of a row, rounds, and writes or adds.
+    /// Adds the bias to some columns of a row, and writes them, or adds them to what is there. What goes to the convolution is rounded
+    /// before it, all else once.
     #[inline(always)]
     fn finish(&self, row: usize, columns: Range<usize>, sums: &mut [f32], rounded: &mut [T], before: &mut [f32]) {
         if let Some(bias) = &self.bias {
@@ -202,20 +203,18 @@ impl<T: Element, O: Element> Product<'_, '_, T, O> {
                 *sum += bias;
             }
         }
-        T::narrow(sums, rounded);
-        // What of these columns goes to the convolution.
         let convolved = self.d_inner.clamp(columns.start, columns.end) - columns.start;
-        let (to_conv, to_out) = rounded.split_at(convolved);
         if convolved > 0 {
+            let rounded = &mut rounded[..convolved];
+            T::narrow(&sums[..convolved], rounded);
             let at = row * self.d_inner + columns.start;
             // SAFETY: this task alone works on these columns of this row.
-            unsafe { self.inputs_of_conv.part(at..at + convolved) }.copy_from_slice(to_conv);
+            unsafe { self.inputs_of_conv.part(at..at + convolved) }.copy_from_slice(rounded);
         }
         let at = row * self.sizes[2] + columns.start;
         // SAFETY: as above.
         let out = unsafe { self.out.part(at + convolved..at + columns.len()) };
         let sums = &mut sums[convolved..];
-        T::widen(to_out, sums);
         if self.accumulate {
             let before = &mut before[convolved..];
             O::widen(out, before);
