@@ -39,9 +39,9 @@ pub(super) fn run<X: Element, T: Element, O: Element, St: Element>(
     let x = match norm {
         Some(norm) => {
             let normed = normed::<X, T>(isa, x, norm)?;
-            staged(View::new(&normed, x.shape))?
+            staged::<T, T>(View::new(&normed, x.shape))?
         }
-        None => staged(x)?,
+        None => staged::<X, T>(x)?,
     };
     let mut inputs_of_conv: Vec<T> = zeroed("x", &[rows, d_inner])?;
     let per_task = (WORK_PER_TASK / sizes.features / rows).next_multiple_of(TOGETHER).max(TOGETHER);
@@ -79,13 +79,19 @@ pub(super) fn normed<X: Element, T: Element>(isa: Isa, x: View<X, 2>, by: RowNor
     Ok(out)
 }
 
-/// Rows as vectors, each with zeros after it up to a whole block.
-fn staged<X: Element>(x: View<X, 2>) -> Result<Vec<Row>> {
+/// Rows as vectors, rounded to `T`, each with zeros after it up to a whole block.
+fn staged<X: Element, T: Element>(x: View<X, 2>) -> Result<Vec<Row>> {
     let [rows, features] = x.shape;
     let blocks = features.div_ceil(BLOCK);
     let mut staged: Vec<Row> = zeroed("x", &[rows, blocks])?;
+    let mut rounded = vec![T::from_f32(0.0); if X::DTYPE == T::DTYPE { 0 } else { features }];
     for (row, to) in staged.chunks_exact_mut(blocks).enumerate() {
-        x.widen_row([row, 0], &mut cast_slice_mut(to)[..features]);
+        let to = &mut cast_slice_mut(to)[..features];
+        x.widen_row([row, 0], to);
+        if X::DTYPE != T::DTYPE {
+            T::narrow(to, &mut rounded);
+            T::widen(&rounded, to);
+        }
     }
     Ok(staged)
 }

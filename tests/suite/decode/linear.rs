@@ -152,6 +152,15 @@ impl<X: Element, T: Element, O: Element, St: Element> Case<X, T, O, St> {
         (want, allowed)
     }
 
+    /// Within the bounds of the reference.
+    fn check(&self, device: Device, seed: u64) {
+        let types = (X::DTYPE, T::DTYPE, O::DTYPE, St::DTYPE);
+        let what = format!("{:?}, {types:?}, d_inner {}, {device:?}, seed {seed}", self.size(), self.d_inner());
+        let (out, _) = self.run(device);
+        let (want, allowed) = self.expected();
+        assert_each(&out, &want, &allowed, &what);
+    }
+
     /// The sum of the sizes of the terms of each column.
     fn term_sizes(&self, row: usize) -> Vec<f64> {
         let (inputs, [_, features, columns]) = (self.inputs(), self.size());
@@ -199,13 +208,17 @@ pub(super) fn against_reference<X: Element, T: Element, O: Element, St: Element>
         let (_, seed) = seeded();
         let draw = &mut Draw::new(seed);
         let device = device(draw);
-        let case = Case::<X, T, O, St>::draw(draw, rows);
-        let types = (X::DTYPE, T::DTYPE, O::DTYPE, St::DTYPE);
-        let what = format!("{:?}, {types:?}, d_inner {}, {device:?}, seed {seed}", case.size(), case.d_inner());
-        let (out, _) = case.run(device);
-        let (want, allowed) = case.expected();
-        assert_each(&out, &want, &allowed, &what);
+        Case::<X, T, O, St>::draw(draw, rows).check(device, seed);
     }
+}
+
+/// A product of these rows, features and columns, with a dense matrix.
+pub(super) fn of_size<X: Element, T: Element, O: Element>(device: &dyn Fn(&mut Draw) -> Device, size: [usize; 3]) {
+    let (_, seed) = seeded();
+    let draw = &mut Draw::new(seed);
+    let device = device(draw);
+    let case = Case::<X, T, O, f32>::plain(draw, size);
+    Case { weight: case.weight.dense(), ..case }.check(device, seed);
 }
 
 fn with_f32_states<X: Element, T: Element, O: Element>() {

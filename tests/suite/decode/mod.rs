@@ -1,6 +1,8 @@
 //! The operators of a decoding step: each against its reference and against the operators that it joins.
 
 mod arguments;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod linear;
 mod update;
 mod wild;
@@ -152,7 +154,7 @@ fn run_linear<X: Element, T: Element, O: Element, St: Element>(
     match device {
         Device::Cpu(isa) => cpu::linear_with(isa, inputs, outputs).expect("the case is valid"),
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => unreachable!("no case is given to a GPU"),
+        Device::Cuda(_) => gpu::linear(inputs, outputs),
     }
 }
 
@@ -165,7 +167,7 @@ fn run_update<T: Element, St: Element>(
     match device {
         Device::Cpu(isa) => cpu::selective_update_with(isa, inputs, outputs).expect("the case is valid"),
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => unreachable!("no case is given to a GPU"),
+        Device::Cuda(_) => gpu::selective_update(inputs, outputs),
     }
 }
 
