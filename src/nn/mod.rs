@@ -108,7 +108,7 @@ mod checks;
 pub mod decode;
 mod layers;
 mod mamba;
-mod model;
+pub(crate) mod model;
 pub mod train;
 
 pub use checkpoint::{Checkpoint, CheckpointFormat, FileFormat, SaveOptions};

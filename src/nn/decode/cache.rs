@@ -1,5 +1,8 @@
 //! The states that a model's decoding carries from one call to the next.
 
+use std::collections::HashMap;
+use std::path::Path;
+
 use candle_core::{Device, Result};
 
 use super::{check_slots, copy, grow, put, reset, take};
@@ -105,6 +108,55 @@ impl Cache {
     /// The states on another device: a copy, unless they are there already.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         self.map(|pool| pool.to_device(device))
+    }
+
+    /// Writes all states to a file in the format of safetensors, `layers.N.conv` and `layers.N.ssm` for layer `N`; what is there already
+    /// is replaced as one.
+    ///
+    /// # Errors
+    /// What the system refuses. The file is as it was then.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let mut tensors = HashMap::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            for (name, pool) in layer.names().iter().zip(layer.pools()) {
+                tensors.insert(format!("layers.{index}.{name}"), pool.to_device(&Device::Cpu)?);
+            }
+        }
+        let mut unfinished = path.as_os_str().to_owned();
+        unfinished.push(format!(".{}.unfinished", std::process::id()));
+        let written = candle_core::safetensors::save(&tensors, &unfinished).and_then(|()| {
+            std::fs::rename(&unfinished, path).map_err(|error| candle_core::Error::from(error).with_path(path))
+        });
+        if written.is_err() {
+            // What is left of it is of no use; that it cannot be removed is the lesser error.
+            let _ = std::fs::remove_file(&unfinished);
+        }
+        written
+    }
+
+    /// Reads what [`save`](Self::save) wrote, to a device. Whether it is of a model's layers is seen when it is used with that.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or whose tensors are not states of layers from 0 on.
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        let path = path.as_ref();
+        let mut tensors = candle_core::safetensors::load(path, device).map_err(|error| error.with_path(path))?;
+        let mut layers = Vec::new();
+        while let Some(layer) = LayerState::from_tensors(layers.len(), &mut tensors) {
+            layers.push(layer);
+        }
+        if layers.is_empty() || !tensors.is_empty() {
+            let mut names: Vec<_> = tensors.keys().cloned().collect();
+            names.sort_unstable();
+            let expected = "`layers.N.conv` and `layers.N.ssm` for each layer from 0 on";
+            return Err(
+                argument("path", expected, format_args!("{} layers, and {names:?}", layers.len())).with_path(path)
+            );
+        }
+        let cache = Self { layers };
+        cache.check("path", &[], false)?;
+        Ok(cache)
     }
 
     fn map(&self, mut f: impl FnMut(&candle_core::Tensor) -> Result<candle_core::Tensor>) -> Result<Self> {

@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 use super::parts::{Parts, rows};
-use super::{MambaConfig, MambaState};
+use super::{MambaConfig, MambaState, TokenStates};
 use crate::candle::Slots;
 use crate::count_sequences;
 use crate::nn::layers::{Change, Gradients, ParameterList, Parameters, node_over};
@@ -156,20 +156,31 @@ impl Mamba {
     }
 
     /// Runs the rows of a residual stream, `x` being their norm, on from the states of a cache, and adds what comes out to them. All
-    /// has been checked, and there is at least one row.
-    pub(crate) fn extend_onto(&self, stream: &Tensor, x: &Tensor, pass: CachePass, state: &MambaState) -> Result<()> {
+    /// has been checked, and there is at least one row. Of a draft it gives the states after each token.
+    pub(crate) fn extend_onto(
+        &self,
+        stream: &Tensor,
+        x: &Tensor,
+        pass: CachePass,
+        state: &MambaState,
+    ) -> Result<Option<TokenStates>> {
         let parts = self.untracked()?;
         let rows = rows(stream)?;
-        match pass {
+        let (slots, kept) = match pass {
             CachePass::Prefill { cu_seqlens, slots } => {
                 let sequences = cu_seqlens.map_or(x.dim(0)?, |ends| ends.len() - 1);
                 let slots = state.slots_of(sequences, slots)?;
                 let (y, states) = parts.extend(x, cu_seqlens, &state.load(&slots)?)?;
                 parts.out_proj.apply_onto(&rows, &y)?;
-                state.store(&states, &slots)
+                state.store(&states, &slots)?;
+                return Ok(None);
             }
-            CachePass::Step { slots } => parts.out_proj.apply_onto(&rows, &parts.step(x, state, slots)?),
-        }
+            CachePass::Step { slots } => (slots, false),
+            CachePass::Draft { slots } => (slots, true),
+        };
+        let (y, states) = parts.step(x, state, slots, kept)?;
+        parts.out_proj.apply_onto(&rows, &y)?;
+        Ok(states)
     }
 
     /// Carries the states of a cache through the next token of each row, or through a few: `x` is
@@ -187,7 +198,8 @@ impl Mamba {
             return x.zeros_like();
         }
         let parts = self.untracked()?;
-        parts.out_proj.apply(&parts.step(&x.detach(), state, slots)?)?.reshape(x.shape())
+        let (y, _) = parts.step(&x.detach(), state, slots, false)?;
+        parts.out_proj.apply(&y)?.reshape(x.shape())
     }
 
     /// The layers themselves where candle tracks nothing, else the same without gradients.
@@ -259,6 +271,8 @@ pub(crate) enum CachePass<'a> {
     Prefill { cu_seqlens: Option<&'a [usize]>, slots: Slots<'a> },
     /// The next tokens of each sequence, in the same way.
     Step { slots: Slots<'a> },
+    /// The same, of which some may be taken back.
+    Draft { slots: Slots<'a> },
 }
 
 impl Module for Mamba {

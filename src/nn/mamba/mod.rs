@@ -13,3 +13,4 @@ pub use config::{MambaConfig, Norms};
 pub(crate) use joined::{Buffers, JoinedLayer, full};
 pub(crate) use parts::{Kept, Parts, rows};
 pub use state::MambaState;
+pub(crate) use state::TokenStates;

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::ssm_path::{self, SsmPath};
-use super::state::States;
+use super::state::{States, TokenStates};
 use super::{MambaConfig, MambaState};
 use crate::candle::Slots;
 use crate::nn::layers::{Gradients, Linear, Parameters};
@@ -100,10 +100,18 @@ impl Parts {
         Ok((rows(&y)?, states))
     }
 
-    /// Carries states through a few tokens, in place: as [`extend`](Self::extend) else.
-    pub(super) fn step(&self, x: &Tensor, state: &MambaState, slots: Slots) -> Result<Tensor> {
+    /// Carries states through a few tokens, in place: as [`extend`](Self::extend) else. If they are `kept`, also gives the states after
+    /// each token.
+    pub(super) fn step(
+        &self,
+        x: &Tensor,
+        state: &MambaState,
+        slots: Slots,
+        kept: bool,
+    ) -> Result<(Tensor, Option<TokenStates>)> {
         let [u, z] = self.project(x)?;
-        rows(&self.causal.step(&u, &z, state, slots)?)
+        let (y, states) = self.causal.step(&u, &z, state, slots, kept)?;
+        Ok((rows(&y)?, states))
     }
 
     /// [`forward`](Self::forward), which gives [`Kept::y`], and all that [`backward`](Self::backward) needs.

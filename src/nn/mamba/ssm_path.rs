@@ -7,7 +7,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::joined::{JoinedPath, full};
 use super::parts::rows;
-use super::state::States;
+use super::state::{States, TokenStates};
 use super::{MambaConfig, MambaState, Norms};
 use crate::candle::{CausalConv, ConvUpdate, RmsNorm, RmsNormGradients, Scan, Slots, StateUpdate};
 use crate::nn::layers::{Gradients, Initial, Linear, Parameter, Parameters, rms_norm};
@@ -221,22 +221,34 @@ impl SsmPath {
         Ok((y, States { conv, ssm }))
     }
 
-    /// Carries states through a few tokens, in place.
-    pub fn step(&self, x: &Tensor, z: &Tensor, state: &MambaState, slots: Slots) -> Result<Tensor> {
+    /// Carries states through a few tokens, in place; if they are `kept`, also gives the states after each token.
+    pub fn step(
+        &self,
+        x: &Tensor,
+        z: &Tensor,
+        state: &MambaState,
+        slots: Slots,
+        kept: bool,
+    ) -> Result<(Tensor, Option<TokenStates>)> {
         let values = self.values()?;
         let weight = &values.conv_weight;
-        let update = ConvUpdate { bias: values.conv_bias.as_ref(), slots, silu: true, ..ConvUpdate::new(x, weight) };
-        let u = update.update(&state.conv)?;
+        let conv = ConvUpdate { bias: values.conv_bias.as_ref(), slots, silu: true, ..ConvUpdate::new(x, weight) };
+        let (u, of_conv) = match kept {
+            true => conv.update_with_token_states(&state.conv).map(|(u, states)| (u, Some(states)))?,
+            false => (conv.update(&state.conv)?, None),
+        };
         let Projected { delta, b, c } = self.project(&u)?;
-        StateUpdate {
+        let update = StateUpdate {
             z: Some(z),
             d: Some(&values.d),
             delta_bias: Some(&values.delta_bias),
             slots,
             options: state_update::Options { delta_softplus: true, ..Default::default() },
             ..StateUpdate::new(&u, &delta, &values.a, &b, &c)
-        }
-        .update(&state.ssm)
+        };
+        let Some(conv) = of_conv else { return Ok((update.update(&state.ssm)?, None)) };
+        let (y, ssm) = update.update_with_token_states(&state.ssm)?;
+        Ok((y, Some(TokenStates { conv, ssm })))
     }
 
     /// The path as a joined step takes it; none where nothing is projected.

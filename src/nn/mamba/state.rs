@@ -141,3 +141,18 @@ pub(super) struct States {
     pub conv: Tensor,
     pub ssm: Tensor,
 }
+
+/// The states after each token of a draft, `(rows, tokens, ..)` each.
+#[derive(Debug)]
+pub(crate) struct TokenStates {
+    pub(super) conv: Tensor,
+    pub(super) ssm: Tensor,
+}
+
+impl TokenStates {
+    /// Puts the states of these slots back to what they were after as many tokens as were accepted.
+    pub fn accept(&self, state: &MambaState, slots: Slots, accepted: &[usize]) -> Result<()> {
+        rollback(&state.conv, &self.conv, slots, accepted)?;
+        rollback(&state.ssm, &self.ssm, slots, accepted)
+    }
+}

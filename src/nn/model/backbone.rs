@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 use super::stack::{self, WayBack};
-use super::{BackboneConfig, Mixer};
+use super::{BackboneConfig, LayerDraft, Mixer};
 use crate::candle::Slots;
 use crate::count_sequences;
 use crate::nn::layers::{Change, ParameterList, Parameters};
@@ -291,6 +291,17 @@ impl Backbone {
             layer.mixer.extend_onto(&stream, &layer.norm.forward(&stream)?, pass, state)?;
         }
         Ok(stream)
+    }
+
+    /// [`run`](Self::run) of a draft of at least one token, and what each layer needs to take some of it back.
+    pub(super) fn run_draft(&self, x: &Tensor, cache: &Cache, slots: Slots) -> Result<(Tensor, Vec<LayerDraft>)> {
+        self.check_input(x)?;
+        let (stream, mut drafts) = (self.begin(x)?.detach().copy()?, Vec::new());
+        for (layer, state) in self.layers.iter().zip(&cache.layers) {
+            let x = layer.norm.forward(&stream)?;
+            drafts.extend(layer.mixer.extend_onto(&stream, &x, CachePass::Draft { slots }, state)?);
+        }
+        Ok((stream, drafts))
     }
 
     /// The normalised stream that feeds a head, from the residual stream after the last layer.

@@ -7,6 +7,7 @@ use candle_nn::{Module, VarBuilder};
 
 use super::{Backbone, LanguageModelConfig, Mixer};
 use crate::candle::Slots;
+use crate::nn::decode::Draft;
 use crate::nn::layers::{Change, Initial, Linear, Parameter, ParameterList, Parameters, Tokens};
 use crate::nn::mamba::CachePass;
 use crate::nn::train::{LossOptions, Targets};
@@ -311,6 +312,49 @@ impl LanguageModel {
         let (model, ids) = (self.untracked()?, ids.reshape((batch, 1))?);
         let stream = model.backbone.run(&model.embed(&ids)?, cache, CachePass::Step { slots })?;
         model.logits(&stream.squeeze(1)?)
+    }
+
+    /// Reads the next tokens of each sequence, of which some may be taken back: `ids` `(batch, tokens)` to the logits after each,
+    /// `(batch, tokens, vocab_size)` of `f32`, and a [`Draft`] that keeps the states after every token. Cache and slots are those of
+    /// [`LanguageModel::step`], whose results these are token by token; not differentiable, as that.
+    ///
+    /// A model that is asked once about several tokens that a smaller one has drafted does so in little more time than about one
+    /// (speculative decoding; Leviathan et al. 2022, arXiv 2211.17192). The first of them is the last that is known to be right.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::prefill`].
+    pub fn draft<'s>(&self, ids: &Tensor, cache: &Cache, slots: impl Into<Slots<'s>>) -> Result<(Tensor, Draft)> {
+        let slots = slots.into();
+        let (batch, tokens) = check_ids(ids)?;
+        if tokens == 0 || batch == 0 {
+            return Err(argument("ids", "at least one token in at least one row", format_args!("{:?}", ids.dims())));
+        }
+        self.backbone.check_decoding(cache, batch, slots)?;
+        let model = self.untracked()?;
+        let (stream, layers) = model.backbone.run_draft(&model.embed(ids)?, cache, slots)?;
+        let slots = match slots {
+            Slots::Rows => None,
+            Slots::Host(list) => Some(list.to_vec()),
+            Slots::Device(list) => Some(list.to_vec1()?),
+        };
+        Ok((model.logits(&stream)?, Draft::new(cache.clone(), slots, layers)))
+    }
+
+    /// Reads tokens from the states of a cache on, as [`LanguageModel::prefill`] does, and gives the logits after every one of them,
+    /// `(batch, length, vocab_size)` of `f32`: of a text that is scored chunk by chunk, for instance.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::prefill`].
+    pub fn prefill_all<'s>(&self, ids: &Tensor, cache: &Cache, slots: impl Into<Slots<'s>>) -> Result<Tensor> {
+        let slots = slots.into();
+        let (batch, length) = check_ids(ids)?;
+        if length == 0 && batch > 0 {
+            return Err(argument("ids", "at least one token in every row", "none"));
+        }
+        self.backbone.check_decoding(cache, batch, slots)?;
+        let model = self.untracked()?;
+        let pass = CachePass::Prefill { cu_seqlens: None, slots };
+        model.logits(&model.backbone.run(&model.embed(ids)?, cache, pass)?)
     }
 
     fn logits(&self, stream: &Tensor) -> Result<Tensor> {

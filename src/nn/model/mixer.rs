@@ -2,11 +2,13 @@
 //!
 //! This is all that a model knows of the kinds of layers. A new kind is a variant in each, and an arm in each `match` below.
 
+use std::collections::HashMap;
+
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::candle::Slots;
 use crate::nn::layers::Parameters;
-use crate::nn::mamba::CachePass;
+use crate::nn::mamba::{CachePass, TokenStates};
 use crate::nn::{Mamba, MambaConfig, MambaState, argument};
 
 /// The mixer of a layer: its kind, sizes and variants.
@@ -89,10 +91,16 @@ impl Mixer {
     }
 
     /// Runs the norm of a residual stream, `(batch, length, d_model)` with at least one row, on from the states of a cache, and adds
-    /// what comes out to the stream. All has been checked.
-    pub(super) fn extend_onto(&self, stream: &Tensor, x: &Tensor, pass: CachePass, state: &LayerState) -> Result<()> {
+    /// what comes out to the stream. All has been checked. Of a draft it gives what takes tokens back.
+    pub(super) fn extend_onto(
+        &self,
+        stream: &Tensor,
+        x: &Tensor,
+        pass: CachePass,
+        state: &LayerState,
+    ) -> Result<Option<LayerDraft>> {
         match self {
-            Self::Mamba(block) => block.extend_onto(stream, x, pass, state.mamba()?),
+            Self::Mamba(block) => Ok(block.extend_onto(stream, x, pass, state.mamba()?)?.map(LayerDraft::Mamba)),
         }
     }
 
@@ -156,6 +164,22 @@ impl LayerState {
         }
     }
 
+    /// The names of its tensors in a file.
+    pub(crate) fn names(&self) -> &'static [&'static str] {
+        match self {
+            Self::Mamba(_) => &["conv", "ssm"],
+        }
+    }
+
+    /// Takes the states of layer `index` from the tensors of a file; none if they are not there.
+    pub(crate) fn from_tensors(index: usize, tensors: &mut HashMap<String, Tensor>) -> Option<Self> {
+        let [conv, ssm] = ["conv", "ssm"].map(|name| format!("layers.{index}.{name}"));
+        if !tensors.contains_key(&conv) || !tensors.contains_key(&ssm) {
+            return None;
+        }
+        Some(Self::Mamba(MambaState { conv: tensors.remove(&conv)?, ssm: tensors.remove(&ssm)? }))
+    }
+
     /// Other tensors in their places.
     pub(crate) fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
         match self {
@@ -167,6 +191,21 @@ impl LayerState {
     pub(crate) fn check_pools(&self) -> Result<()> {
         match self {
             Self::Mamba(state) => state.check_pools().map(|_| ()),
+        }
+    }
+}
+
+/// What a layer keeps of a draft, to take some of its tokens back.
+#[derive(Debug)]
+pub(crate) enum LayerDraft {
+    Mamba(TokenStates),
+}
+
+impl LayerDraft {
+    /// Puts states back to what they were after as many tokens of each row as were accepted.
+    pub fn accept(&self, state: &LayerState, slots: Slots, accepted: &[usize]) -> Result<()> {
+        match self {
+            Self::Mamba(states) => states.accept(state.mamba()?, slots, accepted),
         }
     }
 }

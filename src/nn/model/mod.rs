@@ -10,4 +10,5 @@ mod stack;
 pub use backbone::Backbone;
 pub use config::{BackboneConfig, LanguageModelConfig};
 pub use language_model::LanguageModel;
+pub(crate) use mixer::LayerDraft;
 pub use mixer::{LayerState, Mixer, MixerConfig};
