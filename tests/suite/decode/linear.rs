@@ -349,14 +349,14 @@ pub(super) fn the_convolution_is_a_step<X: Element, T: Element, St: Element>(
                 assert!(out[..d_inner].iter().all(|x| x.to_f32().to_bits() == 0), "{what}: row {row} is padding");
                 continue;
             };
-            for channel in 0..d_inner {
+            for (channel, input) in product[..d_inner].iter().enumerate() {
                 let at = |k: usize| conv.pool.index([slot, k, channel]);
                 let newest = conv.pool.shape[1] - 1;
                 for k in 0..newest {
                     let (is, was) = (pool[at(k)].to_f32(), conv.pool.data[at(k + 1)].to_f32());
                     assert_eq!(is.to_bits(), was.to_bits(), "{what}: row {row}, channel {channel}");
                 }
-                let (is, input) = (pool[at(newest)].to_f32(), St::from_f32(product[channel].to_f32()).to_f32());
+                let (is, input) = (pool[at(newest)].to_f32(), St::from_f32(input.to_f32()).to_f32());
                 assert_eq!(is.to_bits(), input.to_bits(), "{what}: row {row}, channel {channel}, the input");
             }
         }
