@@ -8,7 +8,7 @@
 //! depends on its row, its column and the instruction set alone, and not on what else is computed beside it.
 //!
 //! What stands before and after a product is the operators themselves: the norm, the step of the convolution, the state
-//! update. An `x` of `f32` that is not normed is not rounded either; the product is rounded to `T` also where `out` is `f32`.
+//! update.
 
 mod linear;
 mod update;

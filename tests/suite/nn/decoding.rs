@@ -349,3 +349,88 @@ fn a_bidirectional_block_does_not_decode() {
         assert!(refusal(model.prefill(&ids(&mut random, 1, 3), &cache, None)).contains("bidirectional"));
     }
 }
+
+/// Tokens of a draft have the logits of single steps, and after some were taken back decoding goes on as if they had not been read.
+#[test]
+fn drafts_are_taken_back() {
+    let mut random = random();
+    for (name, config) in causal_blocks() {
+        let (model, _) = model(&config, &mut random);
+        let (cache, plain) = (model.new_cache(5, DType::F32).unwrap(), model.new_cache(5, DType::F32).unwrap());
+        let slots = [4i32, -1, 2];
+        let prompt = ids(&mut random, 3, 6);
+        for cache in [&cache, &plain] {
+            model.prefill(&prompt, cache, &slots).unwrap();
+        }
+        let untouched = |cache: &Cache| {
+            [0, 1, 3].map(|slot| states(cache).into_iter().map(|pool| pool[slot].clone()).collect::<Vec<_>>())
+        };
+        let before = untouched(&cache);
+        let drafted = ids(&mut random, 3, 4);
+        let column = |t: usize| drafted.narrow(1, t, 1).unwrap().squeeze(1).unwrap();
+        let (logits, draft) = model.draft(&drafted, &cache, &slots).unwrap();
+        assert_eq!(logits.dims(), [3, 4, 11]);
+        let accepted = [random.random_range(1..=4), 9, random.random_range(1..=4)];
+        // Rows go on alone, each through as many tokens as were accepted.
+        for row in [0, 2] {
+            for t in 0..accepted[row] {
+                let token = column(t).narrow(0, row, 1).unwrap();
+                let expected = model.step(&token, &plain, &slots[row..=row]).unwrap();
+                let got = logits.narrow(0, row, 1).unwrap().narrow(1, t, 1).unwrap().squeeze(1).unwrap();
+                assert_close(&got, &expected, SAME, name);
+            }
+        }
+        draft.accept(&accepted).unwrap();
+        let next = Tensor::new(&[3u32, 7], &Device::Cpu).unwrap();
+        let [got, expected] = [&cache, &plain].map(|cache| model.step(&next, cache, &[4, 2]).unwrap());
+        assert_close(&got, &expected, SAME, name);
+        assert_eq!(untouched(&cache), before, "{name}");
+        let (_, draft) = model.draft(&drafted, &cache, &slots).unwrap();
+        assert!(refusal(draft.accept(&[5, 1, 1])).starts_with("`accepted`: expected from 1 to 4 tokens"), "{name}");
+        let none = drafted.narrow(1, 0, 0).unwrap();
+        assert!(refusal(model.draft(&none, &cache, &slots)).starts_with("`ids`: expected at least one token"));
+    }
+}
+
+/// A text that is scored chunk by chunk has the logits of one pass.
+#[test]
+fn logits_of_every_token_from_a_state() {
+    let mut random = random();
+    for (name, config) in causal_blocks() {
+        let (model, _) = model(&config, &mut random);
+        let ids = ids(&mut random, 2, 30);
+        let cache = model.new_cache(2, DType::F32).unwrap();
+        let chunks: Vec<_> = cuts(&mut random, 30)
+            .windows(2)
+            .map(|ends| model.prefill_all(&ids.narrow(1, ends[0], ends[1] - ends[0]).unwrap(), &cache, None).unwrap())
+            .collect();
+        assert_close(&Tensor::cat(&chunks, 1).unwrap(), &model.forward(&ids).unwrap(), SAME, name);
+    }
+}
+
+#[test]
+fn states_go_to_files_and_back() {
+    let mut random = random();
+    let folder = std::env::temp_dir().join(format!("selective-scan-states-{}", random.random::<u64>()));
+    std::fs::create_dir(&folder).unwrap();
+    let path = folder.join("states.safetensors");
+    let (model, _) = model(&causal_blocks()[0].1, &mut random);
+    for dtype in [DType::F32, DType::BF16] {
+        let cache = model.new_cache(3, dtype).unwrap();
+        model.prefill(&ids(&mut random, 3, 5), &cache, None).unwrap();
+        cache.save(&path).unwrap();
+        let read = Cache::load(&path, &Device::Cpu).unwrap();
+        assert_eq!(states(&read), states(&cache));
+        assert_eq!(mamba_states(&read)[0].ssm.dtype(), dtype);
+    }
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "nothing unfinished is left");
+    let strange = std::collections::HashMap::from([(
+        "layers.0.conv".to_string(),
+        Tensor::ones(3, DType::F32, &Device::Cpu).unwrap(),
+    )]);
+    candle_core::safetensors::save(&strange, &path).unwrap();
+    let message = refusal(Cache::load(&path, &Device::Cpu));
+    assert!(message.contains("layers.N.ssm") && message.contains("states.safetensors"), "{message}");
+    assert!(Cache::load(folder.join("none"), &Device::Cpu).is_err());
+    std::fs::remove_dir_all(&folder).unwrap();
+}

@@ -198,7 +198,8 @@ fn against_reference<X: Element, S: Element, O: Element>(
         if let (Some(ours), Some(exact)) = (&gradients.z, &exact.z)
             && (!cancels || case.options.norm_before_gate)
         {
-            assert_close(ours, exact, GRADIENTS, &what("z"));
+            // The slope of SiLU is about 1, and nothing at one place, near which a single element may lie.
+            assert_close_to(ours, exact, GRADIENTS, terms, &what("z"));
         }
     }
 }
