@@ -4,9 +4,12 @@ use std::fs;
 use std::io::{self, Write};
 use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use candle_core::DType;
+use selective_scan::candle::HostCopy;
+use selective_scan::nn::LanguageModel;
+use selective_scan::nn::decode::{Decoder, DecoderOptions};
 use selective_scan::nn::train::RunFolder;
-use selective_scan::nn::{LanguageModel, Sampler, Sampling};
+use selective_scan::sampling::Settings;
 
 use crate::data::MARK;
 use crate::{GenerateArguments, Result};
@@ -31,11 +34,12 @@ pub fn run(arguments: &GenerateArguments) -> Result<()> {
         return Err(format!("the model has {vocab} tokens, and is none of bytes").into());
     }
     let &GenerateArguments { temperature, top_k, top_p, seed, .. } = arguments;
-    let sampler = Sampler::new(Sampling { temperature, top_k, top_p, seed, ..Sampling::default() })?;
+    let (top_k, top_p) = (top_k.unwrap_or(0) as u64, top_p.unwrap_or(1.0) as f32);
+    let settings = Settings { temperature: temperature as f32, top_k, top_p, seed, ..Settings::default() };
 
     let mut to = io::stdout().lock();
     to.write_all(&prompt)?;
-    let speed = generate(&model, sampler, &prompt, arguments.bytes, &mut to)?;
+    let speed = generate(&model, &settings, &prompt, arguments.bytes, &mut to)?;
     writeln!(to)?;
     eprintln!(
         "\nread {} bytes at {:.0} a second, wrote {} at {:.0} a second",
@@ -63,26 +67,30 @@ fn newest(arguments: &GenerateArguments) -> Result<LanguageModel> {
 /// Writes `bytes` bytes that go on with `prompt`.
 pub fn generate(
     model: &LanguageModel,
-    mut sampler: Sampler,
+    settings: &Settings,
     prompt: &[u8],
     bytes: usize,
     to: &mut impl Write,
 ) -> Result<Speed> {
-    let model = model.detach()?;
-    let cache = model.new_cache(1, DType::F32)?;
+    let mut decoder = Decoder::new(model, &DecoderOptions::default())?;
+    decoder.sampling().begin(0, settings, &[])?;
     let ids: Vec<_> = [MARK].iter().chain(prompt).map(|&byte| u32::from(byte)).collect();
-    let read = ids.len();
+    let mut token = HostCopy::<u32>::new(decoder.sampling().tokens())?;
 
     let start = Instant::now();
-    let mut token =
-        sampler.sample(&model.prefill(&Tensor::new(ids, model.device())?.unsqueeze(0)?, &cache, None)?)?;
-    let prefill = read as f64 / start.elapsed().as_secs_f64();
+    let logits = decoder.prefill(&[&ids], &[0])?;
+    decoder.sampling().sample(&logits, None)?;
+    token.start()?;
+    token.wait()?;
+    let prefill = ids.len() as f64 / start.elapsed().as_secs_f64();
 
     let start = Instant::now();
     for _ in 0..bytes {
-        to.write_all(&[token[0] as u8])?;
+        // The next step goes on with the token where it is, while it comes here.
+        decoder.step_chosen(&[0])?;
+        to.write_all(&[token.wait()?[0] as u8])?;
         to.flush()?;
-        token = sampler.sample(&model.step(&Tensor::new(&token[..], model.device())?, &cache, None)?)?;
+        token.start()?;
     }
     Ok(Speed { prefill, decode: bytes as f64 / start.elapsed().as_secs_f64() })
 }

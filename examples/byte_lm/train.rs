@@ -9,7 +9,8 @@ use candle_core::{Device, Tensor};
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
 use selective_scan::nn::train::{AdamWConfig, Report, RunFolder, Schedule, Trainer, TrainerConfig};
-use selective_scan::nn::{LanguageModel, LanguageModelConfig, MambaConfig, Sampler, Sampling};
+use selective_scan::nn::{LanguageModel, LanguageModelConfig, MambaConfig};
+use selective_scan::sampling::Settings;
 
 use crate::checkpoint::{self, Curves, Run};
 use crate::data::{Corpus, Position, Windows};
@@ -242,11 +243,11 @@ fn parameters(model: &LanguageModel) -> usize {
 fn sample(model: &LanguageModel, corpus: &Corpus) -> Result<Speed> {
     let piece = corpus.held_out.iter().max_by_key(|piece| piece.len()).ok_or("nothing is held out")?;
     let prompt = &piece[1..piece.len().min(SAMPLE.0)];
-    let sampler = Sampler::new(Sampling { temperature: 0.7, ..Sampling::default() })?;
+    let settings = Settings { temperature: 0.7, ..Settings::default() };
     let shown = String::from_utf8_lossy(&prompt[prompt.len().saturating_sub(200)..]).into_owned();
     println!("\n--- the end of a prompt of {} bytes, held out\n{shown}\n--- and how the model goes on", prompt.len());
     let mut to = io::stdout().lock();
-    let speed = generate(model, sampler, prompt, SAMPLE.1, &mut to)?;
+    let speed = generate(model, &settings, prompt, SAMPLE.1, &mut to)?;
     writeln!(to, "\n---\n")?;
     Ok(speed)
 }
