@@ -1,5 +1,6 @@
 //! Decoding: the states that a model carries, its steps over fixed buffers, and the choice of tokens.
 
+mod beams;
 mod cache;
 mod decoder;
 mod draft;
@@ -7,6 +8,7 @@ mod generator;
 mod pool;
 mod sampler;
 
+pub use beams::{Found, SearchOptions};
 pub use cache::Cache;
 pub use decoder::{Decoder, DecoderOptions};
 pub use draft::Draft;

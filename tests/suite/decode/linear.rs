@@ -236,6 +236,13 @@ fn as_the_reference() {
     all_types!(with_half_states());
 }
 
+/// Rows of more features than a processor's cache holds of several.
+#[test]
+fn many_features() {
+    of_size::<f32, f32, f32>(&cpu_device, [3, 3001, 20]);
+    of_size::<f32, bf16, bf16>(&cpu_device, [5, 9000, 7]);
+}
+
 /// A row by itself, in whatever company, and again.
 pub(super) fn rows_do_not_depend_on_each_other<X: Element, T: Element, O: Element>(
     device: &dyn Fn(&mut Draw) -> Device,

@@ -3,6 +3,7 @@
 mod checkpoints;
 pub mod decoder;
 pub mod decoding;
+mod generation;
 #[cfg(feature = "candle-cuda")]
 mod gpu;
 mod initial;

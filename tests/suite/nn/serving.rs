@@ -5,12 +5,15 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
 use selective_scan::View;
-use selective_scan::nn::decode::{Cache, Event, FinishReason, Generator, GeneratorOptions, Request};
+use selective_scan::nn::decode::{
+    Cache, Decoder, DecoderOptions, Event, FinishReason, Generator, GeneratorOptions, Request,
+};
 use selective_scan::nn::{LanguageModel, MambaConfig};
 use selective_scan::sampling::{self, Settings};
 
-use super::{causal_blocks, model, random, rebuilt, refusal};
+use super::{SAME, assert_close, causal_blocks, model, random, rebuilt, refusal};
 
 const VOCAB: usize = 11;
 
@@ -158,6 +161,86 @@ pub fn texts_are_those_of_sequences_alone(device: &Device, requests: usize, slot
 fn on(device: &Device, config: &MambaConfig, random: &mut StdRng) -> LanguageModel {
     let (model, _) = model(config, random);
     rebuilt(&model, model.config(), DType::F32, device)
+}
+
+/// What is done to sequences in any order: chunks of prompts, alone and packed, steps, drafts that are taken back in part, copies onto
+/// other slots, exchanges, and new sequences. In the end each slot gives the logits of all that its sequence has read.
+pub fn slots_hold_what_was_read(device: &Device, operations: usize) {
+    const SLOTS: usize = 6;
+    let mut random = random();
+    for (name, config) in causal_blocks() {
+        let model = on(device, &config, &mut random);
+        let mut options = DecoderOptions::default();
+        options.slots = SLOTS;
+        let mut decoder = Decoder::new(&model, &options).unwrap();
+        let mut texts: Vec<Vec<u32>> = vec![Vec::new(); SLOTS];
+        for _ in 0..operations {
+            let mut slots: Vec<i32> = (0..SLOTS as i32).collect();
+            slots.shuffle(&mut random);
+            slots.truncate(random.random_range(1..=SLOTS));
+            let tokens = |random: &mut StdRng, most: usize| -> Vec<u32> {
+                let count = random.random_range(1..=most);
+                (0..count).map(|_| random.random_range(0..VOCAB as u32)).collect()
+            };
+            match random.random_range(0..6) {
+                0 => {
+                    let parts: Vec<_> = slots.iter().map(|_| tokens(&mut random, 9)).collect();
+                    let views: Vec<_> = parts.iter().map(Vec::as_slice).collect();
+                    decoder.prefill(&views, &slots).unwrap();
+                    slots.iter().zip(&parts).for_each(|(&slot, part)| texts[slot as usize].extend(part));
+                }
+                1 | 2 => {
+                    let next: Vec<_> = slots.iter().map(|_| tokens(&mut random, 1)[0]).collect();
+                    decoder.step(&next, &slots).unwrap();
+                    slots.iter().zip(next).for_each(|(&slot, token)| texts[slot as usize].push(token));
+                }
+                3 => {
+                    let count = random.random_range(1..=4);
+                    let drafted: Vec<Vec<u32>> = slots
+                        .iter()
+                        .map(|_| (0..count).map(|_| random.random_range(0..VOCAB as u32)).collect())
+                        .collect();
+                    let ids =
+                        Tensor::new(drafted.concat(), &Device::Cpu).unwrap().reshape((slots.len(), count)).unwrap();
+                    let (_, draft) = model.draft(&ids, decoder.cache(), &slots).unwrap();
+                    let accepted: Vec<_> = slots.iter().map(|_| random.random_range(1..=count)).collect();
+                    draft.accept(&accepted).unwrap();
+                    for ((&slot, drafted), accepted) in slots.iter().zip(&drafted).zip(accepted) {
+                        texts[slot as usize].extend(&drafted[..accepted]);
+                    }
+                }
+                4 => {
+                    // Onto other slots, or round in a circle.
+                    let mut to = slots.clone();
+                    to.rotate_left(1);
+                    let from: Vec<_> = match random.random() {
+                        true => slots.clone(),
+                        false => vec![slots[0]; slots.len()],
+                    };
+                    decoder.cache().copy_slots(&from, &to).unwrap();
+                    let before = texts.clone();
+                    from.iter().zip(to).for_each(|(&from, to)| texts[to as usize] = before[from as usize].clone());
+                }
+                _ => {
+                    decoder.cache().reset(Some(&slots[..1])).unwrap();
+                    texts[slots[0] as usize].clear();
+                }
+            }
+        }
+        let next = vec![5u32; SLOTS];
+        let got = decoder.step(&next, &[0, 1, 2, 3, 4, 5]).unwrap();
+        for (slot, text) in texts.iter().enumerate() {
+            let cache = model.new_cache(1, DType::F32).unwrap();
+            let whole = Tensor::new([&text[..], &[5]].concat(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+            let expected = model.prefill(&whole, &cache, None).unwrap();
+            assert_close(&got.narrow(0, slot, 1).unwrap(), &expected, SAME, &format!("{name}, slot {slot}: {text:?}"));
+        }
+    }
+}
+
+#[test]
+fn slots_on_the_processor_hold_what_was_read() {
+    slots_hold_what_was_read(&Device::Cpu, 300);
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod distributions;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod random;
+mod vectors;
 
 use selective_scan::sampling::{INVALID, Inputs, Settings, StateMut, cpu, mark, random::uniform, reference, words};
 use selective_scan::{Isa, View};
