@@ -5,7 +5,8 @@
 //! | [`Mamba`] | the block: for whole sequences, packed ones, prompts in chunks, and token by token on a [`MambaState`] |
 //! | [`Backbone`] | norms and mixers around a residual stream, for sequences of anything |
 //! | [`LanguageModel`] | a backbone between embeddings and a head, initialised as in the paper; trains on candle-nn's `VarMap` |
-//! | [`Cache`], [`Sampler`] | decoding: the states of all layers in slots, which are reset, copied, taken and put back; the choice of tokens |
+//! | [`decode`] | texts of sequences that come and go, steps of a model over fixed buffers (on a GPU one CUDA graph each), beams, drafts |
+//! | [`Cache`], [`Sampler`] | the states of all layers in slots, which are reset, copied, taken and put back; the choice of tokens from logits on the host |
 //! | [`Checkpoint`] | the files of Hugging Face and of state-spaces/mamba, read and written |
 //! | [`train`] | a trainer with checkpoints, an optimizer whose state can be saved, learning rates, losses |
 //! | [`RmsNorm`] | the norm between layers, with gradients, for models of your own |
@@ -75,8 +76,9 @@
 //! The same call on the same machine gives the same bits. But the number of rows decides how candle multiplies
 //! matrices, and so in which order their sums are taken: a sequence that is batched or packed with others, or read in other
 //! chunks, gets its own result within rounding (some 1e-6 in `f32`), not its bits. The operators under the model
-//! ([`scan`](crate::scan), [`conv`](crate::conv), [`state_update`](crate::state_update)) do give the same bits then. A
-//! server that promises the same text for the same seed must run a sequence in the same company.
+//! ([`scan`](crate::scan), [`conv`](crate::conv), [`state_update`](crate::state_update)) do give the same bits then, and so do the
+//! steps of a [`Decoder`](decode::Decoder). What a prompt leaves is the same within rounding: a server that promises the same text for
+//! the same seed to the last token must read a prompt in the same company.
 //!
 //! # Checkpoints
 //! ```no_run
