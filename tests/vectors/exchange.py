@@ -12,7 +12,7 @@ several, and compares logits. It is `.ci/run`'s step "exchange", needs no GPU, a
                            target/exchange. Its kernels need a GPU; the sources' own `selective_scan_ref` and
                            `rms_norm_ref` stand in their place.
 
-The crate is driven by `examples/convert.rs`. What cannot be had is skipped with a line; the exit status is 1 if anything
+The crate is driven by `examples/convert.rs`, and texts are written by `examples/generate.rs`. What cannot be had is skipped with a line; the exit status is 1 if anything
 that was compared differs.
 """
 
@@ -431,6 +431,40 @@ def with_both(judge, chain):
             judge.hold(folder.name, transformers_logits(model), json.loads((folder / "expected.json").read_text()))
 
 
+# ---- texts, by the tokenizer that stands beside a checkpoint
+
+TEXTS = ["the state of a system is all that", "what it reads", "once upon a time there was a scan that ran over every sequence"]
+
+
+def with_texts(judge, work):
+    import torch
+    import transformers
+    from tokenizers import ByteLevelBPETokenizer
+
+    transformers.logging.set_verbosity_error()
+    judge.begin(f"texts of transformers {transformers.__version__} and of examples/generate")
+    folder = work / "texts"
+    folder.mkdir()
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(TEXTS * 20, vocab_size=300, show_progress=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = transformers.MambaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=2, eos_token_id=None
+    )
+    model = transformers.MambaForCausalLM(config).eval()
+    randomize(model, 5)
+    model.save_pretrained(folder)
+    for text in TEXTS:
+        with judge.attempt(text), torch.no_grad():
+            ids = torch.tensor([tokenizer.encode(text).ids])
+            expected = model.generate(ids, max_new_tokens=24, do_sample=False, use_cache=False, eos_token_id=None, pad_token_id=0)
+            # What is no whole character shows as the same mark on both sides.
+            expected = text + tokenizer.decode(expected[0, ids.shape[1] :].tolist())
+            command = [str(GENERATE), str(folder), text, "--max-tokens", "24"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            judge.say(done.stdout == expected + "\n", f"{done.stdout!r} and {expected!r}")
+
+
 # ---- the parts together
 
 def old_transformers():
@@ -448,19 +482,20 @@ def old_transformers():
 
 
 def main():
-    global CONVERT
+    global CONVERT, GENERATE
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--convert", type=Path, help="the crate's program [default: it is built]")
-    parser.add_argument("--part", choices=["transformers", "mamba_ssm", "both"], help="one part only")
+    parser.add_argument("--programs", type=Path, help="folder of the crate's programs [default: they are built]")
+    parser.add_argument("--part", choices=["transformers", "mamba_ssm", "both", "texts"], help="one part only")
     parser.add_argument("--chain", type=Path, help="for the parts: a folder in which one leaves files to another")
     arguments = parser.parse_args()
     CACHE.mkdir(parents=True, exist_ok=True)
-    CONVERT = arguments.convert
-    if CONVERT is None:
-        # In the tests' profile, in which the suite has compiled what it needs.
-        command = ["cargo", "build", "--quiet", "--locked", "--profile", "test", "--features", "nn", "--example", "convert"]
-        subprocess.run(command, cwd=ROOT, check=True)
-        CONVERT = ROOT / "target" / "debug" / "examples" / "convert"
+    programs = arguments.programs
+    if programs is None:
+        # In the tests' profile, in which the suite has compiled what they need.
+        command = ["cargo", "build", "--quiet", "--locked", "--profile", "test", "--features", "nn"]
+        subprocess.run([*command, "--example", "convert", "--example", "generate"], cwd=ROOT, check=True)
+        programs = ROOT / "target" / "debug" / "examples"
+    CONVERT, GENERATE = programs / "convert", programs / "generate"
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     judge = Judge()
@@ -473,6 +508,8 @@ def main():
                 with_mamba_ssm(judge, work, arguments.chain)
             case "both":
                 with_both(judge, arguments.chain)
+            case "texts":
+                with_texts(judge, work)
             case None:
                 return all_parts(work)
     return judge.report()
@@ -482,7 +519,8 @@ def all_parts(chain):
     """Each in a process of its own: two versions of a library do not go into one."""
 
     def part(name, **environment):
-        command = [sys.executable, "-B", __file__, "--convert", str(CONVERT), "--part", name, "--chain", str(chain)]
+        command = [sys.executable, "-B", __file__, "--programs", str(CONVERT.parent), "--part", name]
+        command += ["--chain", str(chain)]
         return subprocess.run(command, env={**os.environ, **environment}).returncode
 
     status = part("transformers")
@@ -490,6 +528,7 @@ def all_parts(chain):
         status |= part("transformers", PYTHONPATH=str(target))
     status |= part("mamba_ssm")
     status |= part("both")
+    status |= part("texts")
     print("exchange: " + ("something differs" if status else "all as it should be"))
     return 1 if status else 0
 
