@@ -138,7 +138,7 @@ fn sampling() {
     on_two_threads(|| {
         let logits: Vec<f32> = Draw::new(1).uniform(3 * 40, -2.0, 2.0);
         let settings = Settings { top_k: 9, top_p: 0.9, repetition_penalty: 2.0, ..Settings::default() };
-        let (mut settings, mut occurred, mut tokens, mut log_probs) = ([settings; 4], [0; 8], [0; 3], [0.0; 3]);
+        let (mut settings, mut occurred, mut tokens, mut log_probs) = ([settings; 4], [0; 8], [0; 4], [0.0; 4]);
         for slots in [[3, 0, 1], [0, -1, 2]] {
             let inputs =
                 sampling::Inputs { slots: Slots::Host(&slots), ..sampling::Inputs::new(View::new(&logits, [3, 40])) };

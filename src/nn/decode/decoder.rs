@@ -263,7 +263,7 @@ impl Joined {
         let (vocab, d_model) = self.head.dims2()?;
         let device = self.head.device();
         check_room("slots", &[rows, vocab], DType::F32, device)?;
-        let slots = Tensor::full(-1i32, rows, device)?;
+        let slots = Tensor::new(vec![-1i32; rows], device)?;
         let stream = Tensor::zeros((rows, d_model), self.stream_dtype, device)?;
         let logits = Tensor::zeros((rows, vocab), DType::F32, device)?;
         let mut buffers: Vec<Buffers> = Vec::new();
