@@ -101,6 +101,24 @@ impl Scan<'_> {
         Ok(both((results.out.untracked(), results.checkpoints)))
     }
 
+    /// [`forward_with_checkpoints`](Self::forward_with_checkpoints) that also gives the final state, `(batch, d_inner, d_state)` of
+    /// `f32`, last.
+    ///
+    /// # Errors
+    /// As [`Scan::forward`].
+    pub fn forward_with_checkpoints_and_state(&self) -> Result<(Tensor, Tensor, Tensor)> {
+        let mut arguments = Arguments::default();
+        let Ok(_) = self.tensors().map(&mut arguments);
+        let locked = arguments.lock()?;
+        let results = on_device!("u", self.u, |backend| for_dtype!("u", self.u.dtype(), |T| {
+            self.compute::<_, T>(backend, locked.reader(), true, true)
+        }))?;
+        let Results { out, final_state, checkpoints } = results;
+        let (out, checkpoints) = both((out.untracked(), checkpoints));
+        let (out, final_state) = both((out, final_state.map(Computed::untracked)));
+        Ok((out, checkpoints, final_state))
+    }
+
     fn run(&self, with_state: bool) -> Result<(Tensor, Option<Tensor>)> {
         let mut arguments = Arguments::default();
         let Ok(_) = self.tensors().map(&mut arguments);

@@ -116,17 +116,42 @@ impl Parts {
 
     /// [`forward`](Self::forward), which gives [`Kept::y`], and all that [`backward`](Self::backward) needs.
     pub fn forward_kept(&self, x: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Kept> {
+        Ok(self.forward_kept_from(x, cu_seqlens, None)?.0)
+    }
+
+    /// The same from given states on, of a block without a second direction, and the states afterwards.
+    pub(super) fn forward_kept_from(
+        &self,
+        x: &Tensor,
+        cu_seqlens: Option<&[usize]>,
+        mut initial: Option<States>,
+    ) -> Result<(Kept, Option<States>)> {
         let matrix = rows(x)?;
         let projected = self.projected(&matrix, x)?;
         let [u, z] = self.split(&projected)?;
-        let (mut directions, mut paths) = (Vec::new(), Vec::new());
+        let (mut directions, mut paths, mut states) = (Vec::new(), Vec::new(), None);
         for path in self.paths() {
-            let (y, kept) = path.forward_kept(&u, &z, cu_seqlens, self.recompute)?;
+            let (y, kept, after) = path.forward_kept(&u, &z, cu_seqlens, self.recompute, initial.take())?;
             directions.push(y);
             paths.push(kept);
+            states = states.or(after);
         }
         let y = rows(&self.join(directions)?)?;
-        Ok(Kept { x: matrix, projected, paths, y, cu_seqlens: cu_seqlens.map(<[usize]>::to_vec) })
+        Ok((Kept { x: matrix, projected, paths, y, cu_seqlens: cu_seqlens.map(<[usize]>::to_vec) }, states))
+    }
+
+    /// [`forward_kept`](Self::forward_kept) from the states of a cache on, whose slots then have those afterwards. All has been checked.
+    pub fn forward_carried(&self, x: &Tensor, state: &MambaState, slots: Slots) -> Result<Kept> {
+        let slots = state.slots_of(x.dim(0)?, slots)?;
+        // Copies, as the states are overwritten before the way back.
+        let States { conv, ssm } = state.load(&slots)?;
+        let initial = States { conv: conv.copy()?, ssm: ssm.copy()? };
+        let (kept, after) = self.forward_kept_from(x, None, Some(initial))?;
+        match after {
+            Some(after) => state.store(&after, &slots)?,
+            None => return Err(candle_core::Error::Msg("a pass from states that gives none".into())),
+        }
+        Ok(kept)
     }
 
     /// Adds the gradients of the parameters, and gives that of the input, `(rows, d_model)`, where it is wanted.

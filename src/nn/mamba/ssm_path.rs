@@ -88,6 +88,8 @@ pub(super) struct Kept {
     columns: Option<Columns>,
     delta: Option<Tensor>,
     checkpoints: Tensor,
+    /// The states from which it began; zeros if absent.
+    initial: Option<States>,
 }
 
 impl SsmPath {
@@ -150,22 +152,42 @@ impl SsmPath {
         Scan { cu_seqlens, ..self.scan(&u, z, &projected, &values) }.forward()
     }
 
-    /// [`forward`](Self::forward), and what [`backward`](Self::backward) needs: with `recompute` less than else.
+    /// [`forward`](Self::forward), and what [`backward`](Self::backward) needs: with `recompute` less than else. From given states on
+    /// it also gives those afterwards.
     pub fn forward_kept(
         &self,
         x: &Tensor,
         z: &Tensor,
         cu_seqlens: Option<&[usize]>,
         recompute: bool,
-    ) -> Result<(Tensor, Kept)> {
+        initial: Option<States>,
+    ) -> Result<(Tensor, Kept, Option<States>)> {
         let values = self.values()?;
-        let u = CausalConv { cu_seqlens, ..self.conv(x, &values) }.forward()?;
+        let conv = CausalConv { cu_seqlens, ..self.conv(x, &values) };
+        let (u, of_conv) = match &initial {
+            Some(states) => {
+                let (u, state) = CausalConv { initial_state: Some(&states.conv), ..conv }.forward_with_state()?;
+                (u, Some(state))
+            }
+            None => (conv.forward()?, None),
+        };
         let columns = self.columns(&u)?;
         let projected = self.projected(&u, columns.as_ref(), None)?;
-        let scan = Scan { cu_seqlens, ..self.scan(&u, z, &projected, &values) };
-        let (y, checkpoints) = scan.forward_with_checkpoints()?;
+        let initial_state = initial.as_ref().map(|states| &states.ssm);
+        let scan = Scan { cu_seqlens, initial_state, ..self.scan(&u, z, &projected, &values) };
+        let (y, checkpoints, after) = match of_conv {
+            Some(conv) => {
+                let (y, checkpoints, ssm) = scan.forward_with_checkpoints_and_state()?;
+                (y, checkpoints, Some(States { conv, ssm }))
+            }
+            None => {
+                let (y, checkpoints) = scan.forward_with_checkpoints()?;
+                (y, checkpoints, None)
+            }
+        };
         let Projected { delta, .. } = projected;
-        Ok((y, Kept { u: (!recompute).then_some(u), columns, delta: (!recompute).then_some(delta), checkpoints }))
+        let (u, delta) = ((!recompute).then_some(u), (!recompute).then_some(delta));
+        Ok((y, Kept { u, columns, delta, checkpoints, initial }, after))
     }
 
     /// The gradients of `x` and `z` from that of the output, and those of the parameters.
@@ -178,14 +200,17 @@ impl SsmPath {
         gradients: &mut Gradients,
     ) -> Result<[Tensor; 2]> {
         let values = self.values()?;
-        let conv = CausalConv { cu_seqlens, ..self.conv(x, &values) };
+        let initial = kept.initial.as_ref();
+        let conv =
+            CausalConv { cu_seqlens, initial_state: initial.map(|states| &states.conv), ..self.conv(x, &values) };
         let u = match &kept.u {
             Some(u) => u.clone(),
             None => conv.forward()?,
         };
         let columns = kept.columns.as_ref();
         let projected = self.projected(&u, columns, kept.delta.clone())?;
-        let scan = Scan { cu_seqlens, ..self.scan(&u, z, &projected, &values) };
+        let initial_state = initial.map(|states| &states.ssm);
+        let scan = Scan { cu_seqlens, initial_state, ..self.scan(&u, z, &projected, &values) };
         let of_scan = scan.backward(&kept.checkpoints, d_y, None)?;
         drop(projected);
         gradients.add(&self.a, |_| Ok(of_scan.a))?;

@@ -250,6 +250,12 @@ impl Backbone {
         if stream.elem_count() == 0 { Ok(stream) } else { stack::forward(&self.layers, &stream, cu_seqlens) }
     }
 
+    /// [`stream`](Self::stream) from the states of a cache on, which have been checked, of at least one step.
+    pub(super) fn stream_from(&self, x: &Tensor, cache: &Cache, slots: Slots) -> Result<Tensor> {
+        self.check_input(x)?;
+        stack::forward_carried(&self.layers, &self.begin(x)?, cache, slots)
+    }
+
     /// [`stream`](Self::stream) outside of candle's graph, of an input of at least one element, and the way back.
     pub(super) fn pass(
         &self,
@@ -286,7 +292,7 @@ impl Backbone {
             return Ok(begin);
         }
         // What the layers add is added in place, which must not be seen in the input.
-        let stream = begin.detach().copy()?;
+        let stream = begin.detach().force_contiguous()?;
         for (layer, state) in self.layers.iter().zip(&cache.layers) {
             layer.mixer.extend_onto(&stream, &layer.norm.forward(&stream)?, pass, state)?;
         }
@@ -296,7 +302,7 @@ impl Backbone {
     /// [`run`](Self::run) of a draft of at least one token, and what each layer needs to take some of it back.
     pub(super) fn run_draft(&self, x: &Tensor, cache: &Cache, slots: Slots) -> Result<(Tensor, Vec<LayerDraft>)> {
         self.check_input(x)?;
-        let (stream, mut drafts) = (self.begin(x)?.detach().copy()?, Vec::new());
+        let (stream, mut drafts) = (self.begin(x)?.detach().force_contiguous()?, Vec::new());
         for (layer, state) in self.layers.iter().zip(&cache.layers) {
             let x = layer.norm.forward(&stream)?;
             drafts.extend(layer.mixer.extend_onto(&stream, &x, CachePass::Draft { slots }, state)?);

@@ -314,6 +314,38 @@ impl LanguageModel {
         model.logits(&stream.squeeze(1)?)
     }
 
+    /// [`forward`](Self::forward) of the next part of long texts: row `i` goes on from the state in slot `slots[i]` of a cache, which
+    /// afterwards has the state after it. Differentiable in the parameters; the states are numbers to it, so that no gradient goes back
+    /// to the parts before (truncated backpropagation through time).
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_nn::{VarBuilder, VarMap};
+    /// # use selective_scan::nn::{LanguageModel, LanguageModelConfig};
+    /// # let (device, variables) = (Device::Cpu, VarMap::new());
+    /// # let config = LanguageModelConfig::new(16, 1, 32);
+    /// # let model = LanguageModel::new(&config, VarBuilder::from_varmap(&variables, DType::F32, &device))?;
+    /// let text = Tensor::new(&[[3u32, 1, 4, 1, 5, 9, 2, 6]], &device)?;
+    /// let cache = model.new_cache(1, DType::F32)?;
+    /// for part in [text.narrow(1, 0, 4)?, text.narrow(1, 4, 4)?] {
+    ///     let loss = model.forward_from(&part, &cache, None)?.sqr()?.mean_all()?;
+    ///     assert!(loss.backward()?.get(&variables.all_vars()[0]).is_some());
+    /// }
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`LanguageModel::prefill`].
+    pub fn forward_from<'s>(&self, ids: &Tensor, cache: &Cache, slots: impl Into<Slots<'s>>) -> Result<Tensor> {
+        let slots = slots.into();
+        let (batch, length) = check_ids(ids)?;
+        if length == 0 || batch == 0 {
+            return Err(argument("ids", "at least one token in at least one row", format_args!("{:?}", ids.dims())));
+        }
+        self.backbone.check_decoding(cache, batch, slots)?;
+        self.logits(&self.backbone.stream_from(&self.embed(ids)?, cache, slots)?)
+    }
+
     /// Reads the next tokens of each sequence, of which some may be taken back: `ids` `(batch, tokens)` to the logits after each,
     /// `(batch, tokens, vocab_size)` of `f32`, and a [`Draft`] that keeps the states after every token. Cache and slots are those of
     /// [`LanguageModel::step`], whose results these are token by token; not differentiable, as that.

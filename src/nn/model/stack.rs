@@ -6,8 +6,9 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::backbone::Layer;
-use super::mixer::Mixer;
-use crate::candle::RmsNorm;
+use super::mixer::{LayerState, Mixer};
+use crate::candle::{RmsNorm, Slots};
+use crate::nn::Cache;
 use crate::nn::layers::{Gradients, Parameter, each_once, node_over};
 use crate::nn::mamba::{Kept, Parts, rows};
 use crate::norm;
@@ -36,6 +37,23 @@ pub(super) fn forward(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[us
     let backward = move |d_stream: &Tensor, gradients: &mut Gradients| way_back.backward(d_stream, gradients);
     // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
     unsafe { node_over("layers", stream, &each_once(&tracked), out, backward) }
+}
+
+/// [`forward`] of `(batch, length, d_model)` from the states of a cache on, whose slots then have those afterwards: candle does not
+/// track these. All has been checked.
+pub(super) fn forward_carried(layers: &[Layer], stream: &Tensor, cache: &Cache, slots: Slots) -> Result<Tensor> {
+    let tracked: Vec<_> = layers.iter().flat_map(Layer::tracked).collect();
+    let mut current = stream.detach().contiguous()?;
+    let mut kept = Vec::new();
+    for (layer, state) in layers.iter().zip(&cache.layers) {
+        let (next, layer) = Detached::new(layer)?.run_carried(current, state, slots)?;
+        kept.push(layer);
+        current = next;
+    }
+    let way_back = WayBack { layers: kept, is_stream_wanted: stream.track_op() };
+    let backward = move |d_stream: &Tensor, gradients: &mut Gradients| way_back.backward(d_stream, gradients);
+    // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
+    unsafe { node_over("layers", stream, &each_once(&tracked), current, backward) }
 }
 
 /// The way back through layers.
@@ -108,6 +126,16 @@ impl Detached {
     fn run_kept(self, stream: Tensor, cu_seqlens: Option<&[usize]>) -> Result<(Tensor, KeptLayer)> {
         let (normed, next) = self.norm(&stream).forward_with_residual()?;
         let block = self.parts.forward_kept(&normed, cu_seqlens)?;
+        self.parts.out_proj.apply_onto(&rows(&next)?, &block.y)?;
+        Ok((next, KeptLayer { layer: self, stream, block }))
+    }
+}
+
+impl Detached {
+    /// [`run_kept`](Self::run_kept) from the states of a cache on.
+    fn run_carried(self, stream: Tensor, state: &LayerState, slots: Slots) -> Result<(Tensor, KeptLayer)> {
+        let (normed, next) = self.norm(&stream).forward_with_residual()?;
+        let block = self.parts.forward_carried(&normed, state.mamba()?, slots)?;
         self.parts.out_proj.apply_onto(&rows(&next)?, &block.y)?;
         Ok((next, KeptLayer { layer: self, stream, block }))
     }

@@ -408,6 +408,45 @@ fn logits_of_every_token_from_a_state() {
     }
 }
 
+/// Parts of a text from carried states: the logits of one pass, and in the last part the gradients that its loss has there where those
+/// of the parts before are cut off, which is one pass whose first steps count for nothing less what goes through the states.
+#[test]
+fn parts_of_a_text_are_trained_on() {
+    let mut random = random();
+    for (name, config) in causal_blocks() {
+        let (model, variables) = model(&config, &mut random);
+        let ids = ids(&mut random, 2, 90);
+        let cache = model.new_cache(4, DType::F32).unwrap();
+        let slots = [3i32, 0];
+        let part = |start, len| ids.narrow(1, start, len).unwrap();
+        let first = model.forward_from(&part(0, 70), &cache, &slots).unwrap();
+        let before = cache.snapshot().unwrap();
+        let second = model.forward_from(&part(70, 20), &cache, &slots).unwrap();
+        let whole = model.forward(&ids).unwrap();
+        assert_close(&Tensor::cat(&[&first, &second], 1).unwrap(), &whole, SAME, name);
+        let gradients = second.sqr().unwrap().mean_all().unwrap().backward().unwrap();
+        // By differences along a random direction of each variable, in which the states before stay as they are.
+        for variable in variables.all_vars() {
+            let direction = tensor(&mut random, variable.dims(), 1.0);
+            let original = variable.as_tensor().copy().unwrap();
+            let loss = |step: f64| {
+                variable.set(&(&original + (&direction * step).unwrap()).unwrap()).unwrap();
+                let cache = before.snapshot().unwrap();
+                let out = model.forward_from(&part(70, 20), &cache, &slots).unwrap();
+                f64::from(out.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap())
+            };
+            let step = 1e-2;
+            let expected = (loss(step) - loss(-step)) / (2.0 * step);
+            variable.set(&original).unwrap();
+            let gradient = gradients.get(&variable).map(|gradient| (gradient * &direction).unwrap().sum_all().unwrap());
+            let got = gradient.map_or(0.0, |sum| f64::from(sum.to_scalar::<f32>().unwrap()));
+            // Losses of f32 are within 1e-6 of themselves, and the third derivative by a step of 1e-2 changes little.
+            let size = expected.abs().max(got.abs()).max(0.1);
+            assert!((got - expected).abs() <= 3e-2 * size, "{name}, {:?}: {got} and {expected}", variable.dims());
+        }
+    }
+}
+
 #[test]
 fn states_go_to_files_and_back() {
     let mut random = random();
