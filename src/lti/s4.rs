@@ -1,16 +1,20 @@
 //! The kernel of S4: a diagonal less a low-rank matrix, by the Cauchy kernel and Woodbury's identity (Gu, Goel and Ré 2022,
 //! arXiv 2111.00396, appendix C.3), with its gradients.
 //!
-//! The kernel's transform at the roots of unity `z = e^{-iθ}`, `θ = 2πj/L`, is
+//! The kernel's transform at the roots of minus one, `z = e^{-iθ}`, `θ = π(2j + 1)/L`, is
 //!
 //! ```text
-//! K̂(z) = Σ_{k<L} C Ā^k B̄ z^k = C̃ (I - Ā z)⁻¹ B̄         C̃ = C (I - Ā^L), since z^L = 1
+//! K̂(z) = Σ_{k<L} C Ā^k B̄ z^k = C̃ (I - Ā z)⁻¹ B̄         C̃ = C (I + Ā^L), since z^L = -1
 //!       = 2/(1 + z) · C̃ (g - A)⁻¹ B                       g = 2/Δ · (1 - z)/(1 + z), by the bilinear rule
 //! ```
 //!
 //! and `(g - Λ + P Q*)⁻¹` is a diagonal matrix with a correction of the rank of `P`: sums over the states of
 //! `a_n b_n/(g - λ_n)`, the Cauchy kernel, for each pair of `a` from `C̃`, `Q*` and `b` from `B`, `P`. So a kernel of `L` steps
 //! takes `L N` operations and a transform, and no power of a matrix.
+//!
+//! The paper takes the roots of one, and `C̃ = C (I - Ā^L)`. There a system that remembers for longer than `L` steps has a `C̃`
+//! near zero, from which `C` cannot be had again, and the Fourier measure, which has an eigenvalue of zero and others where
+//! the roots of one lie, divides by zero or nearly.
 //!
 //! With half the angle, `1 - z = e^{-iθ/2} 2i sin(θ/2)` and `1 + z = e^{-iθ/2} 2 cos(θ/2)`: written so, nothing cancels for
 //! small angles, and nothing is divided by zero at `z = -1`.
@@ -60,10 +64,11 @@ struct Root {
 }
 
 impl Root {
-    fn new(j: usize, len: usize) -> Self {
-        let (sin, cos) = (std::f64::consts::PI * j as f64 / len as f64).sin_cos();
+    /// The root of angle `π odd/len`.
+    fn new(odd: usize, len: usize) -> Self {
+        let (sin, cos) = (0.5 * std::f64::consts::PI * odd as f64 / len as f64).sin_cos();
         // At z = -1 the cosine is zero, and not what is left of rounding π/2.
-        let cos = if 2 * j == len { 0.0 } else { cos };
+        let cos = if odd == len { 0.0 } else { cos };
         Self { turn: Complex64::new(cos, sin), sine: 4.0 * sin, cosine: 2.0 * cos }
     }
 }
@@ -119,21 +124,21 @@ impl Cauchy<'_> {
         if len == 0 {
             return Vec::new();
         }
-        let inverse = RealFftPlanner::<f64>::new().plan_fft_inverse(len);
+        // Followed by itself with the other sign, a kernel is a sequence whose transform is zero at all roots of one.
+        let inverse = RealFftPlanner::<f64>::new().plan_fft_inverse(2 * len);
         let mut spectrum = inverse.make_input_vec();
-        for (j, value) in spectrum.iter_mut().enumerate() {
-            let root = Root::new(j, len);
+        for odd in (1..=len).step_by(2) {
+            let root = Root::new(odd, len);
             let small = self.small(&root);
             let (column, _) = self.solve(&root, &small);
             let correction: Complex64 = (0..self.rank()).map(|i| small[0][i + 1] * column[i]).sum();
-            *value = 2.0 * root.turn * (small[0][0] - root.cosine * correction);
-            // Of a real kernel these are real.
-            if j == 0 || 2 * j == len {
-                value.im = 0.0;
-            }
+            spectrum[odd] = 2.0 * root.turn * (small[0][0] - root.cosine * correction);
         }
+        // At z = -1 the transform of a real kernel is real.
+        spectrum[len].im = 0.0;
         let mut kernel = inverse.make_output_vec();
         inverse.process(&mut spectrum, &mut kernel).expect("the ends are real, and the lengths the plan's");
+        kernel.truncate(len);
         for k in &mut kernel {
             *k /= len as f64;
         }
@@ -153,14 +158,15 @@ impl Cauchy<'_> {
         if len == 0 {
             return gradients;
         }
-        let forward = RealFftPlanner::<f64>::new().plan_fft_forward(len);
-        let (mut input, mut spectrum) = (d_kernel.to_vec(), forward.make_output_vec());
+        let forward = RealFftPlanner::<f64>::new().plan_fft_forward(2 * len);
+        let (mut input, mut spectrum) = (forward.make_input_vec(), forward.make_output_vec());
+        input[..len].copy_from_slice(d_kernel);
         forward.process(&mut input, &mut spectrum).expect("the lengths are the plan's");
-        for (j, d_kernel) in spectrum.into_iter().enumerate() {
-            let root = Root::new(j, len);
+        for odd in (1..=len).step_by(2) {
+            let root = Root::new(odd, len);
             // K is 1/L of the sum over all roots; of those that have a conjugate, one stands for both.
-            let weight = if j == 0 || 2 * j == len { 1.0 } else { 2.0 } / len as f64;
-            self.backward_at(&root, d_kernel.conj() * weight * 2.0 * root.turn, &mut gradients);
+            let weight = if odd == len { 1.0 } else { 2.0 } / len as f64;
+            self.backward_at(&root, spectrum[odd].conj() * weight * 2.0 * root.turn, &mut gradients);
         }
         gradients
     }
@@ -238,19 +244,19 @@ pub(super) fn kernel_of(steps: &LowRankSteps, len: usize) -> Vec<f64> {
     Cauchy { delta: steps.delta(), lambda: system.diagonal().a(), rows, columns }.kernel(len)
 }
 
-/// `C (I - Ā^len)`.
+/// `C (I + Ā^len)`.
 pub(crate) fn truncate(steps: &LowRankSteps, c: &[Complex64], len: usize) -> Vec<Complex64> {
     let power = matrix_power(steps.to_dense().matrix(), len);
     let row = real_row(c);
-    let truncated = &row - power.transpose() * &row;
+    let truncated = &row + power.transpose() * &row;
     complex_row(&truncated)
 }
 
-/// The `C` of which [`truncate`] makes `truncated`; none if the system forgets nothing.
+/// The `C` of which [`truncate`] makes `truncated`; none if -1 is an eigenvalue of `Ā^len`.
 pub(crate) fn restore(steps: &LowRankSteps, truncated: &[Complex64], len: usize) -> Option<Vec<Complex64>> {
     let power = matrix_power(steps.to_dense().matrix(), len);
     let identity = nalgebra::DMatrix::identity(power.nrows(), power.ncols());
-    let solved = (identity - power).transpose().lu().solve(&real_row(truncated))?;
+    let solved = (identity + power).transpose().lu().solve(&real_row(truncated))?;
     Some(complex_row(&solved))
 }
 

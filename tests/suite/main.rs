@@ -9,6 +9,8 @@ mod candle;
 mod conv;
 mod embedding;
 mod loss;
+#[cfg(feature = "lti")]
+mod lti;
 #[cfg(feature = "nn")]
 mod nn;
 mod norm;
