@@ -32,6 +32,7 @@ mod complex;
 mod fft;
 pub mod hippo;
 mod s4;
+pub mod s4d;
 mod system;
 mod views;
 

@@ -2,6 +2,7 @@
 
 mod agreement;
 mod hippo;
+mod s4d;
 mod systems;
 
 use rand::Rng;
