@@ -31,6 +31,7 @@
 mod complex;
 mod fft;
 pub mod hippo;
+pub mod long_conv;
 mod s4;
 pub mod s4d;
 mod system;

@@ -2,6 +2,7 @@
 
 mod agreement;
 mod hippo;
+mod long_conv;
 mod s4d;
 mod systems;
 

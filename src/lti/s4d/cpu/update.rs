@@ -42,8 +42,12 @@ struct Pass<'p, 'a, T: Element, St: Element> {
     token_states: Option<Shared<'p, St>>,
 }
 
-/// One channel's numbers.
+/// Pairs that are worked on together. Zeros fill the last of them.
+const PAIRS: usize = 8;
+
+/// One channel's numbers, those of each row followed by zeros up to whole [`PAIRS`].
 struct Scratch {
+    d_state: usize,
     state: Vec<f32>,
     recurrence: Vec<f32>,
     c: Vec<f32>,
@@ -51,8 +55,8 @@ struct Scratch {
 
 impl Scratch {
     fn new(d_state: usize) -> Self {
-        let zeros = |count| vec![0.0; count * d_state];
-        Self { state: zeros(2), recurrence: zeros(RECURRENCE_ROWS), c: zeros(2) }
+        let zeros = |count| vec![0.0; count * d_state.next_multiple_of(PAIRS)];
+        Self { d_state, state: zeros(2), recurrence: zeros(RECURRENCE_ROWS), c: zeros(2) }
     }
 }
 
@@ -89,21 +93,21 @@ impl<T: Element, St: Element> Kernel for Task<'_, '_, '_, T, St> {
             scratch.read(&inputs.recurrence, &inputs.c, channel);
             let skip: f64 = inputs.d.map_or(0.0, |d| d.at([channel]).into());
             // SAFETY: the slots of different rows differ, so this task alone works on this channel of this slot.
-            unsafe { pass.state.read([slot, channel, 0], &mut scratch.state) };
+            unsafe { pass.state.read([slot, channel, 0], scratch.numbers()) };
             for token in 0..sizes.length {
                 let (u, at) = (f64::from(inputs.u.at([row, token, channel])), at(token));
                 let y = scratch.step(u) + skip * u;
                 // SAFETY: as above.
-                unsafe { pass.state.write([slot, channel, 0], &scratch.state) };
+                unsafe { pass.state.write([slot, channel, 0], scratch.numbers()) };
                 // As the pool holds it, for the next token.
-                for x in &mut scratch.state {
+                for x in scratch.numbers() {
                     *x = St::from_f32(*x).to_f32();
                 }
                 // SAFETY (both): this task alone works on this channel of this row.
                 let out = unsafe { pass.out.part(at..at + 1) };
                 out[0] = T::from_f32(y as f32);
                 if let Some(all) = &pass.token_states {
-                    St::narrow(&scratch.state, unsafe { all.part(at * states..(at + 1) * states) });
+                    St::narrow(scratch.numbers(), unsafe { all.part(at * states..(at + 1) * states) });
                 }
             }
         }
@@ -113,29 +117,38 @@ impl<T: Element, St: Element> Kernel for Task<'_, '_, '_, T, St> {
 impl Scratch {
     #[inline(always)]
     fn read(&mut self, recurrence: &View<f32, 3>, c: &View<f32, 2>, channel: usize) {
-        let d_state = recurrence.shape[2];
-        for (k, row) in self.recurrence.chunks_exact_mut(d_state).enumerate() {
-            recurrence.widen_row([channel, k, 0], row);
+        let padded = self.d_state.next_multiple_of(PAIRS);
+        for (k, row) in self.recurrence.chunks_exact_mut(padded).enumerate() {
+            recurrence.widen_row([channel, k, 0], &mut row[..self.d_state]);
         }
-        c.widen_row([channel, 0], &mut self.c);
+        c.widen_row([channel, 0], &mut self.c[..2 * self.d_state]);
+    }
+
+    /// The numbers of the state.
+    #[inline(always)]
+    fn numbers(&mut self) -> &mut [f32] {
+        &mut self.state[..2 * self.d_state]
     }
 
     /// One step of all pairs: `2 Re(C x)` of the states before they are rounded.
     #[inline(always)]
     fn step(&mut self, u: f64) -> f64 {
-        let d_state = self.c.len() / 2;
-        let mut rows = self.recurrence.chunks_exact(d_state);
-        let rows: [&[f32]; RECURRENCE_ROWS] = std::array::from_fn(|_| rows.next().unwrap_or_default());
-        let wide = |k: usize, n: usize| f64::from(rows[k][n]);
-        // Sums of every eighth pair, so that no addition waits for the one before.
-        let mut sums = [0.0; 8];
-        let pairs = self.state.as_chunks_mut::<2>().0.iter_mut().zip(self.c.as_chunks::<2>().0);
-        for (n, (x, c)) in pairs.enumerate() {
-            let (a_re, a_im) = (wide(0, n) + wide(1, n), wide(2, n) + wide(3, n));
-            let (re, im) = (f64::from(x[0]), f64::from(x[1]));
-            let after = [a_re * re - a_im * im + wide(4, n) * u, a_re * im + a_im * re + wide(5, n) * u];
-            sums[n % 8] += f64::from(c[0]) * after[0] - f64::from(c[1]) * after[1];
-            *x = [after[0] as f32, after[1] as f32];
+        let padded = self.c.len() / 2;
+        // A sum for each of the pairs that are worked on together, so that no addition waits for the one before.
+        let mut sums = [0.0; PAIRS];
+        let states = self.state.as_chunks_mut::<{ 2 * PAIRS }>().0;
+        for (part, (x, c)) in states.iter_mut().zip(self.c.as_chunks::<{ 2 * PAIRS }>().0).enumerate() {
+            let rows: [[f64; PAIRS]; RECURRENCE_ROWS] = std::array::from_fn(|k| {
+                let row = &self.recurrence[k * padded + part * PAIRS..][..PAIRS];
+                std::array::from_fn(|n| f64::from(row[n]))
+            });
+            for n in 0..PAIRS {
+                let (a_re, a_im) = (rows[0][n] + rows[1][n], rows[2][n] + rows[3][n]);
+                let (re, im) = (f64::from(x[2 * n]), f64::from(x[2 * n + 1]));
+                let after = [a_re * re - a_im * im + rows[4][n] * u, a_re * im + a_im * re + rows[5][n] * u];
+                sums[n] += f64::from(c[2 * n]) * after[0] - f64::from(c[2 * n + 1]) * after[1];
+                (x[2 * n], x[2 * n + 1]) = (after[0] as f32, after[1] as f32);
+            }
         }
         2.0 * sums.iter().sum::<f64>()
     }

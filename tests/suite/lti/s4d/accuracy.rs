@@ -1,8 +1,8 @@
 //! Against the reference in `f64`, and the reference against differences.
 //!
-//! An output is a sum of up to `2 N + 16` products in `f32`, each rounded to 2^-24 of the sum so far, and of factors that are
-//! rounded as often: 1e-6 of the size of the terms for `N = 8`. That is what the tolerances below stand for, not the size of
-//! the sum, since the terms may cancel: the scale is the norm of what comes in times that of the coefficients.
+//! An output is a sum of up to `2 N + 16` products in `f32`, each rounded to 2^-24 of the sum so far, of factors that are
+//! rounded as often: 1e-6 of the terms for 8 pairs, 2e-6 for 32, of which the crate's promise of 1e-5 leaves room. The terms
+//! may cancel, so that the scale is not the sum alone.
 
 use half::{bf16, f16};
 use selective_scan::lti::s4d::{Gradients, Output, OutputMut, cpu, reference};
@@ -34,31 +34,42 @@ pub fn backward<T: Element>(isa: Isa, case: &Case<T>) -> Gradients<T> {
     gradients
 }
 
-/// The size of what is summed up in the outputs and in the states: a state takes in inputs for 1/(decay Δ) steps of weight
-/// `Δ B` each, or starts as large, and is read by `2 N` numbers.
-fn hold<T: Element>(isa: Isa, case: &Case<T>, what: &str) {
-    let (got, want) = (forward(isa, case), reference::forward(&case.inputs()).unwrap());
-    let what = format!("{what}, {isa:?}, {:?}", case.shape);
+/// All results of the reference by name.
+fn reference<T: Element>(case: &Case<T>) -> Vec<(&'static str, Vec<f64>)> {
+    let output = reference::forward(&case.inputs()).unwrap();
+    let gradients = reference::backward(&case.inputs(), case.d_outputs()).unwrap();
+    let mut all = vec![("final_state", output.final_state), ("log_delta", gradients.log_delta)];
+    all.extend([("a", gradients.a), ("b", gradients.b), ("c", gradients.c)]);
+    all.extend(gradients.d.map(|d| ("d", d)));
+    all.extend(gradients.initial_state.map(|state| ("initial_state", state)));
+    all.extend([("out", output.out), ("u", gradients.u)]);
+    all
+}
+
+/// Holds the fast path to the reference. The scale of each result is its norm, or that of the same problem with other signs.
+fn hold<T: Element>(isa: Isa, case: &Case<T>, draw: &mut Draw, what: &str) {
     let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
-    assert_close_to(&got.final_state, &want.final_state, FORWARD, 0.0, &format!("{what}: final state"));
-    assert_close_to(&got.out, &want.out, FORWARD, 0.0, &format!("{what}: out"));
-    let (got, want) = (backward(isa, case), reference::backward(&case.inputs(), case.d_outputs()).unwrap());
-    assert_close_to(&got.u, &want.u, GRADIENTS, 0.0, &format!("{what}: u"));
-    // The slopes by the parameters are sums over steps and sequences that may cancel. Of their terms the largest are as the
-    // norms of all of one kind together.
-    let size = norm(&want.a).max(norm(&want.b)).max(norm(&want.c)).max(norm(&want.log_delta)) * 0.1;
-    for (name, got, want) in [
-        ("log_delta", &got.log_delta, &want.log_delta),
-        ("a", &got.a, &want.a),
-        ("b", &got.b, &want.b),
-        ("c", &got.c, &want.c),
-    ] {
-        assert_close_to(got, want, GRADIENTS, size, &format!("{what}: {name}"));
+    let want = reference(case);
+    // Below 2^-126 an f32 has fewer digits, and none below 2^-149.
+    let mut sizes = vec![1e-30f64; want.len()];
+    // Of long sequences the many results do not all cancel.
+    for _ in 0..if case.shape.length > 2000 { 0 } else { 3 } {
+        for (size, (_, other)) in sizes.iter_mut().zip(reference(&case.with_other_signs(draw))) {
+            *size = size.max(norm(&other));
+        }
     }
-    let optional = [("d", &got.d, &want.d), ("initial_state", &got.initial_state, &want.initial_state)];
-    for (name, got, want) in optional {
-        if let (Some(got), Some(want)) = (got, want) {
-            assert_close_to(got, want, GRADIENTS, size, &format!("{what}: {name}"));
+    let (output, gradients) = (forward(isa, case), backward(isa, case));
+    let mut got: Vec<&[f32]> =
+        vec![&output.final_state, &gradients.log_delta, &gradients.a, &gradients.b, &gradients.c];
+    got.extend(gradients.d.as_deref());
+    got.extend(gradients.initial_state.as_deref());
+    for (i, (name, want)) in want.iter().enumerate() {
+        let what = format!("{what}, {isa:?}, {:?}: {name}", case.shape);
+        match *name {
+            "out" => assert_close_to(&output.out, want, FORWARD, sizes[i], &what),
+            "u" => assert_close_to(&gradients.u, want, GRADIENTS, sizes[i], &what),
+            "final_state" => assert_close_to(got[i], want, FORWARD, sizes[i], &what),
+            _ => assert_close_to(got[i], want, GRADIENTS, sizes[i], &what),
         }
     }
 }
@@ -70,11 +81,14 @@ fn small_problems_are_exact() {
         let mut draw = Draw::new(rng.random());
         let shape = Shape::draw(&mut draw);
         for isa in Isa::available() {
-            hold(isa, &Case::<f32>::new(shape.clone(), &mut draw), &format!("SEED={seed}"));
+            let case = Case::<f32>::new(shape.clone(), &mut draw);
+            hold(isa, &case, &mut draw, &format!("SEED={seed}"));
         }
         let isa = draw.isa();
-        hold(isa, &Case::<bf16>::new(shape.clone(), &mut draw), &format!("SEED={seed}"));
-        hold(isa, &Case::<f16>::new(shape, &mut draw), &format!("SEED={seed}"));
+        let case = Case::<bf16>::new(shape.clone(), &mut draw);
+        hold(isa, &case, &mut draw, &format!("SEED={seed}"));
+        let case = Case::<f16>::new(shape, &mut draw);
+        hold(isa, &case, &mut draw, &format!("SEED={seed}"));
     }
 }
 
@@ -85,7 +99,8 @@ fn a_usual_problem_is_exact() {
     let mut draw = Draw::new(rng.random());
     let shape = Shape { length: 1024, d_inner: 16, d_state: 32, fastest: 100.0, ..Shape::default() };
     for isa in Isa::available() {
-        hold(isa, &Case::<f32>::new(shape.clone(), &mut draw), &format!("SEED={seed}"));
+        let case = Case::<f32>::new(shape.clone(), &mut draw);
+        hold(isa, &case, &mut draw, &format!("SEED={seed}"));
     }
 }
 
@@ -105,7 +120,8 @@ fn long_memory_loses_nothing() {
             fastest: fastest + 1e-9,
             ..Shape::default()
         };
-        hold(Isa::best(), &Case::<f32>::new(shape, &mut draw), &format!("SEED={seed}"));
+        let case = Case::<f32>::new(shape, &mut draw);
+        hold(Isa::best(), &case, &mut draw, &format!("SEED={seed}"));
     }
 }
 
@@ -123,7 +139,8 @@ fn a_million_steps_lose_nothing() {
         fastest: 100.0,
         ..Shape::default()
     };
-    hold(Isa::best(), &Case::<f32>::new(shape, &mut draw), &format!("SEED={seed}"));
+    let case = Case::<f32>::new(shape, &mut draw);
+    hold(Isa::best(), &case, &mut draw, &format!("SEED={seed}"));
 }
 
 /// What decays to nothing within a step, by ZOH and by the bilinear rule, which turns it over instead.
@@ -134,7 +151,8 @@ fn strong_decay_is_exact() {
         let mut draw = Draw::new(rng.random());
         let mut shape = Shape { length: 70, delta: [0.5, 1.0], decay: [200.0, 1e4], ..Shape::default() };
         shape.options.rule = rule;
-        hold(Isa::best(), &Case::<f32>::new(shape, &mut draw), &format!("SEED={seed}"));
+        let case = Case::<f32>::new(shape, &mut draw);
+        hold(Isa::best(), &case, &mut draw, &format!("SEED={seed}"));
     }
 }
 

@@ -77,6 +77,7 @@ impl Shape {
     }
 }
 
+#[derive(Clone)]
 pub struct Case<T> {
     pub shape: Shape,
     pub u: Strided<T>,
@@ -115,6 +116,25 @@ impl<T: Element> Case<T> {
             d_state: draw.uniform(states, -1.0, 1.0),
             shape,
         }
+    }
+
+    /// The same with other signs, and with `B` and `C` turned by quarters: its sums have terms of the same size, and where
+    /// those of one happen to cancel, those of another do not.
+    pub fn with_other_signs(&self, draw: &mut Draw) -> Self {
+        let mut case = self.clone();
+        for tensor in [&mut case.u, &mut case.d_out] {
+            for x in &mut tensor.data {
+                *x = if draw.flag() { *x } else { T::from_f32(-x.to_f32()) };
+            }
+        }
+        for x in case.state.iter_mut().chain(&mut case.d_state).chain(&mut case.d) {
+            *x = if draw.flag() { *x } else { -*x };
+        }
+        for pair in case.b.as_chunks_mut().0.iter_mut().chain(case.c.as_chunks_mut().0) {
+            let [re, im] = *pair;
+            *pair = draw.one_of(&[[re, im], [-re, -im], [-im, re], [im, -re]]);
+        }
+        case
     }
 
     fn state_shape(&self) -> [usize; 3] {

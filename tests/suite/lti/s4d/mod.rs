@@ -2,6 +2,6 @@
 
 mod accuracy;
 mod arguments;
-mod case;
+pub mod case;
 mod properties;
 mod update;
