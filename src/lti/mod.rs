@@ -28,16 +28,17 @@
 //! # Ok::<(), selective_scan::Error>(())
 //! ```
 
+#[cfg(feature = "candle")]
+pub(crate) mod candle;
 mod complex;
 mod fft;
 pub mod hippo;
 pub mod long_conv;
-mod s4;
+pub mod s4;
 pub mod s4d;
 mod system;
 mod views;
 
 pub use num_complex::Complex64;
-pub use s4::MAX_RANK;
 pub use system::{Dense, DenseSteps, Diagonal, DiagonalSteps, LowRank, LowRankSteps, Rule, Spectrum};
 pub use views::{Continuous, Recurrent};

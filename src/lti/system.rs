@@ -519,7 +519,7 @@ impl Recurrent for DiagonalSteps {
 #[derive(Debug, Clone, PartialEq)]
 pub struct LowRank {
     pub(super) diagonal: Diagonal,
-    /// `rank` vectors each.
+    /// Vectors, as many as the rank is.
     pub(super) p: Vec<Vec<Complex64>>,
     pub(super) q: Vec<Vec<Complex64>>,
 }

@@ -12,6 +12,8 @@
 //! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, [`reference`](mod@reference) is the sum written plainly in
 //! `f64`. [`Inputs::forward`] and [`Inputs::backward`] allocate their results.
 
+#[cfg(feature = "candle")]
+pub(crate) mod candle;
 mod check;
 pub mod cpu;
 pub mod reference;

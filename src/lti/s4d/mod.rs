@@ -21,6 +21,8 @@
 //! plainly in `f64`. [`UpdateInputs`] are those of the step of decoding, on a pool of states in place, with a recurrence
 //! that [`recurrence`] has made once of the parameters.
 
+#[cfg(feature = "candle")]
+pub(crate) mod candle;
 mod check;
 pub mod cpu;
 mod discrete;

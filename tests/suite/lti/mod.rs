@@ -1,10 +1,13 @@
 //! Linear time-invariant systems, and the operators that are made of them.
 
 mod agreement;
+#[cfg(feature = "candle")]
+mod candle;
 mod hippo;
 mod long_conv;
 mod s4d;
 mod systems;
+mod vectors;
 
 use rand::Rng;
 use rand::rngs::StdRng;

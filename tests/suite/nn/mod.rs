@@ -12,6 +12,7 @@ mod nodes;
 mod packed;
 mod parity;
 mod refusals;
+mod s4;
 mod sampler;
 mod trainer;
 mod training;

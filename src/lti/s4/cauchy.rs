@@ -23,7 +23,7 @@ use nalgebra::DVector;
 use num_complex::Complex64;
 use realfft::RealFftPlanner;
 
-use super::system::{LowRankSteps, matrix_power};
+use crate::lti::system::{LowRankSteps, matrix_power};
 
 /// The largest rank that kernels are made for. HiPPO's matrices have 1 and 2.
 pub const MAX_RANK: usize = 4;
@@ -234,7 +234,7 @@ fn eliminate(matrix: &mut Small, right: &mut [Complex64; SIZE], size: usize) {
 }
 
 /// The kernel of a recurrence, of `len` steps.
-pub(super) fn kernel_of(steps: &LowRankSteps, len: usize) -> Vec<f64> {
+pub(crate) fn kernel_of(steps: &LowRankSteps, len: usize) -> Vec<f64> {
     let system = steps.system();
     let truncated = truncate(steps, system.diagonal().c(), len);
     let mut rows = vec![truncated];
