@@ -3,7 +3,8 @@
 //! Errors are held to `2^-53 · (what rounds) · ‖K‖₁ ‖u‖`, which bounds the norm of what a convolution with `K` can give.
 
 use selective_scan::lti::hippo::Measure;
-use selective_scan::lti::{Recurrent, Rule};
+use selective_scan::lti::{Complex64, Diagonal, Recurrent, Rule, Spectrum, s4d};
+use selective_scan::{Discretization, View, scan};
 
 use super::{assert_same, dense, diagonal, low_rank, norm, numbers, reals};
 use crate::support::draw::seeded;
@@ -86,5 +87,49 @@ fn long_sequences_agree() {
             let tolerance = ROUNDING * (100.0 + 4.0 * remembered);
             views_agree(&steps, &u, &state, tolerance, &format!("{len} steps of {delta}, SEED={seed}"));
         }
+    }
+}
+
+/// The selective scan with the same step size, B and C at every step is S4D with real eigenvalues, and S4D's pairs are those of
+/// a system in `f64`: all within the 1e-5 that the crate promises of `f32`, so within twice that of each other.
+#[test]
+fn the_scan_with_constant_parameters_is_s4d() {
+    let (mut rng, seed) = seeded();
+    for length in [1, 500, 65_536] {
+        let (states, delta) = (6, 0.02f32);
+        let mut numbers = |count: usize| reals(&mut rng, count).iter().map(|&x| x as f32).collect::<Vec<f32>>();
+        let (u, b, c) = (numbers(length), numbers(states), numbers(states));
+        let a: Vec<f32> = (0..states).map(|n| -0.3 * (n + 1) as f32).collect();
+        let log_delta = [delta.ln()];
+        // Its exponential, for the scan reads the step size itself.
+        let delta = [log_delta[0].exp()];
+        let (shape, of_state) = ([1, length, 1], |x| View::new(x, [1, states]));
+        let options = scan::Options { discretization: Discretization::ZeroOrderHold, ..scan::Options::default() };
+        let scanned = scan::Inputs {
+            options,
+            ..scan::Inputs::new(
+                View::new(&u, shape),
+                View::new(&delta, shape).with_layout(0, [0, 0, 0]),
+                of_state(&a),
+                of_state(&b),
+                of_state(&c),
+            )
+        };
+        let pairs = |x: &[f32], weight: f32| x.iter().flat_map(|x| [weight * x, 0.0]).collect::<Vec<f32>>();
+        let [a, b, c] = [pairs(&a, 1.0), pairs(&b, 1.0), pairs(&c, 0.5)];
+        let complex = |x| View::new(x, [1, 2 * states]);
+        let s4d =
+            s4d::Inputs::new(View::new(&u, shape), View::new(&log_delta, [1]), complex(&a), complex(&b), complex(&c));
+        let wide = |values: Vec<f32>| values.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+        let (one, other) = (wide(s4d.forward().unwrap().out), wide(scanned.forward().unwrap().out));
+        // A single output may be of terms that cancel: |B| |C| Δ |u| of 6 states.
+        let scale = norm(&one).max(0.1 * norm(&wide(u.clone())) * f64::from(delta[0]));
+        assert_same(&other, &one, 2e-5, scale, &format!("{length} steps, SEED={seed}"));
+        let numbers =
+            |x: &[f32]| x.as_chunks().0.iter().map(|&[re, _]| Complex64::from(f64::from(re))).collect::<Vec<_>>();
+        let system = Diagonal::new(&numbers(&a), &numbers(&b), &numbers(&c), 0.0, Spectrum::Pairs).unwrap();
+        let steps = system.discretize(f64::from(log_delta[0]).exp(), Rule::ZeroOrderHold).unwrap();
+        let exact = steps.sequence(&wide(u), &mut vec![0.0; 2 * states]).unwrap();
+        assert_same(&one, &exact, 1e-5, scale, &format!("{length} steps, S4D, SEED={seed}"));
     }
 }
