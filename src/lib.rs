@@ -99,6 +99,8 @@ pub mod embedding;
 mod error;
 mod kinds;
 pub mod loss;
+#[cfg(feature = "lti")]
+pub mod lti;
 #[cfg(feature = "nn")]
 pub mod nn;
 pub mod norm;

@@ -16,7 +16,7 @@ edition = "2024"
 [workspace]
 
 [dependencies]'
-  echo "selective-scan = { path = \"$PWD\", features = [\"candle\"] }"
+  echo "selective-scan = { path = \"$PWD\", features = [\"candle\", \"lti\"] }"
   # What it may use, in the same versions, and the profiles, so that what is built serves both.
   sed -n '/^\[dependencies\]/,/^\[dev-dependencies\]/p' Cargo.toml |
     grep -E '^(bytemuck|candle-core|candle-nn|half|rand|rayon|safetensors|serde|serde_json|zip) =' | sed 's/ optional = true,\{0,1\}//; s/, *}/ }/'

@@ -97,6 +97,14 @@ pub use crate::conv::tensors::{CausalConv, ConvUpdate};
 pub use crate::decode::candle::{DecodeConv, DecodeLinear, DecodeUpdate, embedding_lookup};
 pub use crate::embedding::candle::embedding_gradient;
 pub use crate::loss::candle::CrossEntropy;
+#[cfg(feature = "lti")]
+pub use crate::lti::long_conv::tensors::LongConv;
+#[cfg(feature = "lti")]
+pub use crate::lti::s4::candle::{S4Kernel, S4KernelGradients};
+#[cfg(feature = "lti")]
+pub use crate::lti::s4d::candle::s4d_recurrence;
+#[cfg(feature = "lti")]
+pub use crate::lti::s4d::tensors::{S4d, S4dUpdate};
 pub use crate::norm::candle::{RmsNorm, RmsNormGradients};
 pub use crate::optimizer::candle::AdamWState;
 pub use crate::pool::candle::{Slots, rollback};
@@ -115,6 +123,14 @@ pub type ScanGradients = crate::scan::Tensors<CandleTensors>;
 
 /// The gradients of the tensors of a [`CausalConv`], dense, each of its tensor's shape and type: of those that were given.
 pub type CausalConvGradients = crate::conv::Tensors<CandleTensors>;
+
+/// The gradients of the tensors of an [`S4d`], dense, each of its tensor's shape and type: of those that were given.
+#[cfg(feature = "lti")]
+pub type S4dGradients = crate::lti::s4d::Tensors<CandleTensors>;
+
+/// The gradients of the tensors of a [`LongConv`], dense, each of its tensor's shape and type: of those that were given.
+#[cfg(feature = "lti")]
+pub type LongConvGradients = crate::lti::long_conv::Tensors<CandleTensors>;
 
 /// Lets a GPU keep the memory that tensors free, for the next ones; does nothing on other devices. By default all of it goes back
 /// to the driver whenever the device is waited for, and has to be mapped again.

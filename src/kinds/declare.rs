@@ -23,7 +23,7 @@
 /// A tensor is an `activation`, a `parameter` (or state), or a `projection`, which has two shapes: if it varies and, after
 /// the semicolon, if it is constant. Shapes are made of the names in the pattern of sizes. Settings are what a caller gives
 /// beside the tensors; where a second type follows after `|`, it is that beside candle's. The kernels' parameters, in
-/// `kernels/*/params.cuh`, have a field of each tensor's name.
+/// `kernels/*/params.cuh`, have a field of each tensor's name; an operator without kernels has no last line.
 macro_rules! tensors {
     (
         $(#[$doc:meta])*
@@ -34,6 +34,40 @@ macro_rules! tensors {
         $(#[$vdoc:meta])* views $Views:ident;
         $(#[$cdoc:meta])* candle $Candle:ident;
         params $module:ident::$Params:ident;
+    ) => {
+        $crate::kinds::declare::tensors! {
+            $(#[$doc])*
+            pub struct $Tensors($Sizes { $($size)* });
+            required { $($(#[$rdoc])* $r: $rrole($($rdims)*),)* }
+            optional { $($(#[$odoc])* $o: $orole($($odims)*),)* }
+            settings<$a> { $($(#[$sdoc])* $s: $setting $(| $candle)? = $default,)* }
+            $(#[$vdoc])* views $Views;
+            $(#[$cdoc])* candle $Candle;
+        }
+
+        #[cfg(feature = "cuda")]
+        impl $Tensors<$crate::cuda::DeviceViews> {
+            /// The tensors as kernels take them, with the other parameters from `rest`.
+            pub(crate) fn params(
+                self,
+                rest: $crate::cuda::params::$module::$Params,
+            ) -> $crate::cuda::params::$module::$Params {
+                $crate::cuda::params::$module::$Params {
+                    $($r: self.$r.into(),)*
+                    $($o: $crate::cuda::or_null(self.$o),)*
+                    ..rest
+                }
+            }
+        }
+    };
+    (
+        $(#[$doc:meta])*
+        pub struct $Tensors:ident($Sizes:ident { $($size:tt)* });
+        required { $($(#[$rdoc:meta])* $r:ident: $rrole:ident($($rdims:tt)*),)* }
+        optional { $($(#[$odoc:meta])* $o:ident: $orole:ident($($odims:tt)*),)* }
+        settings<$a:lifetime> { $($(#[$sdoc:meta])* $s:ident: $setting:ty $(| $candle:ty)? = $default:expr,)* }
+        $(#[$vdoc:meta])* views $Views:ident;
+        $(#[$cdoc:meta])* candle $Candle:ident;
     ) => {
         $(#[$doc])*
         pub struct $Tensors<K: $crate::kinds::Kind> {
@@ -204,21 +238,6 @@ macro_rules! tensors {
 
             pub(crate) fn tensors(&self) -> $Tensors<$crate::kinds::Views<$a, T, M>> {
                 $Tensors { $($r: self.$r,)* $($o: self.$o,)* }
-            }
-        }
-
-        #[cfg(feature = "cuda")]
-        impl $Tensors<$crate::cuda::DeviceViews> {
-            /// The tensors as kernels take them, with the other parameters from `rest`.
-            pub(crate) fn params(
-                self,
-                rest: $crate::cuda::params::$module::$Params,
-            ) -> $crate::cuda::params::$module::$Params {
-                $crate::cuda::params::$module::$Params {
-                    $($r: self.$r.into(),)*
-                    $($o: $crate::cuda::or_null(self.$o),)*
-                    ..rest
-                }
             }
         }
 

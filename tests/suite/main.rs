@@ -10,6 +10,8 @@ mod conv;
 mod decode;
 mod embedding;
 mod loss;
+#[cfg(feature = "lti")]
+mod lti;
 #[cfg(feature = "nn")]
 mod nn;
 mod norm;

@@ -11,6 +11,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::candle::node;
+use crate::lti::Complex64;
+use crate::lti::hippo::Measure;
 use crate::nn::{argument, check_once, check_room};
 
 /// A parameter: the tensor that the model was built on, and the form in which it is computed with.
@@ -384,12 +386,64 @@ pub(crate) enum Initial {
     Uniform(f64),
     /// log(1), log(2), … along the last dimension: S4D-Real, by which state n decays at the rate n.
     LogOfIndex,
+    /// The logarithms of step sizes spread log-uniformly.
+    LogStepSizes {
+        min: f64,
+        max: f64,
+    },
+    /// The same numbers in every row.
+    Rows(SystemRow),
     /// What softplus takes to step sizes spread log-uniformly.
     StepSizes {
         min: f64,
         max: f64,
         floor: f64,
     },
+}
+
+/// What every channel of a linear time-invariant system begins with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum SystemRow {
+    /// The logarithms of the decay rates of eigenvalues.
+    LogDecay(System),
+    /// Their frequencies.
+    Frequency(System),
+    /// Complex numbers that enter the state: ones for a diagonal system, and those of a measure.
+    Input(System),
+    /// The vectors of low rank of a measure, one after another.
+    Correction(Measure),
+}
+
+/// A system that training begins from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum System {
+    Diagonal(crate::lti::hippo::Initial),
+    LowRank(Measure),
+}
+
+impl System {
+    fn eigenvalues(self, pairs: usize) -> Result<Vec<Complex64>> {
+        Ok(match self {
+            Self::Diagonal(initial) => initial.eigenvalues(pairs)?,
+            Self::LowRank(measure) => measure.low_rank(2 * pairs)?.diagonal().a().to_vec(),
+        })
+    }
+}
+
+impl SystemRow {
+    /// The numbers of a row of `len`, or of some.
+    fn numbers(self, len: usize) -> Result<Vec<f32>> {
+        // A rate of zero has no logarithm: such states forget in 10,000 units of time.
+        let log_decay = |a: &Complex64| (-a.re).max(1e-4).ln() as f32;
+        let parts = |numbers: &[Complex64]| numbers.iter().flat_map(|x| [x.re as f32, x.im as f32]).collect();
+        Ok(match self {
+            Self::LogDecay(system) => system.eigenvalues(len)?.iter().map(log_decay).collect(),
+            Self::Frequency(system) => system.eigenvalues(len)?.iter().map(|a| a.im as f32).collect(),
+            Self::Input(System::Diagonal(_)) => [1.0, 0.0].repeat(len / 2),
+            Self::Input(System::LowRank(measure)) => parts(measure.low_rank(len)?.diagonal().b()),
+            Self::Correction(measure) => parts(&measure.low_rank(len)?.p().concat()),
+        })
+    }
 }
 
 impl Initial {
@@ -406,6 +460,10 @@ impl Initial {
         }
         let mut uniform = || random.random::<f64>();
         let last = shape.last().copied().unwrap_or(1);
+        let row = match self {
+            Self::Rows(row) => row.numbers(last)?,
+            _ => Vec::new(),
+        };
         values.extend((0..count).map(|i| match self {
             Self::Constant(value) => value,
             Self::Uniform(bound) => ((2.0 * uniform() - 1.0) * bound) as f32,
@@ -415,6 +473,8 @@ impl Initial {
                 (radius * (std::f64::consts::TAU * uniform()).cos() * deviation) as f32
             }
             Self::LogOfIndex => ((i % last + 1) as f64).ln() as f32,
+            Self::LogStepSizes { min, max } => (min.ln() + uniform() * (max.ln() - min.ln())) as f32,
+            Self::Rows(_) => row[i % row.len()],
             Self::StepSizes { min, max, floor } => {
                 let step = (min.ln() + uniform() * (max.ln() - min.ln())).exp().max(floor);
                 // ln(e^step - 1), written so that it does not cancel.

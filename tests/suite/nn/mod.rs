@@ -14,6 +14,7 @@ mod nodes;
 mod packed;
 mod parity;
 mod refusals;
+mod s4;
 mod sampler;
 pub mod serving;
 mod trainer;

@@ -1,0 +1,7 @@
+//! S4D on slices.
+
+mod accuracy;
+mod arguments;
+pub mod case;
+mod properties;
+mod update;

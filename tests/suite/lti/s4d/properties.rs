@@ -1,0 +1,159 @@
+//! What holds of one problem beside another.
+
+use half::bf16;
+use rand::Rng;
+use selective_scan::lti::s4d::{Inputs, Options, OutputGradients, OutputMut, cpu};
+use selective_scan::{Isa, View};
+
+use super::accuracy::{backward, forward};
+use super::case::{Case, Shape};
+use crate::support::draw::{Draw, seeded};
+use crate::support::tolerance::{assert_close_to, bits};
+
+/// A packed sequence gives the bits of the same alone, forward and by its inputs and its state backward.
+#[test]
+fn packed_is_alone() {
+    let (mut rng, seed) = seeded();
+    for _ in 0..10 {
+        let mut draw = Draw::new(rng.random());
+        let cuts = vec![0, 17, 17, 18, 200, 333, 340];
+        let options = Options { reverse: draw.flag(), ..Options::default() };
+        let shape = Shape { batch: 1, length: 340, cu_seqlens: Some(cuts.clone()), options, ..Shape::default() };
+        let case = Case::<f32>::new(shape, &mut draw);
+        let isa = draw.isa();
+        let (all, d_all) = (forward(isa, &case), backward(isa, &case));
+        let [d_inner, states] = [case.shape.d_inner, 2 * case.shape.d_state * case.shape.d_inner];
+        for (i, pair) in cuts.windows(2).enumerate() {
+            let part = Case::<f32> {
+                u: case.u.steps(pair[0]..pair[1]),
+                d_out: case.d_out.steps(pair[0]..pair[1]),
+                state: case.state[i * states..(i + 1) * states].to_vec(),
+                d_state: case.d_state[i * states..(i + 1) * states].to_vec(),
+                log_delta: case.log_delta.clone(),
+                a: case.a.clone(),
+                b: case.b.clone(),
+                c: case.c.clone(),
+                d: case.d.clone(),
+                shape: Shape { length: pair[1] - pair[0], cu_seqlens: None, ..case.shape.clone() },
+            };
+            let (one, d_one) = (forward(isa, &part), backward(isa, &part));
+            let steps = pair[0] * d_inner..pair[1] * d_inner;
+            let state = i * states..(i + 1) * states;
+            let what = format!("sequence {i}, {isa:?}, SEED={seed}");
+            assert_eq!(bits(&one.out), bits(&all.out[steps.clone()]), "{what}: out");
+            assert_eq!(bits(&one.final_state), bits(&all.final_state[state.clone()]), "{what}: state");
+            assert_eq!(bits(&d_one.u), bits(&d_all.u[steps]), "{what}: slope by u");
+            let (one, all) = (d_one.initial_state.unwrap(), d_all.initial_state.as_ref().unwrap());
+            assert_eq!(bits(&one), bits(&all[state]), "{what}: slope by the state");
+        }
+    }
+}
+
+/// A batch row gives the bits of the same alone.
+#[test]
+fn batched_is_alone() {
+    let (mut rng, seed) = seeded();
+    let mut draw = Draw::new(rng.random());
+    let case = Case::<bf16>::new(Shape { batch: 5, length: 150, with_state: false, ..Shape::default() }, &mut draw);
+    let all = forward(Isa::best(), &case);
+    let size = case.shape.length * case.shape.d_inner;
+    for row in 0..5 {
+        let one = Inputs { u: case.u.row(row).view(), ..case.inputs() }.forward().unwrap();
+        assert_eq!(bits(&one.out), bits(&all.out[row * size..(row + 1) * size]), "row {row}, SEED={seed}");
+    }
+}
+
+/// Splitting anywhere is the whole: chunks of 16 steps begin elsewhere then, so that sums round elsewhere, by 1e-7 of them.
+#[test]
+fn parts_are_the_whole() {
+    let (mut rng, seed) = seeded();
+    for _ in 0..10 {
+        let mut draw = Draw::new(rng.random());
+        let case = Case::<f32>::new(Shape { length: 400, ..Shape::default() }, &mut draw);
+        let whole = forward(Isa::best(), &case);
+        let at = rng.random_range(0..=400);
+        let inputs = case.inputs();
+        let (first, second) = (case.u.steps(0..at), case.u.steps(at..400));
+        let one = Inputs { u: first.view(), ..inputs }.forward().unwrap();
+        let state = View::new(&one.final_state, [2, case.shape.d_inner, 2 * case.shape.d_state]);
+        let two = Inputs { u: second.view(), initial_state: Some(state), ..inputs }.forward().unwrap();
+        let d_inner = case.shape.d_inner;
+        let mut out = Vec::new();
+        for row in 0..2 {
+            out.extend_from_slice(&one.out[row * at * d_inner..(row + 1) * at * d_inner]);
+            out.extend_from_slice(&two.out[row * (400 - at) * d_inner..(row + 1) * (400 - at) * d_inner]);
+        }
+        let wide = |values: &[f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+        let what = format!("cut at {at}, SEED={seed}");
+        // Both are within 1e-6 of the same; an output may be smaller than its terms, whose size is that of all outputs.
+        assert_close_to(&out, &wide(&whole.out), 2e-6, 0.0, &what);
+        assert_close_to(&two.final_state, &wide(&whole.final_state), 2e-6, 0.0, &what);
+    }
+}
+
+/// Any number of threads gives the same bits, gradients of parameters too.
+#[test]
+fn threads_do_not_matter() {
+    let (mut rng, _) = seeded();
+    let mut draw = Draw::new(rng.random());
+    let case = Case::<f32>::new(Shape { batch: 9, length: 700, d_inner: 50, ..Shape::default() }, &mut draw);
+    let results = [1, 3].map(|threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| (forward(Isa::best(), &case), backward(Isa::best(), &case)))
+    });
+    assert!(results[0] == results[1]);
+}
+
+/// What is not finite reaches later steps of its channel and sequence, and nothing else.
+#[test]
+fn what_is_not_finite_stays_where_it_belongs() {
+    let (mut rng, seed) = seeded();
+    for reverse in [false, true] {
+        let mut draw = Draw::new(rng.random());
+        let options = Options { reverse, ..Options::default() };
+        let shape = Shape { batch: 2, length: 50, options, ..Shape::default() };
+        let mut case = Case::<f32>::new(shape, &mut draw);
+        let clean = (forward(Isa::best(), &case), backward(Isa::best(), &case));
+        let (row, step, channel) = (1, rng.random_range(0..50), rng.random_range(0..19));
+        case.u.set([row, step, channel], f32::NAN);
+        let got = forward(Isa::best(), &case);
+        for (i, (got, clean)) in got.out.iter().zip(&clean.0.out).enumerate() {
+            let at = [i / (50 * 19), i / 19 % 50, i % 19];
+            let after = if reverse { at[1] <= step } else { at[1] >= step };
+            let reached = at[0] == row && after && at[2] == channel;
+            let what = format!("{at:?} of a NaN at {step}, reverse {reverse}, SEED={seed}");
+            assert!(if reached { got.is_nan() } else { got.to_bits() == clean.to_bits() }, "{what}: {got} {clean}");
+        }
+        case.u.set([row, step, channel], 0.5);
+        case.d_out.set([row, step, channel], f32::NAN);
+        let got = backward(Isa::best(), &case);
+        for (i, (got, clean)) in got.u.iter().zip(&clean.1.u).enumerate() {
+            let at = [i / (50 * 19), i / 19 % 50, i % 19];
+            let before = if reverse { at[1] >= step } else { at[1] <= step };
+            let reached = at[0] == row && before && at[2] == channel;
+            let what = format!("{at:?} of a NaN slope at {step}, reverse {reverse}, SEED={seed}");
+            assert!(if reached { got.is_nan() } else { got.to_bits() == clean.to_bits() }, "{what}: {got} {clean}");
+        }
+    }
+}
+
+/// Nothing to do gives nothing, and the state as it was.
+#[test]
+fn empty_problems_keep_their_state() {
+    let (mut rng, _) = seeded();
+    let mut draw = Draw::new(rng.random());
+    let case = Case::<f32>::new(Shape { length: 0, ..Shape::default() }, &mut draw);
+    let output = forward(Isa::best(), &case);
+    assert_eq!((output.out.len(), &output.final_state), (0, &case.state));
+    let gradients = backward(Isa::best(), &case);
+    assert_eq!(gradients.initial_state.as_ref(), Some(&case.d_state));
+    assert!(gradients.a.iter().all(|x| *x == 0.0));
+    let none = Case::<f32>::new(Shape { batch: 0, ..Shape::default() }, &mut draw);
+    assert!(forward(Isa::best(), &none).out.is_empty());
+    // More rows than can be gone through.
+    let u = View::new(&[0.0f32], [usize::MAX >> 8, 0, 19]);
+    let inputs = Inputs { u, initial_state: None, ..case.inputs() };
+    cpu::forward(&inputs, OutputMut::new(&mut [][..])).unwrap();
+    let mut gradients = selective_scan::lti::s4d::Gradients::zeroed(&inputs).unwrap();
+    cpu::backward(&inputs, OutputGradients::from(u), gradients.as_mut()).unwrap();
+}

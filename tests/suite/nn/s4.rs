@@ -1,0 +1,165 @@
+//! Layers and models of S4.
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{VarBuilder, VarMap};
+use selective_scan::lti::Rule;
+use selective_scan::lti::hippo::{Initial, Measure};
+use selective_scan::nn::train::{AdamW, AdamWConfig, Group};
+use selective_scan::nn::{S4Head, S4Layer, S4Model, S4ModelConfig, S4System, s4_group};
+
+use super::{random, refusal, relative_error, tensor};
+
+/// Every kind of system.
+fn systems() -> Vec<S4System> {
+    let diagonal = |initial, rule| S4System::Diagonal { initial, rule };
+    vec![
+        diagonal(Initial::Lin, Rule::ZeroOrderHold),
+        diagonal(Initial::LegS, Rule::Bilinear),
+        diagonal(Initial::Inv, Rule::ZeroOrderHold),
+        diagonal(Initial::Real, Rule::ZeroOrderHold),
+        S4System::LowRank { measure: Measure::LegS, kernel_length: 40 },
+        S4System::LowRank { measure: Measure::LegT, kernel_length: 40 },
+        S4System::LowRank { measure: Measure::Fourier, kernel_length: 40 },
+    ]
+}
+
+fn config(system: S4System, head: S4Head) -> S4ModelConfig {
+    let mut config = S4ModelConfig::new(2, 3, 2, 8);
+    config.layer.d_state = 4;
+    config.layer.system = system;
+    config.head = head;
+    config
+}
+
+fn model(config: &S4ModelConfig) -> (S4Model, VarMap) {
+    let variables = VarMap::new();
+    let vb = VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu);
+    (S4Model::new(config, vb).unwrap(), variables)
+}
+
+/// Step by step is the whole sequence. Both are within 1e-5 of the same system; what stands between them, norms and matrices,
+/// keeps errors at their size.
+#[test]
+fn steps_are_the_sequence() {
+    let mut random = random();
+    for system in systems() {
+        for head in [S4Head::PerStep, S4Head::Pooled] {
+            let (model, _) = model(&config(system, head));
+            let x = tensor(&mut random, &[3, 33, 2], 1.0);
+            let mut state = model.new_state(3).unwrap();
+            let steps: Vec<Tensor> = (0..33)
+                .map(|t| model.step(&x.narrow(1, t, 1).unwrap().squeeze(1).unwrap(), &mut state).unwrap())
+                .collect();
+            assert_eq!(state.steps(), 33);
+            let (got, want) = match head {
+                S4Head::PerStep => (Tensor::stack(&steps, 1).unwrap(), model.forward(&x).unwrap()),
+                _ => (steps[32].clone(), model.forward(&x).unwrap()),
+            };
+            let error = relative_error(&got, &want);
+            assert!(error < 1e-4, "{system:?}, {head:?}: {error:e}");
+        }
+    }
+}
+
+/// One direction sees nothing of later steps, two directions do.
+#[test]
+fn two_directions_see_both_ways() {
+    let mut random = random();
+    for system in systems() {
+        for bidirectional in [false, true] {
+            let mut config = config(system, S4Head::PerStep);
+            config.layer.bidirectional = bidirectional;
+            let (model, _) = model(&config);
+            let x = tensor(&mut random, &[1, 20, 2], 1.0);
+            let other = Tensor::cat(&[x.narrow(1, 0, 19).unwrap(), tensor(&mut random, &[1, 1, 2], 1.0)], 1).unwrap();
+            let early = |x: &Tensor| model.forward(x).unwrap().narrow(1, 0, 10).unwrap();
+            let error = relative_error(&early(&other), &early(&x));
+            // Through transforms all outputs are rounded together, at 1e-6.
+            assert!((error > 1e-4) == bidirectional, "{system:?}, {bidirectional}: {error:e}");
+            assert_eq!(model.new_state(1).is_err(), bidirectional, "{system:?}");
+        }
+    }
+}
+
+/// Every parameter of every kind of model has a gradient, and steps along it lower a loss: that of telling apart slow
+/// from fast waves, from 0.69 to less than half of that.
+#[test]
+fn models_learn() {
+    for (i, system) in systems().into_iter().enumerate() {
+        let mut config = config(system, S4Head::Pooled);
+        (config.d_input, config.d_output, config.layer.bidirectional) = (1, 2, i % 2 == 1);
+        let (model, variables) = model(&config);
+        let wave =
+            |row: usize, t: usize| ((if row.is_multiple_of(2) { 0.3 } else { 0.9 }) * t as f32 + row as f32).sin();
+        let x: Vec<f32> = (0..16 * 40).map(|at| wave(at / 40, at % 40)).collect();
+        let x = Tensor::from_vec(x, (16, 40, 1), &Device::Cpu).unwrap();
+        let classes = Tensor::from_vec((0..16u32).map(|row| row % 2).collect(), 16, &Device::Cpu).unwrap();
+        let mut optimizer =
+            AdamW::with_groups(&variables, AdamWConfig::default(), |name| s4_group(name, 0.1, 0.01)).unwrap();
+        let loss = || candle_nn::loss::cross_entropy(&model.forward(&x).unwrap(), &classes).unwrap();
+        let gradients = loss().backward().unwrap();
+        for (name, parameter) in model.named_tensors() {
+            assert!(gradients.get(&parameter).is_some(), "{system:?}: no gradient for {name}");
+        }
+        for _ in 0..30 {
+            optimizer.step(&loss().backward().unwrap(), 0.01).unwrap();
+        }
+        let last = loss().to_scalar::<f32>().unwrap();
+        assert!(last < 0.35, "{system:?}: {last}");
+    }
+}
+
+#[test]
+fn systems_are_a_group_of_their_own() {
+    let (model, _) = model(&config(S4System::LowRank { measure: Measure::LegS, kernel_length: 8 }, S4Head::Pooled));
+    let system = Group { learning_rate: 0.1, weight_decay: 0.0 };
+    let (matrix, rest) =
+        (Group { learning_rate: 1.0, weight_decay: 0.05 }, Group { learning_rate: 1.0, weight_decay: 0.0 });
+    let names: Vec<String> = model.named_tensors().into_iter().map(|(name, _)| name).collect();
+    let of = |name: &str| {
+        assert!(names.iter().any(|other| other == name), "{name} is none of {names:?}");
+        s4_group(name, 0.1, 0.05)
+    };
+    for name in ["log_delta", "log_a_real", "a_imag", "p", "b"] {
+        assert_eq!(of(&format!("layers.1.ssm.{name}")), system, "{name}");
+    }
+    for name in ["encoder.weight", "layers.0.ssm.out_proj.weight", "head.weight"] {
+        assert_eq!(of(name), matrix, "{name}");
+    }
+    for name in ["layers.0.ssm.c", "layers.0.ssm.d", "layers.0.norm.weight", "norm_f.weight", "head.bias"] {
+        assert_eq!(of(name), rest, "{name}");
+    }
+}
+
+#[test]
+fn what_makes_no_model_is_named() {
+    let vb = || VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+    let good = config(S4System::LowRank { measure: Measure::LegS, kernel_length: 8 }, S4Head::Pooled);
+    let refused = |change: &dyn Fn(&mut S4ModelConfig)| {
+        let mut config = good.clone();
+        change(&mut config);
+        refusal(S4Model::new(&config, vb()))
+    };
+    assert_eq!(refused(&|config| config.d_input = 0), "`d_input`: expected at least 1, got 0");
+    assert_eq!(refused(&|config| config.layer.d_state = 257), "`d_state`: expected from 1 to 256, got 257");
+    assert_eq!(
+        refused(&|config| config.layer.dt_min = 1.0),
+        "`dt_min, dt_max`: expected positive step sizes in order, got 1 and 0.1"
+    );
+    let none = S4System::LowRank { measure: Measure::LegS, kernel_length: 0 };
+    assert_eq!(refused(&|config| config.layer.system = none), "`kernel_length`: expected at least 1, got 0");
+    let (model, _) = model(&good);
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let text = "`x`: expected 8 steps at most, as kernels have, got 9";
+    assert_eq!(refusal(model.forward(&zeros(&[1, 9, 2]))), text);
+    let text = "`x`: expected shape (batch, length, d_input) with d_input = 2, got [1, 8, 3]";
+    assert_eq!(refusal(model.forward(&zeros(&[1, 8, 3]))), text);
+    let text = "`x`: expected at least one step, to take the mean of, got 0";
+    assert_eq!(refusal(model.forward(&zeros(&[1, 0, 2]))), text);
+    let mut state = model.new_state(2).unwrap();
+    let text = "`x`: expected a batch of 2, as the state has, got 3";
+    assert_eq!(refusal(model.step(&zeros(&[3, 2]), &mut state)), text);
+    let layer = S4Layer::new(&good.layer, vb()).unwrap();
+    let text = "`x`: expected shape (batch, length, d_model) with d_model = 8, got [1, 8, 2]";
+    assert_eq!(refusal(layer.forward(&zeros(&[1, 8, 2]))), text);
+}
