@@ -1,10 +1,10 @@
 //! Choosing the next token.
 
 use candle_core::{DType, Result, Tensor};
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 
+use crate::View;
 use crate::nn::argument;
+use crate::sampling::{self, Settings};
 
 /// How tokens are chosen. The default takes each with the probability that the model gives it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -37,11 +37,13 @@ impl Sampling {
     }
 }
 
-/// Chooses tokens from logits. One with the same seed makes the same choices from the same logits.
+/// Chooses tokens from logits on the host, as [`sampling`] does. One with the same seed makes the same
+/// choices from the same logits.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     sampling: Sampling,
-    random: StdRng,
+    /// Random numbers that have been taken.
+    taken: u64,
 }
 
 impl Sampler {
@@ -49,7 +51,7 @@ impl Sampler {
     /// A temperature that is below 0 or not finite, a `top_k` or `vocab_size` of 0, a `top_p` that is not above 0 and at
     /// most 1.
     pub fn new(sampling: Sampling) -> Result<Self> {
-        let Sampling { temperature, top_k, top_p, vocab_size, seed } = sampling;
+        let Sampling { temperature, top_k, top_p, vocab_size, .. } = sampling;
         if !(temperature >= 0.0 && temperature.is_finite()) {
             return Err(argument("temperature", "a finite number, 0 or more", temperature));
         }
@@ -64,7 +66,7 @@ impl Sampler {
         {
             return Err(argument("top_p", "above 0 and at most 1", p));
         }
-        Ok(Self { sampling, random: StdRng::seed_from_u64(seed) })
+        Ok(Self { sampling, taken: 0 })
     }
 
     /// The next token of each row of `logits`, `(batch, vocab_size)`. A row takes one random number, whatever it holds, or
@@ -83,66 +85,38 @@ impl Sampler {
         if vocab_size == 0 {
             return Err(argument("logits", "a token that is possible", "none"));
         }
-        let rows = logits.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-        // Rows of padding stand last, and are no tokens.
+        // Columns of padding stand last, and are no tokens.
         let tokens = self.sampling.vocab_size.unwrap_or(vocab_size).min(vocab_size);
-        let rows: Vec<_> = rows.iter().map(|row| &row[..tokens]).collect();
-        let likeliest: Vec<_> = rows.iter().map(|row| likeliest(row)).collect::<Result<_>>()?;
-        Ok(rows.iter().zip(likeliest).map(|(row, best)| self.choose(row, best)).collect())
-    }
-
-    /// A token of one row, of which `best` is the likeliest.
-    fn choose(&mut self, logits: &[f32], best: usize) -> u32 {
-        let Sampling { temperature, top_k, top_p, .. } = self.sampling;
-        if temperature == 0.0 {
-            return best as u32;
+        let logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        logits.chunks_exact(vocab_size).try_for_each(|row| check(&row[..tokens]))?;
+        let Sampling { temperature, top_k, top_p, seed, .. } = self.sampling;
+        let of_row = |row: usize| Settings {
+            seed,
+            position: self.taken + row as u64,
+            // What is more than an f32 makes all tokens equally likely, and so does its greatest.
+            temperature: temperature.min(f32::MAX.into()) as f32,
+            top_k: top_k.map_or(0, |k| k as u64),
+            top_p: top_p.map_or(1.0, |p| (p as f32).max(f32::MIN_POSITIVE)),
+            ..Settings::default()
+        };
+        let (mut settings, mut chosen): (Vec<_>, _) = ((0..rows).map(of_row).collect(), vec![0; rows]);
+        let inputs =
+            sampling::Inputs { vocab_size: tokens, ..sampling::Inputs::new(View::new(&logits, [rows, vocab_size])) };
+        inputs.sample(sampling::StateMut::new(&mut settings, &mut chosen))?;
+        if temperature > 0.0 {
+            self.taken += rows as u64;
         }
-        let highest = logits[best];
-        // exp of the distance to the highest: a token of that weight is 1, and none overflows.
-        let weight = |logit: f32| ((f64::from(logit) - f64::from(highest)) / temperature).exp();
-        let mut tokens: Vec<_> = logits.iter().enumerate().map(|(token, &logit)| (token, weight(logit))).collect();
-        if top_k.is_some() || top_p.is_some() {
-            // By logits, as a high temperature makes weights equal that are not. Of equally likely tokens the first comes
-            // first, here too; -0 and 0 are equally likely, which `total_cmp` alone would not say.
-            let key = |token: usize| logits[token] + 0.0;
-            tokens.sort_by(|&(a, _), &(b, _)| key(b).total_cmp(&key(a)));
-            tokens.truncate(top_k.unwrap_or(usize::MAX));
-        }
-        let mut total: f64 = tokens.iter().map(|(_, weight)| weight).sum();
-        if let Some(p) = top_p {
-            let (mut kept, mut sum) = (0, 0.0);
-            while kept < tokens.len() && (kept == 0 || sum < p * total) {
-                sum += tokens[kept].1;
-                kept += 1;
-            }
-            tokens.truncate(kept);
-            total = sum;
-        }
-        let mut remaining = self.random.random::<f64>() * total;
-        for &(token, weight) in &tokens {
-            remaining -= weight;
-            if remaining < 0.0 {
-                return token as u32;
-            }
-        }
-        // Rounding has left a little over.
-        best as u32
+        Ok(chosen)
     }
 }
 
-/// The likeliest token of a row, of several the first.
-fn likeliest(logits: &[f32]) -> Result<usize> {
-    let (mut best, mut highest) = (0, f32::NEG_INFINITY);
-    for (token, &logit) in logits.iter().enumerate() {
-        if logit.is_nan() || logit == f32::INFINITY {
-            return Err(argument("logits", "finite numbers or negative infinity", logit));
-        }
-        if logit > highest {
-            (best, highest) = (token, logit);
-        }
+/// Checks that a token can be chosen from a row.
+fn check(logits: &[f32]) -> Result<()> {
+    if let Some(logit) = logits.iter().find(|logit| logit.is_nan() || **logit == f32::INFINITY) {
+        return Err(argument("logits", "finite numbers or negative infinity", logit));
     }
-    if highest == f32::NEG_INFINITY {
-        return Err(argument("logits", "a token that is possible", "none"));
+    match logits.iter().any(|logit| *logit > f32::NEG_INFINITY) {
+        true => Ok(()),
+        false => Err(argument("logits", "a token that is possible", "none")),
     }
-    Ok(best)
 }
