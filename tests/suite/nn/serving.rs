@@ -294,7 +294,8 @@ fn requests_that_do_not_fit_are_refused() {
     };
     let cache = |slots| model.new_cache(slots, DType::F32).unwrap();
     let other = on(&Device::Cpu, &MambaConfig { d_state: 4, ..causal_blocks()[0].1.clone() }, &mut random);
-    let cases: [(&dyn Fn(&mut Request), &str); 7] = [
+    type Change<'a> = &'a dyn Fn(&mut Request);
+    let cases: [(Change, &str); 7] = [
         (&|request| request.prompt.clear(), "`prompt`: expected at least one token, got none"),
         (&|request| request.prompt = vec![1, 11], "`prompt`: expected tokens from 0 to 10, got 11 at 1"),
         (&|request| request.max_tokens = 0, "`max_tokens`: expected at least 1, got 0"),
