@@ -231,7 +231,7 @@ impl Recurrence {
     /// Other numbers of inputs or states.
     pub fn step(&self, u: &[f32], state: &mut [f32]) -> Result<Vec<f32>> {
         let [d_inner, states] = self.state_shape();
-        if d_inner == 0 || u.len() % d_inner != 0 {
+        if d_inner == 0 || !u.len().is_multiple_of(d_inner) {
             return Err(Error::argument("u", format_args!("(batch, d_inner = {d_inner}) numbers"), u.len()));
         }
         if state.len() != u.len() * states {
