@@ -6,7 +6,7 @@
 //! [`long_conv`](crate::lti::long_conv) convolves with; decoding through its recurrence, [`Recurrence`].
 //!
 //! The parameter that reads the state is not `C` but `C̃ = C (I + Ā^L)` for the kernel's length `L`, as in the paper but for
-//! the sign (`cauchy.rs` says why): so a kernel needs no power of a matrix. [`truncate`] makes one of the other, and
+//! the sign (`cauchy.rs` says why): so a kernel needs no power of a matrix. [`Kernel::truncate`] makes one of the other, and
 //! [`Recurrence`] finds `C` again.
 
 #[cfg(feature = "candle")]
