@@ -9,9 +9,10 @@
 //! | cross entropy | [`loss`] | the loss of rows of logits, with its gradient in their place |
 //! | RMS norm | [`norm`] | the norm between layers, with the residual added and with a gate, with gradients |
 //! | AdamW | [`optimizer`] | a step of training over many parameters at once |
+//! | linear time-invariant systems | `lti`, a feature | HiPPO, S4 and S4D: kernels, recurrences and long convolutions, with gradients, on processors |
 //!
 //! With the features of the same names, the module `candle` has the operators on candle's tensors, with gradients in
-//! candle's graph, and the module `nn` the Mamba block and a language model.
+//! candle's graph, and the module `nn` the Mamba block, a language model, and layers of S4.
 //!
 //! Each has a CPU path that is vectorised for AVX-512, AVX2, NEON or plain code, chosen at run time, and runs on the
 //! threads of the current rayon pool; and a `float64` reference that is the equations written down, which the rest is
@@ -58,7 +59,8 @@
 //! |---|---|
 //! | none | the operators on slices |
 //! | `candle` | the operators on the tensors of [candle](https://docs.rs/candle-core), with gradients: the module `candle` |
-//! | `nn` | the Mamba block and language models on candle's tensors: the module `nn`; brings `candle` |
+//! | `lti` | linear time-invariant systems, which Mamba grew from: the module `lti`, and its operators in `candle` where that is on. A feature because it brings 15 packages, for matrix exponentials, eigenvalues and Fourier transforms |
+//! | `nn` | the Mamba block, language models and layers of S4 on candle's tensors: the module `nn`; brings `candle` and `lti` |
 //! | `cuda` | the operators on NVIDIA GPUs, on memory of [cudarc](https://docs.rs/cudarc)'s: the module `cuda`, and one of that name in the module of each operator |
 //! | `candle-cuda` | the module `candle`, and `nn` where it is on, for tensors on NVIDIA GPUs too; brings `candle`, `cuda` and candle's own `cuda` |
 //! | `avx512-gemm` | AVX-512 in candle's matrix products, those of other crates in the program included, whose bits it may change; brings `candle` |

@@ -80,7 +80,7 @@ impl System {
         let kernel = s4d::cpu::kernel(&inputs, u.len())?;
         let by_transforms = long_conv::Inputs { d, ..long_conv::Inputs::new(u_view, View::new(&kernel, [1, u.len()])) };
         let recurrence = s4d::recurrence(inputs.log_delta, inputs.a, inputs.b, Rule::ZeroOrderHold)?;
-        let mut state = vec![0.0f32; 2 * STATES];
+        let mut state = [0.0f32; 2 * STATES];
         let mut steps = Vec::with_capacity(u.len());
         for u in u {
             let step = s4d::UpdateInputs {

@@ -214,14 +214,13 @@ fn eliminate(matrix: &mut Small, right: &mut [Complex64; SIZE], size: usize) {
         let pivot = (k..size).max_by(|&i, &j| matrix[i][k].norm().total_cmp(&matrix[j][k].norm())).unwrap_or(k);
         matrix.swap(k, pivot);
         right.swap(k, pivot);
-        for i in k + 1..size {
-            let factor = matrix[i][k] / matrix[k][k];
-            for j in k..size {
-                let above = matrix[k][j];
-                matrix[i][j] -= factor * above;
+        let (above, right_above) = (matrix[k], right[k]);
+        for (row, right) in matrix[..size].iter_mut().zip(&mut *right).skip(k + 1) {
+            let factor = row[k] / above[k];
+            for (x, above) in row[k..size].iter_mut().zip(&above[k..size]) {
+                *x -= factor * above;
             }
-            let above = right[k];
-            right[i] -= factor * above;
+            *right -= factor * right_above;
         }
     }
     for k in (0..size).rev() {

@@ -6,7 +6,7 @@
 //! [`long_conv`](crate::lti::long_conv) convolves with; decoding through its recurrence, [`Recurrence`].
 //!
 //! The parameter that reads the state is not `C` but `C̃ = C (I + Ā^L)` for the kernel's length `L`, as in the paper but for
-//! the sign (`cauchy.rs` says why): so a kernel needs no power of a matrix. [`truncate`] makes one of the other, and
+//! the sign (`cauchy.rs` says why): so a kernel needs no power of a matrix. [`Kernel::truncate`] makes one of the other, and
 //! [`Recurrence`] finds `C` again.
 
 #[cfg(feature = "candle")]
@@ -231,7 +231,7 @@ impl Recurrence {
     /// Other numbers of inputs or states.
     pub fn step(&self, u: &[f32], state: &mut [f32]) -> Result<Vec<f32>> {
         let [d_inner, states] = self.state_shape();
-        if d_inner == 0 || u.len() % d_inner != 0 {
+        if d_inner == 0 || !u.len().is_multiple_of(d_inner) {
             return Err(Error::argument("u", format_args!("(batch, d_inner = {d_inner}) numbers"), u.len()));
         }
         if state.len() != u.len() * states {

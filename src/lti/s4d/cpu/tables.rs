@@ -62,6 +62,7 @@ impl Tables {
         let pairs = self.pairs[n];
         let (re, im) = (2 * n, 2 * n + 1);
         let mut power = [Complex64::ONE; BLOCK];
+        #[allow(clippy::needless_range_loop, reason = "the power is what counts; the kernel is one shorter")]
         for k in 0..=CHUNK {
             for (i, (power, pair)) in power.iter_mut().zip(&pairs).enumerate() {
                 self.powers[k * self.rows + re].0[i] = power.re;
