@@ -167,15 +167,21 @@ impl<T: Number> HostCopy<T> {
     /// # Errors
     /// What the device refuses.
     pub fn start(&mut self) -> Result<()> {
+        let elsewhere = || Error::argument("tensor", "a tensor that stays where it was", "one elsewhere");
         let (storage, _) = self.tensor.storage_and_layout();
         match (&*storage, &mut self.values) {
-            (Storage::Cpu(storage), Values::Host(values)) => values.copy_from_slice(storage.as_slice::<T>()?),
+            (Storage::Cpu(storage), Values::Host(values)) => {
+                // More than the tensor may lie in its storage.
+                let from = storage.as_slice::<T>()?.get(..values.len()).ok_or_else(elsewhere)?;
+                values.copy_from_slice(from);
+            }
             #[cfg(feature = "candle-cuda")]
             (Storage::Cuda(storage), Values::Pinned(values)) => {
-                let (stream, from) = (storage.device.cuda_stream(), storage.as_cuda_slice::<T>()?);
-                stream.memcpy_dtoh(from, values).map_err(|error| Error::cuda("copying from the device", error))?;
+                let stream = storage.device.cuda_stream();
+                let from = storage.as_cuda_slice::<T>()?.try_slice(..values.len()).ok_or_else(elsewhere)?;
+                stream.memcpy_dtoh(&from, values).map_err(|error| Error::cuda("copying from the device", error))?;
             }
-            _ => return Err(Error::argument("tensor", "a tensor that stays where it was", "one elsewhere").into()),
+            _ => return Err(elsewhere().into()),
         }
         Ok(())
     }

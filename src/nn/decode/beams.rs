@@ -2,7 +2,7 @@
 
 use candle_core::Result;
 
-use super::Decoder;
+use super::{Decoder, check_tokens};
 use crate::nn::argument;
 
 /// How texts are searched for, see [`Decoder::search`].
@@ -65,14 +65,7 @@ impl Decoder {
         if prompt.is_empty() {
             return Err(argument("prompt", "at least one token", "none"));
         }
-        let vocab = self.model().config().padded_vocab_size();
-        if let Some((at, token)) = prompt.iter().enumerate().find(|(_, token)| **token as usize >= vocab) {
-            return Err(argument(
-                "prompt",
-                format_args!("tokens from 0 to {}", vocab - 1),
-                format_args!("{token} at {at}"),
-            ));
-        }
+        check_tokens("prompt", prompt, self.model().config().padded_vocab_size())?;
         let slots: Vec<i32> = (0..beams as i32).collect();
         self.cache().reset(Some(&slots[..1]))?;
         let mut logits = self.prefill(&[prompt], &slots[..1])?;

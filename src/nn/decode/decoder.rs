@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
 
-use super::Cache;
+use super::{Cache, check_tokens};
 use crate::candle::{DecodeLinear, Repeated, Repetition, SamplingState, Slots, copy_from_host, embedding_lookup};
 use crate::nn::mamba::{Buffers, JoinedLayer, full};
 use crate::nn::{LanguageModel, argument, check_room};
@@ -149,14 +149,7 @@ impl Decoder {
         if tokens.len() != slots.len() {
             return Err(argument("tokens", format_args!("{}, one for each slot", slots.len()), tokens.len()));
         }
-        let vocab = self.model.config().padded_vocab_size();
-        if let Some((row, token)) = tokens.iter().enumerate().find(|(_, token)| **token as usize >= vocab) {
-            return Err(argument(
-                "tokens",
-                format_args!("tokens from 0 to {}", vocab - 1),
-                format_args!("{token} at {row}"),
-            ));
-        }
+        check_tokens("tokens", tokens, self.model.config().padded_vocab_size())?;
         self.model.backbone().check_decoding(&self.cache, slots.len(), Slots::Host(slots))?;
         if self.joined.is_none() || slots.is_empty() {
             let ids = Tensor::new(tokens, &candle_core::Device::Cpu)?;

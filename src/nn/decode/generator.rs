@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use candle_core::{DType, Result, Tensor};
 
-use super::{Cache, Decoder, DecoderOptions};
+use super::{Cache, Decoder, DecoderOptions, check_tokens};
 use crate::candle::HostCopy;
 use crate::nn::{LanguageModel, argument};
 use crate::sampling::{INVALID, Settings};
@@ -236,17 +236,10 @@ impl Generator {
     /// A prompt without tokens or with one beyond the vocabulary; settings by which nothing can be chosen; no tokens to write; no
     /// samples, or more than there are slots; states of another model, or not of one slot.
     pub fn submit(&mut self, request: Request) -> Result<u64> {
-        let vocab = self.decoder.model().config().padded_vocab_size();
         if request.prompt.is_empty() {
             return Err(argument("prompt", "at least one token", "none"));
         }
-        if let Some((at, token)) = request.prompt.iter().enumerate().find(|(_, token)| **token as usize >= vocab) {
-            return Err(argument(
-                "prompt",
-                format_args!("tokens from 0 to {}", vocab - 1),
-                format_args!("{token} at {at}"),
-            ));
-        }
+        check_tokens("prompt", &request.prompt, self.decoder.model().config().padded_vocab_size())?;
         request.settings.check()?;
         if request.max_tokens == 0 {
             return Err(argument("max_tokens", "at least 1", 0));

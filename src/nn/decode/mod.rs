@@ -15,3 +15,18 @@ pub use draft::Draft;
 pub use generator::{Event, FinishReason, Generator, GeneratorOptions, Request};
 pub(crate) use pool::{check_pools, check_slots, copy, grow, put, reset, take};
 pub use sampler::{Sampler, Sampling};
+
+use candle_core::Result;
+
+use crate::nn::argument;
+
+/// Checks that all are tokens of a model's.
+fn check_tokens(name: &'static str, tokens: &[u32], vocab_size: usize) -> Result<()> {
+    match tokens.iter().enumerate().find(|(_, token)| **token as usize >= vocab_size) {
+        None => Ok(()),
+        Some((at, token)) => {
+            let expected = format_args!("tokens from 0 to {}", vocab_size - 1).to_string();
+            Err(argument(name, expected, format_args!("{token} at {at}")))
+        }
+    }
+}

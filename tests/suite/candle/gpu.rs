@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use selective_scan::candle::Scan;
 
-use super::{conv, embedding, graph, norm, optimizer, scan, slots, update, vectors, views};
+use super::{conv, embedding, graph, host, norm, optimizer, scan, slots, update, vectors, views};
 use crate::scan::case::Shape;
 
 pub fn device() -> Option<Device> {
@@ -63,6 +63,8 @@ on_the_device! {
         conv::agrees_with_the_reference::<f16>(device, 4);
         conv::agrees_with_the_reference::<bf16>(device, 4);
     };
+    numbers_go_there_and_back: |device| host::all_types(device);
+    work_is_repeated: |device| host::work_is_repeated(device);
     embedding_gradient: |device| embedding::has_the_values_of_a_loop(device);
     norm_agrees_with_the_reference: |device| {
         norm::agrees_with_the_reference::<f32, f32, f32>(device, 16);

@@ -6,6 +6,7 @@ mod errors;
 #[cfg(feature = "candle-cuda")]
 pub mod gpu;
 mod graph;
+mod host;
 mod norm;
 mod optimizer;
 mod plain;
