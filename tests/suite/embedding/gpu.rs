@@ -2,10 +2,10 @@
 
 use half::{bf16, f16};
 use selective_scan::embedding::cuda;
-use selective_scan::{Element, View};
+use selective_scan::{Element, Slots, View};
 
-use super::{SPREADS, Spread, against_reference, what_is_not_finite_stays};
-use crate::support::gpu::{Copies, stream};
+use super::{SPREADS, Spread, against_reference, rows_are_those_of_the_table, what_is_not_finite_stays};
+use crate::support::gpu::{Copies, stream, with_slots_on_device};
 
 fn on_gpu<T: Element>(ids: &[u32], d_out: &View<T, 2>, vocab_size: usize, to: &mut [f32]) {
     let stream = stream().expect("only called where there is a device");
@@ -44,5 +44,29 @@ fn is_as_the_reference() {
 fn what_is_not_finite_stays_in_its_row() {
     if stream().is_some() {
         what_is_not_finite_stays(&on_gpu);
+    }
+}
+
+fn look_up<T: Element, O: Element>(ids: &[u32], slots: Slots, table: &View<T, 2>, to: &mut [O]) {
+    let stream = stream().expect("only called where there is a device");
+    let copies = Copies::new(&stream);
+    let (ids, out, table) = (copies.slice(ids), copies.slice(to), copies.view(table));
+    cuda::lookup(&stream, ids, copies.slots(slots), &table, out).expect("the case is valid");
+    copies.download(out, to);
+}
+
+#[test]
+fn lookups() {
+    if stream().is_none() {
+        return;
+    }
+    for run in [|test: &dyn Fn()| test(), |test: &dyn Fn()| with_slots_on_device(test)] {
+        run(&|| {
+            rows_are_those_of_the_table::<f32, f32>(&look_up);
+            rows_are_those_of_the_table::<f16, f16>(&look_up);
+            rows_are_those_of_the_table::<f16, f32>(&look_up);
+            rows_are_those_of_the_table::<bf16, bf16>(&look_up);
+            rows_are_those_of_the_table::<bf16, f32>(&look_up);
+        });
     }
 }

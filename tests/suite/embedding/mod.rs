@@ -5,7 +5,7 @@ mod gpu;
 
 use half::{bf16, f16};
 use selective_scan::embedding::{cpu, reference};
-use selective_scan::{Element, View};
+use selective_scan::{Element, Slots, View};
 
 use crate::support::draw::{Draw, seeded};
 use crate::support::strided::{Layout, Strided};
@@ -152,4 +152,61 @@ fn a_million_rows_of_one_token() {
     cpu::backward(&ids, &view, 3, &mut table).expect("valid");
     let sum = (f64::from(0.1f32) * f64::from(1 << 20)) as f32;
     assert_eq!(table, [0.0, 0.0, sum, sum, 0.0, 0.0]);
+}
+
+/// A lookup on some device: ids, slots, table, vocabulary, width, result.
+type LookUp<'f, T, O> = &'f dyn Fn(&[u32], Slots, &View<T, 2>, &mut [O]);
+
+/// Rows are those of the table, by ids or by the ids in slots; zeros for padding, and no numbers for what the table does not have.
+fn rows_are_those_of_the_table<T: Element, O: Element>(look_up: LookUp<T, O>) {
+    let (_, seed) = seeded();
+    let draw = &mut Draw::new(seed);
+    for (vocab, width, room) in [(1, 1, 0), (7, 5, 0), (300, 600, 3)] {
+        let data: Vec<T> = draw.uniform(vocab * (width + room), -2.0, 2.0);
+        let table = View::new(&data[..], [vocab, width]).with_layout(0, [width + room, 1]);
+        let ids: Vec<u32> = (0..6).map(|i| if i == 4 { vocab as u32 } else { (i * 37 % vocab) as u32 }).collect();
+        let lists: [(Slots, Vec<Option<usize>>); 2] = [
+            (Slots::Rows, (0..6).map(Some).collect()),
+            (Slots::Host(&[5, -1, 0, 4]), vec![Some(5), None, Some(0), Some(4)]),
+        ];
+        for (slots, expected) in lists {
+            let mut out = vec![O::from_f32(7.0); expected.len() * width];
+            look_up(&ids, slots, &table, &mut out);
+            for (row, slot) in expected.into_iter().enumerate() {
+                for (j, got) in out[row * width..(row + 1) * width].iter().enumerate() {
+                    let want = match slot.map(|slot| ids[slot] as usize) {
+                        None => 0.0,
+                        Some(id) if id >= vocab => f32::NAN,
+                        Some(id) => data[id * (width + room) + j].to_f32(),
+                    };
+                    let got = got.to_f32();
+                    assert!(got == want || got.is_nan() && want.is_nan(), "row {row}, column {j}: {got}, {want}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn lookups() {
+    fn on_cpu<T: Element, O: Element>(ids: &[u32], slots: Slots, table: &View<T, 2>, out: &mut [O]) {
+        cpu::lookup(ids, slots, table, out).expect("the case is valid");
+    }
+    rows_are_those_of_the_table::<f32, f32>(&on_cpu);
+    rows_are_those_of_the_table::<f16, f32>(&on_cpu);
+    rows_are_those_of_the_table::<bf16, bf16>(&on_cpu);
+}
+
+#[test]
+fn lookups_that_do_not_fit_are_refused() {
+    let table = [bf16::ONE; 6];
+    let table = View::new(&table, [3, 2]);
+    let mut out = [7.0f32; 4];
+    let error = cpu::lookup(&[0, 1, 2], Slots::Rows, &table, &mut out).unwrap_err();
+    assert_eq!(error.to_string(), "`out`: expected (rows, width) = [3, 2] elements, got 4 elements");
+    let error = cpu::lookup(&[0, 1], Slots::Host(&[0, 2]), &table, &mut out).unwrap_err();
+    assert_eq!(error.to_string(), "`slots`: expected slots below 2, or negative ones for padding, got 2 for row 1");
+    assert_eq!(out, [7.0; 4]);
+    let error = cpu::lookup(&[0, 1], Slots::Rows, &table, &mut [f16::ZERO; 4]).unwrap_err();
+    assert_eq!(error.to_string(), "`out`: expected f32 or Bf16, the type of `table`, got F16");
 }
