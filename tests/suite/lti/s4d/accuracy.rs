@@ -59,6 +59,17 @@ fn hold<T: Element>(isa: Isa, case: &Case<T>, draw: &mut Draw, what: &str) {
             *size = size.max(norm(&other));
         }
     }
+    // A step size enters as ΔA: the slope by its logarithm is a sum over the pairs of A times the slope by A, which is large
+    // where memory is long, and of which the real part alone is left.
+    let complex = |x: &[f64]| x.as_chunks().0.iter().map(|[re, im]| re.hypot(*im)).collect::<Vec<f64>>();
+    let by_a = want.iter().find(|(name, _)| *name == "a").map_or(Vec::new(), |(_, slopes)| complex(slopes));
+    let a = complex(&case.a.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>());
+    let terms: Vec<f64> = a.iter().zip(by_a).map(|(a, slope)| a * slope).collect();
+    for (size, (name, _)) in sizes.iter_mut().zip(&want) {
+        if *name == "log_delta" {
+            *size = size.max(norm(&terms));
+        }
+    }
     let (output, gradients) = (forward(isa, case), backward(isa, case));
     let mut got: Vec<&[f32]> =
         vec![&output.final_state, &gradients.log_delta, &gradients.a, &gradients.b, &gradients.c];
