@@ -1,5 +1,5 @@
-//! S4D at the size of its papers' larger models: `cargo bench --features lti --bench s4d`. Throughput counts steps times
-//! channels times pairs. Beside it the same by kernel and Fourier transforms.
+//! S4D at the size of its papers' larger models: `cargo bench --features lti --bench s4d`. Throughput counts steps
+//! times channels times pairs. Beside it the same by kernel and Fourier transforms.
 
 #[path = "../examples/common/mod.rs"]
 mod common;

@@ -113,8 +113,8 @@ pub fn all(lengths: &[usize], seed: u64) -> Result<Vec<Agreement>> {
         let mut add = |pair, got: &[f64], tolerance| {
             all.push(Agreement { pair, length, error: error(got, &recurrent), tolerance });
         };
-        // Runge and Kutta's local error is (|λ|h)^5/120, and 1/(|λ|h) steps are remembered: with 8 fine steps |λ|h is 0.01
-        // at most.
+        // Runge and Kutta's local error is (|λ|h)^5/120, and 1/(|λ|h) steps are remembered: with 8 fine steps |λ|h is
+        // 0.01 at most.
         let continuous = diagonal.integrate_held(&wide, delta, 8, &mut [0.0; 2 * STATES])?;
         add("continuous, recurrent", &continuous, 0.01f64.powi(4) / 120.0 * 10.0);
         // A transform rounds log2(2L) times, the recurrence as often as it remembers steps, 100: to 1.1e-16 each.

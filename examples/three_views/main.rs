@@ -5,8 +5,8 @@
 //! cargo run --release --features lti --example three_views -- --quick
 //! ```
 //!
-//! `--json` prints the list of agreements, `{pair, length, error, tolerance}`, and nothing else. Exits with status 1 if a
-//! pair does not agree, and with 2 if it could not run.
+//! `--json` prints the list of agreements, `{pair, length, error, tolerance}`, and nothing else. Exits with status 1 if
+//! a pair does not agree, and with 2 if it could not run.
 
 mod agreement;
 mod attention;

@@ -72,8 +72,8 @@ fn random_system(order: usize, random: &mut StdRng) -> Result<Dense> {
     Dense::new(&a, &b[..order], &vec![0.0; order], 0.0)
 }
 
-/// The past of least norm that leaves this state, by the answers of the states to an impulse: nobody can know more without
-/// knowing the signal.
+/// The past of least norm that leaves this state, by the answers of the states to an impulse: nobody can know more
+/// without knowing the signal.
 fn best_guess(system: &Dense, state: &[f64], ago: &[f64]) -> Result<Vec<f64>> {
     let (order, delta) = (state.len(), 1.0 / STEPS as f64);
     let steps = system.discretize(delta, Rule::Bilinear)?;

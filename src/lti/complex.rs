@@ -16,8 +16,8 @@ pub(crate) fn exp_m1_over(z: Complex64) -> Complex64 {
 
 /// The derivative of [`exp_m1_over`], `(e^z (z - 1) + 1)/z²`, which is 1/2 at 0.
 pub(crate) fn exp_m1_over_slope(z: Complex64) -> Complex64 {
-    // The quotient loses 2^-53/|z|² to cancellation, and the series' remainder is |z|^12/12!·(11/12): below 1/4 the series
-    // is exact to 2^-53.
+    // The quotient loses 2^-53/|z|² to cancellation, and the series' remainder is |z|^12/12!·(11/12): below 1/4 the
+    // series is exact to 2^-53.
     if z.norm() < 0.25 {
         // Σ z^k (k + 1)/(k + 2)!
         let (mut sum, mut power, mut factorial) = (Complex64::ZERO, Complex64::ONE, 2.0);
@@ -33,9 +33,9 @@ pub(crate) fn exp_m1_over_slope(z: Complex64) -> Complex64 {
 
 /// `exp(steps · delta · a)`, to the last digits however many steps there are.
 ///
-/// The angle of `k` steps is `k·Δ·Im(a)`, and only what is left of it modulo 2π matters. Rounded to one `f64`, an angle of
-/// 1e8 is off by 1e-8, and in `f32` nothing is left. So both products are kept in two parts, the rounded product and what
-/// rounding took from it. The sine and cosine of the first part are exact, and the second is small.
+/// The angle of `k` steps is `k·Δ·Im(a)`, and only what is left of it modulo 2π matters. Rounded to one `f64`, an angle
+/// of 1e8 is off by 1e-8, and in `f32` nothing is left. So both products are kept in two parts, the rounded product and
+/// what rounding took from it. The sine and cosine of the first part are exact, and the second is small.
 pub(crate) fn exp_steps(a: Complex64, delta: f64, steps: f64) -> Complex64 {
     if steps == 0.0 {
         return Complex64::ONE;
@@ -81,7 +81,8 @@ mod tests {
         }
     }
 
-    /// A million steps of an angle whose turns are known: 2π times a fraction whose product with the step count is exact.
+    /// A million steps of an angle whose turns are known: 2π times a fraction whose product with the step count is
+    /// exact.
     #[test]
     fn many_steps_keep_their_angle() {
         let steps = f64::from(1 << 20);

@@ -2,8 +2,8 @@
 
 use realfft::{FftNum, RealFftPlanner};
 
-/// The length of the transforms for sequences of `len`: twice as long, so that the end does not come round to the start, and
-/// a power of two.
+/// The length of the transforms for sequences of `len`: twice as long, so that the end does not come round to the
+/// start, and a power of two.
 pub(crate) fn transform_len(len: usize) -> usize {
     (2 * len).next_power_of_two().max(2)
 }

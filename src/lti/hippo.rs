@@ -1,7 +1,7 @@
 //! HiPPO: systems whose state holds the past of their input (Gu, Dao, Ermon, Rudra and Ré 2020, arXiv 2008.07669).
 //!
-//! Each is an orthonormal basis `p_n` of functions of how long ago something was, `s`, under a measure `ω`. The state is what
-//! the past comes to in that basis, and the past is had from it:
+//! Each is an orthonormal basis `p_n` of functions of how long ago something was, `s`, under a measure `ω`. The state
+//! is what the past comes to in that basis, and the past is had from it:
 //!
 //! ```text
 //! x_n(t) = ∫ u(t - s) p_n(s) ω(s) ds          u(t - s) ≈ Σ_n x_n(t) p_n(s)
@@ -14,8 +14,8 @@
 //! | [`Measure::Fourier`] | 1 on `[0, 1]` | `1`, `√2 cos 2πks`, `√2 sin 2πks` | the same, as a Fourier series |
 //!
 //! `P_n` are Legendre's polynomials. LegS as a time-invariant system, and the Fourier measure, are as in Gu, Johnson,
-//! Timalsina, Rudra and Ré 2022 (arXiv 2206.12037). The matrices are a normal matrix less one of low rank (Gu, Goel and Ré
-//! 2022, arXiv 2111.00396), which [`Measure::low_rank`] diagonalises.
+//! Timalsina, Rudra and Ré 2022 (arXiv 2206.12037). The matrices are a normal matrix less one of low rank (Gu, Goel and
+//! Ré 2022, arXiv 2111.00396), which [`Measure::low_rank`] diagonalises.
 
 use std::f64::consts::{PI, SQRT_2};
 
@@ -34,7 +34,8 @@ pub enum Measure {
     LegS,
     /// Legendre polynomials on the last unit of time.
     LegT,
-    /// The Fourier series of the last unit of time. Of the constant's pair only one is a function; the other is always zero.
+    /// The Fourier series of the last unit of time. Of the constant's pair only one is a function; the other is always
+    /// zero.
     Fourier,
 }
 
@@ -91,9 +92,9 @@ impl Measure {
         }
     }
 
-    /// The system as S4 has it, diagonal less low rank: `A = V (Λ - P P*) V*` with a unitary `V`, whose states are `V* x`. Of
-    /// each pair of conjugates the one with the positive imaginary part is kept, in the order of these parts. LegS and the
-    /// Fourier measure have rank 1, LegT has rank 2. `C` is zero until it is given.
+    /// The system as S4 has it, diagonal less low rank: `A = V (Λ - P P*) V*` with a unitary `V`, whose states are `V*
+    /// x`. Of each pair of conjugates the one with the positive imaginary part is kept, in the order of these parts.
+    /// LegS and the Fourier measure have rank 1, LegT has rank 2. `C` is zero until it is given.
     ///
     /// # Errors
     /// An `order` that is odd, zero, or above 512.
@@ -122,8 +123,8 @@ impl Measure {
             let vector = DVector::from_row_slice(vector);
             normal += &vector * vector.transpose();
         }
-        // It is a multiple of the identity (-1/2 for LegS, 0 for LegT) plus a skew-symmetric S, and -iS is Hermitian. Its
-        // halves are made of one triangle, so that rounding does not make them differ.
+        // It is a multiple of the identity (-1/2 for LegS, 0 for LegT) plus a skew-symmetric S, and -iS is Hermitian.
+        // Its halves are made of one triangle, so that rounding does not make them differ.
         let shift = if self == Self::LegS { -0.5 } else { 0.0 };
         let hermitian = DMatrix::from_fn(order, order, |i, j| match i.cmp(&j) {
             std::cmp::Ordering::Greater => Complex64::new(0.0, -normal[(i, j)]),

@@ -8,7 +8,8 @@
 //!
 //! has a matrix that is [`Dense`], a [`Diagonal`], or a diagonal less one of [`LowRank`]. With a step size it becomes a
 //! recurrence by a [`Rule`], `discretize` of each. It can be seen in three ways, of which [`Continuous`] has one and
-//! [`Recurrent`] two; they agree. [`hippo`] has the systems that remember, and the eigenvalues that training starts from.
+//! [`Recurrent`] two; they agree. [`hippo`] has the systems that remember, and the eigenvalues that training starts
+//! from.
 //!
 //! All this is of single systems in `f64`, whose inputs are read by the end of each step: `x_k = Ā x_{k-1} + B̄ u_k`,
 //! `y_k = C x_k + D u_k`.

@@ -1,7 +1,7 @@
 //! Systems with a dense, a diagonal and a diagonal plus low rank matrix, and their discretizations.
 //!
-//! All of them are of one input and one output, with real numbers in and out, and in `f64`: they are small, and what is made
-//! of them is used many times.
+//! All of them are of one input and one output, with real numbers in and out, and in `f64`: they are small, and what is
+//! made of them is used many times.
 
 use nalgebra::{DMatrix, DVector};
 use num_complex::Complex64;
@@ -15,10 +15,12 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Rule {
-    /// `Ā = exp(ΔA)`, `B̄ = A⁻¹ (exp(ΔA) - I) B`: exact for an input that is held over each step. Singular `A` are no exception.
+    /// `Ā = exp(ΔA)`, `B̄ = A⁻¹ (exp(ΔA) - I) B`: exact for an input that is held over each step. Singular `A` are no
+    /// exception.
     #[default]
     ZeroOrderHold,
-    /// `Ā = (I - Δ/2 A)⁻¹ (I + Δ/2 A)`, `B̄ = (I - Δ/2 A)⁻¹ Δ B` (Tustin): of second order, and stable if the system is. S4 uses it.
+    /// `Ā = (I - Δ/2 A)⁻¹ (I + Δ/2 A)`, `B̄ = (I - Δ/2 A)⁻¹ Δ B` (Tustin): of second order, and stable if the system
+    /// is. S4 uses it.
     Bilinear,
     /// `Ā = I + Δ A`, `B̄ = Δ B`: of first order, and stable for small steps only.
     Euler,
@@ -27,8 +29,8 @@ pub enum Rule {
 /// What the eigenvalues that are stored of a diagonal matrix stand for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Spectrum {
-    /// Half of them: each one's complex conjugate belongs to the system too, with the conjugates of its `B` and `C`, so that
-    /// `y = 2 Re(C x) + D u` is that of a real system.
+    /// Half of them: each one's complex conjugate belongs to the system too, with the conjugates of its `B` and `C`, so
+    /// that `y = 2 Re(C x) + D u` is that of a real system.
     Pairs,
     /// All of them, and they are real: `y = Re(C x) + D u`.
     Real,
@@ -135,8 +137,8 @@ impl Dense {
     /// The recurrence with steps of `delta`.
     ///
     /// # Errors
-    /// A `delta` that is not positive and finite. With [`Rule::Bilinear`], a system that has the eigenvalue `2/delta`, for which
-    /// it has no recurrence.
+    /// A `delta` that is not positive and finite. With [`Rule::Bilinear`], a system that has the eigenvalue `2/delta`,
+    /// for which it has no recurrence.
     pub fn discretize(&self, delta: f64, rule: Rule) -> Result<DenseSteps> {
         check_delta(delta)?;
         let order = self.order();
@@ -298,8 +300,8 @@ pub(super) fn matrix_power(a: &DMatrix<f64>, mut exponent: usize) -> DMatrix<f64
     result
 }
 
-/// `x' = Λ x + B u` with a diagonal complex matrix, `y` as its [`Spectrum`] says. A state is `n` complex numbers, each the two
-/// real numbers that it is made of.
+/// `x' = Λ x + B u` with a diagonal complex matrix, `y` as its [`Spectrum`] says. A state is `n` complex numbers, each
+/// the two real numbers that it is made of.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Diagonal {
     a: Vec<Complex64>,
@@ -451,8 +453,8 @@ impl DiagonalSteps {
         }
     }
 
-    /// `weight · Re Σ_n v_n Ā_n^k` for `k` below `len`: a product with a Vandermonde matrix, of which every 64th row is made
-    /// from the exponential and the rows between by 63 steps at most.
+    /// `weight · Re Σ_n v_n Ā_n^k` for `k` below `len`: a product with a Vandermonde matrix, of which every 64th row is
+    /// made from the exponential and the rows between by 63 steps at most.
     fn vandermonde(&self, v: &[Complex64], len: usize) -> Vec<f64> {
         const ROWS: usize = 64;
         let mut all = vec![0.0; len];
@@ -514,8 +516,8 @@ impl Recurrent for DiagonalSteps {
     }
 }
 
-/// `x' = (Λ - P Q*) x + B u`, `y = 2 Re(C x) + D u`: diagonal plus low rank, in conjugate pairs of which one each is stored.
-/// That is S4's form of HiPPO's matrices (Gu, Goel and Ré 2022, arXiv 2111.00396).
+/// `x' = (Λ - P Q*) x + B u`, `y = 2 Re(C x) + D u`: diagonal plus low rank, in conjugate pairs of which one each is
+/// stored. That is S4's form of HiPPO's matrices (Gu, Goel and Ré 2022, arXiv 2111.00396).
 #[derive(Debug, Clone, PartialEq)]
 pub struct LowRank {
     pub(super) diagonal: Diagonal,
@@ -525,12 +527,12 @@ pub struct LowRank {
 }
 
 impl LowRank {
-    /// The system of `diagonal` less the sum of the products of each vector of `p` with the conjugate transpose of that of
-    /// `q`.
+    /// The system of `diagonal` less the sum of the products of each vector of `p` with the conjugate transpose of that
+    /// of `q`.
     ///
     /// # Errors
-    /// Eigenvalues of `diagonal` that are not in pairs, other numbers of states in a vector of `p` or `q`, other numbers of
-    /// vectors, and more than [`MAX_RANK`] of them.
+    /// Eigenvalues of `diagonal` that are not in pairs, other numbers of states in a vector of `p` or `q`, other
+    /// numbers of vectors, and more than [`MAX_RANK`] of them.
     pub fn new(diagonal: Diagonal, p: &[Vec<Complex64>], q: &[Vec<Complex64>]) -> Result<Self> {
         if diagonal.spectrum != Spectrum::Pairs {
             return Err(Error::argument("diagonal", "eigenvalues in conjugate pairs", "real ones"));
@@ -605,12 +607,12 @@ impl LowRank {
         Dense { a: matrix, b, c, d: *d }
     }
 
-    /// The recurrence with steps of `delta` by [`Rule::Bilinear`], which keeps the form: each step takes as many operations
-    /// as there are states.
+    /// The recurrence with steps of `delta` by [`Rule::Bilinear`], which keeps the form: each step takes as many
+    /// operations as there are states.
     ///
     /// # Errors
-    /// Another rule: the exponential of such a matrix is a dense one, that of [`LowRank::to_dense`]. A `delta` that is not
-    /// positive and finite, or for which `2/delta` is an eigenvalue of the system or of its diagonal.
+    /// Another rule: the exponential of such a matrix is a dense one, that of [`LowRank::to_dense`]. A `delta` that is
+    /// not positive and finite, or for which `2/delta` is an eigenvalue of the system or of its diagonal.
     pub fn discretize(&self, delta: f64, rule: Rule) -> Result<LowRankSteps> {
         check_delta(delta)?;
         if rule != Rule::Bilinear {

@@ -23,9 +23,9 @@ pub trait Continuous {
     /// `y` where the state is `state` and the input `u`.
     fn output(&self, state: &[f64], u: f64) -> f64;
 
-    /// Carries the state through the time `time` in `steps` steps of Runge and Kutta's method of fourth order. The input is
-    /// read at the two ends and in the middle of each. It is the yardstick of what follows: exact in the limit of many steps,
-    /// whatever the input.
+    /// Carries the state through the time `time` in `steps` steps of Runge and Kutta's method of fourth order. The
+    /// input is read at the two ends and in the middle of each. It is the yardstick of what follows: exact in the limit
+    /// of many steps, whatever the input.
     ///
     /// # Errors
     /// A state of another size.
@@ -49,8 +49,8 @@ pub trait Continuous {
         Ok(())
     }
 
-    /// The outputs at the ends of steps of `delta` over which each input is held, each integrated in `fine` steps, from a
-    /// state that becomes the one at the end.
+    /// The outputs at the ends of steps of `delta` over which each input is held, each integrated in `fine` steps, from
+    /// a state that becomes the one at the end.
     ///
     /// # Errors
     /// A state of another size; a `fine` of zero.
@@ -72,7 +72,8 @@ pub trait Recurrent {
     /// The numbers that a state is made of.
     fn state_len(&self) -> usize;
 
-    /// One step: brings the state up to date and gives the output. The state must have [`Recurrent::state_len`] numbers.
+    /// One step: brings the state up to date and gives the output. The state must have [`Recurrent::state_len`]
+    /// numbers.
     fn step(&self, state: &mut [f64], u: f64) -> f64;
 
     /// `D`.
@@ -96,8 +97,8 @@ pub trait Recurrent {
         Ok(u.iter().map(|&u| self.step(state, u)).collect())
     }
 
-    /// The convolutional view of a sequence: the outputs, by a kernel and a convolution, and what the state adds to them. The
-    /// state becomes the one at the end.
+    /// The convolutional view of a sequence: the outputs, by a kernel and a convolution, and what the state adds to
+    /// them. The state becomes the one at the end.
     ///
     /// # Errors
     /// A state of another size.

@@ -42,8 +42,8 @@ impl LongConv<'_> {
         Ok(Computed::new(Cpu.store(out), problem.inputs.u.shape))
     }
 
-    /// The gradients of all tensors that were given, from that of the output. This is what candle's backward pass does; here
-    /// nothing is recorded in its graph.
+    /// The gradients of all tensors that were given, from that of the output. This is what candle's backward pass does;
+    /// here nothing is recorded in its graph.
     ///
     /// # Errors
     /// As [`LongConv::forward`].

@@ -18,8 +18,8 @@ use crate::{Element, Result, View};
 /// Steps in a task at least.
 const STEPS_PER_RUN: usize = 4096;
 
-/// Runs the convolution on the threads of the current rayon pool. `out` is `(batch, length, d_inner)`, dense, and overwritten
-/// whole.
+/// Runs the convolution on the threads of the current rayon pool. `out` is `(batch, length, d_inner)`, dense, and
+/// overwritten whole.
 ///
 /// # Errors
 /// An argument that does not fit; see [`Inputs`]. Nothing is written then.

@@ -1,16 +1,16 @@
-//! A causal convolution of every channel with a kernel as long as the sequence, by Fourier transforms: the convolutional view of
-//! S4 and S4D, forward and backward.
+//! A causal convolution of every channel with a kernel as long as the sequence, by Fourier transforms: the
+//! convolutional view of S4 and S4D, forward and backward.
 //!
 //! ```text
 //! y_t = Σ_k K_k u_{t-k} + D u_t          summed over k from 0 to t, and below the kernel's length
 //! ```
 //!
-//! A sequence of `L` steps takes `L log L` operations for each channel, and no state goes in or out. Everything is `f32`: an
-//! output is off by 2^-24 of `‖K‖ ‖u‖` for each of the `log L` passes of a transform, however small it is itself. So what is
-//! not finite reaches all steps of its channel and sequence, those before it too.
+//! A sequence of `L` steps takes `L log L` operations for each channel, and no state goes in or out. Everything is
+//! `f32`: an output is off by 2^-24 of `‖K‖ ‖u‖` for each of the `log L` passes of a transform, however small it is
+//! itself. So what is not finite reaches all steps of its channel and sequence, those before it too.
 //!
-//! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, [`reference`](mod@reference) is the sum written plainly in
-//! `f64`. [`Inputs::forward`] and [`Inputs::backward`] allocate their results.
+//! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, [`reference`](mod@reference) is the sum written
+//! plainly in `f64`. [`Inputs::forward`] and [`Inputs::backward`] allocate their results.
 
 #[cfg(feature = "candle")]
 pub(crate) mod candle;

@@ -36,8 +36,8 @@ pub fn backward<T: Element>(inputs: &Inputs<T>, d_out: View<T, 3>) -> Result<Gra
     Ok(grad)
 }
 
-/// Calls `term` for each product that is summed up: with the step that it is added to, where its input is, the lag of its
-/// weight in the kernel (none of the skip connection), and the weight.
+/// Calls `term` for each product that is summed up: with the step that it is added to, where its input is, the lag of
+/// its weight in the kernel (none of the skip connection), and the weight.
 fn for_each_term<T: Element>(
     inputs: &Inputs<T>,
     sequences: &crate::sequences::Sequences,

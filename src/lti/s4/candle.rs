@@ -8,8 +8,8 @@ use crate::candle::node;
 use crate::candle::tensors::{Arguments, Reader};
 use crate::lti::candle::check_processor;
 
-/// The parameters of S4's kernels; see [`lti::s4::Kernel`](crate::lti::s4::Kernel). All of `f32` and on the processor; on another
-/// device they give an error.
+/// The parameters of S4's kernels; see [`lti::s4::Kernel`](crate::lti::s4::Kernel). All of `f32` and on the processor;
+/// on another device they give an error.
 #[derive(Debug, Clone, Copy)]
 pub struct S4Kernel<'a> {
     /// The logarithms of the step sizes, `(d_inner)`.
@@ -40,7 +40,8 @@ pub struct S4KernelGradients {
 }
 
 impl S4Kernel<'_> {
-    /// The kernels, `(d_inner, length)` of `f32`, for a [`LongConv`](crate::candle::LongConv). Gradients flow to every tensor.
+    /// The kernels, `(d_inner, length)` of `f32`, for a [`LongConv`](crate::candle::LongConv). Gradients flow to every
+    /// tensor.
     ///
     /// # Errors
     /// An argument that does not fit, which the message names. Tensors on another device than the processor.

@@ -1,5 +1,5 @@
-//! The kernel of S4: a diagonal less a low-rank matrix, by the Cauchy kernel and Woodbury's identity (Gu, Goel and Ré 2022,
-//! arXiv 2111.00396, appendix C.3), with its gradients.
+//! The kernel of S4: a diagonal less a low-rank matrix, by the Cauchy kernel and Woodbury's identity (Gu, Goel and Ré
+//! 2022, arXiv 2111.00396, appendix C.3), with its gradients.
 //!
 //! The kernel's transform at the roots of minus one, `z = e^{-iθ}`, `θ = π(2j + 1)/L`, is
 //!
@@ -9,15 +9,15 @@
 //! ```
 //!
 //! and `(g - Λ + P Q*)⁻¹` is a diagonal matrix with a correction of the rank of `P`: sums over the states of
-//! `a_n b_n/(g - λ_n)`, the Cauchy kernel, for each pair of `a` from `C̃`, `Q*` and `b` from `B`, `P`. So a kernel of `L` steps
-//! takes `L N` operations and a transform, and no power of a matrix.
+//! `a_n b_n/(g - λ_n)`, the Cauchy kernel, for each pair of `a` from `C̃`, `Q*` and `b` from `B`, `P`. So a kernel of
+//! `L` steps takes `L N` operations and a transform, and no power of a matrix.
 //!
-//! The paper takes the roots of one, and `C̃ = C (I - Ā^L)`. There a system that remembers for longer than `L` steps has a `C̃`
-//! near zero, from which `C` cannot be had again, and the Fourier measure, which has an eigenvalue of zero and others where
-//! the roots of one lie, divides by zero or nearly.
+//! The paper takes the roots of one, and `C̃ = C (I - Ā^L)`. There a system that remembers for longer than `L` steps
+//! has a `C̃` near zero, from which `C` cannot be had again, and the Fourier measure, which has an eigenvalue of zero
+//! and others where the roots of one lie, divides by zero or nearly.
 //!
-//! With half the angle, `1 - z = e^{-iθ/2} 2i sin(θ/2)` and `1 + z = e^{-iθ/2} 2 cos(θ/2)`: written so, nothing cancels for
-//! small angles, and nothing is divided by zero at `z = -1`.
+//! With half the angle, `1 - z = e^{-iθ/2} 2i sin(θ/2)` and `1 + z = e^{-iθ/2} 2 cos(θ/2)`: written so, nothing cancels
+//! for small angles, and nothing is divided by zero at `z = -1`.
 
 use nalgebra::DVector;
 use num_complex::Complex64;
@@ -280,8 +280,8 @@ mod tests {
         (0..count).map(|_| Complex64::new(draw(), draw())).collect()
     }
 
-    /// Of a loss Σ g K, against differences of the kernel itself. A difference of 1e-6 is off by its square, 1e-12 of third
-    /// derivatives that are up to 1e4 here, and by 1e-16/1e-6 of rounding.
+    /// Of a loss Σ g K, against differences of the kernel itself. A difference of 1e-6 is off by its square, 1e-12 of
+    /// third derivatives that are up to 1e4 here, and by 1e-16/1e-6 of rounding.
     #[test]
     fn gradients_are_those_of_finite_differences() {
         for (rank, len) in [(0, 16), (1, 16), (1, 15), (2, 12)] {

@@ -1,13 +1,13 @@
-//! S4: a diagonal matrix less one of low rank for every channel, `A = Λ - P P*`, discretized by the bilinear rule (Gu, Goel
-//! and Ré 2022, arXiv 2111.00396; with `Q = P`, by which the system stays stable, as Goel, Gu, Donahue and Ré 2022,
-//! arXiv 2202.09729, have it).
+//! S4: a diagonal matrix less one of low rank for every channel, `A = Λ - P P*`, discretized by the bilinear rule (Gu,
+//! Goel and Ré 2022, arXiv 2111.00396; with `Q = P`, by which the system stays stable, as Goel, Gu, Donahue and Ré
+//! 2022, arXiv 2202.09729, have it).
 //!
 //! Training sees a system of this kind through its kernel alone, [`Kernel`], which
 //! [`long_conv`](crate::lti::long_conv) convolves with; decoding through its recurrence, [`Recurrence`].
 //!
-//! The parameter that reads the state is not `C` but `C̃ = C (I + Ā^L)` for the kernel's length `L`, as in the paper but for
-//! the sign (`cauchy.rs` says why): so a kernel needs no power of a matrix. [`Kernel::truncate`] makes one of the other, and
-//! [`Recurrence`] finds `C` again.
+//! The parameter that reads the state is not `C` but `C̃ = C (I + Ā^L)` for the kernel's length `L`, as in the paper
+//! but for the sign (`cauchy.rs` says why): so a kernel needs no power of a matrix. [`Kernel::truncate`] makes one of
+//! the other, and [`Recurrence`] finds `C` again.
 
 #[cfg(feature = "candle")]
 pub(crate) mod candle;
@@ -26,8 +26,8 @@ use cauchy::Cauchy;
 pub use cauchy::MAX_RANK;
 pub(super) use cauchy::kernel_of;
 
-/// The parameters of `d_inner` kernels of S4. Complex numbers are two neighbours, the real and the imaginary part, and of
-/// each conjugate pair of states one is stored.
+/// The parameters of `d_inner` kernels of S4. Complex numbers are two neighbours, the real and the imaginary part, and
+/// of each conjugate pair of states one is stored.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernel<'a> {
     /// The logarithms of the step sizes, `(d_inner)`.
@@ -42,8 +42,8 @@ pub struct Kernel<'a> {
     pub c: View<'a, f32, 2>,
 }
 
-/// The gradients of a [`Kernel`]'s tensors, dense, each of its tensor's shape. That of a complex number is made of the slopes
-/// by its real and by its imaginary part.
+/// The gradients of a [`Kernel`]'s tensors, dense, each of its tensor's shape. That of a complex number is made of the
+/// slopes by its real and by its imaginary part.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Gradients {
     /// `(d_inner)`.
@@ -190,8 +190,8 @@ impl Kernel<'_> {
     /// The recurrence of the systems whose kernels these are, of `length` steps.
     ///
     /// # Errors
-    /// An argument that does not fit; a system for which the bilinear rule has no recurrence, or whose `C` cannot be had from
-    /// `C̃`.
+    /// An argument that does not fit; a system for which the bilinear rule has no recurrence, or whose `C` cannot be
+    /// had from `C̃`.
     pub fn recurrence(&self, length: usize) -> Result<Recurrence> {
         let [d_inner, _, d_state] = self.check()?;
         let channels = (0..d_inner)
@@ -224,8 +224,8 @@ impl Recurrence {
         [self.channels.len(), 2 * self.d_state]
     }
 
-    /// One step of `batch` sequences: brings the states, `(batch, d_inner, 2 * d_state)` and dense, up to date from the inputs
-    /// `u`, `(batch, d_inner)`, and gives the outputs without a skip connection, of that shape.
+    /// One step of `batch` sequences: brings the states, `(batch, d_inner, 2 * d_state)` and dense, up to date from the
+    /// inputs `u`, `(batch, d_inner)`, and gives the outputs without a skip connection, of that shape.
     ///
     /// # Errors
     /// Other numbers of inputs or states.

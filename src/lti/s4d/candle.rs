@@ -67,8 +67,8 @@ impl S4d<'_> {
         Ok((out, final_state.map(|data| Computed::new(Cpu.store(data), state))))
     }
 
-    /// The gradients of all tensors that were given, from the gradients of the output and of the final state. This is what
-    /// candle's backward pass does; here nothing is recorded in its graph.
+    /// The gradients of all tensors that were given, from the gradients of the output and of the final state. This is
+    /// what candle's backward pass does; here nothing is recorded in its graph.
     ///
     /// # Errors
     /// As [`S4d::forward`].
@@ -122,8 +122,8 @@ impl Backward for Kept {
     }
 }
 
-/// Makes of the parameters of an [`S4d`] what an [`S4dUpdate`] needs: `(d_inner, 6, d_state)` of `f32`, not part of candle's
-/// graph. See [`recurrence`](crate::lti::s4d::recurrence).
+/// Makes of the parameters of an [`S4d`] what an [`S4dUpdate`] needs: `(d_inner, 6, d_state)` of `f32`, not part of
+/// candle's graph. See [`recurrence`](crate::lti::s4d::recurrence).
 ///
 /// # Errors
 /// A parameter that does not fit `a`. Tensors on another device than the processor.
@@ -144,8 +144,8 @@ pub fn s4d_recurrence(log_delta: &Tensor, a: &Tensor, b: &Tensor, rule: Rule) ->
 }
 
 impl S4dUpdate<'_> {
-    /// Brings the pool `state`, `(slots, d_inner, 2 * d_state)` of `f32`, `f16` or `bf16`, up to date and gives the output,
-    /// `(batch, tokens, d_inner)` of `T`.
+    /// Brings the pool `state`, `(slots, d_inner, 2 * d_state)` of `f32`, `f16` or `bf16`, up to date and gives the
+    /// output, `(batch, tokens, d_inner)` of `T`.
     ///
     /// # Errors
     /// An argument that does not fit, which the message names; then nothing is written. `state` must not share its
@@ -155,8 +155,8 @@ impl S4dUpdate<'_> {
         Ok(self.run(state, false)?.0)
     }
 
-    /// [`update`](Self::update) that also gives the state after each token, `(batch, tokens, d_inner, 2 * d_state)` of the
-    /// type of `state`, for [`rollback`](crate::candle::rollback).
+    /// [`update`](Self::update) that also gives the state after each token, `(batch, tokens, d_inner, 2 * d_state)` of
+    /// the type of `state`, for [`rollback`](crate::candle::rollback).
     ///
     /// # Errors
     /// As [`update`](Self::update).

@@ -26,7 +26,8 @@ pub(super) struct Discrete {
     pub c: Complex64,
 }
 
-/// Slopes of a loss by complex numbers, as `∂/∂Re + i ∂/∂Im`: where `y = w x`, the slope by `x` is that by `y` times `w̄`.
+/// Slopes of a loss by complex numbers, as `∂/∂Re + i ∂/∂Im`: where `y = w x`, the slope by `x` is that by `y` times
+/// `w̄`.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Slopes {
     pub a: Complex64,

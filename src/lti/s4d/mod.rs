@@ -1,5 +1,5 @@
-//! S4D: a linear time-invariant system with a diagonal matrix for every channel, as an operator (Gu, Gupta, Goel and Ré 2022,
-//! arXiv 2206.11893): forward and backward over whole sequences, and in place.
+//! S4D: a linear time-invariant system with a diagonal matrix for every channel, as an operator (Gu, Gupta, Goel and Ré
+//! 2022, arXiv 2206.11893): forward and backward over whole sequences, and in place.
 //!
 //! Every channel has a step size `Δ` and `N` pairs of complex conjugates, of each of which one is stored:
 //!
@@ -11,15 +11,16 @@
 //!
 //! `d_state` is `N`, and a complex number is two neighbours, its real and its imaginary part: `A`, `B` and `C` are
 //! `(d_inner, 2 * d_state)`, as PyTorch's `view_as_real` gives them with the last two dimensions joined. A system whose
-//! eigenvalues are real has imaginary parts of zero. Where the real part of `A` is negative, states decay; that it is, is up to
-//! the caller.
+//! eigenvalues are real has imaginary parts of zero. Where the real part of `A` is negative, states decay; that it is,
+//! is up to the caller.
 //!
-//! Angles are formed in `f64` on processors, and the state is carried from one chunk of 16 steps to the next in `f64`, so that
-//! a million steps lose no more than a few. Gradients flow to every tensor, from the output and from the final state.
+//! Angles are formed in `f64` on processors, and the state is carried from one chunk of 16 steps to the next in `f64`,
+//! so that a million steps lose no more than a few. Gradients flow to every tensor, from the output and from the final
+//! state.
 //!
 //! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, [`reference`](mod@reference) is the same written
-//! plainly in `f64`. [`UpdateInputs`] are those of the step of decoding, on a pool of states in place, with a recurrence
-//! that [`recurrence`] has made once of the parameters.
+//! plainly in `f64`. [`UpdateInputs`] are those of the step of decoding, on a pool of states in place, with a
+//! recurrence that [`recurrence`] has made once of the parameters.
 
 #[cfg(feature = "candle")]
 pub(crate) mod candle;
@@ -48,8 +49,8 @@ use check::Problem;
 pub struct Options {
     /// How the continuous system becomes a recurrence.
     pub rule: Rule,
-    /// Run from the last step of each sequence to its first, as the second half of a bidirectional model does. The initial
-    /// state then stands after the last step, and the final state before the first.
+    /// Run from the last step of each sequence to its first, as the second half of a bidirectional model does. The
+    /// initial state then stands after the last step, and the final state before the first.
     pub reverse: bool,
 }
 

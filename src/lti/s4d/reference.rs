@@ -9,8 +9,8 @@ use crate::arguments::zeroed;
 use crate::sequences::Sequence;
 use crate::{Element, Result, View};
 
-/// Runs the operator. The results are what exact arithmetic on the inputs would give, to about 15 digits less those of the
-/// number of steps that are remembered.
+/// Runs the operator. The results are what exact arithmetic on the inputs would give, to about 15 digits less those of
+/// the number of steps that are remembered.
 pub fn forward<T: Element>(inputs: &Inputs<T>) -> Result<Output<f64, f64>> {
     let problem = inputs.check()?;
     let d_state = problem.sizes.d_state;

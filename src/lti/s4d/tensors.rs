@@ -37,8 +37,8 @@ tensors! {
         initial_state: parameter(sequences, d_inner, 2 * d_state),
     }
     settings<'a> {
-        /// Packed sequences: with offsets `[0, l1, l1 + l2, …, length]` the batch is 1 and sequence `i` takes the steps from
-        /// `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Otherwise every batch row is a sequence.
+        /// Packed sequences: with offsets `[0, l1, l1 + l2, …, length]` the batch is 1 and sequence `i` takes the steps
+        /// from `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Otherwise every batch row is a sequence.
         cu_seqlens: Option<&'a [usize]> = None,
         /// The variant of the operator.
         options: Options = Options::default(),
@@ -46,8 +46,8 @@ tensors! {
     /// What S4D reads. `T` is the type of the activations; parameters and states are `f32`, and complex numbers two
     /// neighbours, the real and the imaginary part.
     views Inputs;
-    /// S4D over tensors; see [`lti::s4d`](crate::lti::s4d) for what it computes. On the processor only: on another device it
-    /// gives an error.
+    /// S4D over tensors; see [`lti::s4d`](crate::lti::s4d) for what it computes. On the processor only: on another
+    /// device it gives an error.
     ///
     /// `T` stands for the element type of `u`: `f32`, `f16` or `bf16`. Tensors may have any strides and are not copied.
     /// Complex numbers are two neighbours, the real and the imaginary part.
@@ -86,13 +86,14 @@ tensors! {
     }
     /// What an update reads beside the states. A state is what [`Inputs::initial_state`] says.
     ///
-    /// The arithmetic of a step is `f64`, and the state is rounded to the pool's type after *every* token, also where the
-    /// next one follows at once. So `K` tokens in one update give the same bits as `K` updates of one token, and speculative
-    /// decoding, with rejected tokens rolled back by [`rollback`](super::rollback), gives what plain decoding gives.
+    /// The arithmetic of a step is `f64`, and the state is rounded to the pool's type after *every* token, also where
+    /// the next one follows at once. So `K` tokens in one update give the same bits as `K` updates of one token, and
+    /// speculative decoding, with rejected tokens rolled back by [`rollback`](super::rollback), gives what plain
+    /// decoding gives.
     views UpdateInputs;
     /// An update of a pool of states of S4D by one token or a few, in place; see
-    /// [`lti::s4d::UpdateInputs`](crate::lti::s4d::UpdateInputs) for what it computes. On the processor only: on another
-    /// device it gives an error.
+    /// [`lti::s4d::UpdateInputs`](crate::lti::s4d::UpdateInputs) for what it computes. On the processor only: on
+    /// another device it gives an error.
     ///
     /// `T` stands for the element type of `u`: `f32`, `f16` or `bf16`. Tensors may have any strides and are not copied.
     /// No gradients flow: results are not part of candle's graph, whatever the tensors here are.

@@ -10,17 +10,17 @@ use crate::lti::system::discretize_number;
 use crate::simd::Isa;
 use crate::{Element, Result, View, ViewMut};
 
-/// The numbers that a recurrence has for each pair: `Re Ā` and `Im Ā`, each rounded and then what rounding took from it, and
-/// `Re B̄` and `Im B̄`.
+/// The numbers that a recurrence has for each pair: `Re Ā` and `Im Ā`, each rounded and then what rounding took from
+/// it, and `Re B̄` and `Im B̄`.
 ///
-/// With `Ā` rounded to `f32`, a step would be off by 2^-25 each time in the same direction, and a sequence of steps would
-/// leave the whole sequence's results.
+/// With `Ā` rounded to `f32`, a step would be off by 2^-25 each time in the same direction, and a sequence of steps
+/// would leave the whole sequence's results.
 ///
 /// The list of tensors has it as a number, for the names of dimensions are written from there.
 pub const RECURRENCE_ROWS: usize = 6;
 
-/// Makes of the parameters, as [`Inputs`](super::Inputs) has them, what a step needs: `(d_inner, 6, d_state)`, dense. It
-/// takes an exponential for every pair, and is the same until a parameter changes.
+/// Makes of the parameters, as [`Inputs`](super::Inputs) has them, what a step needs: `(d_inner, 6, d_state)`, dense.
+/// It takes an exponential for every pair, and is the same until a parameter changes.
 ///
 /// # Errors
 /// A parameter that does not fit `a`.

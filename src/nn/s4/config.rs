@@ -18,9 +18,9 @@ pub enum S4System {
         /// How it is discretized.
         rule: Rule,
     },
-    /// S4: diagonal less low rank, as HiPPO's measure has it in the beginning, discretized by the bilinear rule. Decay rates
-    /// of zero, as those of LegT and of the Fourier measure, begin as 1e-4. It is trained with kernels of `kernel_length`
-    /// steps, which sequences may not be longer than.
+    /// S4: diagonal less low rank, as HiPPO's measure has it in the beginning, discretized by the bilinear rule. Decay
+    /// rates of zero, as those of LegT and of the Fourier measure, begin as 1e-4. It is trained with kernels of
+    /// `kernel_length` steps, which sequences may not be longer than.
     LowRank {
         /// The measure in the beginning.
         measure: Measure,
@@ -44,8 +44,8 @@ pub struct S4Config {
     pub d_state: usize,
     /// The systems.
     pub system: S4System,
-    /// A second direction, from the last step to the first: the same systems, read by another `C`, whose outputs are added.
-    /// There is no step of decoding then.
+    /// A second direction, from the last step to the first: the same systems, read by another `C`, whose outputs are
+    /// added. There is no step of decoding then.
     pub bidirectional: bool,
     /// At initialization, step sizes are spread log-uniformly from here, 0.001 in the papers…
     pub dt_min: f64,

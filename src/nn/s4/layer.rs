@@ -19,10 +19,10 @@ use crate::nn::{argument, check_model_dtype};
 /// output = g · sigmoid(h)
 /// ```
 ///
-/// Parameters, the systems' all of `f32`: `log_delta` `(d_model)`; `log_a_real`, of which the real parts of the eigenvalues
-/// are minus the exponentials, and `a_imag`, `(d_model, d_state)`; `b` `(d_model, 2 d_state)`; `c` `(directions, d_model,
-/// 2 d_state)`; `d` `(d_model)`; of S4 `p` `(d_model, rank, 2 d_state)` too; `out_proj`. The systems run on processors only: on
-/// another device there is an error.
+/// Parameters, the systems' all of `f32`: `log_delta` `(d_model)`; `log_a_real`, of which the real parts of the
+/// eigenvalues are minus the exponentials, and `a_imag`, `(d_model, d_state)`; `b` `(d_model, 2 d_state)`; `c`
+/// `(directions, d_model, 2 d_state)`; `d` `(d_model)`; of S4 `p` `(d_model, rank, 2 d_state)` too; `out_proj`. The
+/// systems run on processors only: on another device there is an error.
 #[derive(Debug, Clone)]
 pub struct S4Layer {
     config: S4Config,
@@ -47,8 +47,8 @@ struct Tensors {
 }
 
 impl S4Layer {
-    /// A layer with the parameters of `vb`. Those that a [`VarMap`](candle_nn::VarMap) does not have yet are drawn as in the
-    /// papers, from the configuration's seed and the parameters' names.
+    /// A layer with the parameters of `vb`. Those that a [`VarMap`](candle_nn::VarMap) does not have yet are drawn as
+    /// in the papers, from the configuration's seed and the parameters' names.
     ///
     /// # Errors
     /// A size that makes no layer; a parameter that is missing or of another shape, by name.
@@ -178,8 +178,8 @@ impl S4Layer {
         })
     }
 
-    /// One step of each sequence: `x` `(batch, d_model)`, and a state `(batch, d_model, 2 d_state)` of `f32` that is brought up
-    /// to date.
+    /// One step of each sequence: `x` `(batch, d_model)`, and a state `(batch, d_model, 2 d_state)` of `f32` that is
+    /// brought up to date.
     pub(super) fn step(&self, x: &Tensor, decoder: &Decoder, state: &mut Tensor) -> Result<Tensor> {
         self.check(x, 2, "(batch, d_model)")?;
         let y = match decoder {

@@ -11,9 +11,9 @@ pub use model::{S4Model, S4State};
 use crate::nn::train::Group;
 
 /// The group of a parameter by its name, for [`AdamW::with_groups`](crate::nn::train::AdamW::with_groups) and
-/// [`Trainer::with_groups`](crate::nn::train::Trainer::with_groups): that of the systems' own parameters, step sizes, eigenvalues
-/// and how the input enters, is trained with its own learning rate, `ssm_learning_rate` times the others', and without
-/// decay; so S4's papers have it, with 0.001 beside 0.01. Of the others, matrices decay by `weight_decay`.
+/// [`Trainer::with_groups`](crate::nn::train::Trainer::with_groups): that of the systems' own parameters, step sizes,
+/// eigenvalues and how the input enters, is trained with its own learning rate, `ssm_learning_rate` times the others',
+/// and without decay; so S4's papers have it, with 0.001 beside 0.01. Of the others, matrices decay by `weight_decay`.
 ///
 /// ```
 /// use candle_core::{DType, Device};

@@ -14,7 +14,8 @@ use crate::nn::{argument, check_model_dtype, check_room};
 /// x = encoder(input);  x = x + layer(norm(x))  for each layer;  output = head(mean over steps of norm_f(x))
 /// ```
 ///
-/// or without the mean, see [`S4Head`]. Parameters: `encoder`, `layers.0.norm`, `layers.0.ssm` and so on, `norm_f`, `head`.
+/// or without the mean, see [`S4Head`]. Parameters: `encoder`, `layers.0.norm`, `layers.0.ssm` and so on, `norm_f`,
+/// `head`.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -46,8 +47,8 @@ pub struct S4Model {
     dtype: DType,
 }
 
-/// The states of a model's sequences between steps, with what the steps need of the parameters: it is of no use any more
-/// once they change.
+/// The states of a model's sequences between steps, with what the steps need of the parameters: it is of no use any
+/// more once they change.
 #[derive(Debug)]
 pub struct S4State {
     decoders: Vec<Decoder>,
@@ -71,8 +72,8 @@ impl S4State {
 }
 
 impl S4Model {
-    /// A model with the parameters of `vb`, which computes in its type. Those that a [`VarMap`](candle_nn::VarMap) does not
-    /// have yet are drawn, from the seed of the layers' configuration and the parameters' names.
+    /// A model with the parameters of `vb`, which computes in its type. Those that a [`VarMap`](candle_nn::VarMap) does
+    /// not have yet are drawn, from the seed of the layers' configuration and the parameters' names.
     ///
     /// # Errors
     /// A size that makes no model; a parameter that is missing or of another shape, by name.
@@ -109,8 +110,8 @@ impl S4Model {
         self.parameters.named_tensors()
     }
 
-    /// Runs the model over whole sequences, `(batch, length, d_input)` of its type: `(batch, d_output)`, or for each step
-    /// `(batch, length, d_output)`. Differentiable.
+    /// Runs the model over whole sequences, `(batch, length, d_input)` of its type: `(batch, d_output)`, or for each
+    /// step `(batch, length, d_output)`. Differentiable.
     ///
     /// # Errors
     /// Another shape; no step, where outputs are of the mean; what [`S4Layer::forward`] refuses.
@@ -134,7 +135,8 @@ impl S4Model {
     /// States of zero for `batch` sequences.
     ///
     /// # Errors
-    /// Layers in two directions, which have no steps; states that do not fit in memory; another device than the processor.
+    /// Layers in two directions, which have no steps; states that do not fit in memory; another device than the
+    /// processor.
     pub fn new_state(&self, batch: usize) -> Result<S4State> {
         let layer = &self.config.layer;
         let device = self.norm.weight().device();
@@ -149,8 +151,8 @@ impl S4Model {
         })
     }
 
-    /// One step of each sequence, `(batch, d_input)`: its output, `(batch, d_output)`; with a pooled head that of the steps so
-    /// far. Not differentiable.
+    /// One step of each sequence, `(batch, d_input)`: its output, `(batch, d_output)`; with a pooled head that of the
+    /// steps so far. Not differentiable.
     ///
     /// # Errors
     /// Another shape; a state of another model.

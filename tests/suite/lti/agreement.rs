@@ -1,6 +1,7 @@
 //! The views of one system agree.
 //!
-//! Errors are held to `2^-53 · (what rounds) · ‖K‖₁ ‖u‖`, which bounds the norm of what a convolution with `K` can give.
+//! Errors are held to `2^-53 · (what rounds) · ‖K‖₁ ‖u‖`, which bounds the norm of what a convolution with `K` can
+//! give.
 
 use selective_scan::lti::hippo::Measure;
 use selective_scan::lti::{Complex64, Diagonal, Recurrent, Rule, Spectrum, s4d};
@@ -30,9 +31,9 @@ fn views_agree(steps: &impl Recurrent, u: &[f64], state: &[f64], tolerance: f64,
     assert_same(&carried, &recurrent, tolerance, state_scale, &format!("{what}: the state of two parts"));
 }
 
-/// The recurrence rounds each step, and remembers 1/(0.2 Δ) of them, whose roundings add up like a walk's; a transform of
-/// 2L loses its logarithm. With Δ = 0.05 that is √100 and 11 roundings, each with a few operations: 100 in all. Powers of a
-/// dense matrix lose as many roundings as it has columns, each time that they are squared.
+/// The recurrence rounds each step, and remembers 1/(0.2 Δ) of them, whose roundings add up like a walk's; a transform
+/// of 2L loses its logarithm. With Δ = 0.05 that is √100 and 11 roundings, each with a few operations: 100 in all.
+/// Powers of a dense matrix lose as many roundings as it has columns, each time that they are squared.
 #[test]
 fn recurrent_is_convolutional() {
     let (mut rng, seed) = seeded();
@@ -53,8 +54,9 @@ fn recurrent_is_convolutional() {
     }
 }
 
-/// The kernel of S4 by the Cauchy kernel and by powers of the dense matrix. Both are sums over the states, of terms as large
-/// as `‖C‖ ‖B̄‖`; the transform has a logarithm of roundings, and `(2/Δ - A)⁻¹` the condition of HiPPO's matrix, of norm N².
+/// The kernel of S4 by the Cauchy kernel and by powers of the dense matrix. Both are sums over the states, of terms as
+/// large as `‖C‖ ‖B̄‖`; the transform has a logarithm of roundings, and `(2/Δ - A)⁻¹` the condition of HiPPO's matrix,
+/// of norm N².
 #[test]
 fn the_cauchy_kernel_is_that_of_powers() {
     let (mut rng, seed) = seeded();
@@ -72,8 +74,8 @@ fn the_cauchy_kernel_is_that_of_powers() {
     }
 }
 
-/// Long sequences: 65,536 steps, and 1,048,576 of one. The slowest state forgets 0.2 Δ of itself at a step, so that as many
-/// roundings as before are remembered; what grows is the angle, of which nothing may be lost.
+/// Long sequences: 65,536 steps, and 1,048,576 of one. The slowest state forgets 0.2 Δ of itself at a step, so that as
+/// many roundings as before are remembered; what grows is the angle, of which nothing may be lost.
 #[test]
 fn long_sequences_agree() {
     let (mut rng, seed) = seeded();
@@ -90,8 +92,9 @@ fn long_sequences_agree() {
     }
 }
 
-/// The selective scan with the same step size, B and C at every step is S4D with real eigenvalues, and S4D's pairs are those of
-/// a system in `f64`: all within the 1e-5 that the crate promises of `f32`, so within twice that of each other.
+/// The selective scan with the same step size, B and C at every step is S4D with real eigenvalues, and S4D's pairs are
+/// those of a system in `f64`: all within the 1e-5 that the crate promises of `f32`, so within twice that of each
+/// other.
 #[test]
 fn the_scan_with_constant_parameters_is_s4d() {
     let (mut rng, seed) = seeded();

@@ -64,7 +64,8 @@ fn the_normal_form_is_the_same_system() {
             dense.discretize(delta, Rule::Bilinear).unwrap().sequence(&u, &mut state).unwrap();
             low_rank.discretize(delta, Rule::Bilinear).unwrap().sequence(&u, &mut small).unwrap();
             let back = measure.state_of_low_rank(order, &small).unwrap();
-            // Eigenvectors are good to 2^-53 of the norm, order², over the smallest gap, 1 and more; 64² of these are 1e-12.
+            // Eigenvectors are good to 2^-53 of the norm, order², over the smallest gap, 1 and more; 64² of these are
+            // 1e-12.
             let what = format!("{measure:?}, order {order}, SEED={seed}");
             assert_same(&back, &state, 1e-10, norm(&u), &what);
             dense.derivative(&state, 0.7, &mut slope);
@@ -90,8 +91,8 @@ fn the_past_is_in_the_state() {
     let now = count as f64 * delta;
     let ago: Vec<f64> = (0..80).map(|i| 0.1 + 0.01 * f64::from(i)).collect();
     let past: Vec<f64> = ago.iter().map(|s| signal(now - s)).collect();
-    // Three turns in a window want some 20 polynomials before the error falls at all; the Fourier series is off by the jump
-    // between the window's ends, which falls with the number of waves.
+    // Three turns in a window want some 20 polynomials before the error falls at all; the Fourier series is off by the
+    // jump between the window's ends, which falls with the number of waves.
     for (measure, orders, bound) in
         [(Measure::LegT, [8, 16, 32], 2e-2), (Measure::Fourier, [8, 16, 64], 0.2), (Measure::LegS, [8, 32, 96], 0.1)]
     {
@@ -116,7 +117,8 @@ fn initial_eigenvalues_are_those_of_the_paper() {
     assert_eq!(of(Initial::Lin, 4)[3], Complex64::new(-0.5, 3.0 * PI));
     // N = 8 states in 4 pairs: 8/π (8/1 - 1).
     assert!((of(Initial::Inv, 4)[0] - Complex64::new(-0.5, 56.0 / PI)).norm() < 1e-12);
-    // For many states the largest eigenvalues of LegS come to those of Inv (the paper's conjecture, to 5 % with 64 pairs).
+    // For many states the largest eigenvalues of LegS come to those of Inv (the paper's conjecture, to 5 % with 64
+    // pairs).
     let (legs, inv) = (of(Initial::LegS, 64), of(Initial::Inv, 64));
     for k in 0..3 {
         let ratio = legs[63 - k].im / inv[k].im;

@@ -59,8 +59,8 @@ impl<T: Element> Problem<T> {
     }
 }
 
-/// A transform rounds each of its numbers log2 of 512 times, to 2^-24 of their norm: 5e-7 of `‖K‖ ‖u‖`, which the norm of all
-/// outputs together comes to, but where there are a few only.
+/// A transform rounds each of its numbers log2 of 512 times, to 2^-24 of their norm: 5e-7 of `‖K‖ ‖u‖`, which the norm
+/// of all outputs together comes to, but where there are a few only.
 fn hold<T: Element>(problem: &Problem<T>, what: &str) {
     let inputs = problem.inputs();
     let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x * x)).sum::<f64>().sqrt();

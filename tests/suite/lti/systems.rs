@@ -35,8 +35,8 @@ fn forms_of_one_system_have_one_recurrence() {
         let u = reals(&mut rng, 40);
         let mut states = [numbers(&mut rng, 5).iter().flat_map(|x| [x.re, x.im]).collect::<Vec<f64>>(), Vec::new()];
         states[1] = states[0].clone();
-        // A step turns by up to one radian; an exponential or inverse of the matrix, of norm 10, loses 1e-15 of it, over
-        // the 1/(0.2·0.1) = 50 steps that it remembers.
+        // A step turns by up to one radian; an exponential or inverse of the matrix, of norm 10, loses 1e-15 of it,
+        // over the 1/(0.2·0.1) = 50 steps that it remembers.
         let one = system.discretize(0.1, rule).unwrap().sequence(&u, &mut states[0]).unwrap();
         let other = system.to_dense().discretize(0.1, rule).unwrap().sequence(&u, &mut states[1]).unwrap();
         // Euler's rule grows where a step turns by much: by 2^0.5 a step at most, 1e6 over the 40.
@@ -57,8 +57,8 @@ fn forms_of_one_system_have_one_recurrence() {
     }
 }
 
-/// With an input that changes within a step, the bilinear rule's error falls with the square of the step, Euler's with the
-/// step. The measured order is the logarithm of the ratio of the errors at a step and at half of it.
+/// With an input that changes within a step, the bilinear rule's error falls with the square of the step, Euler's with
+/// the step. The measured order is the logarithm of the ratio of the errors at a step and at half of it.
 #[test]
 fn the_rules_have_their_orders() {
     let system = Diagonal::new(
@@ -95,7 +95,8 @@ fn the_rules_have_their_orders() {
     }
 }
 
-/// With zero-order hold an input that is held over the steps gives what fine integration gives, however large the steps.
+/// With zero-order hold an input that is held over the steps gives what fine integration gives, however large the
+/// steps.
 #[test]
 fn a_held_input_is_exact() {
     let (mut rng, seed) = seeded();
@@ -108,8 +109,8 @@ fn a_held_input_is_exact() {
         let system = diagonal(&mut rng, 4, 6.0);
         let continuous = system.integrate_held(&u, delta, fine, &mut state).unwrap();
         let recurrent = system.discretize(delta, Rule::ZeroOrderHold).unwrap().sequence(&u, &mut other).unwrap();
-        // A fine step of fourth order is off by (|λ|h)^5/120 of the state, 2.6e-9, and 1/(0.2 h) of them are remembered: with
-        // h = 0.05/6.1 that is 610, hence 1.6e-6 of a state that is itself 1/0.2 of the input at most.
+        // A fine step of fourth order is off by (|λ|h)^5/120 of the state, 2.6e-9, and 1/(0.2 h) of them are
+        // remembered: with h = 0.05/6.1 that is 610, hence 1.6e-6 of a state that is itself 1/0.2 of the input at most.
         let scale = norm(&u) / 0.2;
         assert_same(&recurrent, &continuous, 1.6e-6, scale, &format!("delta {delta}, SEED={seed}"));
         assert_same(&other, &state, 1.6e-6, scale, &format!("delta {delta}, state, SEED={seed}"));

@@ -82,8 +82,8 @@ fn s4d_on_processors() {
     }
 }
 
-/// The kernel is computed in `f64` and rounded, as the gradients are: 2^-24 of each number. The powers of a dense matrix that
-/// PyTorch takes, and the solution for `C`, lose some 1e-13.
+/// The kernel is computed in `f64` and rounded, as the gradients are: 2^-24 of each number. The powers of a dense
+/// matrix that PyTorch takes, and the solution for `C`, lose some 1e-13.
 #[test]
 fn s4_kernels() {
     let mut comparison = Comparison::new("S4's kernels");

@@ -37,8 +37,8 @@ fn model(config: &S4ModelConfig) -> (S4Model, VarMap) {
     (S4Model::new(config, vb).unwrap(), variables)
 }
 
-/// Step by step is the whole sequence. Both are within 1e-5 of the same system; what stands between them, norms and matrices,
-/// keeps errors at their size.
+/// Step by step is the whole sequence. Both are within 1e-5 of the same system; what stands between them, norms and
+/// matrices, keeps errors at their size.
 #[test]
 fn steps_are_the_sequence() {
     let mut random = random();

@@ -347,8 +347,8 @@ impl<T: Element> Kernel for Backward<'_, '_, '_, T> {
 }
 
 impl Scratch {
-    /// The slopes by the inputs and by the matrices, where the states before each chunk and the slopes by those after it
-    /// are known.
+    /// The slopes by the inputs and by the matrices, where the states before each chunk and the slopes by those after
+    /// it are known.
     #[inline(always)]
     fn differentiate<S: Lanes>(&mut self, simd: S, h: &Tiles, kernel: &[Row; CHUNK], group: Group) {
         let (chunks, whole, rows) = (group.chunks(), group.len / CHUNK, self.d_power.len());
@@ -393,7 +393,8 @@ fn add_tail_slope(slope: &[Wide; 2], power: &[Wide], len: usize, to: &mut [Wide]
     }
 }
 
-/// Carries the slope by the state back over a chunk whose outputs add `added` to it; `added` becomes the slope after it.
+/// Carries the slope by the state back over a chunk whose outputs add `added` to it; `added` becomes the slope after
+/// it.
 #[inline(always)]
 fn carry_back(power: &[Wide], d_state: &mut [Wide], added: &mut [Row]) {
     let pairs = power.chunks_exact(2).zip(d_state.chunks_exact_mut(2)).zip(added.chunks_exact_mut(2));

@@ -11,10 +11,12 @@ use crate::{Element, Result};
 
 pub(super) fn run<T: Element>(isa: Isa, problem: &Problem<T>, outputs: OutputMut<T>) -> Result<()> {
     let sequences = all_sequences(problem, outputs.final_state.is_some())?;
-    let (runs, blocks) = (runs(&sequences), blocks(problem.sizes.d_inner));
+    let runs = runs(&sequences);
+    // Without a step there may be more channels than can be listed.
     if runs.is_empty() {
         return Ok(());
     }
+    let blocks = blocks(problem.sizes.d_inner);
     let tables: Vec<Tables> = blocks.par_iter().map(|&block| Tables::new(problem, block)).collect();
     let out = Shared::new(outputs.out);
     let final_state = outputs.final_state.map(Shared::new);
@@ -68,7 +70,8 @@ impl GroupScratch {
         Self { u: vec![Row::ZERO; GROUP * CHUNK], late: [Row::ZERO; CHUNK], states }
     }
 
-    /// Computes the states before each chunk of a group whose inputs are staged, and carries the state through the group.
+    /// Computes the states before each chunk of a group whose inputs are staged, and carries the state through the
+    /// group.
     #[inline(always)]
     pub fn advance<S: Lanes>(&mut self, simd: S, tables: &Tables, group: Group, state: &mut [Wide]) {
         let (rows, whole) = (tables.rows, group.len / CHUNK);

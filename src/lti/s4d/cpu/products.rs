@@ -2,8 +2,8 @@
 
 use crate::simd::{Lanes, Row};
 
-/// Columns in a tile of a matrix. With a pair of vectors that it is multiplied by, a tile has 8 sums under way, as many as two
-/// multiply-adds a cycle of 4 cycles each can keep apart.
+/// Columns in a tile of a matrix. With a pair of vectors that it is multiplied by, a tile has 8 sums under way, as many
+/// as two multiply-adds a cycle of 4 cycles each can keep apart.
 pub(super) const TILE: usize = 4;
 
 /// A matrix in tiles of [`TILE`] columns: of each tile row after row. The columns are a multiple of a tile.
@@ -93,8 +93,8 @@ impl Tiles {
         }
     }
 
-    /// Adds to the matrix the products of each of `count` columns in `left`, as long as it has rows, with a row in `right`, as
-    /// long as it has columns.
+    /// Adds to the matrix the products of each of `count` columns in `left`, as long as it has rows, with a row in
+    /// `right`, as long as it has columns.
     #[inline(always)]
     pub fn add_products<S: Lanes>(&mut self, simd: S, left: &[Row], right: &[Row], count: usize) {
         let (rows, columns) = (self.rows, self.columns);

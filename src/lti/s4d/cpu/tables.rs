@@ -8,9 +8,9 @@ use crate::Element;
 use crate::lti::s4d::discrete::Discrete;
 use crate::simd::{BLOCK, Row};
 
-/// The matrices of a block, and what its pairs are in `f64`. A pair has two *rows*, for its real and its imaginary part, and
-/// what is read of the imaginary part of a state has the sign with which it is added. Rows of zeros fill the last tile, and
-/// zeros the lanes without a channel.
+/// The matrices of a block, and what its pairs are in `f64`. A pair has two *rows*, for its real and its imaginary
+/// part, and what is read of the imaginary part of a state has the sign with which it is added. Rows of zeros fill the
+/// last tile, and zeros the lanes without a channel.
 pub(super) struct Tables {
     /// `2 N` and what fills the last tile.
     pub rows: usize,

@@ -118,8 +118,8 @@ impl<T: Element> Case<T> {
         }
     }
 
-    /// The same with other signs, and with `B` and `C` turned by quarters: its sums have terms of the same size, and where
-    /// those of one happen to cancel, those of another do not.
+    /// The same with other signs, and with `B` and `C` turned by quarters: its sums have terms of the same size, and
+    /// where those of one happen to cancel, those of another do not.
     pub fn with_other_signs(&self, draw: &mut Draw) -> Self {
         let mut case = self.clone();
         for tensor in [&mut case.u, &mut case.d_out] {

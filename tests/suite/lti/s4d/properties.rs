@@ -63,7 +63,8 @@ fn batched_is_alone() {
     }
 }
 
-/// Splitting anywhere is the whole: chunks of 16 steps begin elsewhere then, so that sums round elsewhere, by 1e-7 of them.
+/// Splitting anywhere is the whole: chunks of 16 steps begin elsewhere then, so that sums round elsewhere, by 1e-7 of
+/// them.
 #[test]
 fn parts_are_the_whole() {
     let (mut rng, seed) = seeded();
@@ -154,6 +155,12 @@ fn empty_problems_keep_their_state() {
     let u = View::new(&[0.0f32], [usize::MAX >> 8, 0, 19]);
     let inputs = Inputs { u, initial_state: None, ..case.inputs() };
     cpu::forward(&inputs, OutputMut::new(&mut [][..])).unwrap();
+    // More channels than can be listed.
+    let (one, many) = ([0.0f32], usize::MAX >> 8);
+    let complex = View::new(&one, [many, 2]).with_layout(0, [0, 0]);
+    let log_delta = View::new(&one, [many]).with_layout(0, [0]);
+    let channels = Inputs::<f32>::new(View::new(&one, [2, 0, many]), log_delta, complex, complex, complex);
+    cpu::forward(&channels, OutputMut::new(&mut [][..])).unwrap();
     let mut gradients = selective_scan::lti::s4d::Gradients::zeroed(&inputs).unwrap();
     cpu::backward(&inputs, OutputGradients::from(u), gradients.as_mut()).unwrap();
 }

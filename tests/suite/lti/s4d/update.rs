@@ -91,8 +91,8 @@ fn tokens_at_once_are_tokens_one_by_one() {
     assert_eq!(bits(&at_once), bits(&one_by_one), "SEED={seed}");
 }
 
-/// Token by token is the sequence, after 20,000 of them too: a state is rounded to 2^-25 of itself at each step, of which
-/// 1/(decay Δ), here all, are remembered; they add up as a walk's, to √20,000 · 2^-25 = 4e-6.
+/// Token by token is the sequence, after 20,000 of them too: a state is rounded to 2^-25 of itself at each step, of
+/// which 1/(decay Δ), here all, are remembered; they add up as a walk's, to √20,000 · 2^-25 = 4e-6.
 #[test]
 fn token_by_token_is_the_sequence() {
     let (mut rng, seed) = seeded();
