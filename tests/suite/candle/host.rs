@@ -7,7 +7,7 @@ use selective_scan::candle::{DecodeLinear, HostCopy, Number, Repeated, Repetitio
 pub fn there_and_back<T: Number>(device: &Device, values: &[T], others: &[T]) {
     let tensor = Tensor::new(values, device).unwrap();
     let (mut copy, mut beginning) =
-        (HostCopy::new(&tensor).unwrap(), HostCopy::new(&tensor.narrow(0, 0, 2).unwrap()).unwrap());
+        (HostCopy::<T>::new(&tensor).unwrap(), HostCopy::<T>::new(&tensor.narrow(0, 0, 2).unwrap()).unwrap());
     assert!(copy.wait().unwrap().iter().all(|x: &T| x.to_f64() == 0.0), "nothing was asked for");
     copy.start().unwrap();
     // What is written after it was asked for is not in it.
