@@ -45,6 +45,8 @@ struct Linear {
     int64_t rows, features, out_features, x_type, out_type;
     // Features that are staged at a time, and what staged rows lie apart.
     int64_t slice, stride;
+    // Where in shared memory, in bytes, the warps' sums lie: after the rows, or where these were if a block has one tile.
+    int64_t partials;
     uint64_t flags;
     // `count` is the number of features.
     float eps, count;

@@ -59,9 +59,19 @@ template <typename T, int TILES, bool WHOLE> struct Products {
 
     __device__ __forceinline__ Products() : sums{}, output(threadIdx.x % 32 / 4), part(threadIdx.x % 4) {}
 
-    __device__ __forceinline__ Group load(const Linear &p, int64_t begin, int features, int chunk, int last) const {
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[tile][i] = 0.0f;
+        }
+    }
+
+    // The part of the matrix of the 16 columns from `first` on.
+    __device__ __forceinline__ Group load(const Linear &p, int64_t first, int64_t begin, int features, int chunk,
+                                          int last) const {
         Group group;
-        const int64_t out = int64_t(blockIdx.x) * OUTPUTS + output;
+        const int64_t out = first + output;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             const int k = (chunk + i) * CHUNK + part * 8;
@@ -74,8 +84,8 @@ template <typename T, int TILES, bool WHOLE> struct Products {
         return group;
     }
 
-    __device__ __forceinline__ void add(const Group &group, const T *staged, const Linear &p, int64_t, int, int chunk,
-                                        int last) {
+    __device__ __forceinline__ void add(const Group &group, const T *staged, const Linear &p, int64_t, int64_t, int,
+                                        int chunk, int last) {
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             if (chunk + i >= last) break;
@@ -120,7 +130,7 @@ template <bool WHOLE> struct Products<float, 1, WHOLE> {
     static constexpr int AHEAD = 1;
     // Columns whose part of the matrix is on its way together. Nothing is asked for before the rows are there: the sums take the
     // registers.
-    static constexpr int TOGETHER = 8;
+    static constexpr int TOGETHER = 4;
     struct Group {};
 
     // Row after row for each column.
@@ -128,10 +138,15 @@ template <bool WHOLE> struct Products<float, 1, WHOLE> {
 
     __device__ __forceinline__ Products() : sums{} {}
 
-    __device__ __forceinline__ Group load(const Linear &, int64_t, int, int, int) const { return {}; }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < OUTPUTS * ROWS; i++) sums[i] = 0.0f;
+    }
 
-    __device__ __forceinline__ void add(Group, const float *staged, const Linear &p, int64_t begin, int features, int chunk,
-                                        int) {
+    __device__ __forceinline__ Group load(const Linear &, int64_t, int64_t, int, int, int) const { return {}; }
+
+    __device__ __forceinline__ void add(Group, const float *staged, const Linear &p, int64_t first, int64_t begin,
+                                        int features, int chunk, int) {
         const int k = chunk * CHUNK_F32 + threadIdx.x % 32 * 4;
         float4 x[ROWS];
 #pragma unroll
@@ -141,7 +156,7 @@ template <bool WHOLE> struct Products<float, 1, WHOLE> {
             uint4 w[TOGETHER];
 #pragma unroll
             for (int j = 0; j < TOGETHER; j++) {
-                const int64_t out = int64_t(blockIdx.x) * OUTPUTS + from + j;
+                const int64_t out = first + from + j;
                 const bool exists = k < features && out < p.out_features;
                 w[j] = load_weights<float, 4, WHOLE>(p.weight, out, begin + k, begin + features, exists);
             }

@@ -20,7 +20,8 @@ use crate::cuda::params::decode::linear::{
 use crate::cuda::params::decode::{self as kernels, update};
 use crate::cuda::params::{self, QUAD};
 use crate::cuda::{
-    Arguments, Cuda, Device, GRID_COLUMNS, GRID_ROWS, Kernel, Module, grid_rows, is_vectorizable, or_null, suffix,
+    Arguments, Cuda, Device, GRID_COLUMNS, GRID_ROWS, Kernel, Module, Properties, grid_rows, is_vectorizable, or_null,
+    suffix,
 };
 use crate::pool::cuda::SlotList;
 use crate::{DType, Element, Error, Result};
@@ -52,7 +53,7 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
     let is_whole = weight.column == 1
         && features.is_multiple_of(8)
         && is_vectorizable::<T>(weight.data, &[weight.row], 16 / size_of::<T>());
-    let tile = Tile::new::<T>(sizes, is_whole, device.properties().shared_memory);
+    let tile = Tile::new::<T>(sizes, is_whole, device.properties());
     let mut params = kernels::Linear {
         x: arguments.view("x", &inputs.x)?.into(),
         weight,
@@ -65,6 +66,7 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
         out_type: type_code(O::DTYPE),
         slice: tile.slice as i64,
         stride: tile.stride as i64,
+        partials: tile.partials as i64,
         flags: params::flags([
             (inputs.norm.is_some(), kernels::FLAG_NORM),
             (outputs.accumulate, kernels::FLAG_ACCUMULATE),
@@ -91,8 +93,8 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
     if rows == 0 || out_features == 0 {
         return Ok(());
     }
-    let grid = [out_features.div_ceil(OUTPUTS), rows.div_ceil(tile.rows)];
-    if grid[0] > GRID_COLUMNS || grid[1] > GRID_ROWS {
+    let grid = [tile.blocks, rows.div_ceil(tile.rows)];
+    if grid[1] > GRID_ROWS {
         let expected = format_args!("at most {} rows", GRID_ROWS * tile.rows).to_string();
         return Err(Error::argument("x", expected, rows));
     }
@@ -113,7 +115,7 @@ fn type_code(dtype: DType) -> i64 {
     }
 }
 
-/// The part of a product that a block gives, and how its rows are staged.
+/// The part of a product that a block gives at a time, and how its rows are staged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Tile {
     rows: usize,
@@ -121,14 +123,17 @@ struct Tile {
     /// Features that are staged at a time, and what staged rows lie apart.
     slice: usize,
     stride: usize,
-    /// Bytes of shared memory.
+    /// Blocks along the columns.
+    blocks: usize,
+    /// Bytes of shared memory, and where in it the warps' sums lie.
     shared: usize,
+    partials: usize,
 }
 
 impl Tile {
     /// As many rows as there are, up to 64, that shared memory has room for. How features are divided follows from their
     /// number alone, so that a row's sums have the same order in any company.
-    fn new<T: Element>(sizes: LinearSizes, is_whole: bool, shared_memory: usize) -> Self {
+    fn new<T: Element>(sizes: LinearSizes, is_whole: bool, device: Properties) -> Self {
         let is_f32 = T::DTYPE == DType::F32;
         let chunk = if is_f32 { CHUNK_F32 } else { CHUNK };
         let most = SLICE_BYTES / size_of::<T>() / chunk * chunk;
@@ -137,9 +142,14 @@ impl Tile {
         let slice = sizes.features.div_ceil(slices).next_multiple_of(chunk);
         // Rows of half types start 64 bytes apart, as banks go: what eight lanes read of two rows lies in different ones.
         let stride = if !is_f32 && slice.is_multiple_of(2 * chunk) { slice + chunk } else { slice };
-        let shared =
-            |rows: usize| (rows * stride * size_of::<T>()).max(WARPS * rows * PARTIAL_STRIDE * size_of::<f32>());
-        let tile = |rows, variant| Self { rows, variant, slice, stride, shared: shared(rows) };
+        let tiles = sizes.out_features.div_ceil(OUTPUTS);
+        let tile = |rows: usize, variant| {
+            let (staged, sums) = (rows * stride * size_of::<T>(), WARPS * rows * PARTIAL_STRIDE * size_of::<f32>());
+            // A processor has registers for two blocks of few rows, and for one of many.
+            let running = device.processors * if variant == "rows8" { 2 } else { 1 };
+            let (blocks, partials) = if tiles > running { (running, staged) } else { (tiles, 0) };
+            Self { rows, variant, slice, stride, blocks, shared: staged.max(partials + sums), partials }
+        };
         if is_f32 {
             return tile(F32_ROWS, if is_whole { "rows4" } else { "general" });
         }
@@ -147,11 +157,9 @@ impl Tile {
             return tile(TILE_ROWS, "general");
         }
         let variants = [(64, "rows64"), (32, "rows32"), (16, "rows16")];
-        let fits = |rows: usize| sizes.rows > rows / 2 && shared(rows) <= shared_memory;
-        match variants.into_iter().find(|(rows, _)| fits(*rows)) {
-            Some((rows, variant)) => tile(rows, variant),
-            None => tile(TILE_ROWS, "rows8"),
-        }
+        let mut larger = variants.into_iter().filter(|(rows, _)| sizes.rows > rows / 2);
+        let larger = larger.find(|&(rows, variant)| tile(rows, variant).shared <= device.shared_memory);
+        larger.map_or_else(|| tile(TILE_ROWS, "rows8"), |(rows, variant)| tile(rows, variant))
     }
 }
 
@@ -243,7 +251,8 @@ mod tests {
     fn tiles() {
         let tile = |rows, features, shared_memory| {
             let sizes = LinearSizes { rows, features, out_features: 16, conv: [0, 0] };
-            let Tile { rows, slice, stride, shared, .. } = Tile::new::<bf16>(sizes, true, shared_memory);
+            let device = Properties { processors: 132, shared_memory };
+            let Tile { rows, slice, stride, shared, .. } = Tile::new::<bf16>(sizes, true, device);
             (rows, slice, stride, shared)
         };
         assert_eq!(tile(1, 768, 232_448), (8, 768, 800, 12_800));
@@ -255,7 +264,17 @@ mod tests {
         assert_eq!(tile(64, 8192, 101_376), (8, 4096, 4128, 66_048));
         assert_eq!(tile(8, 100, 101_376), (8, 128, 160, 5_120));
         let sizes = LinearSizes { rows: 9, features: 4096, out_features: 16, conv: [0, 0] };
-        let Tile { rows, slice, stride, shared, .. } = Tile::new::<f32>(sizes, true, 101_376);
+        let device = Properties { processors: 132, shared_memory: 101_376 };
+        let Tile { rows, slice, stride, shared, .. } = Tile::new::<f32>(sizes, true, device);
         assert_eq!((rows, slice, stride, shared), (4, 2048, 2048, 32_768));
+        // A head: blocks go from tile to tile, and have room for rows and sums.
+        let device = Properties { processors: 132, shared_memory: 232_448 };
+        let head = |rows| {
+            let sizes = LinearSizes { rows, features: 768, out_features: 50_280, conv: [0, 0] };
+            let Tile { rows, blocks, shared, partials, .. } = Tile::new::<bf16>(sizes, true, device);
+            (rows, blocks, shared, partials)
+        };
+        assert_eq!(head(1), (8, 264, 17_920, 12_800));
+        assert_eq!(head(64), (64, 132, 143_360, 102_400));
     }
 }

@@ -7,7 +7,6 @@ use crate::nn::argument;
 
 /// How texts are searched for, see [`Decoder::search`].
 #[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
 pub struct SearchOptions {
     /// How many texts are followed at a time; each takes a slot.
     pub beams: usize,

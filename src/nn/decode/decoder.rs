@@ -49,7 +49,6 @@ pub struct Decoder {
 
 /// How a [`Decoder`] is made.
 #[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
 pub struct DecoderOptions {
     /// How many sequences there can be at a time.
     pub slots: usize,

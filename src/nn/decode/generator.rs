@@ -66,7 +66,6 @@ pub struct Generator {
 
 /// How a [`Generator`] is made.
 #[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
 pub struct GeneratorOptions {
     /// How many sequences there can be at a time; others wait.
     pub slots: usize,
@@ -85,7 +84,6 @@ impl Default for GeneratorOptions {
 
 /// A text to be written.
 #[derive(Debug, Clone)]
-#[non_exhaustive]
 pub struct Request {
     /// What it begins with: at least one token.
     pub prompt: Vec<u32>,
