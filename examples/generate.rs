@@ -149,8 +149,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let model = LanguageModel::load(&arguments.folder, dtype, &device)?;
     let text = Text::open(arguments, model.config().vocab_size)?;
 
-    let mut options = GeneratorOptions::default();
-    options.slots = arguments.slots.max(arguments.samples);
+    let options = GeneratorOptions { slots: arguments.slots.max(arguments.samples), ..Default::default() };
     let mut generator = Generator::new(&model, &options)?;
     let (mut read, mut texts) = (0, HashMap::new());
     for prompt in &arguments.prompts {

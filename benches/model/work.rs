@@ -126,8 +126,7 @@ pub struct Decoding {
 impl Decoding {
     fn new(config: &LanguageModelConfig, case: &Case, device: &Device) -> Result<Self> {
         let model = random_model(config, case.mode, device)?.0;
-        let mut options = DecoderOptions::default();
-        options.slots = case.batch;
+        let options = DecoderOptions { slots: case.batch, ..Default::default() };
         let decoder = Decoder::new(&model, &options)?;
         for slot in 0..case.batch {
             decoder.sampling().begin(slot, &Settings::greedy(), &[])?;

@@ -31,9 +31,7 @@ fn model(
 }
 
 fn decoder(model: &LanguageModel, slots: usize, state_dtype: DType) -> Decoder {
-    let mut options = DecoderOptions::default();
-    (options.slots, options.state_dtype) = (slots, state_dtype);
-    Decoder::new(model, &options).unwrap()
+    Decoder::new(model, &DecoderOptions { slots, state_dtype }).unwrap()
 }
 
 /// Blocks whose steps are joined, one of which with sizes that are no multiples of anything.
@@ -153,8 +151,7 @@ fn what_does_not_fit_is_named() {
     let mut random = random();
     let device = Device::Cpu;
     let model = model(&joined_blocks()[0].1, DType::F32, true, &mut random, &device);
-    let mut options = DecoderOptions::default();
-    options.slots = 0;
+    let options = DecoderOptions { slots: 0, ..Default::default() };
     assert_eq!(refusal(Decoder::new(&model, &options)), "`slots`: expected at least 1, got 0");
     let mut decoder = decoder(&model, 2, DType::F32);
     let before: Vec<_> =

@@ -14,11 +14,10 @@ fn beams_are_those_of_transformers() {
         let size = |name: &str| case.options[name].as_u64().unwrap() as usize;
         let folder = checkpoint(case.options["model"].as_str().unwrap());
         let model = LanguageModel::load(folder, DType::F32, &Device::Cpu).unwrap();
-        let mut decoder_options = DecoderOptions::default();
-        decoder_options.slots = size("beams");
+        let decoder_options = DecoderOptions { slots: size("beams"), ..Default::default() };
         let mut decoder = Decoder::new(&model, &decoder_options).unwrap();
-        let mut options = SearchOptions::default();
-        (options.beams, options.max_tokens, options.length_penalty) = (size("beams"), size("tokens"), 0.0);
+        let (beams, max_tokens) = (size("beams"), size("tokens"));
+        let options = SearchOptions { beams, max_tokens, length_penalty: 0.0, ..Default::default() };
         let prompt: Vec<u32> = case.inputs["prompt"].1.iter().map(|&token| token as u32).collect();
         let found = decoder.search(&prompt, &options).unwrap();
         let texts: Vec<u32> = case.results["texts"].iter().map(|&token| token as u32).collect();
@@ -37,11 +36,9 @@ fn beams_are_those_of_transformers() {
 fn texts_end_at_stop_tokens() {
     let mut random = random();
     let (model, _) = model(&causal_blocks()[0].1, &mut random);
-    let mut decoder_options = DecoderOptions::default();
-    decoder_options.slots = 3;
+    let decoder_options = DecoderOptions { slots: 3, ..Default::default() };
     let mut decoder = Decoder::new(&model, &decoder_options).unwrap();
-    let mut options = SearchOptions::default();
-    (options.beams, options.max_tokens) = (3, 8);
+    let mut options = SearchOptions { beams: 3, max_tokens: 8, ..Default::default() };
     let all = decoder.search(&[1, 2], &options).unwrap();
     options.stop_tokens = (0..11).collect();
     // Every token ends the text: the best are three that have none.

@@ -107,8 +107,7 @@ pub fn texts_are_those_of_sequences_alone(device: &Device, requests: usize, slot
     let blocks = causal_blocks();
     for (name, config) in [&blocks[0], &blocks[2], &blocks[4]] {
         let model = on(device, config, &mut random);
-        let mut options = GeneratorOptions::default();
-        (options.slots, options.prompt_tokens) = (slots, prompt_tokens);
+        let options = GeneratorOptions { slots, prompt_tokens, ..Default::default() };
         let mut generator = Generator::new(&model, &options).unwrap();
         let (mut expected, mut cancelled, mut heard) = (HashMap::new(), Vec::new(), HashMap::new());
         let mut submitted = 0;
@@ -170,8 +169,7 @@ pub fn slots_hold_what_was_read(device: &Device, operations: usize) {
     let mut random = random();
     for (name, config) in causal_blocks() {
         let model = on(device, &config, &mut random);
-        let mut options = DecoderOptions::default();
-        options.slots = SLOTS;
+        let options = DecoderOptions { slots: SLOTS, ..Default::default() };
         let mut decoder = Decoder::new(&model, &options).unwrap();
         let mut texts: Vec<Vec<u32>> = vec![Vec::new(); SLOTS];
         for _ in 0..operations {
@@ -283,8 +281,7 @@ fn requests_share_a_beginning() {
 fn requests_that_do_not_fit_are_refused() {
     let mut random = random();
     let model = on(&Device::Cpu, &causal_blocks()[0].1, &mut random);
-    let mut options = GeneratorOptions::default();
-    options.prompt_tokens = 0;
+    let options = GeneratorOptions { prompt_tokens: 0, ..Default::default() };
     assert_eq!(refusal(Generator::new(&model, &options)), "`prompt_tokens`: expected at least 1, got 0");
     let mut generator = Generator::new(&model, &GeneratorOptions::default()).unwrap();
     let refused = |generator: &mut Generator, change: &dyn Fn(&mut Request)| {
