@@ -41,7 +41,7 @@ use crate::sampling::{INVALID, Settings};
 ///                 assert!(sequence < 3 && token < 16);
 ///                 tokens += 1;
 ///             }
-///             Event::Finished { .. } => {}
+///             _ => {}
 ///         }
 ///     }
 /// }
