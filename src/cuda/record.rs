@@ -76,7 +76,7 @@ pub(super) fn record_launch<P: Pod>(
 /// let stream = context.default_stream();
 /// let (x, mut out) = (stream.clone_htod(&[3.0f32, 4.0])?, stream.alloc_zeros::<f32>(2)?);
 /// let recording = cuda::record(&context, || {
-///     let inputs = norm::Inputs::new(View::on_device(&x, [1, 2]));
+///     let inputs = norm::Inputs::<_, f32, _>::new(View::on_device(&x, [1, 2]));
 ///     norm::cuda::forward(&stream, &inputs, norm::OutputMut { out: &mut out, residual_out: None })
 /// })?;
 /// let graph = recording.graph()?;
