@@ -73,14 +73,18 @@ pub(crate) fn open<'t, B: Backend, const N: usize>(
     argument: &'static str,
     written: Vec<StorageMut<'t>>,
 ) -> Result<[&'t mut B::Storage; N]> {
-    // The devices were checked, but another thread may move a variable between the two.
-    let elsewhere = || Error::argument(argument, "tensors on one device", "one elsewhere");
-    let open = |storage| B::open_mut(storage).ok_or_else(elsewhere);
-    let opened: Vec<_> = written.into_iter().map(open).collect::<std::result::Result<_, _>>()?;
+    let opened: Vec<_> = written.into_iter().map(|storage| open_one::<B>(argument, storage)).collect::<Result<_>>()?;
     match opened.try_into() {
         Ok(opened) => Ok(opened),
         Err(_) => unreachable!("as many as were given"),
     }
+}
+
+/// One of them.
+pub(crate) fn open_one<'t, B: Backend>(argument: &'static str, storage: StorageMut<'t>) -> Result<&'t mut B::Storage> {
+    // The devices were checked, but another thread may move a variable between the two.
+    let elsewhere = || Error::argument(argument, format_args!("{argument} on one device"), "one elsewhere");
+    Ok(B::open_mut(storage).ok_or_else(elsewhere)?)
 }
 
 /// A storage to be locked.

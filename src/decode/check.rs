@@ -2,6 +2,7 @@
 
 use super::{Linear, LinearMut, SelectiveUpdate, SelectiveUpdateMut};
 use crate::conv::{POOL_NAMES, WIDTHS};
+use crate::norm::check_eps;
 use crate::state_update::STATE_NAMES;
 use crate::view::check_len;
 use crate::{DType, Element, Error, Host, MAX_D_STATE, Memory, Result};
@@ -21,13 +22,6 @@ pub(crate) struct LinearSizes {
 pub(crate) struct LinearProblem<'a, X: Element, T: Element, M: Memory = Host> {
     pub inputs: Linear<'a, X, T, M>,
     pub sizes: LinearSizes,
-}
-
-fn check_eps(eps: f64) -> Result<()> {
-    if eps >= 0.0 && eps.is_finite() {
-        return Ok(());
-    }
-    Err(Error::argument("eps", "0 or more, and finite", eps))
 }
 
 /// Checks that a type is `T` or `f32`.

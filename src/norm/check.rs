@@ -7,6 +7,14 @@ use crate::{DType, Element, Error, Host, Memory, Result, View};
 pub(super) const ROWS: &str = "(rows, width)";
 pub(super) const WEIGHT: &str = "(width)";
 
+/// Checks what is added to a mean of squares.
+pub(crate) fn check_eps(eps: f64) -> Result<()> {
+    if eps >= 0.0 && eps.is_finite() {
+        return Ok(());
+    }
+    Err(Error::argument("eps", "0 or more, and finite", eps))
+}
+
 /// The sizes of a checked problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sizes {
@@ -27,9 +35,7 @@ impl Sizes {
             return Err(Error::argument(argument, "fewer than 2^63 elements", format_args!("shape {:?}", view.shape)));
         }
         let Options { eps, group_size, .. } = *options;
-        if !(eps >= 0.0 && eps.is_finite()) {
-            return Err(Error::argument("eps", "0 or more, and finite", eps));
-        }
+        check_eps(eps)?;
         let group_size = group_size.unwrap_or(width);
         if group_size == 0 || !width.is_multiple_of(group_size) {
             return Err(Error::argument("group_size", format_args!("a divisor of the width, {width}"), group_size));

@@ -39,6 +39,7 @@ pub mod reference;
 use crate::arguments::{plain_struct, zeroed};
 use crate::simd::Isa;
 use crate::{Element, Host, Memory, Result, View};
+pub(crate) use check::check_eps;
 use check::{BackwardProblem, Problem};
 
 /// Variants of the norm.

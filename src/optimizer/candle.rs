@@ -8,7 +8,7 @@ use super::{Gradient, Group, Layout, Moments, Options, Parameter, Place, Status,
 use crate::candle::device::{Backend, Cpu, Value, on_device, unsupported};
 use crate::candle::graph;
 use crate::candle::tensors::storage_of;
-use crate::candle::write_all::{MOST_WRITTEN, Read, StorageMut, write_all};
+use crate::candle::write_all::{MOST_WRITTEN, Read, StorageMut, open, open_one, write_all};
 use crate::{Error, View, ViewMut};
 
 /// A device that takes steps of AdamW.
@@ -256,7 +256,7 @@ impl AdamWState {
     ) -> Result<(B::Factors, B::Owned<f32>)> {
         let read: Vec<_> = gradients.iter().collect();
         write_all("gradients", &[&self.counts, &self.scale], &read, |written, read| {
-            let [counts, scale] = open::<B, 2>(written)?;
+            let [counts, scale] = open::<B, 2>("variables", written)?;
             let gradients: Vec<_> = gradients
                 .iter()
                 .enumerate()
@@ -285,7 +285,7 @@ impl AdamWState {
         let read: Vec<_> = gradients.iter().collect();
         write_all("variables", &written, &read, |mut written, read| {
             let values = written.split_off(3);
-            let [mean, mean_square, master] = open::<B, 3>(written)?;
+            let [mean, mean_square, master] = open::<B, 3>("variables", written)?;
             let moments = Moments {
                 mean: B::elements_mut::<f32>(mean)?,
                 mean_square: B::elements_mut::<f32>(mean_square)?,
@@ -406,21 +406,6 @@ fn element_type(dtype: DType) -> crate::Result<crate::DType> {
     }
 }
 
-/// Storages of one kind of device, as many as are expected.
-fn open<B: Backend, const N: usize>(written: Vec<StorageMut<'_>>) -> Result<[&mut B::Storage; N]> {
-    let opened: Vec<_> = written.into_iter().map(open_one::<B>).collect::<Result<_>>()?;
-    match opened.try_into() {
-        Ok(opened) => Ok(opened),
-        Err(_) => unreachable!("as many as were given"),
-    }
-}
-
-fn open_one<B: Backend>(storage: StorageMut<'_>) -> Result<&mut B::Storage> {
-    // The devices were checked, but another thread may move a variable between the two.
-    let elsewhere = || Error::argument("variables", "variables on one device", "one elsewhere");
-    Ok(B::open_mut(storage).ok_or_else(elsewhere)?)
-}
-
 /// A contiguous tensor as one dimension.
 fn view<'r, B: Backend, T: Value>(tensor: &Tensor, read: &'r Read, index: usize) -> Result<View<'r, T, 1, B::Memory>> {
     let elsewhere = || Error::argument("gradients", "gradients on the variables' device", "one elsewhere");
@@ -437,7 +422,7 @@ fn gradient<'r, B: Backend>(tensor: &Tensor, read: &'r Read, index: usize) -> Re
 }
 
 fn values_of<'w, B: Backend>(variable: &Var, storage: StorageMut<'w>) -> Result<Values<'w, B::Memory>> {
-    let storage = open_one::<B>(storage)?;
+    let storage = open_one::<B>("variables", storage)?;
     let (offset, shape) = (variable.layout().start_offset(), [variable.elem_count()]);
     Ok(match element_type(variable.dtype())? {
         crate::DType::F32 => Values::F32(ViewMut { data: B::elements_mut(storage)?, offset, shape, strides: [1] }),

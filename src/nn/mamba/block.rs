@@ -275,6 +275,15 @@ pub(crate) enum CachePass<'a> {
     Draft { slots: Slots<'a> },
 }
 
+impl<'a> CachePass<'a> {
+    /// The slot of each sequence.
+    pub fn slots(self) -> Slots<'a> {
+        match self {
+            Self::Prefill { slots, .. } | Self::Step { slots } | Self::Draft { slots } => slots,
+        }
+    }
+}
+
 impl Module for Mamba {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Self::forward(self, x)

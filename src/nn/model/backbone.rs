@@ -188,7 +188,7 @@ impl Backbone {
         let sequences = count_sequences(batch, length, cu_seqlens)?;
         self.check_decoding(cache, sequences, slots)?;
         let layers = self.untracked()?;
-        let stream = layers.run(&x.detach(), cache, CachePass::Prefill { cu_seqlens, slots })?;
+        let (stream, _) = layers.run(&x.detach(), cache, CachePass::Prefill { cu_seqlens, slots })?;
         layers.norm_f.forward(&stream)
     }
 
@@ -202,7 +202,7 @@ impl Backbone {
         let slots = slots.into();
         self.check_decoding(cache, self.check_input(x)?.0, slots)?;
         let layers = self.untracked()?;
-        layers.norm_f.forward(&layers.run(&x.detach(), cache, CachePass::Step { slots })?)
+        layers.norm_f.forward(&layers.run(&x.detach(), cache, CachePass::Step { slots })?.0)
     }
 
     /// Checks a cache and slots for all layers, before the first one writes.
@@ -281,31 +281,21 @@ impl Backbone {
         &self.norm_f
     }
 
-    /// Runs the layers on from the states of a cache, which have been checked, and gives the residual stream.
-    pub(super) fn run(&self, x: &Tensor, cache: &Cache, pass: CachePass) -> Result<Tensor> {
+    /// Runs the layers on from the states of a cache, which have been checked, and gives the residual stream, and of a draft what each
+    /// layer needs to take some of it back.
+    pub(super) fn run(&self, x: &Tensor, cache: &Cache, pass: CachePass) -> Result<(Tensor, Vec<LayerDraft>)> {
         let (batch, length) = self.check_input(x)?;
         if let CachePass::Prefill { cu_seqlens, .. } = pass {
             count_sequences(batch, length, cu_seqlens)?;
         }
-        let begin = self.begin(x)?;
+        let (begin, mut drafts) = (self.begin(x)?, Vec::new());
         if begin.elem_count() == 0 {
-            return Ok(begin);
+            return Ok((begin, drafts));
         }
         // What the layers add is added in place, which must not be seen in the input.
         let stream = begin.detach().force_contiguous()?;
         for (layer, state) in self.layers.iter().zip(&cache.layers) {
-            layer.mixer.extend_onto(&stream, &layer.norm.forward(&stream)?, pass, state)?;
-        }
-        Ok(stream)
-    }
-
-    /// [`run`](Self::run) of a draft of at least one token, and what each layer needs to take some of it back.
-    pub(super) fn run_draft(&self, x: &Tensor, cache: &Cache, slots: Slots) -> Result<(Tensor, Vec<LayerDraft>)> {
-        self.check_input(x)?;
-        let (stream, mut drafts) = (self.begin(x)?.detach().force_contiguous()?, Vec::new());
-        for (layer, state) in self.layers.iter().zip(&cache.layers) {
-            let x = layer.norm.forward(&stream)?;
-            drafts.extend(layer.mixer.extend_onto(&stream, &x, CachePass::Draft { slots }, state)?);
+            drafts.extend(layer.mixer.extend_onto(&stream, &layer.norm.forward(&stream)?, pass, state)?);
         }
         Ok((stream, drafts))
     }

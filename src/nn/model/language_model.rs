@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
-use super::{Backbone, LanguageModelConfig, Mixer};
+use super::{Backbone, LanguageModelConfig, LayerDraft, Mixer};
 use crate::candle::Slots;
 use crate::nn::decode::Draft;
 use crate::nn::layers::{Change, Initial, Linear, Parameter, ParameterList, Parameters, Tokens};
@@ -257,10 +257,7 @@ impl LanguageModel {
         if length == 0 && batch > 0 {
             return Err(argument("ids", "at least one token in every row", "none"));
         }
-        self.backbone.check_decoding(cache, batch, slots)?;
-        let model = self.untracked()?;
-        let pass = CachePass::Prefill { cu_seqlens: None, slots };
-        let stream = model.backbone.run(&model.embed(ids)?, cache, pass)?;
+        let (model, stream, _) = self.read(ids, cache, batch, CachePass::Prefill { cu_seqlens: None, slots })?;
         match batch {
             0 => model.no_logits(&[0]),
             _ => model.logits(&stream.narrow(1, length - 1, 1)?.squeeze(1)?),
@@ -286,10 +283,8 @@ impl LanguageModel {
             last.push(ends[1] as i64 - 1);
         }
         // What else can be wrong with them is found before the first layer's states are written.
-        self.backbone.check_decoding(cache, last.len(), slots)?;
-        let model = self.untracked()?;
         let pass = CachePass::Prefill { cu_seqlens: Some(cu_seqlens), slots };
-        let stream = model.backbone.run(&model.embed(ids)?, cache, pass)?;
+        let (model, stream, _) = self.read(ids, cache, last.len(), pass)?;
         if last.is_empty() {
             return model.no_logits(&[0]);
         }
@@ -308,9 +303,7 @@ impl LanguageModel {
         let &[batch] = ids.dims() else {
             return Err(argument("ids", "shape (batch)", format_args!("{:?}", ids.dims())));
         };
-        self.backbone.check_decoding(cache, batch, slots)?;
-        let (model, ids) = (self.untracked()?, ids.reshape((batch, 1))?);
-        let stream = model.backbone.run(&model.embed(&ids)?, cache, CachePass::Step { slots })?;
+        let (model, stream, _) = self.read(&ids.reshape((batch, 1))?, cache, batch, CachePass::Step { slots })?;
         model.logits(&stream.squeeze(1)?)
     }
 
@@ -361,9 +354,7 @@ impl LanguageModel {
         if tokens == 0 || batch == 0 {
             return Err(argument("ids", "at least one token in at least one row", format_args!("{:?}", ids.dims())));
         }
-        self.backbone.check_decoding(cache, batch, slots)?;
-        let model = self.untracked()?;
-        let (stream, layers) = model.backbone.run_draft(&model.embed(ids)?, cache, slots)?;
+        let (model, stream, layers) = self.read(ids, cache, batch, CachePass::Draft { slots })?;
         let slots = match slots {
             Slots::Rows => None,
             Slots::Host(list) => Some(list.to_vec()),
@@ -383,10 +374,23 @@ impl LanguageModel {
         if length == 0 && batch > 0 {
             return Err(argument("ids", "at least one token in every row", "none"));
         }
-        self.backbone.check_decoding(cache, batch, slots)?;
+        let (model, stream, _) = self.read(ids, cache, batch, CachePass::Prefill { cu_seqlens: None, slots })?;
+        model.logits(&stream)
+    }
+
+    /// Reads tokens on from the states of a cache, outside of candle's graph: the model that does, the residual stream after its layers,
+    /// and of a draft what takes some of it back. Cache and slots are checked, for so many sequences.
+    fn read(
+        &self,
+        ids: &Tensor,
+        cache: &Cache,
+        sequences: usize,
+        pass: CachePass,
+    ) -> Result<(Cow<'_, Self>, Tensor, Vec<LayerDraft>)> {
+        self.backbone.check_decoding(cache, sequences, pass.slots())?;
         let model = self.untracked()?;
-        let pass = CachePass::Prefill { cu_seqlens: None, slots };
-        model.logits(&model.backbone.run(&model.embed(ids)?, cache, pass)?)
+        let (stream, drafts) = model.backbone.run(&model.embed(ids)?, cache, pass)?;
+        Ok((model, stream, drafts))
     }
 
     fn logits(&self, stream: &Tensor) -> Result<Tensor> {
