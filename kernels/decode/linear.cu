@@ -1,120 +1,177 @@
 // Products of few rows with a matrix, with the norm before and the convolution or the addition after it.
 //
 // A block gives 16 columns of the product, of up to 64 rows, or goes from 16 to 16 where there are more than the device runs blocks of
-// at a time: it stages the rows once. With half types it asks for its part of the matrix before it looks at the rows, and for the next
-// part before it finishes one, so that memory is busy meanwhile.
+// at a time: it stages the rows once. With half types it asks for its part of the matrix before it looks at the rows, where it is
+// recorded even before the kernel before has ended, and for the next part before it finishes one, so that memory is busy meanwhile.
+#include <type_traits>
+
+#include "../common/launch.cuh"
 #include "../common/math.cuh"
 #include "products.cuh"
 #include "typed.cuh"
 
 namespace decode::linear {
 
-// The first row of the block, and how many it has.
-template <int ROWS> struct BlockRows {
+// The rows of the block, as they lie.
+template <typename X, int ROWS> struct BlockRows {
     int64_t first;
     int count;
-    __device__ __forceinline__ explicit BlockRows(const Linear &p)
-        : first(int64_t(blockIdx.y) * ROWS), count(static_cast<int>(min(p.rows - first, int64_t(ROWS)))) {}
-};
-
-// Rows `warp`, `warp` + 8, … of the block, which a warp norms and stages: where they lie, null for those that do not exist.
-template <typename X, int TILES> struct WarpRows {
-    const X *at[TILES];
-    // Distance of features, and whether four neighbouring ones can be read at once.
-    int64_t column;
+    const X *data;
+    // Distances of rows and features, and whether four neighbouring features can be read at once.
+    int64_t row, column;
     bool whole;
 
-    __device__ __forceinline__ WarpRows(const Linear &p, int64_t first, int count) : column(p.x.column) {
-        const X *data = static_cast<const X *>(p.x.data);
-        whole = column == 1 && p.x.row % QUAD == 0 && reinterpret_cast<uint64_t>(data) % (QUAD * sizeof(X)) == 0;
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {
-            const int row = threadIdx.x / 32 + i * WARPS;
-            at[i] = row < count ? data + (first + row) * p.x.row : nullptr;
-        }
+    __device__ __forceinline__ explicit BlockRows(const Linear &p)
+        : first(int64_t(blockIdx.y) * ROWS), count(static_cast<int>(min(p.rows - first, int64_t(ROWS)))), row(p.x.row),
+          column(p.x.column) {
+        data = static_cast<const X *>(p.x.data) + first * row;
+        whole = column == 1 && row % QUAD == 0 && reinterpret_cast<uint64_t>(data) % (QUAD * sizeof(X)) == 0;
     }
 
-    // Four elements of a row from feature `k` on, of which `count` exist; zeros beyond, and of rows that do not exist.
-    __device__ __forceinline__ Pack<X, QUAD> read(int i, int64_t k, int count) const {
-        if (!at[i]) return {};
-        return load_vec_if<QUAD, false>(at[i] + k * column, column, count, whole && count == QUAD);
+    // Four elements of a row from feature `k` on, of which `exist` there are; zeros beyond, and of rows that there are not.
+    __device__ __forceinline__ Pack<X, QUAD> read(int i, int64_t k, int exist) const {
+        if (i >= count) return {};
+        return load_vec_if<QUAD, false>(data + i * row + k * column, column, exist, whole && exist == QUAD);
     }
 };
 
-__device__ __forceinline__ int features_left(int64_t left) {
-    return static_cast<int>(max(int64_t(0), min(left, int64_t(QUAD))));
-}
+// The squares that each warp has summed up of each row, for the norm.
+template <int ROWS> struct Squares {
+    float *of;
 
-// What the rows of a warp are multiplied by to norm them. A warp sums up each row by itself, in one order whatever the others are.
-template <typename X, int TILES>
-__device__ __forceinline__ void norm_scales(float (&scale)[TILES], const Linear &p, const WarpRows<X, TILES> &rows) {
+    // Adds what the lanes have summed up of eight rows (of four, if there are no more), or begins with it. Lane 4i leaves row i.
+    template <int COUNT> __device__ __forceinline__ void add(float (&sums)[COUNT], int first_row, bool begins) const {
+        const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < TILES; i++) scale[i] = 0.0f;
-#pragma unroll(TILES > 2 ? 1 : 4)
-    for (int k = threadIdx.x % 32 * QUAD; k < p.features; k += 32 * QUAD) {
+        for (int half = COUNT / 2, apart = 16; half > 0; half /= 2, apart /= 2) {
+            const bool upper = lane & apart;
 #pragma unroll
-        for (int i = 0; i < TILES; i++) {
-            const Pack<X, QUAD> x = rows.read(i, k, features_left(p.features - k));
-#pragma unroll
-            for (int j = 0; j < QUAD; j++) scale[i] = fmaf(x[j], x[j], scale[i]);
+            for (int i = 0; i < half; i++) {
+                const float given = upper ? sums[i] : sums[i + half], kept = upper ? sums[i + half] : sums[i];
+                sums[i] = kept + __shfl_xor_sync(0xffffffffu, given, apart);
+            }
         }
-    }
 #pragma unroll
-    for (int i = 0; i < TILES; i++) {
-        for (int offset = 16; offset > 0; offset >>= 1) scale[i] += __shfl_xor_sync(0xffffffffu, scale[i], offset);
-        scale[i] = 1.0f / sqrtf(scale[i] / p.count + p.eps);
+        for (int apart = 16 / COUNT; apart > 0; apart /= 2) sums[0] += __shfl_xor_sync(0xffffffffu, sums[0], apart);
+        if (lane % (32 / COUNT) > 0) return;
+        float &to = of[(first_row + lane / (32 / COUNT)) * WARPS + threadIdx.x / 32];
+        to = begins ? sums[0] : to + sums[0];
     }
-}
 
-// Stages `features` features from `begin` on of the block's rows, normed and rounded to T, and zeros up to whole chunks and for
-// rows that do not exist.
-template <typename T, typename X, int ROWS, int FEATURES, int TILES>
-__device__ __forceinline__ void stage(T *staged, const Linear &p, const float (&scale)[TILES], int64_t begin, int features,
-                                      const WarpRows<X, TILES> &rows) {
+    // What a row is multiplied by to norm it.
+    __device__ __forceinline__ float scale(const Linear &p, int row) const {
+        float sum = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) sum += of[row * WARPS + warp];
+        return 1.0f / sqrtf(sum / p.count + p.eps);
+    }
+};
+
+// Rows are multiplied by the norm's weight when they are staged, and the product by the norm's scale, so that they are read once. What
+// is then staged is as large as the residual stream, for which f16 has no room: of it the scale is found first.
+template <typename T> constexpr bool SCALES_FIRST = sizeof(T) == 2 && !std::is_same_v<T, __nv_bfloat16>;
+
+// What is done with the rows: with `Step::SQUARES` their squares are summed up, with `Step::STAGE` they are staged.
+enum class Step { SQUARES, STAGE, BOTH };
+
+// Goes through `features` features from `begin` on of the block's rows. They are staged rounded to T, with zeros up to whole chunks
+// and for rows that there are not. A thread takes the same features of all rows, whatever their number.
+template <Step STEP, typename T, typename X, int ROWS, int FEATURES>
+__device__ __forceinline__ void go_through(T *staged, const Squares<ROWS> &squares, const Linear &p, int64_t begin, int features,
+                                           const BlockRows<X, ROWS> &rows) {
+    constexpr int TOGETHER = ROWS < TILE_ROWS ? ROWS : TILE_ROWS;
     const int end = (features + FEATURES - 1) / FEATURES * FEATURES, stride = static_cast<int>(p.stride);
     const Vector &weight = p.norm_weight;
-    const bool norms = p.flags & FLAG_NORM;
+    const bool norms = p.flags & FLAG_NORM, weighs = norms && weight.data;
     const bool whole = weight.channel == 1 && reinterpret_cast<uint64_t>(weight.data) % sizeof(float4) == 0;
-#pragma unroll(TILES > 1 ? 1 : 4)
-    for (int k = threadIdx.x % 32 * QUAD; k < end; k += 32 * QUAD) {
-        const int exist = features_left(features - k);
-        Pack<float, QUAD> by = {};
-        if (norms && weight.data) {
-            const float *at = weight.data + (begin + k) * weight.channel;
-            by = load_vec_if<QUAD, false>(at, weight.channel, exist, whole && exist == QUAD);
+#pragma unroll 1
+    for (int first = 0; first < (STEP == Step::SQUARES ? rows.count : ROWS); first += TOGETHER) {
+        float sums[TOGETHER] = {}, scale[TOGETHER];
+        if (STEP == Step::STAGE && norms) {
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) scale[i] = squares.scale(p, first + i);
         }
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {
-            const int row = threadIdx.x / 32 + i * WARPS;
-            if (row >= ROWS) break;
-            const Pack<X, QUAD> x = rows.read(i, begin + k, exist);
-            float value[QUAD];
-#pragma unroll
-            for (int j = 0; j < QUAD; j++) {
-                value[j] = x[j];
-                // What does not exist is zero, and not what a norm of nothing makes of it.
-                if (norms) value[j] = rows.at[i] && j < exist ? x[j] * scale[i] * (weight.data ? by[j] : 1.0f) : 0.0f;
+#pragma unroll 1
+        for (int k = threadIdx.x * QUAD; k < end; k += THREADS * QUAD) {
+            const int exist = max(0, min(features - k, QUAD));
+            Pack<float, QUAD> by = {};
+            if (weighs) {
+                const float *at = weight.data + (begin + k) * weight.channel;
+                by = load_vec_if<QUAD, false>(at, weight.channel, exist, whole && exist == QUAD);
             }
-            store_narrowed<T, true>(staged + row * stride + k, value, QUAD);
+            Pack<X, QUAD> x[TOGETHER];
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) x[i] = rows.read(first + i, begin + k, exist);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+                float value[QUAD];
+#pragma unroll
+                for (int j = 0; j < QUAD; j++) {
+                    value[j] = x[i][j];
+                    if (STEP != Step::STAGE) sums[i] = fmaf(value[j], value[j], sums[i]);
+                    // What does not exist is zero, and not what a norm of nothing makes of it.
+                    if (STEP == Step::STAGE && norms) value[j] = first + i < rows.count && j < exist ? value[j] * scale[i] : 0.0f;
+                    if (weighs) value[j] *= by[j];
+                }
+                if (STEP != Step::SQUARES) store_narrowed<T, true>(staged + (first + i) * stride + k, value, QUAD);
+            }
         }
+        if (STEP != Step::STAGE && norms) squares.add(sums, first, begin == 0);
     }
 }
+
+// Where a row's states of a channel of the convolution begin; null for padding.
+struct ConvPlace {
+    int64_t state;
+    bool exists;
+    __device__ __forceinline__ ConvPlace(const Linear &p, int64_t row, int64_t channel) {
+        const int64_t slot = slot_of(p.slots, row);
+        exists = slot >= 0;
+        state = slot * p.conv_state.slot + channel * p.conv_state.column;
+    }
+};
 
 // A step of the convolution of one channel of one row, in place.
 template <typename T> __device__ __forceinline__ float convolve(const Linear &p, int64_t row, int64_t channel, float newest) {
-    const int64_t slot = slot_of(p.slots, row);
-    if (slot < 0) return 0.0f;
+    const ConvPlace place(p, row, channel);
+    if (!place.exists) return 0.0f;
     const int before = static_cast<int>(p.width) - 1;
-    const int64_t state = slot * p.conv_state.slot + channel * p.conv_state.column;
     const float *weight = p.conv_weight.data + channel * p.conv_weight.channel;
-    float sum = element_or(p.conv_bias, channel, 0.0f);
-    for (int k = 0; k < before; k++) {
-        const float x = read_as(p.conv_state.data, state + k * p.conv_state.row, p.state_type);
-        sum = fmaf(weight[k * p.conv_weight.state], x, sum);
-        if (k > 0) write_as(p.conv_state.data, state + (k - 1) * p.conv_state.row, p.state_type, x);
+    // All are asked for before the first is used or overwritten.
+    float x[MAX_WIDTH - 1], w[MAX_WIDTH - 1];
+#pragma unroll
+    for (int k = 0; k < MAX_WIDTH - 1; k++) {
+        if (k >= before) break;
+        x[k] = read_as(p.conv_state.data, place.state + k * p.conv_state.row, p.state_type);
+        w[k] = weight[k * p.conv_weight.state];
     }
-    write_as(p.conv_state.data, state + (before - 1) * p.conv_state.row, p.state_type, newest);
-    return silu(fmaf(weight[before * p.conv_weight.state], newest, sum));
+    const float last = weight[before * p.conv_weight.state];
+    float sum = element_or(p.conv_bias, channel, 0.0f);
+#pragma unroll
+    for (int k = 0; k < MAX_WIDTH - 1; k++) {
+        if (k >= before) break;
+        sum = fmaf(w[k], x[k], sum);
+        if (k > 0) write_as(p.conv_state.data, place.state + (k - 1) * p.conv_state.row, p.state_type, x[k]);
+    }
+    write_as(p.conv_state.data, place.state + (before - 1) * p.conv_state.row, p.state_type, newest);
+    return silu(fmaf(last, newest, sum));
+}
+
+// Asks for what the convolution of the first tile reads beside the products.
+template <typename X, int ROWS>
+__device__ __forceinline__ void prefetch_conv(const Linear &p, const BlockRows<X, ROWS> &rows, int64_t first_output) {
+    for (int i = threadIdx.x; i < OUTPUTS * rows.count; i += THREADS) {
+        const int64_t channel = first_output + i % OUTPUTS;
+        if (channel >= p.d_inner) continue;
+        const ConvPlace place(p, rows.first + i / OUTPUTS, channel);
+        const int64_t bytes = p.state_type == TYPE_F32 ? 4 : 2;
+        for (int k = 0; k + 1 < p.width && place.exists; k++) {
+            prefetch(static_cast<const char *>(p.conv_state.data) + (place.state + k * p.conv_state.row) * bytes);
+        }
+        if (i >= OUTPUTS) continue;
+        prefetch(p.conv_weight.data + channel * p.conv_weight.channel);
+        if (p.conv_bias.data) prefetch(p.conv_bias.data + channel * p.conv_bias.channel);
+    }
 }
 
 // What becomes of an element of the product.
@@ -130,9 +187,9 @@ template <typename T> __device__ __forceinline__ void finish(const Linear &p, in
 }
 
 // Adds the warps' sums of a tile, and finishes its columns from `first_output` on.
-template <typename T, int ROWS>
-__device__ __forceinline__ void finish_tile(const Linear &p, const float *partials, const BlockRows<ROWS> &rows,
-                                            int64_t first_output) {
+template <typename T, typename X, int ROWS>
+__device__ __forceinline__ void finish_tile(const Linear &p, const float *partials, const Squares<ROWS> &squares,
+                                            const BlockRows<X, ROWS> &rows, int64_t first_output) {
     constexpr int PARTIALS = ROWS * PARTIAL_STRIDE;
     for (int i = threadIdx.x; i < OUTPUTS * rows.count; i += THREADS) {
         const int row = i / OUTPUTS, output = i % OUTPUTS;
@@ -140,24 +197,40 @@ __device__ __forceinline__ void finish_tile(const Linear &p, const float *partia
         float sum = 0.0f;
 #pragma unroll
         for (int warp = 0; warp < WARPS; warp++) sum += partials[warp * PARTIALS + row * PARTIAL_STRIDE + output];
+        if (!SCALES_FIRST<T> && p.flags & FLAG_NORM) sum *= squares.scale(p, row);
         finish<T>(p, rows.first + row, first_output + output, sum);
     }
 }
 
+// Sums up the squares of all of the block's rows.
+template <typename T, typename X, int ROWS, int FEATURES>
+__device__ __forceinline__ void sum_squares(const Squares<ROWS> &squares, const Linear &p, const BlockRows<X, ROWS> &rows) {
+    for (int64_t begin = 0; begin < p.features; begin += p.slice) {
+        const int features = static_cast<int>(min(p.features - begin, p.slice));
+        go_through<Step::SQUARES, T, X, ROWS, FEATURES>(nullptr, squares, p, begin, features, rows);
+    }
+    __syncthreads();
+}
+
 template <typename T, typename X, int TILES, bool WHOLE>
-__device__ __forceinline__ void run_on(const Linear &p, T *staged, float *partials) {
+__device__ __forceinline__ void run_on(const Linear &p, T *staged, float *partials, float *of_squares) {
     using Products = Products<T, TILES, WHOLE>;
+    constexpr int ROWS = Products::ROWS, FEATURES = Products::FEATURES;
+    begin_next();
     Products products;
-    const BlockRows<Products::ROWS> rows(p);
-    const WarpRows<X, TILES> warp_rows(p, rows.first, rows.count);
+    const BlockRows<X, ROWS> rows(p);
+    const Squares<ROWS> squares = {of_squares};
     const int warp = threadIdx.x / 32;
     const int64_t step = int64_t(gridDim.x) * OUTPUTS;
     const int first_features = static_cast<int>(min(p.features, p.slice));
-    const Share first_share(first_features, Products::FEATURES, warp);
+    const Share first_share(first_features, FEATURES, warp);
     int64_t output = int64_t(blockIdx.x) * OUTPUTS;
-    typename Products::Group group = products.load(p, output, 0, first_features, first_share.first, first_share.last);
-    float scale[TILES];
-    if (p.flags & FLAG_NORM) norm_scales(scale, p, warp_rows);
+    // The matrix is all that is read before other kernels have ended.
+    typename Products::Part part;
+    products.ask(part, p, output, 0, first_features, first_share);
+    if (p.flags & FLAG_CONV) prefetch_conv(p, rows, output);
+    wait_for_last();
+    if (SCALES_FIRST<T> && p.flags & FLAG_NORM) sum_squares<T, X, ROWS, FEATURES>(squares, p, rows);
     bool is_staged = false;
 #pragma unroll 1
     for (; output < p.out_features; output += step) {
@@ -165,42 +238,35 @@ __device__ __forceinline__ void run_on(const Linear &p, T *staged, float *partia
 #pragma unroll 1
         for (int64_t begin = 0; begin < p.features; begin += p.slice) {
             const int features = static_cast<int>(min(p.features - begin, p.slice));
-            const Share share(features, Products::FEATURES, warp);
-            if (begin > 0) group = products.load(p, output, begin, features, share.first, share.last);
+            const Share share(features, FEATURES, warp);
+            if (begin > 0) products.ask(part, p, output, begin, features, share);
             // Rows of one slice stay where they are for all tiles.
             if (!is_staged || p.slice < p.features) {
+                constexpr Step STEP = SCALES_FIRST<T> ? Step::STAGE : Step::BOTH;
                 __syncthreads();
-                stage<T, X, Products::ROWS, Products::FEATURES>(staged, p, scale, begin, features, warp_rows);
+                go_through<STEP, T, X, ROWS, FEATURES>(staged, squares, p, begin, features, rows);
                 __syncthreads();
                 is_staged = true;
             }
-#pragma unroll 1
-            for (int chunk = share.first; chunk < share.last; chunk += Products::AHEAD) {
-                const typename Products::Group next =
-                    products.load(p, output, begin, features, chunk + Products::AHEAD, share.last);
-                products.add(group, staged, p, output, begin, features, chunk, share.last);
-                group = next;
-            }
+            products.add(part, staged, p, share);
         }
-        if (output + step < p.out_features) {
-            group = products.load(p, output + step, 0, first_features, first_share.first, first_share.last);
-        }
+        if (output + step < p.out_features) products.ask(part, p, output + step, 0, first_features, first_share);
         // The sums may lie where the rows do, which then are read no more, and those of the tile before have been read.
         __syncthreads();
-        products.leave(partials + warp * (Products::ROWS * PARTIAL_STRIDE));
+        products.leave(partials + warp * (ROWS * PARTIAL_STRIDE));
         __syncthreads();
-        finish_tile<T>(p, partials, rows, output);
+        finish_tile<T>(p, partials, squares, rows, output);
     }
 }
 
 template <typename T, int TILES, bool WHOLE> __device__ __forceinline__ void run(const Linear &p) {
     extern __shared__ __align__(16) unsigned char memory[];
     T *staged = reinterpret_cast<T *>(memory);
-    float *partials = reinterpret_cast<float *>(memory + p.partials);
+    float *partials = reinterpret_cast<float *>(memory + p.partials), *squares = reinterpret_cast<float *>(memory + p.squares);
     if (sizeof(T) < sizeof(float) && p.x_type != TYPE_F32) {
-        run_on<T, T, TILES, WHOLE>(p, staged, partials);
+        run_on<T, T, TILES, WHOLE>(p, staged, partials, squares);
     } else {
-        run_on<T, float, TILES, WHOLE>(p, staged, partials);
+        run_on<T, float, TILES, WHOLE>(p, staged, partials, squares);
     }
 }
 

@@ -24,6 +24,8 @@ constexpr int CHUNK = 32, CHUNK_F32 = 128;
 // Bytes of each row that are staged at a time, at most. It decides, with the number of features, in which order these are
 // summed, so that the number of rows does not: eight rows of it fit the shared memory of any device.
 constexpr int SLICE_BYTES = 12288;
+// The widest filter of a convolution.
+constexpr int MAX_WIDTH = 8;
 // What the columns of a warp's part of the product lie apart for each row: lanes that write at the same time meet no bank twice.
 constexpr int PARTIAL_STRIDE = 20;
 }
@@ -47,6 +49,8 @@ struct Linear {
     int64_t slice, stride;
     // Where in shared memory, in bytes, the warps' sums lie: after the rows, or where these were if a block has one tile.
     int64_t partials;
+    // Where the squares of the rows lie, after the rest.
+    int64_t squares;
     uint64_t flags;
     // `count` is the number of features.
     float eps, count;

@@ -20,24 +20,6 @@ struct Share {
     }
 };
 
-// Up to 16 contiguous bytes of a row of the matrix from feature `k` on; zeros where there are none. `WHOLE`: rows are contiguous,
-// aligned, and have a multiple of 8 features.
-template <typename T, int COUNT, bool WHOLE>
-__device__ __forceinline__ uint4 load_weights(const Rows &from, int64_t out, int64_t k, int64_t features, bool exists) {
-    uint4 raw = {};
-    const T *at = static_cast<const T *>(from.data) + out * from.row;
-    if constexpr (WHOLE) {
-        if (exists && k < features) raw = __ldg(reinterpret_cast<const uint4 *>(at + k));
-    } else {
-        T *elements = reinterpret_cast<T *>(&raw);
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            if (exists && k + i < features) elements[i] = at[(k + i) * from.column];
-        }
-    }
-    return raw;
-}
-
 // The products of half types. A lane holds, of every chunk of 32 features, eight neighbouring ones of two rows of the matrix and
 // of one row of x: where a tile of the tensor cores has features 2t, 2t+1, 2t+8 and 2t+9 in lane t of four, these stand for
 // features 8t, …, 8t+3 in the first tile and 8t+4, …, 8t+7 in the second, on both sides alike.
@@ -48,10 +30,16 @@ __device__ __forceinline__ uint4 load_weights(const Rows &from, int64_t out, int
 //   features     0-7   8-15  16-23 24-31 0-7   8-15 …   24-31
 template <typename T, int TILES, bool WHOLE> struct Products {
     static constexpr int ROWS = TILES * TILE_ROWS, FEATURES = CHUNK;
-    // Chunks that are on their way together.
-    static constexpr int AHEAD = 4;
-    struct Group {
-        uint4 of[AHEAD][2];
+    // Chunks that are on their way, as registers allow: each is asked for as many turns before it is used.
+    static constexpr int AHEAD = !WHOLE ? 2 : TILES == 1 ? 6 : TILES == 8 ? 4 : 8;
+
+    // A lane's part of 16 columns of the matrix, and what of it is on its way.
+    struct Part {
+        // Where the lane's first feature of the slice lies; null where there is no column.
+        const T *at[2];
+        // Features from there on: of the warp's share, and that there are.
+        int last, end;
+        uint4 ahead[AHEAD][2];
     };
 
     float sums[TILES][4];
@@ -67,36 +55,57 @@ template <typename T, int TILES, bool WHOLE> struct Products {
         }
     }
 
-    // The part of the matrix of the 16 columns from `first` on.
-    __device__ __forceinline__ Group load(const Linear &p, int64_t first, int64_t begin, int features, int chunk,
-                                          int last) const {
-        Group group;
-        const int64_t out = first + output;
+    // Eight features of a column from `k` on; zeros where there are none. `WHOLE`: rows are contiguous, aligned, and have a multiple
+    // of 8 features.
+    __device__ __forceinline__ static uint4 load(const Linear &p, const Part &from, int column, int k) {
+        uint4 raw = {};
+        if (!from.at[column] || k >= from.last) return raw;
+        if constexpr (WHOLE) {
+            raw = __ldg(reinterpret_cast<const uint4 *>(from.at[column] + k));
+        } else {
+            T *elements = reinterpret_cast<T *>(&raw);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const int k = (chunk + i) * CHUNK + part * 8;
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const bool exists = chunk + i < last && k < features && out + 8 * j < p.out_features;
-                group.of[i][j] = load_weights<T, 8, WHOLE>(p.weight, out + 8 * j, begin + k, begin + features, exists);
+            for (int i = 0; i < 8; i++) {
+                if (k + i < from.end) elements[i] = from.at[column][(k + i) * p.weight.column];
             }
         }
-        return group;
+        return raw;
     }
 
-    __device__ __forceinline__ void add(const Group &group, const T *staged, const Linear &p, int64_t, int64_t, int,
-                                        int chunk, int last) {
+    // Asks for the beginning of the warp's share of the slice from `begin` on, of the 16 columns from `first` on.
+    __device__ __forceinline__ void ask(Part &of, const Linear &p, int64_t first, int64_t begin, int features,
+                                        const Share &share) const {
+        of.end = features - part * 8, of.last = min(of.end, share.last * CHUNK - part * 8);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (chunk + i >= last) break;
-            const uint4(&w)[2] = group.of[i];
-            const uint32_t first[4] = {w[0].x, w[1].x, w[0].y, w[1].y}, second[4] = {w[0].z, w[1].z, w[0].w, w[1].w};
+        for (int j = 0; j < 2; j++) {
+            const int64_t out = first + output + 8 * j;
+            const T *data = static_cast<const T *>(p.weight.data) + (begin + part * 8) * p.weight.column;
+            of.at[j] = out < p.out_features ? data + out * p.weight.row : nullptr;
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-                const T *at = staged + (tile * TILE_ROWS + output) * p.stride + (chunk + i) * CHUNK + part * 8;
-                const uint4 x = *reinterpret_cast<const uint4 *>(at);
-                mma(sums[tile], first, x.x, x.y, T());
-                mma(sums[tile], second, x.z, x.w, T());
+            for (int i = 0; i < AHEAD; i++) of.ahead[i][j] = load(p, of, j, (share.first + i) * CHUNK);
+        }
+    }
+
+    // Multiplies the warp's share of the slice.
+    __device__ __forceinline__ void add(Part &of, const T *staged, const Linear &p, const Share &share) {
+        const int stride = static_cast<int>(p.stride);
+        const T *x = staged + output * stride + part * 8;
+#pragma unroll 1
+        for (int chunk = share.first; chunk < share.last; chunk += AHEAD) {
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                if (chunk + i >= share.last) break;
+                uint4(&w)[2] = of.ahead[i];
+                const uint32_t first[4] = {w[0].x, w[1].x, w[0].y, w[1].y}, second[4] = {w[0].z, w[1].z, w[0].w, w[1].w};
+#pragma unroll
+                for (int tile = 0; tile < TILES; tile++) {
+                    const T *at = x + tile * TILE_ROWS * stride + (chunk + i) * CHUNK;
+                    const uint4 rows = *reinterpret_cast<const uint4 *>(at);
+                    mma(sums[tile], first, rows.x, rows.y, T());
+                    mma(sums[tile], second, rows.z, rows.w, T());
+                }
+#pragma unroll
+                for (int j = 0; j < 2; j++) w[j] = load(p, of, j, (chunk + i + AHEAD) * CHUNK);
             }
         }
     }
@@ -127,11 +136,13 @@ template <int COUNT> __device__ __forceinline__ void halve(float *sums) {
 // each row and column.
 template <bool WHOLE> struct Products<float, 1, WHOLE> {
     static constexpr int ROWS = F32_ROWS, FEATURES = CHUNK_F32;
-    static constexpr int AHEAD = 1;
     // Columns whose part of the matrix is on its way together. Nothing is asked for before the rows are there: the sums take the
     // registers.
     static constexpr int TOGETHER = 4;
-    struct Group {};
+    struct Part {
+        int64_t first, begin;
+        int features;
+    };
 
     // Row after row for each column.
     float sums[OUTPUTS * ROWS];
@@ -143,31 +154,47 @@ template <bool WHOLE> struct Products<float, 1, WHOLE> {
         for (int i = 0; i < OUTPUTS * ROWS; i++) sums[i] = 0.0f;
     }
 
-    __device__ __forceinline__ Group load(const Linear &, int64_t, int64_t, int, int, int) const { return {}; }
+    // Four features of a column of the product from `k` on; zeros where there are none.
+    __device__ __forceinline__ static float4 load(const Linear &p, const Part &of, int column, int k) {
+        float elements[4] = {};
+        const int64_t out = of.first + column;
+        const float *at = static_cast<const float *>(p.weight.data) + out * p.weight.row + (of.begin + k) * p.weight.column;
+        if (WHOLE && k < of.features && out < p.out_features) return __ldg(reinterpret_cast<const float4 *>(at));
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (!WHOLE && k + i < of.features && out < p.out_features) elements[i] = at[i * p.weight.column];
+        }
+        return {elements[0], elements[1], elements[2], elements[3]};
+    }
 
-    __device__ __forceinline__ void add(Group, const float *staged, const Linear &p, int64_t first, int64_t begin,
-                                        int features, int chunk, int) {
+    __device__ __forceinline__ void ask(Part &of, const Linear &, int64_t first, int64_t begin, int features,
+                                        const Share &) const {
+        of = {first, begin, features};
+    }
+
+    __device__ __forceinline__ void add(const Part &of, const float *staged, const Linear &p, const Share &share) {
+#pragma unroll 1
+        for (int chunk = share.first; chunk < share.last; chunk++) add_chunk(of, staged, p, chunk);
+    }
+
+    __device__ __forceinline__ void add_chunk(const Part &of, const float *staged, const Linear &p, int chunk) {
         const int k = chunk * CHUNK_F32 + threadIdx.x % 32 * 4;
         float4 x[ROWS];
 #pragma unroll
         for (int row = 0; row < ROWS; row++) x[row] = *reinterpret_cast<const float4 *>(staged + row * p.stride + k);
 #pragma unroll
         for (int from = 0; from < OUTPUTS; from += TOGETHER) {
-            uint4 w[TOGETHER];
+            float4 w[TOGETHER];
 #pragma unroll
-            for (int j = 0; j < TOGETHER; j++) {
-                const int64_t out = first + from + j;
-                const bool exists = k < features && out < p.out_features;
-                w[j] = load_weights<float, 4, WHOLE>(p.weight, out, begin + k, begin + features, exists);
-            }
+            for (int j = 0; j < TOGETHER; j++) w[j] = load(p, of, from + j, k);
 #pragma unroll
             for (int i = 0; i < TOGETHER * ROWS; i++) {
-                const uint4 &of = w[i / ROWS];
+                const float4 &column = w[i / ROWS];
                 float &sum = sums[from * ROWS + i];
-                sum = fmaf(__uint_as_float(of.x), x[i % ROWS].x, sum);
-                sum = fmaf(__uint_as_float(of.y), x[i % ROWS].y, sum);
-                sum = fmaf(__uint_as_float(of.z), x[i % ROWS].z, sum);
-                sum = fmaf(__uint_as_float(of.w), x[i % ROWS].w, sum);
+                sum = fmaf(column.x, x[i % ROWS].x, sum);
+                sum = fmaf(column.y, x[i % ROWS].y, sum);
+                sum = fmaf(column.z, x[i % ROWS].z, sum);
+                sum = fmaf(column.w, x[i % ROWS].w, sum);
             }
         }
     }

@@ -4,6 +4,7 @@
 // Threads follow the order in which states lie, as in state_update/update.cu, whose bits this gives for the same step sizes:
 // `lanes` neighbouring threads hold a channel's states, four neighbouring ones each, and divide its ranks in the same way.
 #include "../common/lane_map.cuh"
+#include "../common/launch.cuh"
 #include "../common/math.cuh"
 #include "../common/tensor.cuh"
 #include "typed.cuh"
@@ -99,12 +100,31 @@ __device__ __forceinline__ float advance(St *state, const float *b, const float 
     return y;
 }
 
+// Asks for what is read of a channel beside what other kernels have just written.
+template <typename T, typename St>
+__device__ __forceinline__ void prefetch_channel(const Update &p, int64_t row, int64_t channel, const RowMap &map) {
+    const int64_t slot = slot_of(p.slots, row);
+    const St *state = static_cast<const St *>(p.state.data) + (slot * p.state.slot + channel * p.state.row);
+    const T *weight = static_cast<const T *>(p.dt_weight.data) + channel * p.dt_weight.row;
+    for (int64_t n = map.lane * QUAD; n < p.d_state; n += map.lanes * QUAD) {
+        if (slot >= 0) prefetch(state + n * p.state.column);
+        prefetch(p.a.data + channel * p.a.channel + n * p.a.state);
+    }
+    for (int64_t r = map.lane * QUAD; r < p.dt_rank; r += map.lanes * QUAD) prefetch(weight + r * p.dt_weight.column);
+    if (map.lane > 0) return;
+    if (p.delta_bias.data) prefetch(p.delta_bias.data + channel * p.delta_bias.channel);
+    if (p.d.data) prefetch(p.d.data + channel * p.d.channel);
+}
+
 template <typename T, typename St> __device__ __forceinline__ void run(const Update &p) {
     extern __shared__ float staged[];
+    begin_next();
     const RowMap map(threadIdx.x, p.lane_shift);
     const int64_t channel = int64_t(blockIdx.x) * (THREADS >> p.lane_shift) + map.row;
     const bool exists = channel < p.d_inner;
     const float *b = staged + p.dt_rank, *c = b + p.d_state;
+    if (exists && blockIdx.y < p.rows) prefetch_channel<T, St>(p, blockIdx.y, channel, map);
+    wait_for_last();
     for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
         // Nobody reads the columns of the row before any more.
         __syncthreads();

@@ -1,10 +1,12 @@
 // The rows of an embedding matrix that tokens name; what is not a number for one that it does not have.
+#include "../common/launch.cuh"
 #include "../common/tensor.cuh"
 #include "params.cuh"
 
 namespace embedding {
 
 template <typename T, typename O> __device__ __forceinline__ void look_up(const Lookup &p) {
+    begin_next();
     for (int64_t i = blockIdx.y; i < p.count; i += gridDim.y) {
         const int64_t slot = slot_of(p.slots, i), id = slot < 0 ? p.vocab : p.ids[slot];
         const T *row = static_cast<const T *>(p.table) + id * p.row;

@@ -135,7 +135,36 @@ pub struct HostCopy<T: Number> {
 enum Values<T: Number> {
     Host(Vec<T>),
     #[cfg(feature = "candle-cuda")]
-    Pinned(cudarc::driver::PinnedHostSlice<T>),
+    Pinned(Pinned<T>),
+}
+
+/// Memory of the host that a device copies to by itself.
+#[cfg(feature = "candle-cuda")]
+#[derive(Debug)]
+struct Pinned<T: Number> {
+    values: cudarc::driver::PinnedHostSlice<T>,
+    /// The end of the copy that was asked for last. (The slice has an event of its own, which cudarc records only where a program has
+    /// several streams.)
+    done: cudarc::driver::CudaEvent,
+}
+
+#[cfg(feature = "candle-cuda")]
+impl<T: Number> Pinned<T> {
+    fn new(stream: &cudarc::driver::CudaStream, len: usize) -> Result<Self> {
+        let error = |error| Error::cuda("allocating memory for copies", error);
+        // SAFETY: what is read of it is zeros, or what a copy has written. Not write-combined memory, which is slow to read.
+        let mut values = unsafe { stream.context().alloc_pinned_with_flags::<T>(len, 0) }.map_err(error)?;
+        values.as_mut_slice().map_err(error)?.fill(T::zero());
+        Ok(Self { values, done: stream.context().new_event(None).map_err(error)? })
+    }
+}
+
+#[cfg(feature = "candle-cuda")]
+impl<T: Number> Drop for Pinned<T> {
+    /// The memory is not given back while it is written. There is nobody to tell of an error.
+    fn drop(&mut self) {
+        let _ = self.done.synchronize();
+    }
 }
 
 impl<T: Number> HostCopy<T> {
@@ -149,13 +178,7 @@ impl<T: Number> HostCopy<T> {
             candle_core::Device::Cpu => Values::Host(vec![T::zero(); tensor.elem_count()]),
             #[cfg(feature = "candle-cuda")]
             candle_core::Device::Cuda(device) => {
-                let stream = device.cuda_stream();
-                // SAFETY: what is read of it is zeros, or what a copy has written. Not write-combined memory, which is slow to read.
-                let allocated = unsafe { stream.context().alloc_pinned_with_flags::<T>(tensor.elem_count(), 0) };
-                let mut values = allocated.map_err(|error| Error::cuda("allocating memory for copies", error))?;
-                let zeroed = values.as_mut_slice().map_err(|error| Error::cuda("clearing memory for copies", error))?;
-                zeroed.fill(T::zero());
-                Values::Pinned(values)
+                Values::Pinned(Pinned::new(&device.cuda_stream(), tensor.elem_count())?)
             }
             device => return Err(super::device::elsewhere("tensor", format_args!("{:?}", device.location())).into()),
         };
@@ -176,10 +199,11 @@ impl<T: Number> HostCopy<T> {
                 values.copy_from_slice(from);
             }
             #[cfg(feature = "candle-cuda")]
-            (Storage::Cuda(storage), Values::Pinned(values)) => {
+            (Storage::Cuda(storage), Values::Pinned(Pinned { values, done })) => {
                 let stream = storage.device.cuda_stream();
                 let from = storage.as_cuda_slice::<T>()?.try_slice(..values.len()).ok_or_else(elsewhere)?;
-                stream.memcpy_dtoh(&from, values).map_err(|error| Error::cuda("copying from the device", error))?;
+                let copied = stream.memcpy_dtoh(&from, values).and_then(|()| done.record(&stream));
+                copied.map_err(|error| Error::cuda("copying from the device", error))?;
             }
             _ => return Err(elsewhere().into()),
         }
@@ -194,8 +218,9 @@ impl<T: Number> HostCopy<T> {
         match &self.values {
             Values::Host(values) => Ok(values),
             #[cfg(feature = "candle-cuda")]
-            Values::Pinned(values) => {
-                Ok(values.as_slice().map_err(|error| Error::cuda("waiting for a copy from the device", error))?)
+            Values::Pinned(Pinned { values, done }) => {
+                let waited = done.synchronize().and_then(|()| values.as_slice());
+                Ok(waited.map_err(|error| Error::cuda("waiting for a copy from the device", error))?)
             }
         }
     }

@@ -1,5 +1,6 @@
 //! From checked arguments to launches.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::Pod;
@@ -8,7 +9,7 @@ use cudarc::driver::{
 };
 
 use super::params::{self, UPLOAD_VALUES};
-use super::record::{is_recording, record_launch};
+use super::record::{is_recording, note_written, record_launch};
 use super::{Context, Cuda, Kernel, Module, Properties, Strided};
 use crate::{DType, Element, Error, Result, View};
 
@@ -75,6 +76,39 @@ impl<'a> Device<'a> {
         shared: usize,
         params: &P,
     ) -> Result<()> {
+        // SAFETY: as the caller promises; nothing is read early.
+        unsafe { self.launch_by(kernel, grid, threads, shared, params, None) }
+    }
+
+    /// [`launch`](Self::launch) of a kernel that waits by itself for those before it, as `kernels/common/launch.cuh` says. Where it
+    /// is recorded it begins before they have ended, if none of them writes what lies in `early`.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch). What the kernel reads before it waits must lie in `early`.
+    pub unsafe fn launch_overlapping<P: Pod>(
+        &self,
+        kernel: &Kernel,
+        grid: [usize; 2],
+        threads: usize,
+        shared: usize,
+        params: &P,
+        early: Range<u64>,
+    ) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_by(kernel, grid, threads, shared, params, Some(early)) }
+    }
+
+    /// # Safety
+    /// As [`launch_overlapping`](Self::launch_overlapping), and as [`launch`](Self::launch) where nothing is read early.
+    unsafe fn launch_by<P: Pod>(
+        &self,
+        kernel: &Kernel,
+        grid: [usize; 2],
+        threads: usize,
+        shared: usize,
+        params: &P,
+        early: Option<Range<u64>>,
+    ) -> Result<()> {
         /// Any plain data can be a kernel's argument.
         #[repr(transparent)]
         struct Argument<P>(P);
@@ -82,7 +116,7 @@ impl<'a> Device<'a> {
         unsafe impl<P: Pod> DeviceRepr for Argument<P> {}
 
         let function = self.context.function(kernel)?;
-        if record_launch(&function, kernel, grid, threads, shared, params) {
+        if record_launch(&function, kernel, grid, threads, shared, params, early)? {
             return Ok(());
         }
         let argument = Argument(*params);
@@ -147,8 +181,12 @@ impl<'a> Arguments<'a> {
     /// The address of a buffer's element `offset`, from which on it is to be written.
     pub fn write_from<T>(&mut self, argument: &'static str, slice: &'a mut CudaSlice<T>, offset: usize) -> Result<u64> {
         self.check(argument, slice)?;
+        let bytes = (slice.len() * size_of::<T>()) as u64;
         let (address, used) = slice.device_ptr_mut(self.stream);
         self.uses.push(used);
+        if is_recording() {
+            note_written(address..address + bytes);
+        }
         Ok(address.wrapping_add((offset * size_of::<T>()) as u64))
     }
 

@@ -3,13 +3,18 @@
 use std::cell::RefCell;
 use std::ffi::c_void;
 use std::fmt;
+use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use cudarc::driver::sys::{CUgraphExec, CUgraphInstantiate_flags, CUstream, CUstreamCaptureMode};
+use cudarc::driver::sys::{
+    self, CUfunction_attribute, CUgraphExec, CUgraphInstantiate_flags, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchAttributeValue, CUlaunchConfig, CUstream, CUstreamCaptureMode,
+};
 use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, result};
 
+use super::Kernel;
 use crate::{Error, Result};
 
 /// A launch: everything but its stream.
@@ -21,11 +26,57 @@ struct Launch {
     shared: u32,
     /// The kernel's one argument, in words so that it is aligned.
     params: Box<[u64]>,
+    /// Whether it may begin before the launch before it has ended.
+    overlaps: bool,
+}
+
+impl Launch {
+    /// # Safety
+    /// What the argument points at must be there, and the stream one of the function's context, which is bound to this thread.
+    unsafe fn enqueue(&self, stream: CUstream) -> Result<()> {
+        let mut arguments = [self.params.as_ptr().cast_mut().cast::<c_void>()];
+        let mut attribute = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = CUlaunchConfig {
+            gridDimX: self.grid[0],
+            gridDimY: self.grid[1],
+            gridDimZ: 1,
+            blockDimX: self.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared,
+            hStream: stream,
+            attrs: &raw mut attribute,
+            numAttrs: self.overlaps.into(),
+        };
+        // SAFETY: the function is loaded as long as the handle is kept, and takes one argument of this size, which the driver copies,
+        // as it does the configuration; what the argument points at is there, as the caller promises.
+        let code = unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                self.function.cu_function(),
+                arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        };
+        code.result().map_err(|error| Error::cuda(format_args!("launching {}", self.name), error))
+    }
+}
+
+/// What a thread records.
+#[derive(Default)]
+struct Recorded {
+    launches: Vec<Launch>,
+    /// Where calls so far have written.
+    written: Vec<Range<u64>>,
 }
 
 thread_local! {
     /// What this thread records, if it does.
-    static RECORDED: RefCell<Option<Vec<Launch>>> = const { RefCell::new(None) };
+    static RECORDED: RefCell<Option<Recorded>> = const { RefCell::new(None) };
 }
 
 /// Whether this thread records.
@@ -33,28 +84,56 @@ pub(super) fn is_recording() -> bool {
     RECORDED.with_borrow(Option::is_some)
 }
 
-/// Adds a launch to what this thread records; false if it does not.
+/// Notes where a call that this thread records writes.
+pub(super) fn note_written(addresses: Range<u64>) {
+    RECORDED.with_borrow_mut(|recorded| {
+        if let Some(recorded) = recorded
+            && !recorded.written.contains(&addresses)
+        {
+            recorded.written.push(addresses);
+        }
+    });
+}
+
+/// The first compute capability, as the driver numbers them, for which kernels wait by themselves.
+const OVERLAPPING: i32 = 90;
+
+/// Adds a launch to what this thread records; false if it does not. `early`: what the kernel reads before it waits for those before
+/// it, if it does wait.
 pub(super) fn record_launch<P: Pod>(
     function: &CudaFunction,
-    name: impl fmt::Display,
+    kernel: &Kernel,
     grid: [usize; 2],
     threads: usize,
     shared: usize,
     params: &P,
-) -> bool {
+    early: Option<Range<u64>>,
+) -> Result<bool> {
     RECORDED.with_borrow_mut(|recorded| {
-        let Some(recorded) = recorded else { return false };
+        let Some(recorded) = recorded else { return Ok(false) };
+        // The first one follows what the recording does not know.
+        let is_first = recorded.launches.is_empty();
+        let is_written = |early: &Range<u64>| {
+            recorded.written.iter().any(|written| written.start < early.end && early.start < written.end)
+        };
+        let overlaps = early.is_some_and(|early| !is_first && !is_written(&early)) && {
+            // Of what was compiled for older devices, and only translated for this one, no kernel waits.
+            let compiled_for = function.get_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION);
+            compiled_for.map_err(|error| Error::cuda(format_args!("asking what {kernel} is for"), error))?
+                >= OVERLAPPING
+        };
         let mut words = vec![0u64; size_of::<P>().div_ceil(size_of::<u64>())].into_boxed_slice();
         bytemuck::cast_slice_mut(&mut words)[..size_of::<P>()].copy_from_slice(bytemuck::bytes_of(params));
-        recorded.push(Launch {
+        recorded.launches.push(Launch {
             function: function.clone(),
-            name: name.to_string(),
+            name: kernel.to_string(),
             grid: grid.map(|blocks| blocks as u32),
             threads: threads as u32,
             shared: shared as u32,
             params: words,
+            overlaps,
         });
-        true
+        Ok(true)
     })
 }
 
@@ -100,12 +179,12 @@ pub fn record<E: From<Error>>(
         let action = "recording launches".into();
         return Err(Error::Cuda { action, message: "this thread is recording already".into() }.into());
     }
-    RECORDED.with_borrow_mut(|recorded| *recorded = Some(Vec::new()));
+    RECORDED.with_borrow_mut(|recorded| *recorded = Some(Recorded::default()));
     let end = End;
     work()?;
-    let launches = RECORDED.with_borrow_mut(Option::take).unwrap_or_default();
+    let recorded = RECORDED.with_borrow_mut(Option::take).unwrap_or_default();
     drop(end);
-    Ok(Recording { context: context.clone(), launches })
+    Ok(Recording { context: context.clone(), launches: recorded.launches })
 }
 
 /// Launches that [`record`] has recorded, in their order.
@@ -154,23 +233,8 @@ impl Recording {
     /// # Safety
     /// As [`launch`](Self::launch), on a stream of the context, which is bound to this thread.
     unsafe fn enqueue(&self, stream: CUstream) -> Result<()> {
-        for Launch { function, name, grid, threads, shared, params } in &self.launches {
-            let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
-            // SAFETY: the function is loaded as long as the handle is kept, and takes one argument of this size, which the driver
-            // copies; what it points at is there, as the caller promises.
-            unsafe {
-                result::launch_kernel(
-                    function.cu_function(),
-                    (grid[0], grid[1], 1),
-                    (*threads, 1, 1),
-                    *shared,
-                    stream,
-                    &mut arguments,
-                )
-            }
-            .map_err(|error| Error::cuda(format_args!("launching {name}"), error))?;
-        }
-        Ok(())
+        // SAFETY: as the caller promises.
+        self.launches.iter().try_for_each(|launch| unsafe { launch.enqueue(stream) })
     }
 
     /// Makes a graph of them, which the driver launches as one.

@@ -50,10 +50,14 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
     let (inputs, sizes) = (&problem.inputs, problem.sizes);
     let LinearSizes { rows, features, out_features, conv: [d_inner, width] } = sizes;
     let weight = kernels::Rows::from(arguments.view("weight", &inputs.weight)?);
+    let before = (inputs.weight.offset * size_of::<T>()) as u64;
+    let storage = weight.data.wrapping_sub(before);
+    // All that the view may reach.
+    let matrix = storage..storage.wrapping_add((inputs.weight.data.len() * size_of::<T>()) as u64);
     let is_whole = weight.column == 1
         && features.is_multiple_of(8)
         && is_vectorizable::<T>(weight.data, &[weight.row], 16 / size_of::<T>());
-    let tile = Tile::new::<T>(sizes, is_whole, device.properties());
+    let tile = Tile::new::<T>(sizes, is_whole, size_of::<X>(), device.properties());
     let mut params = kernels::Linear {
         x: arguments.view("x", &inputs.x)?.into(),
         weight,
@@ -67,6 +71,7 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
         slice: tile.slice as i64,
         stride: tile.stride as i64,
         partials: tile.partials as i64,
+        squares: tile.squares as i64,
         flags: params::flags([
             (inputs.norm.is_some(), kernels::FLAG_NORM),
             (outputs.accumulate, kernels::FLAG_ACCUMULATE),
@@ -103,7 +108,7 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
     // SAFETY: every address and extent has been checked by `Linear::check` and `check_outputs`, slots on the device by the
     // kernel; each element of the output and of the states of a slot is written by one thread. (Where a caller has put a slot on
     // the device twice, two write one state: whatever they leave there is numbers of the state's type.)
-    unsafe { device.launch(&kernel, grid, kernels::linear::THREADS, tile.shared, &params) }
+    unsafe { device.launch_overlapping(&kernel, grid, kernels::linear::THREADS, tile.shared, &params, matrix) }
 }
 
 /// The types of what a kernel is not made for one type of.
@@ -125,15 +130,17 @@ struct Tile {
     stride: usize,
     /// Blocks along the columns.
     blocks: usize,
-    /// Bytes of shared memory, and where in it the warps' sums lie.
+    /// Bytes of shared memory, and where in it the warps' sums and the squares of rows lie.
     shared: usize,
     partials: usize,
+    squares: usize,
 }
 
 impl Tile {
-    /// As many rows as there are, up to 64, that shared memory has room for. How features are divided follows from their
-    /// number alone, so that a row's sums have the same order in any company.
-    fn new<T: Element>(sizes: LinearSizes, is_whole: bool, device: Properties) -> Self {
+    /// Of the numbers of rows that shared memory has room for, the one with which a processor has least to read. How features are
+    /// divided follows from their number alone, so that a row's sums have the same order in any company. `x_bytes`: of an element
+    /// of the rows.
+    fn new<T: Element>(sizes: LinearSizes, is_whole: bool, x_bytes: usize, device: Properties) -> Self {
         let is_f32 = T::DTYPE == DType::F32;
         let chunk = if is_f32 { CHUNK_F32 } else { CHUNK };
         let most = SLICE_BYTES / size_of::<T>() / chunk * chunk;
@@ -143,23 +150,33 @@ impl Tile {
         // Rows of half types start 64 bytes apart, as banks go: what eight lanes read of two rows lies in different ones.
         let stride = if !is_f32 && slice.is_multiple_of(2 * chunk) { slice + chunk } else { slice };
         let tiles = sizes.out_features.div_ceil(OUTPUTS);
+        // A tile, and the bytes that the busiest processor reads for each feature.
         let tile = |rows: usize, variant| {
             let (staged, sums) = (rows * stride * size_of::<T>(), WARPS * rows * PARTIAL_STRIDE * size_of::<f32>());
             // A processor has registers for two blocks of few rows, and for one of many.
             let running = device.processors * if variant == "rows8" { 2 } else { 1 };
-            let (blocks, partials) = if tiles > running { (running, staged) } else { (tiles, 0) };
-            Self { rows, variant, slice, stride, blocks, shared: staged.max(partials + sums), partials }
+            let row_blocks = sizes.rows.div_ceil(rows);
+            // Blocks go from tile to tile, where more than run at a time would stage the rows once more.
+            let each = tiles.div_ceil((running / row_blocks).max(1));
+            let blocks = tiles.div_ceil(each.max(1));
+            let partials = if each > 1 { staged } else { 0 };
+            let squares = staged.max(partials + sums);
+            let shared = squares + rows * WARPS * size_of::<f32>();
+            let read = rows.min(sizes.rows) * x_bytes + each * OUTPUTS * size_of::<T>();
+            let cost = (blocks * row_blocks).div_ceil(device.processors) * read;
+            (cost, Self { rows, variant, slice, stride, blocks, shared, partials, squares })
         };
         if is_f32 {
-            return tile(F32_ROWS, if is_whole { "rows4" } else { "general" });
+            return tile(F32_ROWS, if is_whole { "rows4" } else { "general" }).1;
         }
         if !is_whole {
-            return tile(TILE_ROWS, "general");
+            return tile(TILE_ROWS, "general").1;
         }
-        let variants = [(64, "rows64"), (32, "rows32"), (16, "rows16")];
-        let mut larger = variants.into_iter().filter(|(rows, _)| sizes.rows > rows / 2);
-        let larger = larger.find(|&(rows, variant)| tile(rows, variant).shared <= device.shared_memory);
-        larger.map_or_else(|| tile(TILE_ROWS, "rows8"), |(rows, variant)| tile(rows, variant))
+        let larger = [(16, "rows16"), (32, "rows32"), (64, "rows64")].into_iter();
+        let larger = larger.filter(|(rows, _)| sizes.rows > rows / 2).map(|(rows, variant)| tile(rows, variant));
+        let fitting = larger.filter(|(_, tile)| tile.shared <= device.shared_memory);
+        let few = tile(TILE_ROWS, "rows8");
+        fitting.fold(few, |best, next| if next.0 < best.0 { next } else { best }).1
     }
 }
 
@@ -237,7 +254,7 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
     kernel.most_shared = device.properties().shared_memory;
     // SAFETY: every address and extent has been checked by `SelectiveUpdate::check` and `check_outputs`, slots on the device by
     // the kernel; each state and output is written by one thread. (Of a slot that stands on the device twice, see `linear`.)
-    unsafe { device.launch(&kernel, grid, update::THREADS, shared, &params) }
+    unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, shared, &params, 0..0) }
 }
 
 #[cfg(test)]
