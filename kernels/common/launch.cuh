@@ -20,7 +20,4 @@ __device__ __forceinline__ void wait_for_last() {
 #endif
 }
 
-// Asks the second-level cache for what is going to be read soon.
-__device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
 }

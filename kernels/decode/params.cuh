@@ -30,8 +30,10 @@ constexpr int MAX_WIDTH = 8;
 constexpr int PARTIAL_STRIDE = 20;
 }
 
-// FLAG_NORM: x is normed first. FLAG_ACCUMULATE: the product is added to `out`. FLAG_CONV: there is a convolution.
-constexpr uint64_t FLAG_NORM = 1, FLAG_ACCUMULATE = 2, FLAG_CONV = 4;
+// FLAG_NORM: x is normed first. FLAG_ACCUMULATE: the product is added to `out`. FLAG_CONV: there is a convolution. FLAG_OWN_COLUMNS: each
+// warp has columns of its own, and takes all features of them. FLAG_DIRECT: a block multiplies its rows, all features at once, with 16
+// columns and no more, so that they need not be staged.
+constexpr uint64_t FLAG_NORM = 1, FLAG_ACCUMULATE = 2, FLAG_CONV = 4, FLAG_OWN_COLUMNS = 8, FLAG_DIRECT = 16;
 
 struct Linear {
     // (rows, features), of type `x_type`.
@@ -45,8 +47,8 @@ struct Linear {
     // (rows, out_features) of type `out_type`.
     void *out;
     int64_t rows, features, out_features, x_type, out_type;
-    // Features that are staged at a time, and what staged rows lie apart.
-    int64_t slice, stride;
+    // Features that are staged at a time.
+    int64_t slice;
     // Where in shared memory, in bytes, the warps' sums lie: after the rows, or where these were if a block has one tile.
     int64_t partials;
     // Where the squares of the rows lie, after the rest.
@@ -67,8 +69,9 @@ struct Linear {
 namespace update {
 constexpr int THREADS = 128;
 // FLAG_VECTOR: all that has states or ranks as its last dimension can be read and written in vectors of 4. FLAG_NORMS: the
-// columns are normed.
-constexpr uint64_t FLAG_VECTOR = 1, FLAG_NORMS = 2;
+// columns are normed. FLAG_PARTS: a lane has PARTS parts of a channel, where there are rows enough.
+constexpr uint64_t FLAG_VECTOR = 1, FLAG_NORMS = 2, FLAG_PARTS = 4;
+constexpr int PARTS = 4;
 }
 
 struct Update {
@@ -86,8 +89,8 @@ struct Update {
     // (rows, d_inner)
     void *out;
     int64_t rows, d_inner, d_state, dt_rank;
-    // Threads to a channel, a power of two up to 32, as a shift.
-    int64_t lane_shift;
+    // Parts that a channel's states and ranks are divided into, a power of two up to 32, as a shift. A lane has one of them or PARTS.
+    int64_t part_shift;
     uint64_t flags;
     // Of the norm of the ranks, and of those of B and C.
     float dt_eps, state_eps;

@@ -1,8 +1,9 @@
 // The state update of one token with the projection of its step sizes: what comes from x_proj is normed, the step size of each channel
 // projected, its state carried on, read and gated.
 //
-// Threads follow the order in which states lie, as in state_update/update.cu, whose bits this gives for the same step sizes:
-// `lanes` neighbouring threads hold a channel's states, four neighbouring ones each, and divide its ranks in the same way.
+// Threads follow the order in which states lie, as in state_update/update.cu, whose bits this gives for the same step sizes: a
+// channel's states and ranks are divided into parts, four neighbouring ones in each. A lane has one part, or four where there are rows
+// enough: the sums have one order, that of an exchange between as many lanes as there are parts.
 #include "../common/lane_map.cuh"
 #include "../common/launch.cuh"
 #include "../common/math.cuh"
@@ -46,7 +47,8 @@ __device__ __forceinline__ void norm(float *staged, const Columns<T> &columns, i
 template <typename T> __device__ __forceinline__ void stage(float *staged, const Update &p, int64_t row) {
     const Columns<T> columns(p, row);
     if (!(p.flags & FLAG_NORMS)) {
-        for (int64_t i = threadIdx.x; i < p.dt_rank + 2 * p.d_state; i += THREADS) staged[i] = columns[i];
+        const int count = static_cast<int>(p.dt_rank + 2 * p.d_state);
+        for (int i = threadIdx.x; i < count; i += THREADS) staged[i] = columns[i];
         return;
     }
     switch (threadIdx.x / 32) {
@@ -56,100 +58,163 @@ template <typename T> __device__ __forceinline__ void stage(float *staged, const
     }
 }
 
-// The step size of a channel, the same in all of its lanes.
-template <typename T>
-__device__ __forceinline__ float step_size(const float *staged, const Update &p, int64_t channel, const RowMap &map) {
-    const T *weight = static_cast<const T *>(p.dt_weight.data) + channel * p.dt_weight.row;
-    float sum = 0.0f;
-    for (int64_t r = map.lane * QUAD; r < p.dt_rank; r += map.lanes * QUAD) {
-        const int count = static_cast<int>(min(p.dt_rank - r, int64_t(QUAD)));
-        const Pack<T, QUAD> w =
-            load_vec_if<QUAD, false>(weight + r * p.dt_weight.column, p.dt_weight.column, count, p.flags & FLAG_VECTOR);
+// The sum over all parts of a channel, of which a lane has `COUNT`, in all of its lanes.
+template <int COUNT> __device__ __forceinline__ float sum_parts(float (&sums)[COUNT], int lanes) {
 #pragma unroll
-        for (int i = 0; i < QUAD; i++) {
-            if (i < count) sum = fmaf(w[i], staged[r + i], sum);
-        }
-    }
-    const float delta = rounded<T>(sum_lanes(sum, map.lanes)) + element_or(p.delta_bias, channel, 0.0f);
-    return softplus<T>(delta);
-}
-
-// Carries a lane's states of a channel on, and gives its part of the output.
-template <typename St>
-__device__ __forceinline__ float advance(St *state, const float *b, const float *c, const Update &p, int64_t channel,
-                                         const RowMap &map, float delta, float in) {
-    float y = 0.0f;
-    for (int64_t n = map.lane * QUAD; n < p.d_state; n += map.lanes * QUAD) {
-        const bool whole = p.flags & FLAG_VECTOR;
-        const int count = static_cast<int>(min(p.d_state - n, int64_t(QUAD)));
-        const float *a = p.a.data + channel * p.a.channel + n * p.a.state;
-        const Pack<float, QUAD> decay = load_vec_if<QUAD, false>(a, p.a.state, count, whole);
-        St *at = state + n * p.state.column;
-        const Pack<St, QUAD> h = load_vec_if<QUAD, false>(at, p.state.column, count, whole);
-        float next[QUAD];
+    for (int i = 0; i < COUNT; i++) sums[i] = sum_lanes(sums[i], lanes);
 #pragma unroll
-        for (int i = 0; i < QUAD; i++) {
-            const float of_b = i < count ? b[n + i] : 0.0f, of_c = i < count ? c[n + i] : 0.0f;
-            next[i] = Decay<true>(delta * (decay[i] * LOG2_E)).advance(h[i], in * of_b);
-            const float longer = fmaf(of_c, next[i], y);
-            // An infinite Δ or u would make NaN of states that do not exist.
-            y = i < count ? longer : y;
+    for (int apart = COUNT / 2; apart > 0; apart /= 2) {
+#pragma unroll
+        for (int i = 0; i < apart; i++) sums[i] += sums[i + apart];
+    }
+    return sums[0];
+}
+
+// What is the channel's: a lane's parts of the first ranks and states, and where the rest is. `WHOLE`: all that has states or ranks as
+// its last dimension can be read and written in vectors of 4.
+template <typename T, int COUNT, bool WHOLE> struct Channel {
+    // Vectors of the projection that are held.
+    static constexpr int HELD = COUNT > 1 ? COUNT : 4;
+    int index, lane, lanes, rank;
+    const T *weight_at;
+    const float *a_at;
+    Pack<T, QUAD> weight[HELD];
+    Pack<float, QUAD> a[COUNT];
+    float bias, skip;
+
+    __device__ __forceinline__ Channel(const Update &p, int index, const RowMap &map)
+        : index(index), lane(map.lane), lanes(map.lanes), rank(static_cast<int>(p.dt_rank)) {
+        weight_at = static_cast<const T *>(p.dt_weight.data) + index * p.dt_weight.row;
+        a_at = p.a.data + index * p.a.channel;
+#pragma unroll
+        for (int i = 0; i < HELD; i++) weight[i] = read_weight(p, place(i));
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) a[i] = read_a(p, place(i));
+        bias = element_or(p.delta_bias, index, 0.0f), skip = element_or(p.d, index, 0.0f);
+    }
+
+    // Where the lane's vector `i` of states or ranks begins: all parts come before the first comes again.
+    __device__ __forceinline__ int place(int i) const { return ((i / COUNT * lanes + lane) * COUNT + i % COUNT) * QUAD; }
+
+    __device__ __forceinline__ Pack<T, QUAD> read_weight(const Update &p, int r) const {
+        const int64_t distance = p.dt_weight.column;
+        return load_vec<T, QUAD, WHOLE>(weight_at + r * (WHOLE ? 1 : distance), distance, rank - r);
+    }
+
+    __device__ __forceinline__ Pack<float, QUAD> read_a(const Update &p, int n) const {
+        return load_vec<float, QUAD, WHOLE>(a_at + n * (WHOLE ? 1 : p.a.state), p.a.state, static_cast<int>(p.d_state) - n);
+    }
+
+    // The step size of a row, the same in all lanes.
+    __device__ __forceinline__ float step_size(const float *staged, const Update &p) const {
+        float sums[COUNT] = {};
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            if (place(i) >= rank) break;
+            add(sums[i % COUNT], weight[i], staged, place(i));
         }
-        store_vec_if<QUAD, false>(at, p.state.column, narrow_pack<St>(next), count, whole);
+#pragma unroll 1
+        for (int from = HELD; place(from) < rank; from += COUNT) {
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) add(sums[i], read_weight(p, place(from + i)), staged, place(from + i));
+        }
+        return softplus<T>(rounded<T>(sum_parts(sums, lanes)) + bias);
     }
-    return y;
+
+    __device__ __forceinline__ void add(float &sum, const Pack<T, QUAD> &w, const float *staged, int r) const {
+        if (r >= rank) return;
+        const Pack<float, QUAD> x = load_vec<float, QUAD, WHOLE>(staged + r, 1, rank - r);
+#pragma unroll
+        for (int i = 0; i < QUAD; i++) sum = WHOLE || r + i < rank ? fmaf(w[i], x[i], sum) : sum;
+    }
+};
+
+// Carries four states of a channel on, from `n` on, and adds their part of the output.
+template <typename St, bool WHOLE>
+__device__ __forceinline__ void advance(float &y, St *state, const Pack<St, QUAD> &h, const Pack<float, QUAD> &a, const float *b,
+                                        const float *c, const Update &p, int n, float delta, float in) {
+    const int count = static_cast<int>(p.d_state) - n;
+    if (count <= 0) return;
+    const Pack<float, QUAD> of_b = load_vec<float, QUAD, WHOLE>(b + n, 1, count),
+                            of_c = load_vec<float, QUAD, WHOLE>(c + n, 1, count);
+    float next[QUAD];
+#pragma unroll
+    for (int i = 0; i < QUAD; i++) {
+        next[i] = Decay<true>(delta * (a[i] * LOG2_E)).advance(h[i], in * of_b[i]);
+        const float longer = fmaf(of_c[i], next[i], y);
+        // An infinite Δ or u would make NaN of states that do not exist.
+        y = WHOLE || i < count ? longer : y;
+    }
+    store_vec<St, QUAD, WHOLE>(state + n * (WHOLE ? 1 : p.state.column), p.state.column, narrow_pack<St>(next), count);
 }
 
-// Asks for what is read of a channel beside what other kernels have just written.
-template <typename T, typename St>
-__device__ __forceinline__ void prefetch_channel(const Update &p, int64_t row, int64_t channel, const RowMap &map) {
-    const int64_t slot = slot_of(p.slots, row);
-    const St *state = static_cast<const St *>(p.state.data) + (slot * p.state.slot + channel * p.state.row);
-    const T *weight = static_cast<const T *>(p.dt_weight.data) + channel * p.dt_weight.row;
-    for (int64_t n = map.lane * QUAD; n < p.d_state; n += map.lanes * QUAD) {
-        if (slot >= 0) prefetch(state + n * p.state.column);
-        prefetch(p.a.data + channel * p.a.channel + n * p.a.state);
-    }
-    for (int64_t r = map.lane * QUAD; r < p.dt_rank; r += map.lanes * QUAD) prefetch(weight + r * p.dt_weight.column);
-    if (map.lane > 0) return;
-    if (p.delta_bias.data) prefetch(p.delta_bias.data + channel * p.delta_bias.channel);
-    if (p.d.data) prefetch(p.d.data + channel * p.d.channel);
-}
-
-template <typename T, typename St> __device__ __forceinline__ void run(const Update &p) {
-    extern __shared__ float staged[];
-    begin_next();
-    const RowMap map(threadIdx.x, p.lane_shift);
-    const int64_t channel = int64_t(blockIdx.x) * (THREADS >> p.lane_shift) + map.row;
-    const bool exists = channel < p.d_inner;
+template <typename T, typename St, int COUNT, bool WHOLE> __device__ __forceinline__ void run_on(const Update &p, float *staged) {
+    const int lane_shift = static_cast<int>(p.part_shift) - (COUNT == PARTS ? 2 : 0);
+    const RowMap map(threadIdx.x, lane_shift);
+    const int channels = static_cast<int>(p.d_inner), index = blockIdx.x * (THREADS >> lane_shift) + map.row;
+    const bool exists = index < channels;
     const float *b = staged + p.dt_rank, *c = b + p.d_state;
-    if (exists && blockIdx.y < p.rows) prefetch_channel<T, St>(p, blockIdx.y, channel, map);
+    // What no kernel of a recording writes is read before those before this one have ended. All lanes of a warp take part in its sums,
+    // those without a channel for the last one.
+    const Channel<T, COUNT, WHOLE> channel(p, min(index, channels - 1), map);
+    const int states = static_cast<int>(p.d_state);
     wait_for_last();
-    for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
+#pragma unroll 1
+    for (int row = blockIdx.y; row < static_cast<int>(p.rows); row += gridDim.y) {
+        const int64_t slot = slot_of(p.slots, row);
+        const bool live = exists && slot >= 0;
+        St *state = static_cast<St *>(p.state.data) + (slot * p.state.slot + channel.index * p.state.row);
+        const auto read_state = [&](int n) {
+            return load_vec<St, QUAD, WHOLE>(state + n * (WHOLE ? 1 : p.state.column), p.state.column, live ? states - n : 0);
+        };
+        Pack<St, QUAD> h[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) h[i] = read_state(channel.place(i));
+        float u = 0.0f, z = 0.0f, sums[COUNT] = {};
+        if (live) u = widen(static_cast<const T *>(p.u.data)[row * p.u.row + channel.index * p.u.column]);
+        if (live && p.z.data) z = widen(static_cast<const T *>(p.z.data)[row * p.z.row + channel.index * p.z.column]);
         // Nobody reads the columns of the row before any more.
         __syncthreads();
         stage<T>(staged, p, row);
         __syncthreads();
-        const int64_t slot = slot_of(p.slots, row);
-        const bool live = exists && slot >= 0;
-        float delta = 0.0f, u = 0.0f, y = 0.0f;
-        // All lanes of a warp take part in its sums, those without a channel for the last one.
-        delta = step_size<T>(staged, p, min(channel, p.d_inner - 1), map);
+        const float delta = channel.step_size(staged, p);
         if (live) {
-            u = widen(static_cast<const T *>(p.u.data)[row * p.u.row + channel * p.u.column]);
-            St *state = static_cast<St *>(p.state.data) + (slot * p.state.slot + channel * p.state.row);
-            y = advance(state, b, c, p, channel, map, delta, delta * u);
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) {
+                advance<St, WHOLE>(sums[i], state, h[i], channel.a[i], b, c, p, channel.place(i), delta, delta * u);
+            }
+#pragma unroll 1
+            for (int from = COUNT; channel.place(from) < states; from += COUNT) {
+#pragma unroll
+                for (int i = 0; i < COUNT; i++) {
+                    const int n = channel.place(from + i);
+                    advance<St, WHOLE>(sums[i], state, read_state(n), channel.read_a(p, n), b, c, p, n, delta, delta * u);
+                }
+            }
         }
-        y = sum_lanes(y, map.lanes);
+        float y = sum_parts(sums, map.lanes);
         if (map.lane > 0 || !exists) continue;
-        y = fmaf(element_or(p.d, channel, 0.0f), u, y);
-        if (p.z.data && live) y *= silu(widen(static_cast<const T *>(p.z.data)[row * p.z.row + channel * p.z.column]));
-        static_cast<T *>(p.out)[row * p.d_inner + channel] = narrow<T>(live ? y : 0.0f);
+        y = fmaf(channel.skip, u, y);
+        if (p.z.data) y *= silu(z);
+        static_cast<T *>(p.out)[row * p.d_inner + channel.index] = narrow<T>(live ? y : 0.0f);
     }
 }
 
+template <typename T, typename St> __device__ __forceinline__ void run(const Update &p) {
+    extern __shared__ __align__(16) float staged[];
+    begin_next();
+    if (!(p.flags & FLAG_VECTOR)) {
+        run_on<T, St, 1, false>(p, staged);
+    } else if (p.flags & FLAG_PARTS) {
+        run_on<T, St, PARTS, true>(p, staged);
+    } else {
+        run_on<T, St, 1, true>(p, staged);
+    }
+}
+
+// Four blocks to a processor, by their registers.
 #define INSTANCE(NAME, T, St)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS) decode_update_##NAME(const __grid_constant__ Update params) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) decode_update_##NAME(const __grid_constant__ Update params) { \
         run<T, St>(params);                                                                                            \
     }
 

@@ -92,7 +92,7 @@ impl<'a> Device<'a> {
         threads: usize,
         shared: usize,
         params: &P,
-        early: Range<u64>,
+        early: &[Range<u64>],
     ) -> Result<()> {
         // SAFETY: as the caller promises.
         unsafe { self.launch_by(kernel, grid, threads, shared, params, Some(early)) }
@@ -107,7 +107,7 @@ impl<'a> Device<'a> {
         threads: usize,
         shared: usize,
         params: &P,
-        early: Option<Range<u64>>,
+        early: Option<&[Range<u64>]>,
     ) -> Result<()> {
         /// Any plain data can be a kernel's argument.
         #[repr(transparent)]
@@ -217,6 +217,12 @@ impl<'a> Arguments<'a> {
     ) -> Result<Option<Strided<R>>> {
         view.as_ref().map(|view| self.view(argument, view)).transpose()
     }
+}
+
+/// Where the storage of a view lies whose first element is at `data`: all that the view may reach.
+pub(crate) fn storage<T: Element, const R: usize>(view: &View<T, R, Cuda>, data: u64) -> Range<u64> {
+    let start = data.wrapping_sub((view.offset * size_of::<T>()) as u64);
+    start..start.wrapping_add((view.data.len() * size_of::<T>()) as u64)
 }
 
 /// The blocks that cover `items`, `per_block` each.

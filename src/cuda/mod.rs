@@ -52,7 +52,9 @@ use crate::view::dense_strides;
 use crate::{DeviceSlots, Element, Error, Memory, Result, View, ViewMut};
 
 pub(crate) use context::{Context, Kernel, Properties};
-pub(crate) use launch::{Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, is_vectorizable, suffix};
+pub(crate) use launch::{
+    Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, is_vectorizable, storage, suffix,
+};
 pub(crate) use module::Module;
 pub use record::{Graph, Recording, record};
 pub(crate) use sum::Sum;

@@ -107,7 +107,7 @@ pub(super) fn record_launch<P: Pod>(
     threads: usize,
     shared: usize,
     params: &P,
-    early: Option<Range<u64>>,
+    early: Option<&[Range<u64>]>,
 ) -> Result<bool> {
     RECORDED.with_borrow_mut(|recorded| {
         let Some(recorded) = recorded else { return Ok(false) };
@@ -116,7 +116,7 @@ pub(super) fn record_launch<P: Pod>(
         let is_written = |early: &Range<u64>| {
             recorded.written.iter().any(|written| written.start < early.end && early.start < written.end)
         };
-        let overlaps = early.is_some_and(|early| !is_first && !is_written(&early)) && {
+        let overlaps = early.is_some_and(|early| !is_first && !early.iter().any(is_written)) && {
             // Of what was compiled for older devices, and only translated for this one, no kernel waits.
             let compiled_for = function.get_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION);
             compiled_for.map_err(|error| Error::cuda(format_args!("asking what {kernel} is for"), error))?
@@ -316,5 +316,45 @@ impl Drop for Graph {
             // SAFETY: the handle is this value's own, and is not used again.
             let _ = unsafe { result::graph::exec_destroy(self.graph) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cudarc::driver::CudaSlice;
+
+    use super::*;
+    use crate::decode::{self, Linear, LinearMut};
+    use crate::{View, cuda};
+
+    fn product(
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        matrix: &CudaSlice<f32>,
+        rows: usize,
+        out: &mut CudaSlice<f32>,
+    ) -> Result<()> {
+        let inputs = Linear::new(View::on_device(x, [1, 64]), View::on_device(matrix, [rows, 64]));
+        decode::cuda::linear(stream, &inputs, LinearMut::<_, f32, _>::new(out))
+    }
+
+    /// A product begins before the launch before it has ended, but not the first, nor one whose matrix is what another has written.
+    #[test]
+    fn what_is_read_early_is_written_by_none() {
+        let Ok(context) = cuda::context(0) else {
+            println!("there is no device: skipped");
+            return;
+        };
+        let stream = context.default_stream();
+        let zeros = |len| stream.alloc_zeros::<f32>(len).unwrap();
+        let (x, matrix, mut first, mut second, mut third) =
+            (zeros(64), zeros(64 * 64), zeros(64), zeros(64), zeros(64));
+        let recording = record::<Error>(&context, || {
+            product(&stream, &x, &matrix, 64, &mut first)?;
+            product(&stream, &first, &matrix, 64, &mut second)?;
+            product(&stream, &x, &second, 1, &mut third)
+        });
+        let overlaps: Vec<_> = recording.unwrap().launches.iter().map(|launch| launch.overlaps).collect();
+        assert_eq!(overlaps, [false, true, false]);
     }
 }

@@ -21,10 +21,10 @@ use crate::cuda::params::decode::{self as kernels, update};
 use crate::cuda::params::{self, QUAD};
 use crate::cuda::{
     Arguments, Cuda, Device, GRID_COLUMNS, GRID_ROWS, Kernel, Module, Properties, grid_rows, is_vectorizable, or_null,
-    suffix,
+    storage, suffix,
 };
 use crate::pool::cuda::SlotList;
-use crate::{DType, Element, Error, Result};
+use crate::{DType, Element, Error, Result, View};
 
 /// Multiplies on the stream's device, asynchronously.
 ///
@@ -50,16 +50,23 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
     let (inputs, sizes) = (&problem.inputs, problem.sizes);
     let LinearSizes { rows, features, out_features, conv: [d_inner, width] } = sizes;
     let weight = kernels::Rows::from(arguments.view("weight", &inputs.weight)?);
-    let before = (inputs.weight.offset * size_of::<T>()) as u64;
-    let storage = weight.data.wrapping_sub(before);
-    // All that the view may reach.
-    let matrix = storage..storage.wrapping_add((inputs.weight.data.len() * size_of::<T>()) as u64);
+    let matrix = storage(&inputs.weight, weight.data);
     let is_whole = weight.column == 1
         && features.is_multiple_of(8)
         && is_vectorizable::<T>(weight.data, &[weight.row], 16 / size_of::<T>());
+    let x = kernels::Rows::from(arguments.view("x", &inputs.x)?);
+    let norm_weight = match &inputs.norm {
+        Some(norm) => or_null(arguments.optional_view("norm.weight", &norm.weight)?),
+        None => params::Vector::zeroed(),
+    };
+    let is_whole = is_whole
+        && x.column == 1
+        && is_vectorizable::<X>(x.data, &[x.row], QUAD)
+        && (norm_weight.data == 0 || norm_weight.channel == 1 && is_vectorizable::<f32>(norm_weight.data, &[], QUAD));
     let tile = Tile::new::<T>(sizes, is_whole, size_of::<X>(), device.properties());
     let mut params = kernels::Linear {
-        x: arguments.view("x", &inputs.x)?.into(),
+        x,
+        norm_weight,
         weight,
         bias: or_null(arguments.optional_view("bias", &inputs.bias)?),
         out: arguments.write("out", outputs.out)?,
@@ -69,13 +76,14 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
         x_type: type_code(X::DTYPE),
         out_type: type_code(O::DTYPE),
         slice: tile.slice as i64,
-        stride: tile.stride as i64,
         partials: tile.partials as i64,
         squares: tile.squares as i64,
         flags: params::flags([
             (inputs.norm.is_some(), kernels::FLAG_NORM),
             (outputs.accumulate, kernels::FLAG_ACCUMULATE),
             (inputs.conv.is_some(), kernels::FLAG_CONV),
+            (tile.has_own_columns, kernels::FLAG_OWN_COLUMNS),
+            (tile.is_direct, kernels::FLAG_DIRECT),
         ]),
         count: features as f32,
         d_inner: d_inner as i64,
@@ -84,7 +92,6 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
     };
     if let Some(norm) = &inputs.norm {
         params.eps = norm.eps as f32;
-        params.norm_weight = or_null(arguments.optional_view("norm.weight", &norm.weight)?);
     }
     let mut list = None;
     if let (Some(conv), Some(state)) = (&inputs.conv, outputs.conv_state) {
@@ -98,6 +105,12 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
     if rows == 0 || out_features == 0 {
         return Ok(());
     }
+    for (argument, size) in [("x", features), ("weight", out_features)] {
+        // Kernels count features and columns by 32 bits, and go a little beyond.
+        if size > GRID_COLUMNS / 2 {
+            return Err(Error::argument(argument, format_args!("at most {} features", GRID_COLUMNS / 2), size));
+        }
+    }
     let grid = [tile.blocks, rows.div_ceil(tile.rows)];
     if grid[1] > GRID_ROWS {
         let expected = format_args!("at most {} rows", GRID_ROWS * tile.rows).to_string();
@@ -108,7 +121,7 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
     // SAFETY: every address and extent has been checked by `Linear::check` and `check_outputs`, slots on the device by the
     // kernel; each element of the output and of the states of a slot is written by one thread. (Where a caller has put a slot on
     // the device twice, two write one state: whatever they leave there is numbers of the state's type.)
-    unsafe { device.launch_overlapping(&kernel, grid, kernels::linear::THREADS, tile.shared, &params, matrix) }
+    unsafe { device.launch_overlapping(&kernel, grid, kernels::linear::THREADS, tile.shared, &params, &[matrix]) }
 }
 
 /// The types of what a kernel is not made for one type of.
@@ -125,9 +138,12 @@ fn type_code(dtype: DType) -> i64 {
 struct Tile {
     rows: usize,
     variant: &'static str,
-    /// Features that are staged at a time, and what staged rows lie apart.
+    /// Features that are staged at a time.
     slice: usize,
-    stride: usize,
+    /// Each warp has 16 columns of its own, as there are enough for all.
+    has_own_columns: bool,
+    /// A block's rows are multiplied with 16 columns alone, and need not be staged.
+    is_direct: bool,
     /// Blocks along the columns.
     blocks: usize,
     /// Bytes of shared memory, and where in it the warps' sums and the squares of rows lie.
@@ -138,8 +154,7 @@ struct Tile {
 
 impl Tile {
     /// Of the numbers of rows that shared memory has room for, the one with which a processor has least to read. How features are
-    /// divided follows from their number alone, so that a row's sums have the same order in any company. `x_bytes`: of an element
-    /// of the rows.
+    /// divided is no matter of rows, so that a row's sums have the same order in any company. `x_bytes`: of an element of the rows.
     fn new<T: Element>(sizes: LinearSizes, is_whole: bool, x_bytes: usize, device: Properties) -> Self {
         let is_f32 = T::DTYPE == DType::F32;
         let chunk = if is_f32 { CHUNK_F32 } else { CHUNK };
@@ -147,24 +162,29 @@ impl Tile {
         // Equal slices, so that none is left over that keeps few warps busy.
         let slices = sizes.features.div_ceil(most);
         let slice = sizes.features.div_ceil(slices).next_multiple_of(chunk);
-        // Rows of half types start 64 bytes apart, as banks go: what eight lanes read of two rows lies in different ones.
-        let stride = if !is_f32 && slice.is_multiple_of(2 * chunk) { slice + chunk } else { slice };
         let tiles = sizes.out_features.div_ceil(OUTPUTS);
+        // It takes a few tiles for each warp that runs at a time, and all features at once.
+        let has_own_columns = !is_f32 && slices == 1 && tiles >= 2 * WARPS * device.processors;
+        let parts = if has_own_columns { tiles.div_ceil(WARPS) } else { tiles };
         // A tile, and the bytes that the busiest processor reads for each feature.
         let tile = |rows: usize, variant| {
-            let (staged, sums) = (rows * stride * size_of::<T>(), WARPS * rows * PARTIAL_STRIDE * size_of::<f32>());
+            // Of f32, whose rows are not staged, nothing.
+            let staged = if is_f32 { 0 } else { rows * slice * size_of::<T>() };
+            let sums = WARPS * rows * PARTIAL_STRIDE * size_of::<f32>();
             // A processor has registers for two blocks of few rows, and for one of many.
-            let running = device.processors * if variant == "rows8" { 2 } else { 1 };
+            let running = device.processors * if rows <= 16 { 2 } else { 1 };
             let row_blocks = sizes.rows.div_ceil(rows);
-            // Blocks go from tile to tile, where more than run at a time would stage the rows once more.
-            let each = tiles.div_ceil((running / row_blocks).max(1));
-            let blocks = tiles.div_ceil(each.max(1));
-            let partials = if each > 1 { staged } else { 0 };
+            // Blocks go from part to part, where more than run at a time would stage the rows once more.
+            let blocks = parts.min((running / row_blocks).max(1));
+            let each = parts.div_ceil(blocks.max(1));
+            let is_direct = each == 1 && !has_own_columns && slices == 1;
+            let partials = if each > 1 || has_own_columns { staged } else { 0 };
             let squares = staged.max(partials + sums);
             let shared = squares + rows * WARPS * size_of::<f32>();
-            let read = rows.min(sizes.rows) * x_bytes + each * OUTPUTS * size_of::<T>();
+            let columns = each * parts_columns(has_own_columns);
+            let read = rows.min(sizes.rows) * x_bytes + columns * size_of::<T>();
             let cost = (blocks * row_blocks).div_ceil(device.processors) * read;
-            (cost, Self { rows, variant, slice, stride, blocks, shared, partials, squares })
+            (cost, Self { rows, variant, slice, has_own_columns, is_direct, blocks, shared, partials, squares })
         };
         if is_f32 {
             return tile(F32_ROWS, if is_whole { "rows4" } else { "general" }).1;
@@ -180,6 +200,11 @@ impl Tile {
     }
 }
 
+/// The columns that a block gives at a time.
+fn parts_columns(has_own_columns: bool) -> usize {
+    if has_own_columns { OUTPUTS * WARPS } else { OUTPUTS }
+}
+
 /// Runs the update on the stream's device, asynchronously.
 ///
 /// # Errors
@@ -192,6 +217,9 @@ pub fn selective_update<T: Element, St: Element>(
 ) -> Result<()> {
     selective_update_checked(stream, &inputs.check()?, outputs)
 }
+
+/// Lanes that keep a processor busy, one for a channel's states.
+const LANES: usize = 256;
 
 /// [`selective_update`] of inputs that have been checked.
 pub(crate) fn selective_update_checked<T: Element, St: Element>(
@@ -222,7 +250,7 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         d_inner: d_inner as i64,
         d_state: d_state as i64,
         dt_rank: dt_rank as i64,
-        lane_shift: d_state.div_ceil(QUAD).next_power_of_two().min(32).ilog2().into(),
+        part_shift: d_state.div_ceil(QUAD).next_power_of_two().min(32).ilog2().into(),
         ..kernels::Update::zeroed()
     };
     if let Some(norms) = &inputs.norms {
@@ -239,22 +267,40 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         && is_vectorizable::<f32>(params.a.data, &[params.a.channel], QUAD)
         && is_vectorizable::<St>(params.state.data, &[params.state.slot, params.state.row], QUAD)
         && is_vectorizable::<T>(params.dt_weight.data, &[params.dt_weight.row], QUAD);
-    params.flags = params::flags([(is_whole, update::FLAG_VECTOR), (inputs.norms.is_some(), update::FLAG_NORMS)]);
+    // Several parts to a lane save exchanges and what is done once for a channel, but leave a row few lanes.
+    let lanes = |shift: i64| rows * d_inner << shift;
+    let has_parts =
+        is_whole && params.part_shift >= 2 && lanes(params.part_shift - 2) >= LANES * device.properties().processors;
+    params.flags = params::flags([
+        (is_whole, update::FLAG_VECTOR),
+        (inputs.norms.is_some(), update::FLAG_NORMS),
+        (has_parts, update::FLAG_PARTS),
+    ]);
     let list = SlotList::new(&device, &mut arguments, inputs.slots, slots)?;
     params.slots = list.params;
     if rows == 0 {
         return Ok(());
     }
-    let columns = d_inner.div_ceil(update::THREADS >> params.lane_shift);
-    if columns > GRID_COLUMNS {
-        return Err(Error::argument("u", "fewer channels", d_inner));
+    let lane_shift = if has_parts { params.part_shift - 2 } else { params.part_shift };
+    let columns = d_inner.div_ceil(update::THREADS >> lane_shift);
+    if d_inner > GRID_COLUMNS {
+        return Err(Error::argument("u", format_args!("at most {GRID_COLUMNS} channels"), d_inner));
     }
-    let grid = [columns, grid_rows(columns, rows, 32 * device.properties().processors)];
+    // A few blocks to a processor: what is the channel's is read once for all rows of a block.
+    let grid = [columns, grid_rows(columns, rows, 8 * device.properties().processors)];
+    let of_vector =
+        |vector: &Option<View<f32, 1, Cuda>>, data| vector.as_ref().map_or(0..0, |view| storage(view, data));
+    let early = [
+        storage(&inputs.dt_weight, params.dt_weight.data),
+        storage(&inputs.a, params.a.data),
+        of_vector(&inputs.d, params.d.data),
+        of_vector(&inputs.delta_bias, params.delta_bias.data),
+    ];
     let mut kernel = Kernel::new(Module::DECODE_UPDATE, ["decode_update", suffix(T::DTYPE), suffix(St::DTYPE)]);
     kernel.most_shared = device.properties().shared_memory;
     // SAFETY: every address and extent has been checked by `SelectiveUpdate::check` and `check_outputs`, slots on the device by
     // the kernel; each state and output is written by one thread. (Of a slot that stands on the device twice, see `linear`.)
-    unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, shared, &params, 0..0) }
+    unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, shared, &params, &early) }
 }
 
 #[cfg(test)]
@@ -266,32 +312,36 @@ mod tests {
     /// The tiles of products on devices with 227 KB and with 99 KB of shared memory.
     #[test]
     fn tiles() {
-        let tile = |rows, features, shared_memory| {
-            let sizes = LinearSizes { rows, features, out_features: 16, conv: [0, 0] };
-            let device = Properties { processors: 132, shared_memory };
-            let Tile { rows, slice, stride, shared, .. } = Tile::new::<bf16>(sizes, true, device);
-            (rows, slice, stride, shared)
+        let tile = |rows, features, out_features, shared_memory| {
+            let sizes = LinearSizes { rows, features, out_features, conv: [0, 0] };
+            Tile::new::<bf16>(sizes, true, 2, Properties { processors: 132, shared_memory })
         };
-        assert_eq!(tile(1, 768, 232_448), (8, 768, 800, 12_800));
-        assert_eq!(tile(64, 768, 232_448), (64, 768, 800, 102_400));
-        assert_eq!(tile(64, 768, 101_376), (32, 768, 800, 51_200));
-        assert_eq!(tile(9, 1536, 232_448), (16, 1536, 1568, 50_176));
-        assert_eq!(tile(64, 5120, 232_448), (16, 5120, 5152, 164_864));
+        let staging = |rows, features, shared_memory| {
+            let Tile { rows, slice, shared, .. } = tile(rows, features, 16, shared_memory);
+            (rows, slice, shared)
+        };
+        assert_eq!(staging(1, 768, 232_448), (8, 768, 12_544));
+        // Eight blocks of 8 rows, as there is one tile of columns alone.
+        assert_eq!(staging(64, 768, 101_376), (8, 768, 12_544));
         // Two slices of a row, as many as on a device with more memory.
-        assert_eq!(tile(64, 8192, 101_376), (8, 4096, 4128, 66_048));
-        assert_eq!(tile(8, 100, 101_376), (8, 128, 160, 5_120));
+        assert_eq!(staging(64, 8192, 101_376), (8, 4096, 65_792));
+        assert_eq!(staging(8, 100, 101_376), (8, 128, 5_376));
         let sizes = LinearSizes { rows: 9, features: 4096, out_features: 16, conv: [0, 0] };
         let device = Properties { processors: 132, shared_memory: 101_376 };
-        let Tile { rows, slice, stride, shared, .. } = Tile::new::<f32>(sizes, true, device);
-        assert_eq!((rows, slice, stride, shared), (4, 2048, 2048, 32_768));
-        // A head: blocks go from tile to tile, and have room for rows and sums.
-        let device = Properties { processors: 132, shared_memory: 232_448 };
-        let head = |rows| {
-            let sizes = LinearSizes { rows, features: 768, out_features: 50_280, conv: [0, 0] };
-            let Tile { rows, blocks, shared, partials, .. } = Tile::new::<bf16>(sizes, true, device);
-            (rows, blocks, shared, partials)
+        let Tile { rows, slice, shared, .. } = Tile::new::<f32>(sizes, true, 4, device);
+        assert_eq!((rows, slice, shared), (4, 2048, 2_688));
+        // As many rows to a block as leave each processor least to read.
+        let division = |rows, features, out_features| {
+            let Tile { rows, has_own_columns, blocks, .. } = tile(rows, features, out_features, 232_448);
+            (rows, has_own_columns, blocks)
         };
-        assert_eq!(head(1), (8, 264, 17_920, 12_800));
-        assert_eq!(head(64), (64, 132, 143_360, 102_400));
+        assert_eq!(division(1, 768, 3072), (8, false, 192));
+        assert_eq!(division(64, 768, 3072), (32, false, 66));
+        assert_eq!(division(64, 1536, 768), (32, false, 48));
+        assert_eq!(division(64, 1536, 80), (8, false, 5));
+        // A head: each warp has its own columns, whatever the number of rows.
+        assert_eq!(division(1, 768, 50_280), (8, true, 264));
+        assert_eq!(division(64, 768, 50_280), (64, true, 132));
+        assert_eq!(tile(64, 768, 50_280, 101_376).rows, 32);
     }
 }
