@@ -224,7 +224,7 @@ template <typename T, int TILES, bool WHOLE> __device__ __forceinline__ void run
     INSTANCE(general_##NAME, T, 1, false, 1)                                                                           \
     INSTANCE(rows8_##NAME, T, 1, true, 2)                                                                              \
     INSTANCE(rows16_##NAME, T, 2, true, 2)                                                                             \
-    INSTANCE(rows32_##NAME, T, 4, true, 1)                                                                             \
+    INSTANCE(rows32_##NAME, T, 4, true, 2)                                                                             \
     INSTANCE(rows64_##NAME, T, 8, true, 1)
 
 INSTANCE(general_f32, float, 1, false, 1)

@@ -28,7 +28,7 @@ template <typename T, int TILES, bool WHOLE> struct Products {
     // Words of a chunk of a group.
     static constexpr int WORDS = IS_FULL ? 8 : 4;
     // Chunks of the matrix that are on their way: each is asked for as many turns before it is used.
-    static constexpr int AHEAD = WHOLE ? 4 : 2;
+    static constexpr int AHEAD = !WHOLE ? 2 : TILES == 1 ? 5 : TILES == 4 ? 3 : 4;
 
     // A lane's part of 16 columns of the matrix, and what of it is on its way.
     struct Part {

@@ -4,6 +4,7 @@
 // Threads follow the order in which states lie, as in state_update/update.cu, whose bits this gives for the same step sizes: a
 // channel's states and ranks are divided into parts, four neighbouring ones in each. A lane has one part, or four where there are rows
 // enough: the sums have one order, that of an exchange between as many lanes as there are parts.
+#include "../common/async.cuh"
 #include "../common/lane_map.cuh"
 #include "../common/launch.cuh"
 #include "../common/math.cuh"
@@ -73,12 +74,12 @@ template <int COUNT> __device__ __forceinline__ float sum_parts(float (&sums)[CO
 // What is the channel's: a lane's parts of the first ranks and states, and where the rest is. `WHOLE`: all that has states or ranks as
 // its last dimension can be read and written in vectors of 4.
 template <typename T, int COUNT, bool WHOLE> struct Channel {
-    // Vectors of the projection that are held.
-    static constexpr int HELD = COUNT > 1 ? COUNT : 4;
+    // Vectors of the projection that are held: with several parts, none.
+    static constexpr int HELD = COUNT > 1 ? 0 : 4;
     int index, lane, lanes, rank;
     const T *weight_at;
     const float *a_at;
-    Pack<T, QUAD> weight[HELD];
+    Pack<T, QUAD> weight[HELD > 0 ? HELD : 1];
     Pack<float, QUAD> a[COUNT];
     float bias, skip;
 
@@ -148,6 +149,13 @@ __device__ __forceinline__ void advance(float &y, St *state, const Pack<St, QUAD
     store_vec<St, QUAD, WHOLE>(state + n * (WHOLE ? 1 : p.state.column), p.state.column, narrow_pack<St>(next), count);
 }
 
+// Asks for a channel's states of a row from state `n` on.
+template <typename St> __device__ __forceinline__ void prefetch_states(const Update &p, int64_t row, int channel, int n) {
+    const int64_t slot = slot_of(p.slots, row);
+    if (slot < 0 || n >= p.d_state) return;
+    prefetch(static_cast<const St *>(p.state.data) + (slot * p.state.slot + channel * p.state.row + n * p.state.column));
+}
+
 template <typename T, typename St, int COUNT, bool WHOLE> __device__ __forceinline__ void run_on(const Update &p, float *staged) {
     const int lane_shift = static_cast<int>(p.part_shift) - (COUNT == PARTS ? 2 : 0);
     const RowMap map(threadIdx.x, lane_shift);
@@ -173,6 +181,7 @@ template <typename T, typename St, int COUNT, bool WHOLE> __device__ __forceinli
         float u = 0.0f, z = 0.0f, sums[COUNT] = {};
         if (live) u = widen(static_cast<const T *>(p.u.data)[row * p.u.row + channel.index * p.u.column]);
         if (live && p.z.data) z = widen(static_cast<const T *>(p.z.data)[row * p.z.row + channel.index * p.z.column]);
+        if (row + gridDim.y < p.rows) prefetch_states<St>(p, row + gridDim.y, channel.index, channel.place(0));
         // Nobody reads the columns of the row before any more.
         __syncthreads();
         stage<T>(staged, p, row);
@@ -212,9 +221,9 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Upd
     }
 }
 
-// Four blocks to a processor, by their registers.
+// Three blocks to a processor, by their registers.
 #define INSTANCE(NAME, T, St)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4) decode_update_##NAME(const __grid_constant__ Update params) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3) decode_update_##NAME(const __grid_constant__ Update params) { \
         run<T, St>(params);                                                                                            \
     }
 

@@ -347,8 +347,7 @@ mod tests {
         };
         let stream = context.default_stream();
         let zeros = |len| stream.alloc_zeros::<f32>(len).unwrap();
-        let (x, matrix, mut first, mut second, mut third) =
-            (zeros(64), zeros(64 * 64), zeros(64), zeros(64), zeros(64));
+        let (x, matrix, mut first, mut second, mut third) = (zeros(64), zeros(64 * 64), zeros(64), zeros(64), zeros(1));
         let recording = record::<Error>(&context, || {
             product(&stream, &x, &matrix, 64, &mut first)?;
             product(&stream, &first, &matrix, 64, &mut second)?;

@@ -171,8 +171,10 @@ impl Tile {
             // Of f32, whose rows are not staged, nothing.
             let staged = if is_f32 { 0 } else { rows * slice * size_of::<T>() };
             let sums = WARPS * rows * PARTIAL_STRIDE * size_of::<f32>();
-            // A processor has registers for two blocks of few rows, and for one of many.
-            let running = device.processors * if rows <= 16 { 2 } else { 1 };
+            // A processor has registers for two blocks of up to 32 rows, and for one of more; and memory.
+            let at_a_time = if rows <= 32 { 2 } else { 1 };
+            let running =
+                device.processors * at_a_time.min((device.shared_memory / (staged + sums + rows * 32).max(1)).max(1));
             let row_blocks = sizes.rows.div_ceil(rows);
             // Blocks go from part to part, where more than run at a time would stage the rows once more.
             let blocks = parts.min((running / row_blocks).max(1));
@@ -218,8 +220,9 @@ pub fn selective_update<T: Element, St: Element>(
     selective_update_checked(stream, &inputs.check()?, outputs)
 }
 
-/// Lanes that keep a processor busy, one for a channel's states.
+/// Lanes that keep a processor busy, one for a channel's states; and how many blocks run on it at a time.
 const LANES: usize = 256;
+const BLOCKS: usize = 3;
 
 /// [`selective_update`] of inputs that have been checked.
 pub(crate) fn selective_update_checked<T: Element, St: Element>(
@@ -230,9 +233,10 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
     problem.check_outputs(&outputs)?;
     let (device, mut arguments) = (Device::new(stream)?, Arguments::new(stream));
     let (inputs, UpdateSizes { rows, d_inner, d_state, dt_rank }) = (&problem.inputs, problem.sizes);
-    let shared = (dt_rank + 2 * d_state) * size_of::<f32>();
+    // Whole vectors may be read where the last one is not.
+    let shared = (dt_rank + 2 * d_state + QUAD) * size_of::<f32>();
     if shared > device.properties().shared_memory {
-        let most = device.properties().shared_memory / size_of::<f32>() - 2 * d_state;
+        let most = device.properties().shared_memory / size_of::<f32>() - 2 * d_state - QUAD;
         return Err(Error::argument("dt_weight", format_args!("a rank of at most {most} on this device"), dt_rank));
     }
     let slots = outputs.state.shape[0];
@@ -287,7 +291,7 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         return Err(Error::argument("u", format_args!("at most {GRID_COLUMNS} channels"), d_inner));
     }
     // A few blocks to a processor: what is the channel's is read once for all rows of a block.
-    let grid = [columns, grid_rows(columns, rows, 8 * device.properties().processors)];
+    let grid = [columns, grid_rows(columns, rows, BLOCKS * device.properties().processors)];
     let of_vector =
         |vector: &Option<View<f32, 1, Cuda>>, data| vector.as_ref().map_or(0..0, |view| storage(view, data));
     let early = [
@@ -336,7 +340,7 @@ mod tests {
             (rows, has_own_columns, blocks)
         };
         assert_eq!(division(1, 768, 3072), (8, false, 192));
-        assert_eq!(division(64, 768, 3072), (32, false, 66));
+        assert_eq!(division(64, 768, 3072), (16, false, 66));
         assert_eq!(division(64, 1536, 768), (32, false, 48));
         assert_eq!(division(64, 1536, 80), (8, false, 5));
         // A head: each warp has its own columns, whatever the number of rows.
