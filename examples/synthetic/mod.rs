@@ -4,6 +4,7 @@
 //! at the last steps of a sequence alone; the other steps have no loss.
 #![allow(dead_code, reason = "each program uses a part")]
 
+mod model;
 mod options;
 #[path = "../common/table.rs"]
 mod table;
@@ -13,6 +14,7 @@ use candle_core::{Device, Error, Result, Tensor};
 use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
 
+pub use model::{Kind, Model};
 pub use options::{Options, Settings};
 pub use table::{percent, table};
 #[allow(unused_imports, reason = "one program names the type")]
