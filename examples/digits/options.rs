@@ -118,6 +118,18 @@ impl Options {
         }
     }
 
+    /// The flags that say how large a model is, and where it runs, for another process of this program.
+    pub fn of_sizes(&self) -> Vec<String> {
+        let size = |name: &str, size: Option<NonZeroUsize>| size.map(|size| format!("--{name}={size}"));
+        let device = match self.device {
+            On::Cpu => "--device=cpu",
+            On::Cuda => "--device=cuda",
+        };
+        let quick = self.quick.then(|| "--quick".to_string());
+        let sizes = [size("layers", self.layers), size("d-model", self.d_model), quick];
+        sizes.into_iter().flatten().chain([device.to_string(), format!("--seed={}", self.seed)]).collect()
+    }
+
     /// The images.
     ///
     /// # Errors

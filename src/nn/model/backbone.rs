@@ -79,7 +79,7 @@ impl Backbone {
         Self::build(config, dtype, &device, &parameters)
     }
 
-    pub(super) fn build(
+    pub(crate) fn build(
         config: &BackboneConfig,
         dtype: DType,
         device: &Device,

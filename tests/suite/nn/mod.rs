@@ -20,6 +20,7 @@ pub mod serving;
 mod trainer;
 mod training;
 mod variants;
+mod vision;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
