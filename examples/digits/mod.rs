@@ -14,7 +14,7 @@ use rand::seq::SliceRandom;
 
 pub use idx::Images;
 pub use options::{Base, Options};
-pub use training::{Recipe, train};
+pub use training::{Model, Recipe, train};
 
 #[path = "../common/table.rs"]
 mod table;

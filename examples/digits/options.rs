@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use candle_core::{Device, Error, Result};
 use clap::{Args, ValueEnum};
+use selective_scan::nn::train::Drops;
 
 use super::Digits;
 
@@ -38,6 +39,14 @@ pub struct Options {
     /// Weight decay of matrices
     #[arg(long, value_name = "RATE", default_value_t = 0.05)]
     weight_decay: f64,
+
+    /// Share of what layers add that training leaves out, number by number
+    #[arg(long, value_name = "RATE", default_value_t = 0.0)]
+    dropout: f64,
+
+    /// Share of the images that skip the last layer in training; it rises evenly from none at the first
+    #[arg(long, value_name = "RATE", default_value_t = 0.0)]
+    stochastic_depth: f64,
 
     /// Move each image by up to so many pixels along each axis whenever it is trained on
     #[arg(long, value_name = "PIXELS", default_value_t = 0)]
@@ -101,6 +110,12 @@ impl Options {
 
     pub fn weight_decay(&self) -> f64 {
         self.weight_decay
+    }
+
+    /// What training leaves out. The trainer refuses what is no probability.
+    pub fn drops(&self) -> Drops {
+        let &Self { dropout, stochastic_depth, seed, .. } = self;
+        Drops { dropout, stochastic_depth, seed, ..Drops::default() }
     }
 
     pub fn shift(&self) -> usize {

@@ -7,7 +7,7 @@ use candle_nn::{VarBuilder, VarMap};
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use selective_scan::nn::train::{AdamWConfig, Group, Schedule, Trainer, TrainerConfig, cross_entropy};
+use selective_scan::nn::train::{AdamWConfig, Drops, Group, Schedule, Trainer, TrainerConfig, cross_entropy};
 
 use super::{Batch, Digits, Options, shuffled};
 
@@ -34,14 +34,22 @@ pub struct Trained {
     pub images: usize,
 }
 
-/// Trains a model that `build` makes of variables and that gives logits `(images, classes)` by `forward`.
-pub fn train<M>(
+/// A model that tells images apart.
+pub trait Model: Sized {
+    /// Images `(images, rows, columns)` to logits `(images, classes)`.
+    fn forward(&self, pixels: &Tensor) -> Result<Tensor>;
+
+    /// The same model, which leaves that out.
+    fn with_drops(&self, drops: Drops) -> Result<Self>;
+}
+
+/// Trains a model that `build` makes of variables.
+pub fn train<M: Model>(
     recipe: &Recipe,
     digits: &Digits,
     options: &Options,
     device: &Device,
     build: impl Fn(VarBuilder) -> Result<M>,
-    forward: impl Fn(&M, &Tensor) -> Result<Tensor>,
 ) -> Result<Trained> {
     let variables = VarMap::new();
     let model = build(VarBuilder::from_varmap(&variables, DType::F32, device))?;
@@ -51,6 +59,7 @@ pub fn train<M>(
         learning_rate: recipe.learning_rate,
         schedule: Schedule::Cosine { warmup: steps / 20, last: 0.0 },
         steps,
+        drops: options.drops(),
         optimizer: AdamWConfig { clip: Some(1.0), beta2: 0.999, ..AdamWConfig::default() },
     };
     let mut trainer = Trainer::with_groups(model, &variables, config, recipe.group)?;
@@ -65,14 +74,16 @@ pub fn train<M>(
         let mut sum = 0.0;
         for picks in shuffled(count, &mut random).chunks(size) {
             let batch = digits.training_batch(picks, options.shift(), &mut random, device)?;
-            let report = trainer
-                .step(&[batch], |model, Batch { pixels, labels }| cross_entropy(&forward(model, pixels)?, labels))?;
+            let drops = trainer.drops();
+            let report = trainer.step(&[batch], |model, Batch { pixels, labels }| {
+                cross_entropy(&model.with_drops(drops)?.forward(pixels)?, labels)
+            })?;
             sum += f64::from(report.loss()?) * picks.len() as f64;
             bar.inc(1);
         }
         time += begin.elapsed();
         loss = sum / count as f64;
-        right = score(&held_out, |pixels| forward(trainer.model(), pixels))?;
+        right = score(&held_out, trainer.model())?;
         let accuracy = 100.0 * right as f64 / digits.test.len() as f64;
         let message = format!("epoch {epoch}, loss {loss:.4}, held-out accuracy {accuracy:.1} %");
         // A line for those who read a log; a terminal has the bar.
@@ -88,10 +99,10 @@ pub fn train<M>(
 }
 
 /// How many of the images get the highest logit for their own label.
-pub fn score(batches: &[Batch], forward: impl Fn(&Tensor) -> Result<Tensor>) -> Result<usize> {
+fn score(batches: &[Batch], model: &impl Model) -> Result<usize> {
     let mut right = 0;
     for Batch { pixels, labels } in batches {
-        let best = forward(pixels)?.detach().argmax(D::Minus1)?;
+        let best = model.forward(pixels)?.detach().argmax(D::Minus1)?;
         right += best.eq(labels)?.to_vec1::<u8>()?.iter().filter(|&&right| right == 1).count();
     }
     Ok(right)

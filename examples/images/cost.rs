@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use serde::Serialize;
 
-use crate::digits::{self, Base, Options};
+use crate::digits::{self, Base, Model, Options};
 use crate::model::{Classifier, Kind, Sizes};
 
 /// Pixels along each side of a patch.

@@ -111,7 +111,7 @@ impl Arguments {
             group: &group,
         };
         let build = |vb: VarBuilder<'_>| Classifier::new(kind, &sizes, vb);
-        let trained = train(&recipe, &digits, &self.options, &device, build, Classifier::forward)?;
+        let trained = train(&recipe, &digits, &self.options, &device, build)?;
         let seconds = trained.time.as_secs_f64();
         Ok(Row {
             model: kind.name(),

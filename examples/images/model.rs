@@ -1,11 +1,12 @@
 //! The two models.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Error, Result, Tensor};
 use candle_nn::VarBuilder;
 use clap::ValueEnum;
+use selective_scan::nn::train::Drops;
 use selective_scan::nn::{VisionConfig, VisionModel};
 
-use crate::digits::Base;
+use crate::digits::{Base, Model};
 use crate::transformer::Transformer;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -69,13 +70,26 @@ impl Classifier {
             Kind::Transformer => Self::Transformer(Box::new(Transformer::new(&config, vb)?)),
         })
     }
+}
 
-    /// Images `(images, rows, columns)` of one channel to logits `(images, classes)`.
-    pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+impl Model for Classifier {
+    fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let images = pixels.unsqueeze(1)?;
         match self {
             Self::Vim(model) => model.forward(&images),
             Self::Transformer(model) => model.forward(&images),
+        }
+    }
+
+    fn with_drops(&self, drops: Drops) -> Result<Self> {
+        match self {
+            Self::Vim(model) => Ok(Self::Vim(Box::new(model.with_drops(drops)?))),
+            Self::Transformer(model) if drops.dropout == 0.0 && drops.stochastic_depth == 0.0 => {
+                Ok(Self::Transformer(model.clone()))
+            }
+            Self::Transformer(_) => Err(Error::msg(
+                "--dropout, --stochastic-depth: expected 0 for the Transformer, which has none, got more",
+            )),
         }
     }
 }

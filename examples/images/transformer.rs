@@ -19,6 +19,7 @@ const HEAD: usize = 32;
 /// The numbers of a block of rows of the attention matrix, 64 MiB of them.
 const BLOCK: usize = 1 << 24;
 
+#[derive(Clone)]
 pub struct Transformer {
     config: VisionConfig,
     embed: Linear,
@@ -29,6 +30,7 @@ pub struct Transformer {
     head: Linear,
 }
 
+#[derive(Clone)]
 struct Layer {
     norm1: RmsNorm,
     qkv: Linear,

@@ -93,7 +93,7 @@ impl Arguments {
                 group: &group,
             };
             let build = |vb: VarBuilder<'_>| Classifier::new(&config, vb);
-            let trained = train(&recipe, &digits, &self.options, &device, build, Classifier::forward)?;
+            let trained = train(&recipe, &digits, &self.options, &device, build)?;
             let seconds = trained.time.as_secs_f64();
             rows.push(Row {
                 model: kind.name(),

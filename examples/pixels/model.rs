@@ -5,9 +5,10 @@ use candle_nn::{Linear, Module, VarBuilder, linear};
 use clap::ValueEnum;
 use selective_scan::lti::Rule;
 use selective_scan::lti::hippo::{Initial, Measure};
+use selective_scan::nn::train::Drops;
 use selective_scan::nn::{Backbone, BackboneConfig, MambaConfig, S4Model, S4ModelConfig, S4System};
 
-use crate::digits::{Base, Digits};
+use crate::digits::{Base, Digits, Model};
 
 /// What the layers are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -99,9 +100,10 @@ impl Classifier {
             },
         })
     }
+}
 
-    /// Images `(images, rows, columns)` to logits `(images, classes)`.
-    pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+impl Model for Classifier {
+    fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let (images, rows, columns) = pixels.dims3()?;
         let steps = pixels.reshape((images, rows * columns, 1))?;
         match self {
@@ -113,6 +115,15 @@ impl Classifier {
                 head.forward(&stream.mean(1)?)
             }
         }
+    }
+
+    fn with_drops(&self, drops: Drops) -> Result<Self> {
+        Ok(match self {
+            Self::S4(model) => Self::S4(model.with_drops(drops)?),
+            Self::S6 { encoder, backbone, head } => {
+                Self::S6 { encoder: encoder.clone(), backbone: backbone.with_drops(drops)?, head: head.clone() }
+            }
+        })
     }
 }
 

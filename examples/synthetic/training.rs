@@ -32,6 +32,7 @@ pub fn train(kind: Kind, task: &impl Task, settings: &Settings, device: &Device)
         steps: settings.steps,
         // Adam, as the paper says: no weights decay.
         optimizer: AdamWConfig { beta2: 0.999, weight_decay: 0.0, ..AdamWConfig::default() },
+        ..TrainerConfig::default()
     };
     let (variables, longest) = (VarMap::new(), settings.length.saturating_add(task.answers()));
     let model = Model::new(kind, settings, longest, VarBuilder::from_varmap(&variables, DType::F32, device))?;

@@ -5,6 +5,7 @@ use candle_nn::{Module, VarBuilder};
 
 use super::VisionConfig;
 use crate::nn::layers::{Change, Initial, Linear, Parameter, ParameterList, Parameters};
+use crate::nn::train::Drops;
 use crate::nn::{Backbone, argument, check_model_dtype, check_room};
 
 /// Vision Mamba (Zhu et al. 2024, arXiv 2401.09417):
@@ -82,7 +83,17 @@ impl VisionModel {
     /// The same model, each parameter as `change` gives it.
     fn changed(&self, change: &mut Change) -> Result<Self> {
         let parameters = Parameters::changed(&self.parameters, change);
-        Self::build(&self.config, self.dtype(), self.device(), &parameters)
+        let changed = Self::build(&self.config, self.dtype(), self.device(), &parameters)?;
+        changed.with_drops(self.backbone.drops())
+    }
+
+    /// The same model, sharing its parameters with their gradients, which leaves that out of what layers add: for a step of training.
+    /// Vision Mamba is trained with a stochastic depth of 0.05 to 0.1. With [`Drops::default`] nothing is left out.
+    ///
+    /// # Errors
+    /// A probability below 0, or of 1 or more.
+    pub fn with_drops(&self, drops: Drops) -> Result<Self> {
+        Ok(Self { backbone: self.backbone.with_drops(drops)?, ..self.clone() })
     }
 
     /// The model's sizes and variants.
