@@ -8,7 +8,7 @@
 //! | [`decode`] | texts of sequences that come and go, steps of a model over fixed buffers (on a GPU one CUDA graph each), beams, drafts |
 //! | [`Cache`], [`Sampler`] | the states of all layers in slots, which are reset, copied, taken and put back; the choice of tokens from logits on the host |
 //! | [`Checkpoint`] | the files of Hugging Face and of state-spaces/mamba, read and written |
-//! | [`train`] | a trainer with checkpoints, an optimizer whose state can be saved, learning rates, losses |
+//! | [`train`] | a trainer with checkpoints, an optimizer whose state can be saved, learning rates, losses, what a pass leaves out at random |
 //! | [`S4Model`], [`S4Layer`] | S4 and S4D, deep, with an encoder and a pooled or per-step head; on processors |
 //! | [`VisionModel`] | Vision Mamba: patches of images, a token in their middle, two directions |
 //! | [`RmsNorm`] | the norm between layers, with gradients, for models of your own |
