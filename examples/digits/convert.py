@@ -24,7 +24,7 @@ def optdigits(wheel):
     rows = [[int(float(field)) for field in row] for row in csv.reader(gzip.decompress(packed).decode().splitlines())]
     assert len(rows) == 1797 and all(len(row) == 65 for row in rows)
     digits = [(bytes(round(level * 255 / 16) for level in row[:64]), row[64]) for row in rows]
-    # Neighbours are of one writer: the last are held out, so that most of their writers are new.
+    # Neighbours seem to be of one writer: the last are held out, so that most of their writers should be new.
     return 8, digits[:1437], digits[1437:]
 
 
