@@ -90,6 +90,7 @@ impl Arguments {
         let cost = cost::rows(kinds, most, &self.options)?;
         match self.options.json() {
             true => println!("{}", serde_json::to_string_pretty(&Report { accuracy, cost })?),
+            false if cost.is_empty() => {}
             false => println!("\nOne image at a time, without gradients:\n\n{}", cost::table(&cost)),
         }
         Ok(())
