@@ -94,6 +94,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         schedule: Schedule::Cosine { warmup: 10, last: 0.0 },
         steps: arguments.steps,
         optimizer: AdamWConfig { weight_decay: 0.0, clip: Some(1.0), ..AdamWConfig::default() },
+        ..TrainerConfig::default()
     };
     let variables = adapters.variables()?;
     // What is trained is the model with its adapters, of which the variables are the adapters'.

@@ -33,7 +33,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use selective_scan::nn::LanguageModel;
 
-use synthetic::{Options, Settings, Streams, Task, Trained, percent, table, train};
+use synthetic::{Kind, Options, Settings, Streams, Task, Trained, percent, table, train};
 
 /// Trains a selective and a time-invariant model to recall a token, and prints their accuracy at other lengths
 #[derive(Debug, Parser)]
@@ -74,6 +74,9 @@ const DEFAULT: Settings = Settings {
 };
 
 const PAPER: Settings = Settings { steps: 204_800, start: 256, lr: 1e-3, warmup: 0, evaluate: 8192, ..DEFAULT };
+
+/// What is compared: Mamba's block without selection and with it, which read on from states.
+const COMPARED: [Kind; 2] = [Kind::Invariant, Kind::Selective];
 
 /// The token that is followed by what is to be recalled.
 const SPECIAL: u32 = 0;
@@ -174,7 +177,7 @@ impl Arguments {
                 return Err(candle_core::Error::msg(format_args!("{message}, got {count}")));
             }
             sequences.extend((0..count).map(|_| Sequence::new(&mut random, length, settings.vocab)));
-            all.push(right(&trained.model, sequences, &bar)?);
+            all.push(right(trained.model.as_blocks()?, sequences, &bar)?);
         }
         bar.finish_and_clear();
         Ok(all)
@@ -196,7 +199,8 @@ impl Arguments {
             100.0 / (vocab - 1) as f64
         );
         let (mut trainings, mut columns) = (Vec::new(), Vec::new());
-        for kind in self.options.models() {
+        let models = self.options.models(&COMPARED)?;
+        for &kind in &models {
             let trained = train(kind, &InductionHeads { vocab }, &settings, &device)?;
             let begin = std::time::Instant::now();
             columns.push(self.test(&trained, &settings)?);
@@ -214,7 +218,6 @@ impl Arguments {
             cells.extend(columns.iter().map(|column| percent(column[row], count)));
             cells
         });
-        let models = self.options.models();
         let header = ["length", "sequences"].into_iter().chain(models.iter().map(|kind| kind.name()));
         println!("\n{}", table(header, rows));
         Ok(())

@@ -62,7 +62,7 @@ fn config(options: &RunOptions) -> TrainerConfig {
     let &RunOptions { learning_rate, warmup, weight_decay, clip, .. } = options;
     let schedule = Schedule::Cosine { warmup, last: 0.1 };
     let optimizer = AdamWConfig { weight_decay, clip: Some(clip), ..AdamWConfig::default() };
-    TrainerConfig { learning_rate, schedule, steps: options.steps.get(), optimizer }
+    TrainerConfig { learning_rate, schedule, steps: options.steps.get(), optimizer, ..TrainerConfig::default() }
 }
 
 /// A run with its tensors.

@@ -4,15 +4,19 @@
 //! at the last steps of a sequence alone; the other steps have no loss.
 #![allow(dead_code, reason = "each program uses a part")]
 
+mod model;
 mod options;
+#[path = "../common/table.rs"]
+mod table;
 mod training;
 
 use candle_core::{Device, Error, Result, Tensor};
-use comfy_table::{Cell, CellAlignment, Table, presets};
 use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
 
+pub use model::{Kind, Model};
 pub use options::{Options, Settings};
+pub use table::{percent, table};
 #[allow(unused_imports, reason = "one program names the type")]
 pub use training::Trained;
 pub use training::train;
@@ -75,26 +79,4 @@ impl Streams {
         let mut stream = || StdRng::seed_from_u64(source.next_u64());
         Self { training: stream(), validation: stream(), test: stream() }
     }
-}
-
-/// A table as the README has it, with numbers from the second column on.
-pub fn table<C: Into<Cell>>(
-    header: impl IntoIterator<Item = &'static str>,
-    rows: impl IntoIterator<Item = impl IntoIterator<Item = C>>,
-) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN).set_header(header.into_iter().map(Cell::new).collect::<Vec<_>>());
-    for row in rows {
-        table.add_row(row.into_iter().map(Into::into).collect::<Vec<_>>());
-    }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
-}
-
-/// A share in percent. 100 is written only for all of them.
-pub fn percent(right: usize, of: usize) -> String {
-    let tenths = right * 1000 / of;
-    format!("{}.{} %", tenths / 10, tenths % 10)
 }

@@ -5,7 +5,8 @@ use std::num::NonZeroUsize;
 use candle_core::{Device, Error, Result};
 use clap::{Args, ValueEnum};
 use selective_scan::nn::train::Schedule;
-use selective_scan::nn::{LanguageModelConfig, MambaConfig};
+
+use super::Kind;
 
 /// The flags of both tasks. What is not given has the task's own default, or the paper's with `--paper`.
 #[derive(Debug, Clone, Args)]
@@ -71,7 +72,7 @@ pub struct Options {
     #[arg(long, value_name = "SHARE")]
     target: Option<f64>,
 
-    /// Which model to train; may be repeated [default: both]
+    /// Which model to train; may be repeated [default: all that the task compares]
     #[arg(long, value_enum)]
     model: Vec<Kind>,
 
@@ -89,24 +90,6 @@ enum On {
     Cpu,
     /// The first GPU
     Cuda,
-}
-
-/// The two models that are compared.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Kind {
-    /// The step size, B and C depend on the input (S6)
-    Selective,
-    /// The same block with a step size, B and C that do not (S4D)
-    Invariant,
-}
-
-impl Kind {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Selective => "selective (S6)",
-            Self::Invariant => "time-invariant (S4D)",
-        }
-    }
 }
 
 /// Sizes of a model and its training.
@@ -170,9 +153,19 @@ impl Options {
         }
     }
 
-    /// The models to train.
-    pub fn models(&self) -> Vec<Kind> {
-        if self.model.is_empty() { vec![Kind::Invariant, Kind::Selective] } else { self.model.clone() }
+    /// The models to train, of those that a task compares.
+    ///
+    /// # Errors
+    /// Another one.
+    pub fn models(&self, compared: &[Kind]) -> Result<Vec<Kind>> {
+        if let Some(other) = self.model.iter().find(|kind| !compared.contains(kind)) {
+            let names: Vec<_> = compared.iter().map(|kind| kind.name()).collect();
+            let (expected, got) = (names.join(" or "), other.name());
+            return Err(Error::msg(format_args!(
+                "--model: expected one that the task compares, {expected}, got {got}"
+            )));
+        }
+        Ok(if self.model.is_empty() { compared.to_vec() } else { self.model.clone() })
     }
 }
 
@@ -189,12 +182,6 @@ impl Settings {
             return Err(Error::msg("--target: expected a number, got NaN"));
         }
         Ok(())
-    }
-
-    pub fn config(&self, kind: Kind) -> LanguageModelConfig {
-        let selective = kind == Kind::Selective;
-        let mamba = MambaConfig { d_state: self.d_state, seed: self.seed, selective, ..MambaConfig::new(self.d_model) };
-        LanguageModelConfig::with_mixer(self.vocab, self.layers, mamba)
     }
 
     /// How the learning rate goes from step to step.

@@ -3,13 +3,13 @@
 use std::time::{Duration, Instant};
 
 use candle_core::{D, DType, Device, Result, Tensor};
+use candle_nn::{VarBuilder, VarMap};
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::rngs::StdRng;
-use selective_scan::nn::LanguageModel;
 use selective_scan::nn::train::{AdamWConfig, Trainer, TrainerConfig, cross_entropy};
 
-use super::options::{Kind, Settings};
-use super::{Batch, Streams, Task};
+use super::options::Settings;
+use super::{Batch, Kind, Model, Streams, Task};
 
 /// How many held-out sequences are looked at during training.
 const VALIDATION: usize = 256;
@@ -17,7 +17,7 @@ const VALIDATION: usize = 256;
 /// A model after its training.
 pub struct Trained {
     pub kind: Kind,
-    pub model: LanguageModel,
+    pub model: Model,
     pub parameters: usize,
     pub steps: usize,
     pub time: Duration,
@@ -32,8 +32,11 @@ pub fn train(kind: Kind, task: &impl Task, settings: &Settings, device: &Device)
         steps: settings.steps,
         // Adam, as the paper says: no weights decay.
         optimizer: AdamWConfig { beta2: 0.999, weight_decay: 0.0, ..AdamWConfig::default() },
+        ..TrainerConfig::default()
     };
-    let mut trainer = Trainer::language_model(&settings.config(kind), DType::F32, device, config)?;
+    let (variables, longest) = (VarMap::new(), settings.length.saturating_add(task.answers()));
+    let model = Model::new(kind, settings, longest, VarBuilder::from_varmap(&variables, DType::F32, device))?;
+    let mut trainer = Trainer::with_groups(model, &variables, config, |name| kind.group(name))?;
     let held_out = batches(task, &mut validation, VALIDATION, settings, device)?;
 
     let bar = ProgressBar::new(settings.steps as u64).with_prefix(kind.name());
@@ -104,12 +107,12 @@ fn batches(
 }
 
 /// The logits where the model is asked: `(sequences, answers, vocab)`.
-fn answers(model: &LanguageModel, ids: &Tensor, task: &impl Task) -> Result<Tensor> {
+fn answers(model: &Model, ids: &Tensor, task: &impl Task) -> Result<Tensor> {
     let count = task.answers();
     model.forward(ids)?.narrow(1, ids.dim(1)? - count, count)
 }
 
-fn score(model: &LanguageModel, batches: &[Batch], task: &impl Task) -> Result<Score> {
+fn score(model: &Model, batches: &[Batch], task: &impl Task) -> Result<Score> {
     let model = model.detach()?;
     let mut score = Score::default();
     for Batch { ids, targets } in batches {

@@ -8,8 +8,9 @@
 //! | [`decode`] | texts of sequences that come and go, steps of a model over fixed buffers (on a GPU one CUDA graph each), beams, drafts |
 //! | [`Cache`], [`Sampler`] | the states of all layers in slots, which are reset, copied, taken and put back; the choice of tokens from logits on the host |
 //! | [`Checkpoint`] | the files of Hugging Face and of state-spaces/mamba, read and written |
-//! | [`train`] | a trainer with checkpoints, an optimizer whose state can be saved, learning rates, losses |
+//! | [`train`] | a trainer with checkpoints, an optimizer whose state can be saved, learning rates, losses, what a pass leaves out at random |
 //! | [`S4Model`], [`S4Layer`] | S4 and S4D, deep, with an encoder and a pooled or per-step head; on processors |
+//! | [`VisionModel`] | Vision Mamba: patches of images, a token in their middle, two directions |
 //! | [`RmsNorm`] | the norm between layers, with gradients, for models of your own |
 //!
 //! Layers may differ: [`BackboneConfig`] has one [`MixerConfig`] for all, and others by index. [`Mixer`] and [`LayerState`]
@@ -114,6 +115,7 @@ mod mamba;
 pub(crate) mod model;
 mod s4;
 pub mod train;
+mod vision;
 
 pub use checkpoint::{Checkpoint, CheckpointFormat, FileFormat, SaveOptions};
 pub use decode::{Cache, Sampler, Sampling};
@@ -121,5 +123,6 @@ pub use layers::RmsNorm;
 pub use mamba::{Mamba, MambaConfig, MambaState, Norms};
 pub use model::{Backbone, BackboneConfig, LanguageModel, LanguageModelConfig, LayerState, Mixer, MixerConfig};
 pub use s4::{S4Config, S4Head, S4Layer, S4Model, S4ModelConfig, S4State, S4System, s4_group};
+pub use vision::{VisionConfig, VisionModel};
 
 use checks::{COUNTABLE, argument, check_eps, check_model_dtype, check_once, check_room, sum};

@@ -24,8 +24,9 @@ impl LanguageModelConfig {
     ///
     /// Hugging Face's keys have words for every model. What transformers does not know is written with the `model_type`
     /// `selective_scan`, which this crate alone reads: `bidirectional`, time-invariant, Jamba's norms, a `d_inner` that
-    /// is no whole multiple of `d_model`, and layers that differ from one another. All of [`extra`](Self::extra) is kept. A special token that is not there is
-    /// written as `null`, as transformers takes token 0 where nothing is said.
+    /// is no whole multiple of `d_model`, layers that differ from one another, and layers that share their weights. All of
+    /// [`extra`](Self::extra) is kept. A special token that is not there is written as `null`, as transformers takes token 0 where
+    /// nothing is said.
     ///
     /// state-spaces/mamba takes no key that it does not know: of [`extra`](Self::extra) only `fused_add_norm` and `attn_cfg`
     /// are written, and of its `ssm_cfg` only `dt_init` and `use_fast_path`.

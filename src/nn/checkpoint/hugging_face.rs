@@ -20,7 +20,7 @@ const TOKENS: [&str; 3] = ["bos_token_id", "eos_token_id", "pad_token_id"];
 const DTYPES: [&str; 2] = ["torch_dtype", "dtype"];
 
 /// The keys of [`HuggingFace`].
-const KEYS: [&str; 27] = [
+const KEYS: [&str; 28] = [
     "model_type",
     "architectures",
     "vocab_size",
@@ -48,6 +48,7 @@ const KEYS: [&str; 27] = [
     "selective",
     "mixer_norms",
     "layers",
+    "tie_layers",
 ];
 /// Those of them that are about a mixer, which a layer may have of its own.
 const MIXER_KEYS: [&str; 16] = [
@@ -114,6 +115,8 @@ pub(super) struct HuggingFace {
     /// By the number of a layer, the keys of its mixer that are not as the others'.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     layers: BTreeMap<usize, Keys>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tie_layers: Option<usize>,
     /// The rows of the embedding matrix that are tokens, where `vocab_size` counts padding too. With it goes the multiple;
     /// alone that is somebody else's key.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -152,6 +155,7 @@ impl Default for HuggingFace {
             selective: None,
             mixer_norms: None,
             layers: BTreeMap::new(),
+            tie_layers: None,
             unpadded_vocab_size: None,
             pad_vocab_size_multiple: None,
         }
@@ -215,6 +219,7 @@ impl HuggingFace {
                 n_layer: self.num_hidden_layers,
                 mixer: self.mamba()?.into(),
                 layers,
+                tie_layers: self.tie_layers.filter(|_| self.model_type == OURS).unwrap_or(1),
                 norm_eps: self.layer_norm_epsilon,
                 residual_in_f32: self.residual_in_fp32,
                 rescale_prenorm_residual: self.rescale_prenorm_residual,
@@ -284,7 +289,8 @@ impl HuggingFace {
         let known = !mamba.bidirectional
             && mamba.selective
             && mamba.d_inner.is_multiple_of(mamba.d_model)
-            && config.backbone.layers.is_empty();
+            && config.backbone.layers.is_empty()
+            && config.backbone.tie_layers == 1;
         let (model_type, architecture) = match mamba.norms {
             Norms::None if known => ("mamba", Some("MambaForCausalLM")),
             Norms::Unweighted { .. } if known => ("falcon_mamba", Some("FalconMambaForCausalLM")),
@@ -338,6 +344,7 @@ impl HuggingFace {
             selective: ours.then_some(mamba.selective),
             mixer_norms: ours.then(|| norms.into()),
             layers: BTreeMap::new(),
+            tie_layers: (config.backbone.tie_layers > 1).then_some(config.backbone.tie_layers),
             unpadded_vocab_size: padded.then_some(config.vocab_size),
             pad_vocab_size_multiple: padded.then_some(config.pad_vocab_size_multiple),
         }

@@ -197,6 +197,9 @@ impl StateSpaces {
             MambaConfig { norms, .. } if *norms != Norms::None => return refuse("norms", "none", norms),
             _ => {}
         }
+        if backbone.tie_layers != 1 {
+            return refuse("tie_layers", "1: each layer has weights of its own", &backbone.tie_layers);
+        }
         if !backbone.layers.is_empty() {
             return refuse("layers", "layers that are all alike", &backbone.layers.keys());
         }

@@ -8,7 +8,7 @@ use crate::candle::gemm;
 /// A linear layer.
 #[derive(Debug, Clone)]
 pub(crate) struct Linear {
-    /// `(out, in)`.
+    /// `(out, in)`, or `(out, ..)` of which the rest is `in` all together.
     weight: Parameter,
     bias: Option<Parameter>,
 }
@@ -20,6 +20,15 @@ impl Linear {
         Ok(Self { weight, bias })
     }
 
+    /// The layer that a convolution is to patches: its kernel is `(out, channels, rows, columns)`, and its input the numbers of
+    /// a patch in that order. Begins as a convolution of Vision Mamba.
+    pub fn of_patches(parameters: &Parameters, kernel: [usize; 4]) -> Result<Self> {
+        let fan_in: usize = kernel[1..].iter().product();
+        let weight = parameters.get(&kernel, "weight", Initial::Normal(1.0 / (fan_in as f64).sqrt()))?;
+        let bias = parameters.get(&kernel[..1], "bias", Initial::Constant(0.0))?;
+        Ok(Self { weight, bias: Some(bias) })
+    }
+
     pub fn without_bias(weight: Parameter) -> Self {
         Self { weight, bias: None }
     }
@@ -27,6 +36,11 @@ impl Linear {
     /// The matrix, `(out, in)`.
     pub fn weight(&self) -> &Parameter {
         &self.weight
+    }
+
+    /// What multiplies, `(out, in)`, in the type in which it computes.
+    fn matrix(&self) -> Result<Tensor> {
+        self.weight.tensor()?.flatten_from(1)
     }
 
     /// The matrix in the type in which it computes, and the bias in `f32`.
@@ -69,7 +83,7 @@ impl Linear {
 
     /// Outside of candle's graph: `(rows, in)` to `(rows, out)`, in the type of `x`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let weight = self.weight.tensor()?.t()?;
+        let weight = self.matrix()?.t()?;
         match &self.bias {
             Some(bias) => {
                 let bias = bias.tensor()?.to_dtype(DType::F32)?;
@@ -86,22 +100,22 @@ impl Linear {
             let ones = Tensor::ones((x.dim(0)?, 1), out.dtype(), x.device())?;
             gemm(out, &ones, &rows, true)?;
         }
-        gemm(out, x, &self.weight.tensor()?.t()?, true)
+        gemm(out, x, &self.matrix()?.t()?, true)
     }
 
     /// Outside of candle's graph: the gradient of its input, `(rows, in)`, from that of its output, `(rows, out)`.
     pub fn input_gradient(&self, d_out: &Tensor) -> Result<Tensor> {
-        product(d_out, &self.weight.tensor()?, d_out.dtype())
+        product(d_out, &self.matrix()?, d_out.dtype())
     }
 
     /// [`input_gradient`](Self::input_gradient) written into `d_x`, or added to it.
     pub fn input_gradient_into(&self, d_x: &Tensor, d_out: &Tensor, accumulate: bool) -> Result<()> {
-        gemm(d_x, d_out, &self.weight.tensor()?, accumulate)
+        gemm(d_x, d_out, &self.matrix()?, accumulate)
     }
 
     /// Outside of candle's graph: the gradients of its parameters, from its input `(rows, in)` and the gradient of its output.
     pub fn parameter_gradients(&self, x: &Tensor, d_out: &Tensor, gradients: &mut Gradients) -> Result<()> {
-        gradients.add(&self.weight, |dtype| product(&d_out.t()?, x, dtype))?;
+        gradients.add(&self.weight, |dtype| product(&d_out.t()?, x, dtype)?.reshape(self.weight.stored().shape()))?;
         let Some(bias) = &self.bias else { return Ok(()) };
         // A sum over all rows, which in bf16 would stand still at 256 times what is added.
         gradients.add(bias, |_| d_out.to_dtype(DType::F32)?.sum(0))

@@ -5,8 +5,9 @@ use std::borrow::Cow;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
+use super::drops::LeftOut;
 use super::stack::{self, WayBack};
-use super::{BackboneConfig, LayerDraft, Mixer};
+use super::{BackboneConfig, Drops, LayerDraft, Mixer};
 use crate::candle::Slots;
 use crate::count_sequences;
 use crate::nn::layers::{Change, ParameterList, Parameters};
@@ -46,6 +47,7 @@ pub struct Backbone {
     layers: Vec<Layer>,
     norm_f: RmsNorm,
     parameters: ParameterList,
+    drops: Drops,
 }
 
 #[derive(Debug, Clone)]
@@ -79,7 +81,7 @@ impl Backbone {
         Self::build(config, dtype, &device, &parameters)
     }
 
-    pub(super) fn build(
+    pub(crate) fn build(
         config: &BackboneConfig,
         dtype: DType,
         device: &Device,
@@ -88,8 +90,13 @@ impl Backbone {
         let (count, d_model) = (parameters.count(), config.d_model());
         let norm = |parameters: &Parameters| RmsNorm::build(d_model, config.norm_eps, parameters);
         let divisor = if config.rescale_prenorm_residual { (config.n_layer as f64).sqrt() } else { 1.0 };
-        let mut layers = Vec::new();
+        let mut layers: Vec<Layer> = Vec::new();
         for index in 0..config.n_layer {
+            let owner = config.owner(index);
+            if owner < index {
+                layers.push(layers[owner].clone());
+                continue;
+            }
             let parameters = parameters.pp("layers").pp(index);
             let norm = norm(&parameters.pp("norm"))?;
             let mixer = Mixer::build(config.layer(index), &parameters.pp("mixer"), divisor)?;
@@ -97,12 +104,35 @@ impl Backbone {
         }
         let norm_f = norm(&parameters.pp("norm_f"))?;
         let parameters = parameters.taken_since(count);
-        Ok(Self { config: config.clone(), dtype, device: device.clone(), layers, norm_f, parameters })
+        let drops = Drops::default();
+        Ok(Self { config: config.clone(), dtype, device: device.clone(), layers, norm_f, parameters, drops })
     }
 
     /// The same layers, each parameter as `change` gives it.
     fn changed(&self, change: &mut Change) -> Result<Self> {
-        Self::build(&self.config, self.dtype, &self.device, &Parameters::changed(&self.parameters, change))
+        let changed =
+            Self::build(&self.config, self.dtype, &self.device, &Parameters::changed(&self.parameters, change))?;
+        Ok(Self { drops: self.drops, ..changed })
+    }
+
+    /// The same layers, sharing their parameters with their gradients, which leave that out in every whole pass from now on: for a
+    /// step of training. With [`Drops::default`] they leave nothing out.
+    ///
+    /// # Errors
+    /// A probability below 0, or of 1 or more.
+    pub fn with_drops(&self, drops: Drops) -> Result<Self> {
+        drops.check()?;
+        Ok(Self { drops, ..self.clone() })
+    }
+
+    /// What a whole pass leaves out.
+    pub fn drops(&self) -> Drops {
+        self.drops
+    }
+
+    /// The same, of the layers from number `first` on.
+    fn left_out(&self, first: usize) -> LeftOut {
+        LeftOut { drops: self.drops, first, layers: self.layers.len() }
     }
 
     /// The sizes and variants.
@@ -144,9 +174,9 @@ impl Backbone {
     pub fn hidden_states(&self, x: &Tensor) -> Result<Vec<Tensor>> {
         let mut states = Vec::with_capacity(self.layers.len() + 1);
         let mut stream = self.begin(x)?;
-        for layer in &self.layers {
+        for (i, layer) in self.layers.iter().enumerate() {
             if stream.elem_count() > 0 {
-                stream = stack::forward(std::slice::from_ref(layer), &stream, None)?;
+                stream = stack::forward(std::slice::from_ref(layer), &stream, None, self.left_out(i))?;
             }
             states.push(stream.clone());
         }
@@ -247,13 +277,17 @@ impl Backbone {
         count_sequences(batch, length, cu_seqlens)?;
         let stream = self.begin(x)?;
         // Of no steps there are no outputs, and candle's operators do not all take such tensors.
-        if stream.elem_count() == 0 { Ok(stream) } else { stack::forward(&self.layers, &stream, cu_seqlens) }
+        if stream.elem_count() == 0 {
+            Ok(stream)
+        } else {
+            stack::forward(&self.layers, &stream, cu_seqlens, self.left_out(0))
+        }
     }
 
     /// [`stream`](Self::stream) from the states of a cache on, which have been checked, of at least one step.
     pub(super) fn stream_from(&self, x: &Tensor, cache: &Cache, slots: Slots) -> Result<Tensor> {
         self.check_input(x)?;
-        stack::forward_carried(&self.layers, &self.begin(x)?, cache, slots)
+        stack::forward_carried(&self.layers, &self.begin(x)?, cache, slots, self.left_out(0))
     }
 
     /// [`stream`](Self::stream) outside of candle's graph, of an input of at least one element, and the way back.
@@ -265,7 +299,7 @@ impl Backbone {
     ) -> Result<(Tensor, WayBack)> {
         let (batch, length) = self.check_input(x)?;
         count_sequences(batch, length, cu_seqlens)?;
-        stack::pass(&self.layers, &self.begin(x)?, cu_seqlens, is_input_wanted)
+        stack::pass(&self.layers, &self.begin(x)?, cu_seqlens, is_input_wanted, self.left_out(0))
     }
 
     /// The layers as a joined step of decoding takes them, first to last; none if there is one that it does not take.

@@ -18,6 +18,11 @@ pub struct BackboneConfig {
     /// The layers whose mixer is another, by index from 0. Its width is that of the others. Weights are drawn from the seed
     /// of `mixer` in all layers.
     pub layers: BTreeMap<usize, MixerConfig>,
+    /// So many layers one after the other have one set of weights, norm and mixer (immediate sharing; Liu et al. 2024, *MobileLLM*,
+    /// arXiv 2402.14905): a deeper model of no more parameters. 1 where each has its own; as many as there are where all have one
+    /// (Lan et al. 2020, *ALBERT*, arXiv 1909.11942). The first of each such group gives its parameters their names; each layer
+    /// has a state of its own when decoding. It divides `n_layer`.
+    pub tie_layers: usize,
     /// Added to the mean square in the RMS norms between the mixers, 1e-5 in Mamba's paper.
     pub norm_eps: f64,
     /// Keep the residual stream in `f32` where the model is of a half type.
@@ -38,6 +43,7 @@ impl BackboneConfig {
             n_layer,
             mixer: mixer.into(),
             layers: BTreeMap::new(),
+            tie_layers: 1,
             norm_eps: 1e-5,
             residual_in_f32: true,
             rescale_prenorm_residual: true,
@@ -54,9 +60,19 @@ impl BackboneConfig {
         self.layers.get(&index).unwrap_or(&self.mixer)
     }
 
+    /// The layer whose weights layer number `index` has: itself, or one before it.
+    pub(crate) fn owner(&self, index: usize) -> usize {
+        // A step of 0 is refused by `check`.
+        index - index % self.tie_layers.max(1)
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         if self.n_layer == 0 {
             return Err(argument("n_layer", "at least 1", 0));
+        }
+        if self.tie_layers == 0 || !self.n_layer.is_multiple_of(self.tie_layers) {
+            let expected = format_args!("a divisor of n_layer = {}", self.n_layer);
+            return Err(argument("tie_layers", expected, self.tie_layers));
         }
         check_eps("norm_eps", self.norm_eps)?;
         self.mixer.check()?;
@@ -69,6 +85,11 @@ impl BackboneConfig {
                 let expected = format_args!("layers of width {}, as `mixer`", self.d_model());
                 return Err(argument("layers", expected, format_args!("{} for layer {index}", mixer.d_model())));
             }
+            let group = self.owner(index)..self.owner(index) + self.tie_layers;
+            if let Some(other) = group.into_iter().find(|&other| self.layer(other) != mixer) {
+                let expected = format_args!("layers {other} and {index}, which share their weights, to be alike");
+                return Err(argument("layers", expected, "two that differ"));
+            }
         }
         self.parameter_count().map(|_| ())
     }
@@ -78,10 +99,11 @@ impl BackboneConfig {
     /// # Errors
     /// More than can be counted.
     pub(crate) fn parameter_count(&self) -> Result<usize> {
-        let d_model = self.d_model();
-        let alike = self.n_layer.saturating_sub(self.layers.len());
-        let mut count = sum(&[[alike, self.mixer.parameter_count()?, 1], [self.n_layer, d_model, 1], [d_model, 1, 1]]);
-        for mixer in self.layers.values() {
+        let (d_model, owners) = (self.d_model(), self.n_layer / self.tie_layers.max(1));
+        let own = self.layers.iter().filter(|(index, _)| self.owner(**index) == **index);
+        let alike = owners.saturating_sub(own.clone().count());
+        let mut count = sum(&[[alike, self.mixer.parameter_count()?, 1], [owners, d_model, 1], [d_model, 1, 1]]);
+        for (_, mixer) in own {
             let others = mixer.parameter_count()?;
             count = count.and_then(|count| count.checked_add(others));
         }

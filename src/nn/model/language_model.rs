@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
-use super::{Backbone, LanguageModelConfig, LayerDraft, Mixer};
+use super::{Backbone, Drops, LanguageModelConfig, LayerDraft, Mixer};
 use crate::candle::Slots;
 use crate::nn::decode::Draft;
 use crate::nn::layers::{Change, Initial, Linear, Parameter, ParameterList, Parameters, Tokens};
@@ -73,7 +73,18 @@ impl LanguageModel {
     /// The same model, each parameter as `change` gives it.
     fn changed(&self, change: &mut Change) -> Result<Self> {
         let parameters = Parameters::changed(&self.parameters, change);
-        Self::build(&self.config, self.dtype(), self.device(), &parameters)
+        let changed = Self::build(&self.config, self.dtype(), self.device(), &parameters)?;
+        changed.with_drops(self.backbone.drops())
+    }
+
+    /// The same model, sharing its parameters with their gradients, whose whole passes and losses leave that out of what layers add:
+    /// for a step of training. [`Trainer::step_tokens`](crate::nn::train::Trainer::step_tokens) does so by itself. With
+    /// [`Drops::default`] nothing is left out.
+    ///
+    /// # Errors
+    /// A probability below 0, or of 1 or more.
+    pub fn with_drops(&self, drops: Drops) -> Result<Self> {
+        Ok(Self { backbone: self.backbone.with_drops(drops)?, ..self.clone() })
     }
 
     /// The model's sizes and variants.

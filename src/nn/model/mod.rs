@@ -2,6 +2,7 @@
 
 mod backbone;
 mod config;
+mod drops;
 mod gradients;
 mod language_model;
 mod mixer;
@@ -9,6 +10,7 @@ mod stack;
 
 pub use backbone::Backbone;
 pub use config::{BackboneConfig, LanguageModelConfig};
+pub use drops::Drops;
 pub use language_model::LanguageModel;
 pub(crate) use mixer::LayerDraft;
 pub use mixer::{LayerState, Mixer, MixerConfig};

@@ -6,6 +6,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::backbone::Layer;
+use super::drops::{Keep, LeftOut};
 use super::mixer::{LayerState, Mixer};
 use crate::candle::{RmsNorm, Slots};
 use crate::nn::Cache;
@@ -28,12 +29,19 @@ struct KeptLayer {
     /// The stream before the layer.
     stream: Tensor,
     block: Kept,
+    /// What its output was multiplied by, where something of it was left out.
+    keep: Option<Keep>,
 }
 
 /// Runs a residual stream, `(batch, length, d_model)` with at least one element, through layers. Differentiable.
-pub(super) fn forward(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
+pub(super) fn forward(
+    layers: &[Layer],
+    stream: &Tensor,
+    cu_seqlens: Option<&[usize]>,
+    left_out: LeftOut,
+) -> Result<Tensor> {
     let tracked: Vec<_> = layers.iter().flat_map(Layer::tracked).collect();
-    let (out, way_back) = pass(layers, stream, cu_seqlens, stream.track_op())?;
+    let (out, way_back) = pass(layers, stream, cu_seqlens, stream.track_op(), left_out)?;
     let backward = move |d_stream: &Tensor, gradients: &mut Gradients| way_back.backward(d_stream, gradients);
     // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
     unsafe { node_over("layers", stream, &each_once(&tracked), out, backward) }
@@ -41,12 +49,19 @@ pub(super) fn forward(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[us
 
 /// [`forward`] of `(batch, length, d_model)` from the states of a cache on, whose slots then have those afterwards: candle does not
 /// track these. All has been checked.
-pub(super) fn forward_carried(layers: &[Layer], stream: &Tensor, cache: &Cache, slots: Slots) -> Result<Tensor> {
+pub(super) fn forward_carried(
+    layers: &[Layer],
+    stream: &Tensor,
+    cache: &Cache,
+    slots: Slots,
+    left_out: LeftOut,
+) -> Result<Tensor> {
     let tracked: Vec<_> = layers.iter().flat_map(Layer::tracked).collect();
     let mut current = stream.detach().contiguous()?;
     let mut kept = Vec::new();
-    for (layer, state) in layers.iter().zip(&cache.layers) {
-        let (next, layer) = Detached::new(layer)?.run_carried(current, state, slots)?;
+    for (i, (layer, state)) in layers.iter().zip(&cache.layers).enumerate() {
+        let keep = left_out.keep(i, &current, None)?;
+        let (next, layer) = Detached::new(layer)?.run_carried(current, state, slots, keep)?;
         kept.push(layer);
         current = next;
     }
@@ -80,6 +95,7 @@ pub(super) fn pass(
     stream: &Tensor,
     cu_seqlens: Option<&[usize]>,
     is_stream_wanted: bool,
+    left_out: LeftOut,
 ) -> Result<(Tensor, WayBack)> {
     let first = match is_stream_wanted {
         true => 0,
@@ -89,12 +105,14 @@ pub(super) fn pass(
     if first > 0 {
         current = current.copy()?;
     }
-    for layer in &layers[..first] {
-        Detached::new(layer)?.run(&current, cu_seqlens)?;
+    for (i, layer) in layers[..first].iter().enumerate() {
+        let keep = left_out.keep(i, &current, cu_seqlens)?;
+        current = Detached::new(layer)?.run(current, cu_seqlens, keep)?;
     }
     let mut kept = Vec::new();
-    for layer in &layers[first..] {
-        let (next, layer) = Detached::new(layer)?.run_kept(current, cu_seqlens)?;
+    for (i, layer) in layers.iter().enumerate().skip(first) {
+        let keep = left_out.keep(i, &current, cu_seqlens)?;
+        let (next, layer) = Detached::new(layer)?.run_kept(current, cu_seqlens, keep)?;
         kept.push(layer);
         current = next;
     }
@@ -115,29 +133,43 @@ impl Detached {
         RmsNorm { weight: Some(&self.norm_weight), options, dtype: self.norm.dtype(), ..RmsNorm::new(stream) }
     }
 
-    /// Adds what the layer gives to the stream, in place.
-    fn run(&self, stream: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<()> {
-        let normed = self.norm(stream).forward()?;
+    /// The stream with what the layer adds, where it lies if nothing is left out.
+    fn run(&self, stream: Tensor, cu_seqlens: Option<&[usize]>, keep: Option<Keep>) -> Result<Tensor> {
+        let normed = self.norm(&stream).forward()?;
         let y = self.parts.forward(&normed, cu_seqlens)?;
-        self.parts.out_proj.apply_onto(&rows(stream)?, &y)
+        self.add(stream, &y, keep.as_ref())
+    }
+
+    /// Adds what `out_proj` makes of `y` to the stream where it lies, or what is kept of it to another.
+    fn add(&self, stream: Tensor, y: &Tensor, keep: Option<&Keep>) -> Result<Tensor> {
+        let Some(keep) = keep else {
+            self.parts.out_proj.apply_onto(&rows(&stream)?, y)?;
+            return Ok(stream);
+        };
+        let out = self.parts.out_proj.apply(y)?.reshape(stream.shape())?;
+        &stream + keep.of(&out.to_dtype(stream.dtype())?)?
     }
 
     /// The stream after the layer, and what the way back needs.
-    fn run_kept(self, stream: Tensor, cu_seqlens: Option<&[usize]>) -> Result<(Tensor, KeptLayer)> {
+    fn run_kept(self, stream: Tensor, cu_seqlens: Option<&[usize]>, keep: Option<Keep>) -> Result<(Tensor, KeptLayer)> {
         let (normed, next) = self.norm(&stream).forward_with_residual()?;
         let block = self.parts.forward_kept(&normed, cu_seqlens)?;
-        self.parts.out_proj.apply_onto(&rows(&next)?, &block.y)?;
-        Ok((next, KeptLayer { layer: self, stream, block }))
+        let next = self.add(next, &block.y, keep.as_ref())?;
+        Ok((next, KeptLayer { layer: self, stream, block, keep }))
     }
-}
 
-impl Detached {
     /// [`run_kept`](Self::run_kept) from the states of a cache on.
-    fn run_carried(self, stream: Tensor, state: &LayerState, slots: Slots) -> Result<(Tensor, KeptLayer)> {
+    fn run_carried(
+        self,
+        stream: Tensor,
+        state: &LayerState,
+        slots: Slots,
+        keep: Option<Keep>,
+    ) -> Result<(Tensor, KeptLayer)> {
         let (normed, next) = self.norm(&stream).forward_with_residual()?;
         let block = self.parts.forward_carried(&normed, state.mamba()?, slots)?;
-        self.parts.out_proj.apply_onto(&rows(&next)?, &block.y)?;
-        Ok((next, KeptLayer { layer: self, stream, block }))
+        let next = self.add(next, &block.y, keep.as_ref())?;
+        Ok((next, KeptLayer { layer: self, stream, block, keep }))
     }
 }
 
@@ -146,7 +178,11 @@ impl KeptLayer {
     /// the layer that wrote it.
     fn backward(&self, d_stream: (Tensor, Tensor), gradients: &mut Gradients) -> Result<(Tensor, Tensor)> {
         let (layer, norm) = (&self.layer, self.layer.norm(&self.stream));
-        let d_out = d_stream.1.to_dtype(norm.dtype)?;
+        let d_out = match &self.keep {
+            Some(keep) => keep.of(&d_stream.0)?,
+            None => d_stream.1,
+        };
+        let d_out = d_out.to_dtype(norm.dtype)?;
         let d_normed = layer.parts.backward(&self.block, &d_out, true, gradients)?;
         let d_normed = d_normed.ok_or_else(|| candle_core::Error::Msg("a block without a gradient".into()))?;
         let of_norm = norm.backward(&d_normed.reshape(self.stream.shape())?, Some(&d_stream.0))?;

@@ -6,6 +6,7 @@ use candle_nn::VarBuilder;
 use super::layer::Decoder;
 use super::{S4Head, S4Layer, S4ModelConfig};
 use crate::nn::layers::{Linear, ParameterList, Parameters, RmsNorm};
+use crate::nn::train::Drops;
 use crate::nn::{argument, check_model_dtype, check_room};
 
 /// An encoder, layers of S4 around a residual stream, each after an RMS norm, a last norm and a head:
@@ -45,6 +46,7 @@ pub struct S4Model {
     head: Linear,
     parameters: ParameterList,
     dtype: DType,
+    drops: Drops,
 }
 
 /// The states of a model's sequences between steps, with what the steps need of the parameters: it is of no use any
@@ -92,12 +94,22 @@ impl S4Model {
         let norm = RmsNorm::build(width, config.norm_eps, &parameters.pp("norm_f"))?;
         let head = Linear::new(&parameters.pp("head"), [width, config.d_output], true, 1.0)?;
         let parameters = parameters.taken_since(0);
-        Ok(Self { config: config.clone(), encoder, layers, norm, head, parameters, dtype })
+        Ok(Self { config: config.clone(), encoder, layers, norm, head, parameters, dtype, drops: Drops::default() })
     }
 
     /// What it was made from.
     pub fn config(&self) -> &S4ModelConfig {
         &self.config
+    }
+
+    /// The same model, sharing its parameters with their gradients, whose [`forward`](Self::forward) leaves that out of what layers
+    /// add: for a step of training. S4's papers train with dropout of 0.1 to 0.2. With [`Drops::default`] nothing is left out.
+    ///
+    /// # Errors
+    /// A probability below 0, or of 1 or more.
+    pub fn with_drops(&self, drops: Drops) -> Result<Self> {
+        drops.check()?;
+        Ok(Self { drops, ..self.clone() })
     }
 
     /// Calls `f` with the name of each parameter and the tensor that the model was built on.
@@ -122,8 +134,13 @@ impl S4Model {
             return Err(argument("x", "at least one step, to take the mean of", 0));
         }
         let mut stream = self.encoder.forward(&x.contiguous()?)?;
-        for (norm, layer) in &self.layers {
-            stream = (&stream + layer.forward(&norm.forward(&stream)?)?)?;
+        for (i, (norm, layer)) in self.layers.iter().enumerate() {
+            let out = layer.forward(&norm.forward(&stream)?)?;
+            let keep = match stream.elem_count() {
+                0 => None,
+                _ => self.drops.keep(i, self.layers.len(), &stream, None)?,
+            };
+            stream = (&stream + keep.map_or(Ok(out.clone()), |keep| keep.of(&out))?)?;
         }
         let stream = self.norm.forward(&stream)?;
         match self.config.head {

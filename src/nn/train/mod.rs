@@ -32,6 +32,7 @@ mod run_folder;
 mod schedule;
 mod trainer;
 
+pub use crate::nn::model::Drops;
 pub use adamw::{AdamW, AdamWConfig, Group, LossScale};
 pub(crate) use loss::Targets;
 pub use loss::{LossOptions, cross_entropy, linear_cross_entropy};

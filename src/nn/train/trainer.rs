@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::run_folder::at;
-use super::{AdamW, AdamWConfig, Group, LossOptions, RunFolder, Schedule, Targets};
+use super::{AdamW, AdamWConfig, Drops, Group, LossOptions, RunFolder, Schedule, Targets};
 use crate::nn::argument;
 use crate::nn::{Checkpoint, CheckpointFormat, LanguageModel, LanguageModelConfig};
 
@@ -24,6 +24,9 @@ pub struct TrainerConfig {
     pub schedule: Schedule,
     /// The steps of the run, by which the schedule goes. A trainer takes more if it is asked to.
     pub steps: usize,
+    /// What steps leave out of what layers add at random, nothing. [`Trainer::step_tokens`] does so; other losses take it from
+    /// [`Trainer::drops`].
+    pub drops: Drops,
     /// The optimizer. Unlike [`AdamWConfig::default`] it clips gradients to a norm of 1.
     pub optimizer: AdamWConfig,
 }
@@ -31,7 +34,7 @@ pub struct TrainerConfig {
 impl Default for TrainerConfig {
     fn default() -> Self {
         let optimizer = AdamWConfig { clip: Some(1.0), ..AdamWConfig::default() };
-        Self { learning_rate: 1e-3, schedule: Schedule::Constant, steps: 1000, optimizer }
+        Self { learning_rate: 1e-3, schedule: Schedule::Constant, steps: 1000, drops: Drops::default(), optimizer }
     }
 }
 
@@ -147,7 +150,7 @@ impl<M> Trainer<M> {
     /// A trainer of a model that is made of these variables, in the groups of [`AdamW::new`].
     ///
     /// # Errors
-    /// As [`AdamW::new`]; a learning rate that is negative or not finite.
+    /// As [`AdamW::new`]; a learning rate that is negative or not finite; a probability below 0, or of 1 or more.
     pub fn new(model: M, variables: &VarMap, config: TrainerConfig) -> Result<Self> {
         Self::with(model, variables, AdamW::new(variables, config.optimizer)?, config)
     }
@@ -170,6 +173,7 @@ impl<M> Trainer<M> {
         if !(rate >= 0.0 && rate.is_finite()) {
             return Err(argument("learning_rate", "a finite number, 0 or more", rate));
         }
+        config.drops.check()?;
         // What one step frees, the next takes; else it would have to be mapped again.
         crate::candle::keep_freed_memory(optimizer.device());
         Ok(Self { model, variables: variables.clone(), optimizer, config, steps: 0 })
@@ -183,19 +187,23 @@ impl<M> Trainer<M> {
     /// No part at all, or none of a weight above 0; a variable that the loss does not depend on, by name; what `loss` gives.
     /// Nothing is changed then.
     pub fn step<B, L: Into<Loss>>(&mut self, parts: &[B], loss: impl Fn(&M, &B) -> Result<L>) -> Result<Report> {
-        self.step_by(parts, |trainer, part| {
+        self.step_by(parts, |trainer, _, part| {
             let Loss { mean, weight } = loss(&trainer.model, part)?.into();
             let mean = mean.to_dtype(DType::F32)?;
             Ok((mean.detach(), weight, ToCome::Loss(mean)))
         })
     }
 
-    /// [`step`](Self::step) by what `part` gives of each part: its mean loss, its weight, and where its gradients come from.
-    fn step_by<B>(&mut self, parts: &[B], part: impl Fn(&Self, &B) -> Result<(Tensor, f64, ToCome)>) -> Result<Report> {
+    /// [`step`](Self::step) by what `part` gives of each part and its number: its mean loss, its weight, and where its gradients come from.
+    fn step_by<B>(
+        &mut self,
+        parts: &[B],
+        part: impl Fn(&Self, usize, &B) -> Result<(Tensor, f64, ToCome)>,
+    ) -> Result<Report> {
         let mut first = None;
         let mut sum = None;
-        for of in parts {
-            let (mean, weight, gradients) = part(self, of)?;
+        for (i, of) in parts.iter().enumerate() {
+            let (mean, weight, gradients) = part(self, i, of)?;
             if !(weight >= 0.0 && weight.is_finite()) {
                 return Err(argument("weight", "a weight of a loss, 0 or more", weight));
             }
@@ -271,6 +279,12 @@ impl<M> Trainer<M> {
     /// What it goes by.
     pub fn config(&self) -> &TrainerConfig {
         &self.config
+    }
+
+    /// What the next step is to leave out: of its parts `trainer.drops().at(trainer.steps(), i)`, for a model's `with_drops`.
+    /// It follows from the configuration and the number of steps, and so is the same after a run was stopped and goes on.
+    pub fn drops(&self) -> Drops {
+        self.config.drops.at(self.steps, 0)
     }
 
     /// Steps taken or skipped.
@@ -354,13 +368,20 @@ impl Trainer {
     /// As [`Trainer::step`].
     pub fn step_tokens(&mut self, parts: &[(Tensor, Tensor)]) -> Result<Report> {
         // With a scale of losses, what is differentiated is not the loss itself.
-        if self.config.optimizer.loss_scale.is_some() {
-            return self.step(parts, next_token_loss);
-        }
-        self.step_by(parts, |trainer, (ids, targets)| {
-            let weight = valid(&trainer.model, targets)?;
-            let options = LossOptions::default();
-            let (loss, store) = trainer.model.loss_and_gradients(ids, None, targets, &options)?;
+        let is_scaled = self.config.optimizer.loss_scale.is_some();
+        self.step_by(parts, |trainer, i, part| {
+            let drops = trainer.drops().at(trainer.steps, i);
+            let model = match drops.is_some() {
+                true => &trainer.model.with_drops(drops)?,
+                false => &trainer.model,
+            };
+            if is_scaled {
+                let Loss { mean, weight } = next_token_loss(model, part)?;
+                return Ok((mean.detach(), weight, ToCome::Loss(mean)));
+            }
+            let (ids, targets) = part;
+            let weight = valid(model, targets)?;
+            let (loss, store) = model.loss_and_gradients(ids, None, targets, &LossOptions::default())?;
             Ok((loss, weight, ToCome::Gradients(store)))
         })
     }

@@ -3,6 +3,7 @@
 mod checkpoints;
 pub mod decoder;
 pub mod decoding;
+mod drops;
 mod generation;
 #[cfg(feature = "candle-cuda")]
 mod gpu;
@@ -17,9 +18,11 @@ mod refusals;
 mod s4;
 mod sampler;
 pub mod serving;
+mod tied;
 mod trainer;
 mod training;
 mod variants;
+mod vision;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

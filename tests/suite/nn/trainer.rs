@@ -9,8 +9,8 @@ use candle_nn::{VarBuilder, VarMap};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use selective_scan::nn::train::{
-    AdamWConfig, Group, Loss, LossScale, RunFolder, Schedule, Trainer, TrainerConfig, cross_entropy, next_token_loss,
-    read_run,
+    AdamWConfig, Drops, Group, Loss, LossScale, RunFolder, Schedule, Trainer, TrainerConfig, cross_entropy,
+    next_token_loss, read_run,
 };
 use selective_scan::nn::{LanguageModel, LanguageModelConfig, MambaConfig};
 
@@ -262,4 +262,43 @@ fn a_run_calls_back() {
     );
     assert!(refusal(stopped).starts_with("enough"));
     assert_eq!(trainer.steps(), 33);
+}
+
+/// A run that leaves out at random goes on to the same bits, as what is left out follows from the number of steps; and another
+/// seed, or none of it, trains something else.
+#[test]
+fn a_run_that_leaves_out_goes_on_to_the_same_bits() {
+    let mut random = random();
+    let model = small(&mut random);
+    let drops = Drops { dropout: 0.3, stochastic_depth: 0.3, seed: random.random(), ..Drops::default() };
+    let config = TrainerConfig { learning_rate: 0.01, drops, ..TrainerConfig::default() };
+    // The same text in every step and part, so that what is left out makes the difference.
+    let part = batch(&mut random, 2);
+    let parts = [part.clone(), part];
+    let train = |config: TrainerConfig, stop: bool| {
+        let folder = Folder::new(&format!("drops-{stop}"));
+        let mut trainer = Trainer::language_model(&model, DType::F32, &Device::Cpu, config).unwrap();
+        let mut losses = Vec::new();
+        for step in 0..4 {
+            if stop && step == 2 {
+                let path = trainer.save(&RunFolder::open(&folder.0).unwrap(), &()).unwrap();
+                trainer = Trainer::resume(path, DType::F32, &Device::Cpu, config).unwrap();
+            }
+            losses.push(trainer.step_tokens(&parts).unwrap().loss().unwrap());
+        }
+        (variables(&trainer), losses)
+    };
+    let whole = train(config, false);
+    assert_eq!(train(config, true), whole);
+    let others = [Drops::default(), Drops { seed: drops.seed ^ 1, ..drops }, drops.at(9, 9)];
+    let [none, seed, same] = others.map(|drops| train(TrainerConfig { drops, ..config }, false));
+    assert_ne!(none.1[0], whole.1[0]);
+    assert_ne!(seed.1[0], whole.1[0]);
+    // A trainer counts steps and parts by itself.
+    assert_eq!(same, whole);
+    // Steps without learning leave out something else each.
+    let still = train(TrainerConfig { learning_rate: 0.0, ..config }, false);
+    assert!(still.1.windows(2).all(|losses| losses[0] != losses[1]), "{:?}", still.1);
+    let bad = TrainerConfig { drops: Drops { dropout: 1.5, ..drops }, ..config };
+    assert!(refusal(Trainer::language_model(&model, DType::F32, &Device::Cpu, bad)).contains("dropout"));
 }
