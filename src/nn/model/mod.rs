@@ -8,7 +8,7 @@ mod mixer;
 mod stack;
 
 pub use backbone::Backbone;
-pub use config::{BackboneConfig, LanguageModelConfig};
+pub use config::{BackboneConfig, LanguageModelConfig, LayerConfig};
 pub use language_model::LanguageModel;
 pub(crate) use mixer::LayerDraft;
 pub use mixer::{LayerState, Mixer, MixerConfig};

@@ -1,16 +1,16 @@
 //! Layers one after the other as one node of candle's graph.
 //!
 //! Between them nothing goes through the graph: the residual stream is added to where it lies, and on the way back its
-//! gradient is handed from layer to layer.
+//! gradient is handed from layer to layer. That is so of Mamba blocks alone; other layers are nodes between such stacks.
 
 use candle_core::{DType, Result, Tensor};
 
 use super::backbone::Layer;
-use super::mixer::{LayerState, Mixer};
+use super::mixer::LayerState;
 use crate::candle::{RmsNorm, Slots};
-use crate::nn::Cache;
 use crate::nn::layers::{Gradients, Parameter, each_once, node_over};
 use crate::nn::mamba::{Kept, Parts, rows};
+use crate::nn::{Cache, Mamba, argument};
 use crate::norm;
 
 /// A layer outside of candle's graph.
@@ -32,7 +32,37 @@ struct KeptLayer {
 
 /// Runs a residual stream, `(batch, length, d_model)` with at least one element, through layers. Differentiable.
 pub(super) fn forward(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
-    let tracked: Vec<_> = layers.iter().flat_map(Layer::tracked).collect();
+    let mut stream = stream.clone();
+    for layers in pieces(layers) {
+        match layers {
+            [layer] if layer.mixer.as_mamba().is_none() => {
+                let y = layer.mixer.forward(&layer.norm.forward(&stream)?, cu_seqlens)?;
+                stream = layer.add_feed_forward((&stream + y.to_dtype(stream.dtype())?)?)?;
+            }
+            [.., last] => stream = last.add_feed_forward(joined(layers, &stream, cu_seqlens)?)?,
+            [] => {}
+        }
+    }
+    Ok(stream)
+}
+
+/// Layers by what is done at once: Mamba blocks that follow each other, up to one with more than a block; or another layer.
+fn pieces(mut layers: &[Layer]) -> impl Iterator<Item = &[Layer]> {
+    std::iter::from_fn(move || {
+        let alone = layers.iter().take_while(|layer| layer.mamba_alone().is_some()).count();
+        let count = match layers.get(alone) {
+            Some(layer) if alone == 0 || layer.mixer.as_mamba().is_some() => alone + 1,
+            _ => alone,
+        };
+        let (piece, rest) = layers.split_at_checked(count)?;
+        layers = rest;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
+/// [`forward`] through the Mamba blocks of layers as one node.
+fn joined(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
+    let tracked: Vec<_> = layers.iter().flat_map(tracked).collect();
     let (out, way_back) = pass(layers, stream, cu_seqlens, stream.track_op())?;
     let backward = move |d_stream: &Tensor, gradients: &mut Gradients| way_back.backward(d_stream, gradients);
     // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
@@ -42,10 +72,28 @@ pub(super) fn forward(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[us
 /// [`forward`] of `(batch, length, d_model)` from the states of a cache on, whose slots then have those afterwards: candle does not
 /// track these. All has been checked.
 pub(super) fn forward_carried(layers: &[Layer], stream: &Tensor, cache: &Cache, slots: Slots) -> Result<Tensor> {
-    let tracked: Vec<_> = layers.iter().flat_map(Layer::tracked).collect();
+    let (mut stream, mut states) = (stream.clone(), &cache.layers[..]);
+    for layers in pieces(layers) {
+        let (of_these, rest) = states.split_at_checked(layers.len()).unwrap_or((states, &[]));
+        states = rest;
+        match (layers, of_these) {
+            ([layer], [state]) if layer.mixer.as_mamba().is_none() => {
+                let y = layer.mixer.forward_carried(&layer.norm.forward(&stream)?, state, slots)?;
+                stream = layer.add_feed_forward((&stream + y.to_dtype(stream.dtype())?)?)?;
+            }
+            ([.., last], _) => stream = last.add_feed_forward(joined_carried(layers, &stream, of_these, slots)?)?,
+            ([], _) => {}
+        }
+    }
+    Ok(stream)
+}
+
+/// [`forward_carried`] through the Mamba blocks of layers as one node.
+fn joined_carried(layers: &[Layer], stream: &Tensor, states: &[LayerState], slots: Slots) -> Result<Tensor> {
+    let tracked: Vec<_> = layers.iter().flat_map(tracked).collect();
     let mut current = stream.detach().contiguous()?;
     let mut kept = Vec::new();
-    for (layer, state) in layers.iter().zip(&cache.layers) {
+    for (layer, state) in layers.iter().zip(states) {
         let (next, layer) = Detached::new(layer)?.run_carried(current, state, slots)?;
         kept.push(layer);
         current = next;
@@ -54,6 +102,13 @@ pub(super) fn forward_carried(layers: &[Layer], stream: &Tensor, cache: &Cache, 
     let backward = move |d_stream: &Tensor, gradients: &mut Gradients| way_back.backward(d_stream, gradients);
     // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
     unsafe { node_over("layers", stream, &each_once(&tracked), current, backward) }
+}
+
+/// The parameters of a layer's block, and of the norm before it, that a backward pass could reach.
+fn tracked(layer: &Layer) -> Vec<Tensor> {
+    let norm = layer.norm.weight();
+    let block = layer.mixer.as_mamba().map(Mamba::tracked).unwrap_or_default();
+    norm.track_op().then(|| norm.clone()).into_iter().chain(block).collect()
 }
 
 /// The way back through layers.
@@ -74,7 +129,7 @@ impl WayBack {
     }
 }
 
-/// [`forward`] outside of candle's graph.
+/// [`forward`] of Mamba blocks outside of candle's graph.
 pub(super) fn pass(
     layers: &[Layer],
     stream: &Tensor,
@@ -83,7 +138,7 @@ pub(super) fn pass(
 ) -> Result<(Tensor, WayBack)> {
     let first = match is_stream_wanted {
         true => 0,
-        false => layers.iter().position(|layer| !layer.tracked().is_empty()).unwrap_or(layers.len()),
+        false => layers.iter().position(|layer| !tracked(layer).is_empty()).unwrap_or(layers.len()),
     };
     let mut current = stream.detach().contiguous()?;
     if first > 0 {
@@ -103,7 +158,8 @@ pub(super) fn pass(
 
 impl Detached {
     fn new(layer: &Layer) -> Result<Self> {
-        let Mixer::Mamba(block) = &layer.mixer;
+        let block = layer.mixer.as_mamba();
+        let block = block.ok_or_else(|| argument("layers", "Mamba blocks, of one node", "others"))?;
         let norm = layer.norm.parameter().leave_graph()?;
         let norm_weight = norm.tensor()?.to_dtype(DType::F32)?;
         Ok(Self { norm, norm_weight, eps: layer.norm.eps(), parts: block.parts().leave_graph()? })

@@ -6,6 +6,7 @@ pub mod decoding;
 mod generation;
 #[cfg(feature = "candle-cuda")]
 mod gpu;
+mod hybrids;
 mod initial;
 mod layers;
 mod loss;
