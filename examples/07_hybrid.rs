@@ -7,11 +7,11 @@
 use candle_core::{D, DType, Device, Result, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use selective_scan::nn::train::{Trainer, TrainerConfig};
+use selective_scan::nn::train::{Schedule, Trainer, TrainerConfig};
 use selective_scan::nn::{AttentionConfig, ExpertsConfig, LanguageModelConfig, LayerConfig, MambaConfig, MlpConfig};
 
 /// Pairs of a key and a value in each text, of 8 keys and 8 values; then a key again, after which comes its value.
-const PAIRS: usize = 6;
+const PAIRS: usize = 4;
 
 fn texts(batch: usize, random: &mut StdRng, device: &Device) -> Result<(Tensor, Tensor)> {
     let (mut ids, mut targets) = (Vec::new(), Vec::new());
@@ -38,11 +38,12 @@ fn main() -> Result<()> {
     config.backbone.layers.insert(1, LayerConfig::new(attention, ExpertsConfig::new(32, 32, 4, 2)));
     println!("{} parameters", config.parameter_count()?);
 
-    let options = TrainerConfig { learning_rate: 4e-3, steps: 400, ..TrainerConfig::default() };
+    let (steps, schedule) = (800, Schedule::Cosine { warmup: 50, last: 0.1 });
+    let options = TrainerConfig { learning_rate: 5e-3, schedule, steps, ..TrainerConfig::default() };
     let mut trainer = Trainer::language_model(&config, DType::F32, &device, options)?;
-    for step in 0..400 {
+    for step in 0..steps {
         let loss = trainer.step_tokens(&[texts(64, &mut random, &device)?])?.loss()?;
-        if step % 100 == 0 || step == 399 {
+        if step % 200 == 0 || step + 1 == steps {
             println!("step {step}: loss {loss:.3}");
         }
     }
