@@ -55,7 +55,7 @@ struct Arguments {
     #[arg(long, value_name = "FILE", default_value = "compare.svg")]
     plot: PathBuf,
 
-    /// Steps of each training run [default: 2000, or 200 with --quick]
+    /// Steps of each training run [default: 2000, or 150 with --quick]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
 
@@ -82,8 +82,8 @@ struct Plan {
     batch: usize,
     length: usize,
     rates: &'static [f64],
-    /// Held-out bytes at most, and of a piece.
-    held_out: [usize; 2],
+    /// Held-out bytes.
+    held_out: usize,
     /// Of steps of training that are timed.
     train_lengths: &'static [usize],
     /// Of texts that are read and gone on with.
@@ -98,11 +98,11 @@ impl Plan {
             return Self {
                 d_model: 64,
                 blocks: 4,
-                steps: arguments.steps.unwrap_or(200),
+                steps: arguments.steps.unwrap_or(150),
                 batch: 8,
                 length: 128,
                 rates: &[3e-3, 1e-2],
-                held_out: [16 << 10, 2 << 10],
+                held_out: 16 << 10,
                 train_lengths: &[256, 1024],
                 contexts: &[256, 1024, 4096],
                 seed,
@@ -115,7 +115,7 @@ impl Plan {
             batch: 8,
             length: 256,
             rates: &[1e-3, 3e-3, 1e-2],
-            held_out: [128 << 10, 8 << 10],
+            held_out: 128 << 10,
             train_lengths: &[256, 1024, 4096, 16_384],
             contexts: &[256, 1024, 4096, 16_384, 65_536],
             seed,
@@ -144,7 +144,10 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     let plan = Plan::new(arguments);
     let mut corpus = Corpus::read(&arguments.text, 0.1, plan.seed)?;
-    train::shorten(&mut corpus.held_out, plan.held_out);
+    train::shorten(&mut corpus.held_out, [plan.held_out, plan.length]);
+    if corpus.held_out.is_empty() {
+        return Err("the text that is held out is shorter than a sequence of training".into());
+    }
     let bar = if arguments.json { ProgressBar::hidden() } else { ProgressBar::new(plan.work()) };
     bar.set_style(ProgressStyle::with_template("{wide_bar} {elapsed_precise}, {eta} left, {msg}")?);
     let mut results = Vec::new();

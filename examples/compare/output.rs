@@ -56,12 +56,13 @@ pub fn notes(rows: &[Row], plan: &Plan, train: usize, held_out: usize) -> String
     let most = crate::models::Kind::ALL.map(|kind| count(kind.name()).abs_diff(first)).into_iter().max().unwrap_or(0);
     format!(
         "Of {train} bytes to learn from each has seen {} in {} steps (AdamW, weight decay 0.1, clipped to 1, a cosine to a tenth); \
-         the learning rate is the best of {:?} in runs of {} steps. Bits are those of {held_out} bytes held out. Parameters differ \
+         the learning rate is the best of {:?} in runs of {} steps. Bits are those of {held_out} bytes held out, in texts as long as those of training, {}. Parameters differ \
          by {:.1} % at most. Threads: {}.",
         plan.steps * plan.batch * plan.length,
         plan.steps,
         plan.rates,
         plan.short_steps(),
+        plan.length,
         100.0 * most as f64 / first.max(1) as f64,
         std::thread::available_parallelism().map_or(1, |threads| threads.get()),
     )

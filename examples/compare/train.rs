@@ -5,7 +5,7 @@ use indicatif::ProgressBar;
 use selective_scan::nn::train::{AdamWConfig, Schedule, Trainer, TrainerConfig};
 use selective_scan::nn::{LanguageModel, LanguageModelConfig};
 
-use crate::data::{Corpus, Position, Windows};
+use crate::data::{Corpus, MARK, Position, Windows};
 use crate::evaluate::bits_per_byte;
 use crate::models::Kind;
 use crate::{Plan, Result};
@@ -18,15 +18,11 @@ pub struct Trained {
     pub bits_per_byte: f64,
 }
 
-/// Cuts pieces to a length, and takes as many of them as have so many bytes.
-pub fn shorten(pieces: &mut Vec<Vec<u8>>, [total, of_piece]: [usize; 2]) {
-    let mut left = total;
-    pieces.retain_mut(|piece| {
-        // The mark before it is none of its bytes.
-        piece.truncate(1 + of_piece.min(left));
-        left -= piece.len() - 1;
-        piece.len() > 1
-    });
+/// Cuts pieces into parts of a length, a mark before each, and takes as many of them as have so many bytes: by texts longer than
+/// those of training, a Transformer would be measured by how it fails beyond them.
+pub fn shorten(pieces: &mut Vec<Vec<u8>>, [total, length]: [usize; 2]) {
+    let parts = pieces.iter().flat_map(|piece| piece[1..].chunks_exact(length));
+    *pieces = parts.take(total / length).map(|part| [&[MARK], part].concat()).collect();
 }
 
 pub fn config(learning_rate: f64, steps: usize) -> TrainerConfig {
