@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | selective scan | [`scan`] | runs the recurrence over whole sequences, dense or packed, with gradients |
 //! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
+//! | attention | [`attention`] | causal attention with grouped heads, in blocks, with gradients |
 //! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
 //! | gradient of an embedding | [`embedding`] | sums the gradients of the rows that tokens were looked up in |
 //! | cross entropy | [`loss`] | the loss of rows of logits, with its gradient in their place |
@@ -90,6 +91,7 @@
 struct Readme;
 
 mod arguments;
+pub mod attention;
 #[cfg(feature = "candle")]
 pub mod candle;
 pub mod conv;

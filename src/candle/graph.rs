@@ -161,7 +161,7 @@ impl Computed {
     }
 
     /// The storage of a tensor, which is left without elements.
-    fn of(tensor: &Tensor) -> Result<Self> {
+    pub fn of(tensor: &Tensor) -> Result<Self> {
         let is_whole = tensor.is_contiguous() && tensor.layout().start_offset() == 0;
         let dense = if is_whole { tensor.detach() } else { tensor.detach().force_contiguous()? };
         let taken = Take(Mutex::new(None));

@@ -3,6 +3,7 @@
 //! | operator | on tensors | on views |
 //! |---|---|---|
 //! | selective scan | [`Scan`] | [`scan`](crate::scan) |
+//! | attention | [`Attention`] | [`attention`](crate::attention) |
 //! | causal convolution | [`CausalConv`] | [`conv`](crate::conv) |
 //! | RMS norm | [`RmsNorm`] | [`norm`](crate::norm) |
 //! | a decoding step, in place | [`DecodeLinear`], [`DecodeUpdate`], [`embedding_lookup`] | [`decode`](crate::decode) |
@@ -93,6 +94,7 @@ pub(crate) mod write_all;
 
 use std::io;
 
+pub use crate::attention::tensors::Attention;
 pub use crate::conv::tensors::{CausalConv, ConvUpdate};
 pub use crate::decode::candle::{DecodeConv, DecodeLinear, DecodeUpdate, embedding_lookup};
 pub use crate::embedding::candle::embedding_gradient;
@@ -120,6 +122,9 @@ pub use tensors::CandleTensors;
 
 /// The gradients of the tensors of a [`Scan`], dense, each of its tensor's shape and type: of those that were given.
 pub type ScanGradients = crate::scan::Tensors<CandleTensors>;
+
+/// The gradients of the tensors of an [`Attention`], dense, each of its tensor's shape and type.
+pub type AttentionGradients = crate::attention::Tensors<CandleTensors>;
 
 /// The gradients of the tensors of a [`CausalConv`], dense, each of its tensor's shape and type: of those that were given.
 pub type CausalConvGradients = crate::conv::Tensors<CandleTensors>;

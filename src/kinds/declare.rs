@@ -339,6 +339,7 @@ pub(crate) use shape_doc;
 macro_rules! of_kind {
     ($K:ident, projection($($dims:tt)*)) => { $crate::kinds::ProjectionAs<$K> };
     ($K:ident, activation($a:expr, $b:expr, $c:expr)) => { <$K as $crate::kinds::Kind>::Activation<3> };
+    ($K:ident, activation($a:expr, $b:expr, $c:expr, $d:expr)) => { <$K as $crate::kinds::Kind>::Activation<4> };
     ($K:ident, parameter($a:expr)) => { <$K as $crate::kinds::Kind>::Parameter<1> };
     ($K:ident, parameter($a:expr, $b:expr)) => { <$K as $crate::kinds::Kind>::Parameter<2> };
     ($K:ident, parameter($a:expr, $b:expr, $c:expr)) => { <$K as $crate::kinds::Kind>::Parameter<3> };
@@ -349,6 +350,7 @@ pub(crate) use of_kind;
 macro_rules! of_views {
     ($a:lifetime, $T:ident, $M:ident, projection($($dims:tt)*)) => { $crate::Projection<$a, $T, $M> };
     ($a:lifetime, $T:ident, $M:ident, activation($x:expr, $y:expr, $z:expr)) => { $crate::View<$a, $T, 3, $M> };
+    ($a:lifetime, $T:ident, $M:ident, activation($w:expr, $x:expr, $y:expr, $z:expr)) => { $crate::View<$a, $T, 4, $M> };
     ($a:lifetime, $T:ident, $M:ident, parameter($x:expr)) => { $crate::View<$a, f32, 1, $M> };
     ($a:lifetime, $T:ident, $M:ident, parameter($x:expr, $y:expr)) => { $crate::View<$a, f32, 2, $M> };
     ($a:lifetime, $T:ident, $M:ident, parameter($x:expr, $y:expr, $z:expr)) => { $crate::View<$a, f32, 3, $M> };
@@ -395,6 +397,9 @@ macro_rules! apply {
     (@ $f:expr, $field:expr, $tensor:expr, projection($($dims:tt)*)) => { $f.projection($field, $tensor) };
     (@ $f:expr, $field:expr, $tensor:expr, activation($x:expr, $y:expr, $z:expr)) => {
         $f.activation::<3>($field, $tensor)
+    };
+    (@ $f:expr, $field:expr, $tensor:expr, activation($w:expr, $x:expr, $y:expr, $z:expr)) => {
+        $f.activation::<4>($field, $tensor)
     };
     (@ $f:expr, $field:expr, $tensor:expr, parameter($x:expr)) => { $f.parameter::<1>($field, $tensor) };
     (@ $f:expr, $field:expr, $tensor:expr, parameter($x:expr, $y:expr)) => { $f.parameter::<2>($field, $tensor) };

@@ -43,6 +43,25 @@ pub(crate) fn check_room(name: &'static str, shape: &[usize], dtype: DType, devi
     Err(argument(name, "sizes that fit in memory", got))
 }
 
+/// How many tokens a call brings for each of its sequences.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum NewTokens<'a> {
+    /// So many for each.
+    Each(usize),
+    /// Those between neighbouring offsets.
+    Packed(&'a [usize]),
+}
+
+impl NewTokens<'_> {
+    /// Those of sequence number `index`.
+    pub fn of(self, index: usize) -> usize {
+        match self {
+            Self::Each(count) => count,
+            Self::Packed(ends) => ends[index + 1].saturating_sub(ends[index]),
+        }
+    }
+}
+
 /// As many parameters as can have an address each, in any type.
 pub(crate) const COUNTABLE: usize = isize::MAX as usize / 8;
 

@@ -3,7 +3,9 @@
 //! | | |
 //! |---|---|
 //! | [`Mamba`] | the block: for whole sequences, packed ones, prompts in chunks, and token by token on a [`MambaState`] |
-//! | [`Backbone`] | norms and mixers around a residual stream, for sequences of anything |
+//! | [`Attention`], [`Mlp`], [`Experts`] | causal attention with a cache of keys and values; what stands after a mixer |
+//! | [`Recurrent`] | an LSTM or a GRU, by candle-nn's cells |
+//! | [`Backbone`] | norms, mixers and feed-forward parts around a residual stream, for sequences of anything |
 //! | [`LanguageModel`] | a backbone between embeddings and a head, initialised as in the paper; trains on candle-nn's `VarMap` |
 //! | [`decode`] | texts of sequences that come and go, steps of a model over fixed buffers (on a GPU one CUDA graph each), beams, drafts |
 //! | [`Cache`], [`Sampler`] | the states of all layers in slots, which are reset, copied, taken and put back; the choice of tokens from logits on the host |
@@ -13,8 +15,9 @@
 //! | [`VisionModel`] | Vision Mamba: patches of images, a token in their middle, two directions |
 //! | [`RmsNorm`] | the norm between layers, with gradients, for models of your own |
 //!
-//! Layers may differ: [`BackboneConfig`] has one [`MixerConfig`] for all, and others by index. [`Mixer`] and [`LayerState`]
-//! are enums of which Mamba is the only variant yet.
+//! Layers may differ: [`BackboneConfig`] has one mixer and one feed-forward part for all, and others by index, a
+//! [`LayerConfig`] each. [`Mixer`] and [`LayerState`] are enums; a hybrid such as Jamba has several of their variants, in one
+//! [`Cache`].
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -107,22 +110,30 @@
 //!
 //! `VarMap`'s own `save` and `load` keep the variables of a training run, by the same names.
 
+mod attention;
 mod checkpoint;
 mod checks;
 pub mod decode;
+mod feed_forward;
 mod layers;
 mod mamba;
 pub(crate) mod model;
+mod recurrent;
 mod s4;
 pub mod train;
 mod vision;
 
+pub use attention::{Attention, AttentionConfig, AttentionState};
 pub use checkpoint::{Checkpoint, CheckpointFormat, FileFormat, SaveOptions};
 pub use decode::{Cache, Sampler, Sampling};
+pub use feed_forward::{Experts, ExpertsConfig, FeedForward, FeedForwardConfig, Mlp, MlpConfig};
 pub use layers::RmsNorm;
 pub use mamba::{Mamba, MambaConfig, MambaState, Norms};
-pub use model::{Backbone, BackboneConfig, LanguageModel, LanguageModelConfig, LayerState, Mixer, MixerConfig};
+pub use model::{
+    Backbone, BackboneConfig, LanguageModel, LanguageModelConfig, LayerConfig, LayerState, Mixer, MixerConfig,
+};
+pub use recurrent::{Recurrent, RecurrentCell, RecurrentConfig, RecurrentState};
 pub use s4::{S4Config, S4Head, S4Layer, S4Model, S4ModelConfig, S4State, S4System, s4_group};
 pub use vision::{VisionConfig, VisionModel};
 
-use checks::{COUNTABLE, argument, check_eps, check_model_dtype, check_once, check_room, sum};
+use checks::{COUNTABLE, NewTokens, argument, check_eps, check_model_dtype, check_once, check_room, sum};

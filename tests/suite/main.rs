@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod attention;
 #[cfg(feature = "candle")]
 mod candle;
 mod conv;

@@ -68,7 +68,7 @@ pub fn held_by<R>(f: impl FnOnce() -> R) -> (usize, R) {
 }
 
 /// The most bytes that `f` holds at a time, all of which this thread must allocate.
-#[cfg(feature = "nn")]
+#[cfg(feature = "candle")]
 pub fn peak_of<R>(f: impl FnOnce() -> R) -> (usize, R) {
     let before = HELD_HERE.get();
     PEAK_HERE.set(before);

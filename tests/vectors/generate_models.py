@@ -21,7 +21,8 @@ A folder has the checkpoint as it is published, and `expected.safetensors` with
     prompt         (batch, length)            and what follows by taking the likeliest token each time:
     generated      (batch, length)
 
-or for the layer of Jamba, whose model has attention and experts as well: `x`, `out`, `d_out`, `grad/x`, `grad/NAME`.
+or for the layer of Jamba alone, `jamba`: `x`, `out`, `d_out`, `grad/x`, `grad/NAME`. `jamba_model` is a model with attention
+and experts, and `llama` a plain Transformer; gradients have the names of the checkpoint's tensors.
 
 `state_spaces` holds the weights of `mamba` under the names of the repository state-spaces/mamba, with its config.json;
 what is expected of `mamba` is expected of it.
@@ -40,6 +41,9 @@ from transformers import (
     FalconMambaConfig,
     FalconMambaForCausalLM,
     JambaConfig,
+    JambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
 )
@@ -54,11 +58,11 @@ PROMPT, GENERATED = 9, 20
 def float64():
     """transformers widens what needs care to float32, by name. Here the name means float64, so that nothing is lost."""
     single, widen = torch.float32, torch.Tensor.float
-    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
+    torch.float32, torch.float, torch.Tensor.float = torch.float64, torch.float64, torch.Tensor.double
     try:
         yield
     finally:
-        torch.float32, torch.Tensor.float = single, widen
+        torch.float32, torch.float, torch.Tensor.float = single, single, widen
 
 
 def generator(name):
@@ -82,6 +86,10 @@ def randomize(module, random):
                 uniform(parameter, -4.0, 0.0)
             elif "norm" in name:
                 uniform(parameter, 0.5, 1.5)
+            elif "embed_tokens" in name:  # as that of the others, below
+                normal(parameter, 0.2)
+            elif parameter.dim() == 3 and "experts" in name:
+                normal(parameter, parameter.shape[2] ** -0.5)
             elif parameter.dim() == 1:
                 normal(parameter, 0.2)
             elif "conv1d" in name:
@@ -124,6 +132,43 @@ def results(model, random, vocab):
     }
 
 
+def results_of_transformer(model, random, vocab):
+    """The same of a model whose hidden states do not have what the last layer leaves, by the names of its checkpoint."""
+    # Otherwise it multiplies by an operator that knows no float64.
+    model.config._experts_implementation = "eager"
+    if hasattr(model.model, "rotary_emb"):  # made in float32 with the model
+        rotary = model.model.rotary_emb
+        steps = torch.arange(0, 2 * len(rotary.inv_freq), 2, dtype=torch.float64)
+        rotary.inv_freq = model.config.rope_parameters["rope_theta"] ** (-steps / (2 * len(rotary.inv_freq)))
+    left = {}
+
+    def keep(index):
+        def hook(_, __, out):
+            # The first call alone is that whose results are stored. What is returned here would replace the output.
+            left.setdefault(index, out[0] if isinstance(out, tuple) else out)
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(keep(index))
+    tensors = results(model, random, vocab)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("hidden/") or name == "hidden/final"}
+    tensors |= {f"hidden/{index}": hidden for index, hidden in left.items()}
+    stored = {}
+    for name, tensor in tensors.items():
+        # transformers joins the matrices of experts, and divides them where it saves them.
+        if name.endswith("experts.gate_up_proj"):
+            for index, pair in enumerate(tensor):
+                for half, part in zip(("gate_proj", "up_proj"), pair.chunk(2)):
+                    stored[name.replace("gate_up_proj", f"{index}.{half}.weight")] = part
+        elif name.endswith("experts.down_proj"):
+            for index, one in enumerate(tensor):
+                stored[name.replace("down_proj", f"{index}.down_proj.weight")] = one
+        else:
+            stored[name] = tensor
+    return stored
+
+
 def save_results(folder, tensors):
     for name, tensor in tensors.items():
         assert tensor.isfinite().all() and (tensor != 0).any(), name
@@ -131,7 +176,7 @@ def save_results(folder, tensors):
     save_file({name: t.contiguous() for name, t in stored.items()}, folder / "expected.safetensors")
 
 
-def language_model(name, model_class, config, draw=0, **saving):
+def language_model(name, model_class, config, draw=0, results=results, **saving):
     """`draw` is changed until the text that the model generates is worth comparing."""
     random, folder = generator(f"{name} {draw}"), FOLDER / name
     model = model_class(config).eval()
@@ -206,6 +251,47 @@ def jamba():
     save_results(folder, {"x": x, "out": out, "d_out": d_out, "grad/x": wide.grad, **gradients})
 
 
+def jamba_model():
+    """Attention in every third layer and experts in every second."""
+    config = JambaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        num_experts=4,
+        num_experts_per_tok=2,
+        attn_layer_period=3,
+        attn_layer_offset=1,
+        mamba_d_state=4,
+        mamba_dt_rank=3,
+        **COMMON,
+    )
+    language_model("jamba_model", JambaForCausalLM, config, results=results_of_transformer)
+
+
+def llama():
+    """All that is optional: biases, a width of heads of their own, another base."""
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+        **COMMON,
+    )
+    language_model("llama", LlamaForCausalLM, config, draw=17, results=results_of_transformer)
+
+
 def state_spaces():
     """The weights of `mamba` as state-spaces/mamba would have them: that repository's models have the vocabulary rounded
     up to a multiple, and name the tied matrix twice."""
@@ -231,7 +317,7 @@ def state_spaces():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     shutil.rmtree(FOLDER, ignore_errors=True)
-    for case in (mamba, mamba_untied, falcon_mamba, jamba, state_spaces):
+    for case in (mamba, mamba_untied, falcon_mamba, jamba, jamba_model, llama, state_spaces):
         case()
     files = sorted(path for path in FOLDER.rglob("*") if path.is_file())
     for path in files:

@@ -5,13 +5,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::CheckpointFormat;
-use super::hugging_face::{self, HuggingFace};
+use super::hugging_face::{self, HuggingFace, all_keys, with_tokens};
+use super::hybrid::Hybrid;
 use super::jamba::Jamba;
+use super::llama::Llama;
 use super::state_spaces::StateSpaces;
-use crate::nn::{LanguageModelConfig, MambaConfig, argument};
+use super::{hybrid, jamba, llama};
+use crate::nn::{LanguageModelConfig, LayerConfig, MambaConfig, argument};
 
 impl LanguageModelConfig {
-    /// Reads a config.json, of Hugging Face's (`model_type` is `mamba` or `falcon_mamba`) or of state-spaces/mamba's. A key
+    /// Reads a config.json, of Hugging Face's (`model_type` is `mamba`, `falcon_mamba`, `jamba` or `llama`) or of state-spaces/mamba's. A key
     /// that is `null` has its library's default, and one that has no field here is kept in [`extra`](Self::extra).
     ///
     /// # Errors
@@ -24,7 +27,8 @@ impl LanguageModelConfig {
     ///
     /// Hugging Face's keys have words for every model. What transformers does not know is written with the `model_type`
     /// `selective_scan`, which this crate alone reads: `bidirectional`, time-invariant, Jamba's norms, a `d_inner` that
-    /// is no whole multiple of `d_model`, layers that differ from one another, and layers that share their weights. All of
+    /// is no whole multiple of `d_model`, Mamba layers that differ from one another, and layers that share their weights; or, with
+    /// attention or feed-forward parts in other places than in Jamba or Llama, `selective_scan_hybrid`. All of
     /// [`extra`](Self::extra) is kept. A special token that is not there is written as `null`, as transformers takes token 0 where
     /// nothing is said.
     ///
@@ -40,21 +44,21 @@ impl LanguageModelConfig {
 
 impl MambaConfig {
     /// Reads the part of a config.json that is about the Mamba blocks: those that [`LanguageModelConfig::from_json`]
-    /// takes, and Jamba's, whose models have other layers too. A Jamba layer is then
+    /// takes where all layers are Mamba blocks alike, and those among Jamba's layers. One of these is then
     /// `Mamba::new(&config, vb.pp("model.layers.N.mamba"))`.
     ///
     /// # Errors
     /// As [`LanguageModelConfig::from_json`].
     pub fn from_json(text: &str) -> Result<Self> {
         let keys = parse(text)?;
-        if keys.get("model_type").is_some_and(|name| name == "jamba") {
-            let config = from_keys::<Jamba>(&keys)?.into_config()?;
+        if keys.get("model_type").is_some_and(|name| name == jamba::TYPE) {
+            let config = from_keys::<Jamba>(&keys)?.mamba()?;
             config.check()?;
             return Ok(config);
         }
         let config = LanguageModelConfig::from_json(text)?.backbone;
-        match (config.mixer.as_mamba(), config.layers.first_key_value()) {
-            (Some(mamba), None) => Ok(mamba.clone()),
+        match (config.mixer.as_mamba(), config.layers.first_key_value(), &config.feed_forward) {
+            (Some(mamba), None, None) => Ok(mamba.clone()),
             _ => Err(argument("config.json", "Mamba blocks that are all alike", "layers that differ")),
         }
     }
@@ -73,9 +77,18 @@ pub(super) fn read(text: &str) -> Result<(LanguageModelConfig, CheckpointFormat)
         Some(Value::String(name)) if hugging_face::TYPES.contains(&name.as_str()) => {
             (HuggingFace::read(&keys)?, CheckpointFormat::HuggingFace)
         }
+        Some(Value::String(name)) if name == jamba::TYPE => {
+            (with_tokens(Jamba::read(&keys)?, &jamba::TOKENS), CheckpointFormat::HuggingFace)
+        }
+        Some(Value::String(name)) if name == llama::TYPE => {
+            (with_tokens(Llama::read(&keys)?, &llama::TOKENS), CheckpointFormat::HuggingFace)
+        }
+        Some(Value::String(name)) if name == hybrid::TYPE => {
+            let none = ["bos_token_id", "eos_token_id", "pad_token_id"].map(|token| (token, None));
+            (with_tokens(Hybrid::read(&keys)?, &none), CheckpointFormat::HuggingFace)
+        }
         Some(other) => {
-            let expected =
-                "`model_type` mamba or falcon_mamba (of a Jamba model, `MambaConfig` reads the Mamba layers)";
+            let expected = "`model_type` mamba, falcon_mamba, jamba or llama";
             return Err(argument("config.json", expected, other));
         }
     };
@@ -87,10 +100,44 @@ pub(super) fn read(text: &str) -> Result<(LanguageModelConfig, CheckpointFormat)
 pub(super) fn write(config: &LanguageModelConfig, format: CheckpointFormat, dtype: Option<DType>) -> Result<String> {
     config.check()?;
     let keys = match format {
-        CheckpointFormat::HuggingFace => HuggingFace::write(config, dtype)?,
+        CheckpointFormat::HuggingFace => match Family::of(config) {
+            Family::Mamba => HuggingFace::write(config, dtype)?,
+            Family::Jamba(jamba) => all_keys(config, jamba.keys()?, dtype),
+            Family::Llama(llama) => all_keys(config, llama.keys()?, dtype),
+            Family::Hybrid => all_keys(config, Hybrid::keys(config)?, dtype),
+        },
         CheckpointFormat::StateSpaces => StateSpaces::write(config)?,
     };
     Ok(serde_json::to_string_pretty(&keys).map_err(candle_core::Error::wrap)? + "\n")
+}
+
+/// Whose words Hugging Face has for a model.
+pub(super) enum Family {
+    /// Mamba's and Falcon Mamba's, or ours for what is made of such blocks.
+    Mamba,
+    Jamba(Box<Jamba>),
+    Llama(Box<Llama>),
+    /// Nobody's but ours.
+    Hybrid,
+}
+
+impl Family {
+    pub fn of(config: &LanguageModelConfig) -> Self {
+        let backbone = &config.backbone;
+        let is_alone = |layer: &LayerConfig| layer.mixer.as_mamba().is_some() && layer.feed_forward.is_none();
+        let is_mamba = backbone.mixer.as_mamba().is_some() && backbone.feed_forward.is_none();
+        if is_mamba && backbone.layers.values().all(is_alone) {
+            return Self::Mamba;
+        }
+        // Neither of the others shares weights between layers.
+        if backbone.tie_layers > 1 {
+            return Self::Hybrid;
+        }
+        if let Some(llama) = Llama::of(config) {
+            return Self::Llama(Box::new(llama));
+        }
+        Jamba::of(config).map_or(Self::Hybrid, |jamba| Self::Jamba(Box::new(jamba)))
+    }
 }
 
 fn parse(text: &str) -> Result<Keys> {

@@ -14,8 +14,9 @@ const OURS: &str = "selective_scan";
 /// Those that are read.
 pub(super) const TYPES: [&str; 3] = ["mamba", "falcon_mamba", OURS];
 
-/// The special tokens, for which transformers takes token 0 where nothing is said.
-const TOKENS: [&str; 3] = ["bos_token_id", "eos_token_id", "pad_token_id"];
+/// The special tokens, with what transformers takes of a Mamba model where nothing is said.
+const TOKENS: [(&str, Option<u32>); 3] =
+    [("bos_token_id", Some(0)), ("eos_token_id", Some(0)), ("pad_token_id", Some(0))];
 /// The type of the weights, in older versions of transformers and in newer ones.
 const DTYPES: [&str; 2] = ["torch_dtype", "dtype"];
 
@@ -51,7 +52,7 @@ const KEYS: [&str; 28] = [
     "tie_layers",
 ];
 /// Those of them that are about a mixer, which a layer may have of its own.
-const MIXER_KEYS: [&str; 16] = [
+pub(super) const MIXER_KEYS: [&str; 16] = [
     "state_size",
     "conv_kernel",
     "expand",
@@ -169,33 +170,25 @@ impl HuggingFace {
         if config.extra.contains_key(PADDING[0]) {
             config.extra = others(&config.extra, &PADDING);
         }
-        config.extra = others(&config.extra, &DTYPES);
-        for token in TOKENS {
-            // A token that is none is not in `extra`.
-            match config.extra.get(token) {
-                Some(Value::Null) => drop(config.extra.remove(token)),
-                None if keys["model_type"] != OURS => drop(config.extra.insert(token.into(), 0.into())),
-                _ => {}
-            }
-        }
-        Ok(config)
+        let defaults = if keys["model_type"] == OURS { TOKENS.map(|(token, _)| (token, None)) } else { TOKENS };
+        Ok(with_tokens(config, &defaults))
     }
 
     pub fn write(config: &LanguageModelConfig, dtype: Option<DType>) -> Result<Keys> {
-        let mut keys = config.extra.clone();
-        keys.append(&mut to_keys(&Self::from_config(config)?)?);
-        for token in TOKENS {
-            keys.entry(token).or_insert(Value::Null);
-        }
-        if let Some(dtype) = dtype {
-            let name = match dtype {
-                DType::F16 => "float16",
-                DType::BF16 => "bfloat16",
-                _ => "float32",
-            };
-            keys.extend(DTYPES.map(|key| (key.to_string(), name.into())));
-        }
-        Ok(keys)
+        Ok(all_keys(config, to_keys(&Self::from_config(config)?)?, dtype))
+    }
+
+    /// A Mamba block by the keys of a mixer alone.
+    pub fn mixer(keys: &Keys, d_model: usize) -> Result<MambaConfig> {
+        let mut keys = keys.clone();
+        keys.insert("hidden_size".into(), d_model.into());
+        keys.insert("model_type".into(), OURS.into());
+        from_keys::<Self>(&keys)?.mamba()
+    }
+
+    /// The keys of which those of a mixer are about this block.
+    pub fn of_mixer(config: &LanguageModelConfig, mamba: &MambaConfig) -> Self {
+        Self::from_mixer(config, mamba, OURS)
     }
 
     /// `keys` are those from which `self` was read.
@@ -218,6 +211,7 @@ impl HuggingFace {
             backbone: BackboneConfig {
                 n_layer: self.num_hidden_layers,
                 mixer: self.mamba()?.into(),
+                feed_forward: None,
                 layers,
                 tie_layers: self.tie_layers.filter(|_| self.model_type == OURS).unwrap_or(1),
                 norm_eps: self.layer_norm_epsilon,
@@ -285,7 +279,7 @@ impl HuggingFace {
     }
 
     fn from_config(config: &LanguageModelConfig) -> Result<Self> {
-        let MixerConfig::Mamba(mamba) = &config.backbone.mixer;
+        let mamba = mamba_of(&config.backbone.mixer)?;
         let known = !mamba.bidirectional
             && mamba.selective
             && mamba.d_inner.is_multiple_of(mamba.d_model)
@@ -299,8 +293,8 @@ impl HuggingFace {
         let mut all = Self::from_mixer(config, mamba, model_type);
         all.architectures.extend(architecture.map(str::to_string));
         let common = to_keys(&all)?;
-        for (&index, MixerConfig::Mamba(mamba)) in &config.backbone.layers {
-            let mut own = to_keys(&Self::from_mixer(config, mamba, model_type))?;
+        for (&index, layer) in &config.backbone.layers {
+            let mut own = to_keys(&Self::from_mixer(config, mamba_of(&layer.mixer)?, model_type))?;
             own.retain(|key, value| MIXER_KEYS.contains(&key.as_str()) && common.get(key) != Some(value));
             all.layers.insert(index, own);
         }
@@ -349,4 +343,41 @@ impl HuggingFace {
             pad_vocab_size_multiple: padded.then_some(config.pad_vocab_size_multiple),
         }
     }
+}
+
+/// The Mamba block that a mixer is.
+fn mamba_of(mixer: &MixerConfig) -> Result<&MambaConfig> {
+    mixer.as_mamba().ok_or_else(|| argument("mixer", "Mamba blocks", "another mixer"))
+}
+
+/// A configuration that was read: without the type of weights, and with the tokens that its library takes where nothing is said.
+pub(super) fn with_tokens(mut config: LanguageModelConfig, defaults: &[(&str, Option<u32>)]) -> LanguageModelConfig {
+    config.extra = others(&config.extra, &DTYPES);
+    for &(token, default) in defaults {
+        // A token that is none is not in `extra`.
+        match (config.extra.get(token), default) {
+            (Some(Value::Null), _) => drop(config.extra.remove(token)),
+            (None, Some(default)) => drop(config.extra.insert(token.into(), default.into())),
+            _ => {}
+        }
+    }
+    config
+}
+
+/// All keys of a config.json: those of a model, the special tokens, the type of its weights, and what else there is.
+pub(super) fn all_keys(config: &LanguageModelConfig, mut of_model: Keys, dtype: Option<DType>) -> Keys {
+    let mut keys = config.extra.clone();
+    keys.append(&mut of_model);
+    for (token, _) in TOKENS {
+        keys.entry(token).or_insert(Value::Null);
+    }
+    if let Some(dtype) = dtype {
+        let name = match dtype {
+            DType::F16 => "float16",
+            DType::BF16 => "bfloat16",
+            _ => "float32",
+        };
+        keys.extend(DTYPES.map(|key| (key.to_string(), name.into())));
+    }
+    keys
 }

@@ -3,7 +3,9 @@
 mod config_json;
 mod folder;
 mod hugging_face;
+mod hybrid;
 mod jamba;
+mod llama;
 mod names;
 mod pytorch;
 mod state_spaces;

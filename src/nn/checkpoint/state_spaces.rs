@@ -183,7 +183,6 @@ impl StateSpaces {
 
     fn from_config(config: &LanguageModelConfig) -> Result<Self> {
         let backbone = &config.backbone;
-        let MixerConfig::Mamba(mamba) = &backbone.mixer;
         let refuse = |name, expected: &str, got: &dyn std::fmt::Debug| {
             Err(argument(
                 name,
@@ -191,6 +190,12 @@ impl StateSpaces {
                 format_args!("{got:?}"),
             ))
         };
+        let MixerConfig::Mamba(mamba) = &backbone.mixer else {
+            return refuse("mixer", "Mamba blocks", &"attention");
+        };
+        if let Some(feed_forward) = &backbone.feed_forward {
+            return refuse("feed_forward", "none", feed_forward);
+        }
         match mamba {
             MambaConfig { bidirectional: true, .. } => return refuse("bidirectional", "false", &true),
             MambaConfig { selective: false, .. } => return refuse("selective", "true", &false),

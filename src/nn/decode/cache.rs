@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::{Device, Result};
 
 use super::{check_slots, copy, grow, put, reset, take};
-use crate::nn::{LayerState, argument};
+use crate::nn::{AttentionState, LayerState, argument};
 
 /// The states of a model: those of each layer, for a number of sequences, each in a slot of its own.
 ///
@@ -30,13 +30,25 @@ impl Cache {
         self.layers.first().map_or(0, LayerState::slots)
     }
 
-    /// Zeroes the states of these slots, or of all, so that new sequences can begin there. A negative slot is padding.
+    /// The tokens that every slot has room for in all layers; none if no state grows with them.
+    pub fn capacity(&self) -> Option<usize> {
+        self.layers.iter().filter_map(|layer| Some(layer.as_attention()?.capacity())).min()
+    }
+
+    /// The most tokens of a slot in any layer, where states grow with them.
+    pub(crate) fn tokens(&self) -> Result<usize> {
+        let lengths = self.layers.iter().filter_map(LayerState::as_attention).map(AttentionState::lengths);
+        let lengths = lengths.collect::<Result<Vec<_>>>()?;
+        Ok(lengths.into_iter().flatten().max().unwrap_or(0) as usize)
+    }
+
+    /// Makes these slots, or all, ready for new sequences: states are zero, and of attention no token is there. A negative slot is padding.
     ///
     /// # Errors
     /// A slot that there is not. Nothing is written then.
     pub fn reset(&self, slots: Option<&[i32]>) -> Result<()> {
         self.check("slots", slots.unwrap_or_default(), true)?;
-        self.layers.iter().flat_map(LayerState::pools).try_for_each(|pool| reset(pool, slots))
+        self.layers.iter().flat_map(LayerState::beginnings).try_for_each(|pool| reset(pool, slots))
     }
 
     /// Copies the states of slot `from[i]` onto slot `to[i]`, for each `i`, as a search with beams does when it has chosen.
@@ -50,7 +62,7 @@ impl Cache {
         self.layers.iter().flat_map(LayerState::pools).try_for_each(|pool| copy(pool, from, to))
     }
 
-    /// The states of these slots as a cache of their own, a copy: what is kept of a prompt that many sequences begin with,
+    /// The states of these slots as a cache of their own, a copy with all the room that they have: what is kept of a prompt that many sequences begin with,
     /// or of a sequence that has to wait.
     ///
     /// # Errors
@@ -64,8 +76,8 @@ impl Cache {
     /// be on another device, and its states of another type, to which they are then rounded.
     ///
     /// # Errors
-    /// A slot that there is not, or that is written twice; a cache of another model or number of slots. Nothing is written
-    /// then.
+    /// A slot that there is not, or that is written twice; a cache of another model, capacity or number of slots. Nothing is
+    /// written then.
     pub fn put(&self, states: &Self, slots: &[i32]) -> Result<()> {
         self.check_states("states", states)?;
         self.check_written("slots", slots, states.slots())?;
@@ -110,8 +122,9 @@ impl Cache {
         self.map(|pool| pool.to_device(device))
     }
 
-    /// Writes all states to a file in the format of safetensors, `layers.N.conv` and `layers.N.ssm` for layer `N`; what is there already
-    /// is replaced as one.
+    /// Writes all states to a file in the format of safetensors, `layers.N.conv` and `layers.N.ssm` for a Mamba layer `N`, and `layers.N.k`,
+    /// `layers.N.v` and `layers.N.length` for attention, `layers.N.h` and of an LSTM `layers.N.c`; what is there already is
+    /// replaced as one.
     ///
     /// # Errors
     /// What the system refuses. The file is as it was then.
@@ -143,13 +156,14 @@ impl Cache {
         let path = path.as_ref();
         let mut tensors = candle_core::safetensors::load(path, device).map_err(|error| error.with_path(path))?;
         let mut layers = Vec::new();
-        while let Some(layer) = LayerState::from_tensors(layers.len(), &mut tensors) {
+        while let Some(layer) = LayerState::from_tensors(layers.len(), &mut tensors)? {
             layers.push(layer);
         }
         if layers.is_empty() || !tensors.is_empty() {
             let mut names: Vec<_> = tensors.keys().cloned().collect();
             names.sort_unstable();
-            let expected = "`layers.N.conv` and `layers.N.ssm` for each layer from 0 on";
+            let expected =
+                "`layers.N.conv` and `layers.N.ssm`, or those of another kind of layer, for each layer from 0 on";
             return Err(
                 argument("path", expected, format_args!("{} layers, and {names:?}", layers.len())).with_path(path)
             );

@@ -9,7 +9,7 @@ use candle_core::{DType, Result, Tensor};
 use super::{Cache, check_tokens};
 use crate::candle::{DecodeLinear, Repeated, Repetition, SamplingState, Slots, copy_from_host, embedding_lookup};
 use crate::nn::mamba::{Buffers, JoinedLayer, full};
-use crate::nn::{LanguageModel, argument, check_room};
+use crate::nn::{LanguageModel, NewTokens, argument, check_room};
 
 /// A language model that is decoded with: its weights, the states of its sequences, and steps that are made ready once.
 ///
@@ -38,7 +38,7 @@ use crate::nn::{LanguageModel, argument, check_room};
 pub struct Decoder {
     model: LanguageModel,
     cache: Cache,
-    /// None if there is a layer whose steps cannot be joined.
+    /// None if there is a layer whose steps cannot be joined: any but selective Mamba blocks alone.
     joined: Option<Joined>,
     /// Shared with the steps that choose tokens.
     sampling: Arc<SamplingState>,
@@ -54,12 +54,14 @@ pub struct DecoderOptions {
     pub slots: usize,
     /// The type of their states, see [`MambaState::new`](crate::nn::MambaState::new).
     pub state_dtype: DType,
+    /// The tokens that each has room for where states grow with them; if absent, as many as the layers' configurations say.
+    pub capacity: Option<usize>,
 }
 
 impl Default for DecoderOptions {
     /// One sequence, states of `f32`.
     fn default() -> Self {
-        Self { slots: 1, state_dtype: DType::F32 }
+        Self { slots: 1, state_dtype: DType::F32, capacity: None }
     }
 }
 
@@ -94,8 +96,8 @@ impl Decoder {
             return Err(argument("slots", "at least 1", 0));
         }
         let model = model.detach()?;
-        let cache = model.new_cache(options.slots, options.state_dtype)?;
-        model.backbone().check_decoding(&cache, options.slots, Slots::Rows)?;
+        let cache = model.backbone().cache(options.slots, options.state_dtype, options.capacity)?;
+        model.backbone().check_decoding(&cache, options.slots, Slots::Rows, NewTokens::Each(0))?;
         let (vocab, columns) = (model.config().vocab_size, model.config().padded_vocab_size());
         let sampling = Arc::new(SamplingState::new(model.device(), options.slots, vocab, columns)?);
         let joined = Joined::new(&model)?;
@@ -149,7 +151,7 @@ impl Decoder {
             return Err(argument("tokens", format_args!("{}, one for each slot", slots.len()), tokens.len()));
         }
         check_tokens("tokens", tokens, self.model.config().padded_vocab_size())?;
-        self.model.backbone().check_decoding(&self.cache, slots.len(), Slots::Host(slots))?;
+        self.model.backbone().check_decoding(&self.cache, slots.len(), Slots::Host(slots), NewTokens::Each(1))?;
         if self.joined.is_none() || slots.is_empty() {
             let ids = Tensor::new(tokens, &candle_core::Device::Cpu)?;
             return self.model.step(&ids, &self.cache, slots);
@@ -170,7 +172,7 @@ impl Decoder {
     /// # Errors
     /// A slot that there is not, or twice. Nothing is written then. What the device refuses.
     pub fn step_chosen(&mut self, slots: &[i32]) -> Result<Tensor> {
-        self.model.backbone().check_decoding(&self.cache, slots.len(), Slots::Host(slots))?;
+        self.model.backbone().check_decoding(&self.cache, slots.len(), Slots::Host(slots), NewTokens::Each(1))?;
         if !slots.is_empty() && self.joined.is_some() {
             return self.run(slots, true);
         }

@@ -71,6 +71,9 @@ pub struct GeneratorOptions {
     pub slots: usize,
     /// The type of their states, see [`MambaState::new`](crate::nn::MambaState::new).
     pub state_dtype: DType,
+    /// The tokens that each has room for where states grow with them, those of its prompt among them; if absent, as many as the
+    /// layers' configurations say.
+    pub capacity: Option<usize>,
     /// The most tokens of prompts that a turn reads. Fewer let those that write wait less, more read prompts faster.
     pub prompt_tokens: usize,
 }
@@ -78,7 +81,7 @@ pub struct GeneratorOptions {
 impl Default for GeneratorOptions {
     /// 8 sequences, states of `f32`, 2,048 tokens of prompts in a turn.
     fn default() -> Self {
-        Self { slots: 8, state_dtype: DType::F32, prompt_tokens: 2048 }
+        Self { slots: 8, state_dtype: DType::F32, capacity: None, prompt_tokens: 2048 }
     }
 }
 
@@ -205,8 +208,8 @@ impl Generator {
         if options.prompt_tokens == 0 {
             return Err(argument("prompt_tokens", "at least 1", 0));
         }
-        let &GeneratorOptions { slots, state_dtype, .. } = options;
-        let decoder = Decoder::new(model, &DecoderOptions { slots, state_dtype })?;
+        let &GeneratorOptions { slots, state_dtype, capacity, .. } = options;
+        let decoder = Decoder::new(model, &DecoderOptions { slots, state_dtype, capacity })?;
         // On a processor nothing is gained by letting tokens wait for a turn.
         let turns = if model.device().is_cpu() { 1 } else { 2 };
         let copies = (0..turns).map(|_| Copies::new(&decoder)).collect::<Result<_>>()?;
@@ -232,7 +235,7 @@ impl Generator {
     ///
     /// # Errors
     /// A prompt without tokens or with one beyond the vocabulary; settings by which nothing can be chosen; no tokens to write; no
-    /// samples, or more than there are slots; states of another model, or not of one slot.
+    /// samples, or more than there are slots; states of another model, or not of one slot; more tokens than a slot has room for.
     pub fn submit(&mut self, request: Request) -> Result<u64> {
         if request.prompt.is_empty() {
             return Err(argument("prompt", "at least one token", "none"));
@@ -252,10 +255,27 @@ impl Generator {
                 return Err(argument("start", "states of one slot", start.slots()));
             }
         }
+        self.check_capacity(&request)?;
         let first = self.submitted;
         self.submitted += request.samples as u64;
         self.waiting.push_back(Waiting { first, request, is_cancelled: false });
         Ok(first)
+    }
+
+    /// Checks that the longest text that a request allows fits where states grow with it. Its last token is not read.
+    fn check_capacity(&self, request: &Request) -> Result<()> {
+        let Some(capacity) = self.decoder.cache().capacity() else { return Ok(()) };
+        let start = request.start.as_ref().map_or(Ok(0), Cache::tokens)?;
+        let tokens = (start + request.prompt.len()).saturating_add(request.max_tokens - 1);
+        match tokens <= capacity {
+            true => Ok(()),
+            false => {
+                let expected = format_args!(
+                    "at most {capacity} tokens of start, prompt and text together, as a slot has room for"
+                );
+                Err(argument("max_tokens", expected, tokens))
+            }
+        }
     }
 
     /// Ends a sequence, which gives no more tokens; its next event is that it has finished. Says whether there is such a sequence: one

@@ -276,6 +276,14 @@ pub(crate) enum CachePass<'a> {
 }
 
 impl<'a> CachePass<'a> {
+    /// The offsets of packed sequences.
+    pub fn cu_seqlens(self) -> Option<&'a [usize]> {
+        match self {
+            Self::Prefill { cu_seqlens, .. } => cu_seqlens,
+            Self::Step { .. } | Self::Draft { .. } => None,
+        }
+    }
+
     /// The slot of each sequence.
     pub fn slots(self) -> Slots<'a> {
         match self {

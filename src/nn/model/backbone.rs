@@ -7,23 +7,25 @@ use candle_nn::{Module, VarBuilder};
 
 use super::drops::LeftOut;
 use super::stack::{self, WayBack};
-use super::{BackboneConfig, Drops, LayerDraft, Mixer};
+use super::{BackboneConfig, Drops, LayerConfig, LayerDraft, Mixer};
 use crate::candle::Slots;
 use crate::count_sequences;
 use crate::nn::layers::{Change, ParameterList, Parameters};
-use crate::nn::mamba::{CachePass, JoinedLayer};
-use crate::nn::{Cache, RmsNorm, argument, check_model_dtype, check_room};
+use crate::nn::mamba::{CachePass, JoinedLayer, Mamba};
+use crate::nn::{Cache, FeedForward, NewTokens, RmsNorm, argument, check_model_dtype, check_room};
 
 /// The layers of a model between its embeddings and its head:
 ///
 /// ```text
 /// stream  = x
 /// stream += mixer(norm(stream))            for each of n_layer layers
+/// stream += feed_forward(norm_ff(stream))  where there is one
 /// output  = norm_f(stream)
 /// ```
 ///
 /// For sequences of anything that has `d_model` features: patches of an image, frames of audio, the embeddings of another
-/// model. Parameters have the names `layers.N.norm.weight`, `layers.N.mixer.…` and `norm_f.weight`.
+/// model. Parameters have the names `layers.N.norm.weight`, `layers.N.mixer.…`, `layers.N.norm_ff.weight`,
+/// `layers.N.feed_forward.…` and `norm_f.weight`.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor};
@@ -54,14 +56,33 @@ pub struct Backbone {
 pub(super) struct Layer {
     pub norm: RmsNorm,
     pub mixer: Mixer,
+    /// With the norm before it.
+    pub feed_forward: Option<(RmsNorm, FeedForward)>,
 }
 
 impl Layer {
-    /// The parameters that a backward pass could reach.
-    pub fn tracked(&self) -> Vec<Tensor> {
-        let Mixer::Mamba(block) = &self.mixer;
-        let norm = self.norm.weight();
-        norm.track_op().then(|| norm.clone()).into_iter().chain(block.tracked()).collect()
+    fn build(config: &LayerConfig, norm_eps: f64, parameters: &Parameters, divisor: f64) -> Result<Self> {
+        let norm = |name| RmsNorm::build(config.mixer.d_model(), norm_eps, &parameters.pp(name));
+        let (of_mixer, mixer) = (norm("norm")?, Mixer::build(&config.mixer, &parameters.pp("mixer"), divisor)?);
+        let feed_forward = match &config.feed_forward {
+            Some(config) => {
+                let of_part = norm("norm_ff")?;
+                Some((of_part, FeedForward::build(config, &parameters.pp("feed_forward"), divisor)?))
+            }
+            None => None,
+        };
+        Ok(Self { norm: of_mixer, mixer, feed_forward })
+    }
+
+    /// The Mamba block of a layer that is nothing else.
+    pub fn mamba_alone(&self) -> Option<&Mamba> {
+        if self.feed_forward.is_some() { None } else { self.mixer.as_mamba() }
+    }
+
+    /// What the feed-forward part, if there is one, gives to be added to the stream. Differentiable.
+    pub fn feed_forward(&self, stream: &Tensor) -> Result<Option<Tensor>> {
+        let Some((norm, feed_forward)) = &self.feed_forward else { return Ok(None) };
+        feed_forward.forward(&norm.forward(stream)?).map(Some)
     }
 }
 
@@ -88,8 +109,6 @@ impl Backbone {
         parameters: &Parameters,
     ) -> Result<Self> {
         let (count, d_model) = (parameters.count(), config.d_model());
-        let norm = |parameters: &Parameters| RmsNorm::build(d_model, config.norm_eps, parameters);
-        let divisor = if config.rescale_prenorm_residual { (config.n_layer as f64).sqrt() } else { 1.0 };
         let mut layers: Vec<Layer> = Vec::new();
         for index in 0..config.n_layer {
             let owner = config.owner(index);
@@ -97,12 +116,10 @@ impl Backbone {
                 layers.push(layers[owner].clone());
                 continue;
             }
-            let parameters = parameters.pp("layers").pp(index);
-            let norm = norm(&parameters.pp("norm"))?;
-            let mixer = Mixer::build(config.layer(index), &parameters.pp("mixer"), divisor)?;
-            layers.push(Layer { norm, mixer });
+            let (layer, parameters) = (config.layer(index), parameters.pp("layers").pp(index));
+            layers.push(Layer::build(&layer, config.norm_eps, &parameters, config.divisor())?);
         }
-        let norm_f = norm(&parameters.pp("norm_f"))?;
+        let norm_f = RmsNorm::build(d_model, config.norm_eps, &parameters.pp("norm_f"))?;
         let parameters = parameters.taken_since(count);
         let drops = Drops::default();
         Ok(Self { config: config.clone(), dtype, device: device.clone(), layers, norm_f, parameters, drops })
@@ -132,7 +149,7 @@ impl Backbone {
 
     /// The same, of the layers from number `first` on.
     fn left_out(&self, first: usize) -> LeftOut {
-        LeftOut { drops: self.drops, first, layers: self.layers.len() }
+        LeftOut { drops: self.drops, first, layers: self.layers.len(), branch: 0 }
     }
 
     /// The sizes and variants.
@@ -185,9 +202,22 @@ impl Backbone {
     }
 
     /// Zero states for `slots` sequences. `dtype` is that of the states, see
-    /// [`MambaState::new`](crate::nn::MambaState::new).
+    /// [`MambaState::new`](crate::nn::MambaState::new). Attention has room for as many tokens of each as its configuration says
+    /// ([`AttentionConfig::capacity`](crate::nn::AttentionConfig::capacity)).
     pub fn new_cache(&self, slots: usize, dtype: DType) -> Result<Cache> {
-        let layers = self.mixers().map(|mixer| mixer.new_state(slots, dtype, &self.device));
+        self.cache(slots, dtype, None)
+    }
+
+    /// [`new_cache`](Self::new_cache) with room for `capacity` tokens of each sequence, where states grow with them.
+    ///
+    /// # Errors
+    /// States that do not fit in memory.
+    pub fn new_cache_for(&self, slots: usize, dtype: DType, capacity: usize) -> Result<Cache> {
+        self.cache(slots, dtype, Some(capacity))
+    }
+
+    pub(crate) fn cache(&self, slots: usize, dtype: DType, capacity: Option<usize>) -> Result<Cache> {
+        let layers = self.mixers().map(|mixer| mixer.new_state(slots, dtype, capacity, &self.device));
         Ok(Cache { layers: layers.collect::<Result<_>>()? })
     }
 
@@ -216,7 +246,8 @@ impl Backbone {
     fn decode(&self, x: &Tensor, cu_seqlens: Option<&[usize]>, cache: &Cache, slots: Slots) -> Result<Tensor> {
         let (batch, length) = self.check_input(x)?;
         let sequences = count_sequences(batch, length, cu_seqlens)?;
-        self.check_decoding(cache, sequences, slots)?;
+        let new = cu_seqlens.map_or(NewTokens::Each(length), NewTokens::Packed);
+        self.check_decoding(cache, sequences, slots, new)?;
         let layers = self.untracked()?;
         let (stream, _) = layers.run(&x.detach(), cache, CachePass::Prefill { cu_seqlens, slots })?;
         layers.norm_f.forward(&stream)
@@ -230,19 +261,20 @@ impl Backbone {
     /// As [`Backbone::prefill`].
     pub fn step<'s>(&self, x: &Tensor, cache: &Cache, slots: impl Into<Slots<'s>>) -> Result<Tensor> {
         let slots = slots.into();
-        self.check_decoding(cache, self.check_input(x)?.0, slots)?;
+        let (batch, steps) = self.check_input(x)?;
+        self.check_decoding(cache, batch, slots, NewTokens::Each(steps))?;
         let layers = self.untracked()?;
         layers.norm_f.forward(&layers.run(&x.detach(), cache, CachePass::Step { slots })?.0)
     }
 
     /// Checks a cache and slots for all layers, before the first one writes.
-    pub(crate) fn check_decoding(&self, cache: &Cache, sequences: usize, slots: Slots) -> Result<()> {
+    pub(crate) fn check_decoding(&self, cache: &Cache, sequences: usize, slots: Slots, new: NewTokens) -> Result<()> {
         if cache.layers.len() != self.layers.len() {
             let expected = format_args!("states of {} layers", self.layers.len());
             return Err(argument("cache", expected, cache.layers.len()));
         }
         let mut layers = self.layers.iter().zip(&cache.layers);
-        layers.try_for_each(|(layer, state)| layer.mixer.check_decoding(state, &self.device, sequences, slots))
+        layers.try_for_each(|(layer, state)| layer.mixer.check_decoding(state, &self.device, sequences, slots, new))
     }
 
     /// Checks an input, and gives its batch and length.
@@ -290,7 +322,12 @@ impl Backbone {
         stack::forward_carried(&self.layers, &self.begin(x)?, cache, slots, self.left_out(0))
     }
 
-    /// [`stream`](Self::stream) outside of candle's graph, of an input of at least one element, and the way back.
+    /// Whether all layers are Mamba blocks alone, for which [`pass`](Self::pass) is.
+    pub(super) fn is_mamba(&self) -> bool {
+        self.layers.iter().all(|layer| layer.mamba_alone().is_some())
+    }
+
+    /// [`stream`](Self::stream) outside of candle's graph, of an input of at least one element, and the way back. Of Mamba blocks.
     pub(super) fn pass(
         &self,
         x: &Tensor,
@@ -304,8 +341,9 @@ impl Backbone {
 
     /// The layers as a joined step of decoding takes them, first to last; none if there is one that it does not take.
     pub(crate) fn joined(&self) -> Result<Option<Vec<JoinedLayer>>> {
-        let joined = |layer: &Layer| match &layer.mixer {
-            Mixer::Mamba(block) => JoinedLayer::new(&layer.norm, block),
+        let joined = |layer: &Layer| match layer.mamba_alone() {
+            Some(block) => JoinedLayer::new(&layer.norm, block),
+            None => Ok(None),
         };
         self.layers.iter().map(joined).collect::<Result<Option<Vec<_>>>>()
     }
@@ -330,6 +368,10 @@ impl Backbone {
         let stream = begin.detach().force_contiguous()?;
         for (layer, state) in self.layers.iter().zip(&cache.layers) {
             drafts.extend(layer.mixer.extend_onto(&stream, &layer.norm.forward(&stream)?, pass, state)?);
+            if let Some(y) = layer.feed_forward(&stream)? {
+                // In place, as mixers add theirs: the sum is a tensor of its own.
+                stream.slice_set(&(&stream + y.to_dtype(stream.dtype())?)?, 0, 0)?;
+            }
         }
         Ok((stream, drafts))
     }

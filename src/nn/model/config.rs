@@ -6,28 +6,96 @@ use candle_core::Result;
 use serde_json::{Map, Value};
 
 use super::MixerConfig;
-use crate::nn::{COUNTABLE, MambaConfig, argument, check_eps, sum};
+use crate::nn::{
+    AttentionConfig, COUNTABLE, FeedForwardConfig, MambaConfig, RecurrentConfig, argument, check_eps, sum,
+};
 
-/// A stack of layers: `n_layer` times a norm and a mixer around which the residual stream runs, and a last norm.
+/// A layer: what it mixes its sequence with, and what follows for every step by itself. Each has a norm before it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerConfig {
+    /// The mixer.
+    pub mixer: MixerConfig,
+    /// What follows, if anything does.
+    pub feed_forward: Option<FeedForwardConfig>,
+}
+
+impl LayerConfig {
+    /// A layer with a feed-forward part.
+    pub fn new(mixer: impl Into<MixerConfig>, feed_forward: impl Into<FeedForwardConfig>) -> Self {
+        Self { mixer: mixer.into(), feed_forward: Some(feed_forward.into()) }
+    }
+
+    fn check(&self) -> Result<()> {
+        self.mixer.check()?;
+        let Some(feed_forward) = &self.feed_forward else { return Ok(()) };
+        feed_forward.check()?;
+        if feed_forward.d_model() != self.mixer.d_model() {
+            let expected = format_args!("a width of {}, as the mixer's", self.mixer.d_model());
+            return Err(argument("feed_forward", expected, feed_forward.d_model()));
+        }
+        Ok(())
+    }
+
+    /// The number of parameters, its norms' among them.
+    fn parameter_count(&self) -> Result<usize> {
+        let of_rest = self.feed_forward.as_ref().map_or(Ok(0), FeedForwardConfig::parameter_count)?;
+        let norms = if self.feed_forward.is_some() { 2 } else { 1 };
+        let count = self.mixer.parameter_count()?.checked_add(of_rest);
+        count
+            .and_then(|count| count.checked_add(self.mixer.d_model().checked_mul(norms)?))
+            .ok_or_else(|| argument("layers", "layers whose parameters can be counted", self.mixer.d_model()))
+    }
+}
+
+/// A mixer alone, as in Mamba.
+impl From<MixerConfig> for LayerConfig {
+    fn from(mixer: MixerConfig) -> Self {
+        Self { mixer, feed_forward: None }
+    }
+}
+
+impl From<MambaConfig> for LayerConfig {
+    fn from(config: MambaConfig) -> Self {
+        MixerConfig::from(config).into()
+    }
+}
+
+impl From<RecurrentConfig> for LayerConfig {
+    fn from(config: RecurrentConfig) -> Self {
+        MixerConfig::from(config).into()
+    }
+}
+
+impl From<AttentionConfig> for LayerConfig {
+    fn from(config: AttentionConfig) -> Self {
+        MixerConfig::from(config).into()
+    }
+}
+
+/// A stack of layers: `n_layer` times a norm and a mixer around which the residual stream runs, with or without a norm and a
+/// feed-forward part after it, and a last norm.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BackboneConfig {
     /// The number of layers.
     pub n_layer: usize,
     /// What the layers mix their sequences with.
     pub mixer: MixerConfig,
-    /// The layers whose mixer is another, by index from 0. Its width is that of the others. Weights are drawn from the seed
-    /// of `mixer` in all layers.
-    pub layers: BTreeMap<usize, MixerConfig>,
-    /// So many layers one after the other have one set of weights, norm and mixer (immediate sharing; Liu et al. 2024, *MobileLLM*,
+    /// What follows after a mixer, if anything does.
+    pub feed_forward: Option<FeedForwardConfig>,
+    /// The layers that are others, by index from 0. Their width is that of `mixer`, from whose seed the weights of all layers are
+    /// drawn.
+    pub layers: BTreeMap<usize, LayerConfig>,
+    /// So many layers one after the other have one set of weights, all of a layer's (immediate sharing; Liu et al. 2024, *MobileLLM*,
     /// arXiv 2402.14905): a deeper model of no more parameters. 1 where each has its own; as many as there are where all have one
     /// (Lan et al. 2020, *ALBERT*, arXiv 1909.11942). The first of each such group gives its parameters their names; each layer
     /// has a state of its own when decoding. It divides `n_layer`.
     pub tie_layers: usize,
-    /// Added to the mean square in the RMS norms between the mixers, 1e-5 in Mamba's paper.
+    /// Added to the mean square in the RMS norms before the mixers and the feed-forward parts, 1e-5 in Mamba's paper.
     pub norm_eps: f64,
     /// Keep the residual stream in `f32` where the model is of a half type.
     pub residual_in_f32: bool,
-    /// At initialization, shrink `out_proj` by `√n_layer`, so that the residual stream does not grow with depth.
+    /// At initialization, shrink what projects back to the residual stream by the root of how many such projections there are
+    /// (`n_layer`, or twice that where there are feed-forward parts), so that the stream does not grow with depth.
     pub rescale_prenorm_residual: bool,
 }
 
@@ -42,6 +110,7 @@ impl BackboneConfig {
         Self {
             n_layer,
             mixer: mixer.into(),
+            feed_forward: None,
             layers: BTreeMap::new(),
             tie_layers: 1,
             norm_eps: 1e-5,
@@ -55,9 +124,24 @@ impl BackboneConfig {
         self.mixer.d_model()
     }
 
-    /// The mixer of layer number `index`.
-    pub fn layer(&self, index: usize) -> &MixerConfig {
-        self.layers.get(&index).unwrap_or(&self.mixer)
+    /// Layer number `index`.
+    pub fn layer(&self, index: usize) -> LayerConfig {
+        self.layers.get(&index).cloned().unwrap_or_else(|| self.common())
+    }
+
+    /// The layers that are not listed.
+    fn common(&self) -> LayerConfig {
+        LayerConfig { mixer: self.mixer.clone(), feed_forward: self.feed_forward.clone() }
+    }
+
+    /// By what initial projections back to the residual stream are divided.
+    pub(super) fn divisor(&self) -> f64 {
+        if !self.rescale_prenorm_residual {
+            return 1.0;
+        }
+        let others = self.layers.values().map(|layer| &layer.feed_forward);
+        let has_more = others.chain([&self.feed_forward]).any(Option::is_some);
+        (self.n_layer as f64 * if has_more { 2.0 } else { 1.0 }).sqrt()
     }
 
     /// The layer whose weights layer number `index` has: itself, or one before it.
@@ -75,18 +159,18 @@ impl BackboneConfig {
             return Err(argument("tie_layers", expected, self.tie_layers));
         }
         check_eps("norm_eps", self.norm_eps)?;
-        self.mixer.check()?;
-        for (&index, mixer) in &self.layers {
+        self.common().check()?;
+        for (&index, layer) in &self.layers {
             if index >= self.n_layer {
                 return Err(argument("layers", format_args!("layers below {}", self.n_layer), index));
             }
-            mixer.check()?;
-            if mixer.d_model() != self.d_model() {
+            layer.check()?;
+            if layer.mixer.d_model() != self.d_model() {
                 let expected = format_args!("layers of width {}, as `mixer`", self.d_model());
-                return Err(argument("layers", expected, format_args!("{} for layer {index}", mixer.d_model())));
+                return Err(argument("layers", expected, format_args!("{} for layer {index}", layer.mixer.d_model())));
             }
             let group = self.owner(index)..self.owner(index) + self.tie_layers;
-            if let Some(other) = group.into_iter().find(|&other| self.layer(other) != mixer) {
+            if let Some(other) = group.into_iter().find(|&other| self.layer(other) != *layer) {
                 let expected = format_args!("layers {other} and {index}, which share their weights, to be alike");
                 return Err(argument("layers", expected, "two that differ"));
             }
@@ -102,9 +186,9 @@ impl BackboneConfig {
         let (d_model, owners) = (self.d_model(), self.n_layer / self.tie_layers.max(1));
         let own = self.layers.iter().filter(|(index, _)| self.owner(**index) == **index);
         let alike = owners.saturating_sub(own.clone().count());
-        let mut count = sum(&[[alike, self.mixer.parameter_count()?, 1], [owners, d_model, 1], [d_model, 1, 1]]);
-        for (_, mixer) in own {
-            let others = mixer.parameter_count()?;
+        let mut count = sum(&[[alike, self.common().parameter_count()?, 1], [d_model, 1, 1]]);
+        for (_, layer) in own {
+            let others = layer.parameter_count()?;
             count = count.and_then(|count| count.checked_add(others));
         }
         count
@@ -202,7 +286,7 @@ impl LanguageModelConfig {
     ///
     /// # Errors
     /// More than can be counted.
-    pub(crate) fn parameter_count(&self) -> Result<usize> {
+    pub fn parameter_count(&self) -> Result<usize> {
         let d_model = self.d_model();
         let matrices = if self.tie_embeddings { 1 } else { 2 };
         let embeddings = sum(&[[self.padded_vocab_size(), d_model, matrices]]).filter(|count| *count <= COUNTABLE);

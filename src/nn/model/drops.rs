@@ -65,10 +65,22 @@ impl Drops {
         [self.step, self.part, layer as u64, purpose].into_iter().fold(mixed(self.seed), |key, word| mixed(key ^ word))
     }
 
-    /// What a layer, one of `layers`, is multiplied by: of `(batch, length, d_model)`, where the sequences are the rows or lie
-    /// in one of them one after another; none if nothing is left out.
+    /// [`keep_of`](Self::keep_of) what is all that a layer adds.
     pub(crate) fn keep(
         &self,
+        layer: usize,
+        layers: usize,
+        like: &Tensor,
+        cu_seqlens: Option<&[usize]>,
+    ) -> Result<Option<Keep>> {
+        self.keep_of(0, layer, layers, like, cu_seqlens)
+    }
+
+    /// What a branch of a layer, one of `layers`, is multiplied by: of `(batch, length, d_model)`, where the sequences are the rows or lie
+    /// in one of them one after another; none if nothing is left out.
+    fn keep_of(
+        &self,
+        branch: u64,
         layer: usize,
         layers: usize,
         like: &Tensor,
@@ -79,7 +91,7 @@ impl Drops {
         let elements = match self.dropout {
             0.0 => None,
             rate => {
-                let (stream, threshold) = (self.stream(layer, 0), threshold(rate));
+                let (stream, threshold) = (self.stream(layer, 2 * branch), threshold(rate));
                 let mut bytes = Vec::new();
                 let count = rows * d_model;
                 if bytes.try_reserve_exact(count).is_err() {
@@ -93,7 +105,8 @@ impl Drops {
         let sequences = match rate {
             0.0 => None,
             rate => {
-                let (stream, threshold, kept) = (self.stream(layer, 1), threshold(rate), (1.0 / (1.0 - rate)) as f32);
+                let (stream, threshold, kept) =
+                    (self.stream(layer, 2 * branch + 1), threshold(rate), (1.0 / (1.0 - rate)) as f32);
                 let factor = |sequence: usize| if is_kept(stream, sequence as u64, threshold) { kept } else { 0.0 };
                 let factors: Vec<f32> = match cu_seqlens {
                     None => (0..rows).map(|row| factor(row / length)).collect(),
@@ -160,13 +173,34 @@ pub(super) struct LeftOut {
     pub first: usize,
     /// All of the model's.
     pub layers: usize,
+    /// Which of what a layer adds: 0 what its mixer does, 1 its feed-forward part.
+    pub branch: u64,
 }
 
 impl LeftOut {
+    /// The same of the layers from `index` of the run on.
+    pub fn from(self, index: usize) -> Self {
+        Self { first: self.first + index, ..self }
+    }
+
+    /// The same of what feed-forward parts add.
+    pub fn of_feed_forward(self) -> Self {
+        Self { branch: 1, ..self }
+    }
+
+    /// The stream with what layer `index` of the run adds, or what is kept of it. Differentiable.
+    pub fn add(&self, index: usize, stream: &Tensor, y: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Tensor> {
+        let y = y.to_dtype(stream.dtype())?;
+        match self.keep(index, stream, cu_seqlens)? {
+            Some(keep) => stream + keep.of(&y)?,
+            None => stream + y,
+        }
+    }
+
     /// What layer `index` of the run is multiplied by.
     pub fn keep(&self, index: usize, stream: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<Option<Keep>> {
         match self.drops.is_some() {
-            true => self.drops.keep(self.first + index, self.layers, stream, cu_seqlens),
+            true => self.drops.keep_of(self.branch, self.first + index, self.layers, stream, cu_seqlens),
             false => Ok(None),
         }
     }

@@ -17,7 +17,7 @@ impl LanguageModel {
     /// loss's own gradient, 1. Here nothing is recorded in its graph, and the gradients are what was computed, so that a step
     /// takes less time and memory. (The bits may differ from `backward`'s in the sign of a zero.)
     ///
-    /// Where a parameter is computed from variables, as [`map_parameters`](Self::map_parameters) may have it, this is
+    /// Where a layer is other than a Mamba block, or a parameter is computed from variables, as [`map_parameters`](Self::map_parameters) may have it, this is
     /// [`loss`](Self::loss) and candle's `backward`.
     ///
     /// # Errors
@@ -46,7 +46,8 @@ impl LanguageModel {
         options: &LossOptions,
     ) -> Result<(Tensor, GradStore)> {
         let tracked = self.tracked();
-        if tracked.is_empty() || tracked.iter().any(|tensor| !tensor.is_variable()) {
+        let is_graph_needed = !self.backbone().is_mamba() || tracked.iter().any(|tensor| !tensor.is_variable());
+        if tracked.is_empty() || is_graph_needed {
             let loss = self.loss_of(ids, cu_seqlens, targets, options)?;
             let gradients = loss.backward()?;
             return Ok((loss.detach(), gradients));

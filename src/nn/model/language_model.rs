@@ -7,22 +7,25 @@ use candle_nn::{Module, VarBuilder};
 
 use super::{Backbone, Drops, LanguageModelConfig, LayerDraft, Mixer};
 use crate::candle::Slots;
+use crate::count_sequences;
 use crate::nn::decode::Draft;
 use crate::nn::layers::{Change, Initial, Linear, Parameter, ParameterList, Parameters, Tokens};
 use crate::nn::mamba::CachePass;
 use crate::nn::train::{LossOptions, Targets};
-use crate::nn::{Cache, argument, check_model_dtype, check_room};
+use crate::nn::{Cache, NewTokens, argument, check_model_dtype, check_room};
 
 /// A language model.
 ///
 /// ```text
 /// stream  = embeddings(ids)
 /// stream += mixer(norm(stream))            for each of n_layer layers
+/// stream += feed_forward(norm_ff(stream))  where there is one
 /// logits  = head(norm_f(stream))           the head is the embedding matrix, or a matrix of its own
 /// ```
 ///
 /// Norms are RMS norms with weights. Parameters have Hugging Face's names: `backbone.embeddings.weight`,
-/// `backbone.layers.N.norm.weight`, `backbone.layers.N.mixer.…`, `backbone.norm_f.weight`, `lm_head.weight`.
+/// `backbone.layers.N.norm.weight`, `backbone.layers.N.mixer.…`, `backbone.norm_f.weight`, `lm_head.weight`; a feed-forward part is
+/// `backbone.layers.N.norm_ff.weight` and `backbone.layers.N.feed_forward.…`.
 ///
 /// # Token ids
 /// `ids` are integers of any type that candle has, each below
@@ -243,9 +246,18 @@ impl LanguageModel {
     }
 
     /// Zero states for `slots` sequences. `dtype` is that of the states, see
-    /// [`MambaState::new`](crate::nn::MambaState::new).
+    /// [`MambaState::new`](crate::nn::MambaState::new). Attention has room for as many tokens of each as its configuration says
+    /// ([`AttentionConfig::capacity`](crate::nn::AttentionConfig::capacity)).
     pub fn new_cache(&self, slots: usize, dtype: DType) -> Result<Cache> {
         self.backbone.new_cache(slots, dtype)
+    }
+
+    /// [`new_cache`](Self::new_cache) with room for `capacity` tokens of each sequence, where states grow with them.
+    ///
+    /// # Errors
+    /// States that do not fit in memory.
+    pub fn new_cache_for(&self, slots: usize, dtype: DType, capacity: usize) -> Result<Cache> {
+        self.backbone.new_cache_for(slots, dtype, capacity)
     }
 
     /// Reads prompts, or the next chunks of them, from the states of a cache on, and leaves there the states after them:
@@ -346,7 +358,7 @@ impl LanguageModel {
         if length == 0 || batch == 0 {
             return Err(argument("ids", "at least one token in at least one row", format_args!("{:?}", ids.dims())));
         }
-        self.backbone.check_decoding(cache, batch, slots)?;
+        self.backbone.check_decoding(cache, batch, slots, NewTokens::Each(length))?;
         self.logits(&self.backbone.stream_from(&self.embed(ids)?, cache, slots)?)
     }
 
@@ -398,7 +410,12 @@ impl LanguageModel {
         sequences: usize,
         pass: CachePass,
     ) -> Result<(Cow<'_, Self>, Tensor, Vec<LayerDraft>)> {
-        self.backbone.check_decoding(cache, sequences, pass.slots())?;
+        let (batch, length) = check_ids(ids)?;
+        if let Some(ends) = pass.cu_seqlens() {
+            count_sequences(batch, length, Some(ends))?;
+        }
+        let new = pass.cu_seqlens().map_or(NewTokens::Each(length), NewTokens::Packed);
+        self.backbone.check_decoding(cache, sequences, pass.slots(), new)?;
         let model = self.untracked()?;
         let (stream, drafts) = model.backbone.run(&model.embed(ids)?, cache, pass)?;
         Ok((model, stream, drafts))

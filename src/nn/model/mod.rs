@@ -9,7 +9,7 @@ mod mixer;
 mod stack;
 
 pub use backbone::Backbone;
-pub use config::{BackboneConfig, LanguageModelConfig};
+pub use config::{BackboneConfig, LanguageModelConfig, LayerConfig};
 pub use drops::Drops;
 pub use language_model::LanguageModel;
 pub(crate) use mixer::LayerDraft;

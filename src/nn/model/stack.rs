@@ -1,17 +1,17 @@
 //! Layers one after the other as one node of candle's graph.
 //!
 //! Between them nothing goes through the graph: the residual stream is added to where it lies, and on the way back its
-//! gradient is handed from layer to layer.
+//! gradient is handed from layer to layer. That is so of Mamba blocks alone; other layers are nodes between such stacks.
 
 use candle_core::{DType, Result, Tensor};
 
 use super::backbone::Layer;
 use super::drops::{Keep, LeftOut};
-use super::mixer::{LayerState, Mixer};
+use super::mixer::LayerState;
 use crate::candle::{RmsNorm, Slots};
-use crate::nn::Cache;
 use crate::nn::layers::{Gradients, Parameter, each_once, node_over};
 use crate::nn::mamba::{Kept, Parts, rows};
+use crate::nn::{Cache, Mamba, argument};
 use crate::norm;
 
 /// A layer outside of candle's graph.
@@ -40,7 +40,54 @@ pub(super) fn forward(
     cu_seqlens: Option<&[usize]>,
     left_out: LeftOut,
 ) -> Result<Tensor> {
-    let tracked: Vec<_> = layers.iter().flat_map(Layer::tracked).collect();
+    let mut stream = stream.clone();
+    for (first, layers) in pieces(layers) {
+        let left_out = left_out.from(first);
+        match layers {
+            [layer] if layer.mixer.as_mamba().is_none() => {
+                let y = layer.mixer.forward(&layer.norm.forward(&stream)?, cu_seqlens)?;
+                stream = left_out.add(0, &stream, &y, cu_seqlens)?;
+            }
+            _ => stream = joined(layers, &stream, cu_seqlens, left_out)?,
+        }
+        stream = add_last_feed_forward(layers, stream, cu_seqlens, left_out)?;
+    }
+    Ok(stream)
+}
+
+/// Layers by what is done at once: Mamba blocks that follow each other, up to one with more than a block; or another layer. With the
+/// index of the first of them.
+fn pieces(layers: &[Layer]) -> impl Iterator<Item = (usize, &[Layer])> {
+    let mut first = 0;
+    std::iter::from_fn(move || {
+        let layers = &layers[first..];
+        let alone = layers.iter().take_while(|layer| layer.mamba_alone().is_some()).count();
+        let count = match layers.get(alone) {
+            Some(layer) if alone == 0 || layer.mixer.as_mamba().is_some() => alone + 1,
+            _ => alone,
+        };
+        let piece = (first, &layers[..count]);
+        first += count;
+        (count > 0).then_some(piece)
+    })
+}
+
+/// What the feed-forward part of a piece's last layer adds; the others of it have none.
+fn add_last_feed_forward(
+    layers: &[Layer],
+    stream: Tensor,
+    cu_seqlens: Option<&[usize]>,
+    left_out: LeftOut,
+) -> Result<Tensor> {
+    let Some(y) = layers.last().map(|layer| layer.feed_forward(&stream)).transpose()?.flatten() else {
+        return Ok(stream);
+    };
+    left_out.of_feed_forward().add(layers.len() - 1, &stream, &y, cu_seqlens)
+}
+
+/// [`forward`] through the Mamba blocks of layers as one node.
+fn joined(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[usize]>, left_out: LeftOut) -> Result<Tensor> {
+    let tracked: Vec<_> = layers.iter().flat_map(tracked).collect();
     let (out, way_back) = pass(layers, stream, cu_seqlens, stream.track_op(), left_out)?;
     let backward = move |d_stream: &Tensor, gradients: &mut Gradients| way_back.backward(d_stream, gradients);
     // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
@@ -56,10 +103,33 @@ pub(super) fn forward_carried(
     slots: Slots,
     left_out: LeftOut,
 ) -> Result<Tensor> {
-    let tracked: Vec<_> = layers.iter().flat_map(Layer::tracked).collect();
+    let mut stream = stream.clone();
+    for (first, layers) in pieces(layers) {
+        let (left_out, states) = (left_out.from(first), &cache.layers[first..first + layers.len()]);
+        match (layers, states) {
+            ([layer], [state]) if layer.mixer.as_mamba().is_none() => {
+                let y = layer.mixer.forward_carried(&layer.norm.forward(&stream)?, state, slots)?;
+                stream = left_out.add(0, &stream, &y, None)?;
+            }
+            _ => stream = joined_carried(layers, &stream, states, slots, left_out)?,
+        }
+        stream = add_last_feed_forward(layers, stream, None, left_out)?;
+    }
+    Ok(stream)
+}
+
+/// [`forward_carried`] through the Mamba blocks of layers as one node.
+fn joined_carried(
+    layers: &[Layer],
+    stream: &Tensor,
+    states: &[LayerState],
+    slots: Slots,
+    left_out: LeftOut,
+) -> Result<Tensor> {
+    let tracked: Vec<_> = layers.iter().flat_map(tracked).collect();
     let mut current = stream.detach().contiguous()?;
     let mut kept = Vec::new();
-    for (i, (layer, state)) in layers.iter().zip(&cache.layers).enumerate() {
+    for (i, (layer, state)) in layers.iter().zip(states).enumerate() {
         let keep = left_out.keep(i, &current, None)?;
         let (next, layer) = Detached::new(layer)?.run_carried(current, state, slots, keep)?;
         kept.push(layer);
@@ -69,6 +139,13 @@ pub(super) fn forward_carried(
     let backward = move |d_stream: &Tensor, gradients: &mut Gradients| way_back.backward(d_stream, gradients);
     // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
     unsafe { node_over("layers", stream, &each_once(&tracked), current, backward) }
+}
+
+/// The parameters of a layer's block, and of the norm before it, that a backward pass could reach.
+fn tracked(layer: &Layer) -> Vec<Tensor> {
+    let norm = layer.norm.weight();
+    let block = layer.mixer.as_mamba().map(Mamba::tracked).unwrap_or_default();
+    norm.track_op().then(|| norm.clone()).into_iter().chain(block).collect()
 }
 
 /// The way back through layers.
@@ -89,7 +166,7 @@ impl WayBack {
     }
 }
 
-/// [`forward`] outside of candle's graph.
+/// [`forward`] of Mamba blocks outside of candle's graph.
 pub(super) fn pass(
     layers: &[Layer],
     stream: &Tensor,
@@ -99,7 +176,7 @@ pub(super) fn pass(
 ) -> Result<(Tensor, WayBack)> {
     let first = match is_stream_wanted {
         true => 0,
-        false => layers.iter().position(|layer| !layer.tracked().is_empty()).unwrap_or(layers.len()),
+        false => layers.iter().position(|layer| !tracked(layer).is_empty()).unwrap_or(layers.len()),
     };
     let mut current = stream.detach().contiguous()?;
     if first > 0 {
@@ -121,7 +198,8 @@ pub(super) fn pass(
 
 impl Detached {
     fn new(layer: &Layer) -> Result<Self> {
-        let Mixer::Mamba(block) = &layer.mixer;
+        let block = layer.mixer.as_mamba();
+        let block = block.ok_or_else(|| argument("layers", "Mamba blocks, of one node", "others"))?;
         let norm = layer.norm.parameter().leave_graph()?;
         let norm_weight = norm.tensor()?.to_dtype(DType::F32)?;
         Ok(Self { norm, norm_weight, eps: layer.norm.eps(), parts: block.parts().leave_graph()? })

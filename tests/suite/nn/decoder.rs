@@ -31,7 +31,7 @@ fn model(
 }
 
 fn decoder(model: &LanguageModel, slots: usize, state_dtype: DType) -> Decoder {
-    Decoder::new(model, &DecoderOptions { slots, state_dtype }).unwrap()
+    Decoder::new(model, &DecoderOptions { slots, state_dtype, ..Default::default() }).unwrap()
 }
 
 /// Blocks whose steps are joined, one of which with sizes that are no multiples of anything.

@@ -7,6 +7,7 @@ mod drops;
 mod generation;
 #[cfg(feature = "candle-cuda")]
 mod gpu;
+mod hybrids;
 mod initial;
 mod layers;
 mod loss;

@@ -270,7 +270,8 @@ fn what_is_wrong_with_a_checkpoint_is_said() {
     replaced("state_spaces", r#""rms_norm""#, r#""d_intermediate": 64, "rms_norm""#, &["d_intermediate"]);
     replaced("state_spaces", r#""pad_vocab_size_multiple": 8"#, r#""pad_vocab_size_multiple": 0"#, &["pad_vocab"]);
     let jamba = fs::read_to_string(checkpoint("jamba").join("config.json")).unwrap();
-    assert!(refusal(LanguageModelConfig::from_json(&jamba)).contains("jamba"));
+    let zamba = jamba.replace(r#""model_type": "jamba""#, r#""model_type": "zamba""#);
+    assert!(refusal(LanguageModelConfig::from_json(&zamba)).contains("zamba"));
     assert!(
         refusal(MambaConfig::from_json(&jamba.replace(r#""mamba_d_conv": 4"#, r#""mamba_d_conv": 12"#)))
             .contains("d_conv")

@@ -1,0 +1,178 @@
+//! Mamba, a Transformer, an LSTM and a hybrid, of as many parameters and on the same text: how well each predicts bytes that it
+//! has not seen, how fast it trains, reads and writes, and how much it has to keep for that.
+//!
+//! ```text
+//! cargo run --release --features nn --example compare -- --quick
+//! ```
+//!
+//! Each trains by AdamW along a cosine, with the learning rate of the same short list that does best in short runs. Attention is
+//! this crate's, in blocks; the LSTM is candle-nn's. `--json` prints a list of `{model, parameters, bits_per_byte, length,
+//! train_tokens_per_s, prefill_tokens_per_s, decode_tokens_per_s, state_bytes}` and nothing else; what was not measured is `null`.
+//! Decoding at a length is of one sequence after so many tokens; training is of steps whose sequences have that length.
+
+#[allow(dead_code, reason = "another example's, of which this one uses a part")]
+#[path = "../byte_lm/data.rs"]
+mod data;
+#[path = "../byte_lm/evaluate.rs"]
+mod evaluate;
+mod measure;
+mod models;
+mod output;
+mod plot;
+mod train;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use candle_core::Device;
+use clap::{Parser, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use data::Corpus;
+use models::Kind;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Trains and times four kinds of models of the same size, side by side
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Small models, few steps and short sequences: under three minutes
+    #[arg(long)]
+    quick: bool,
+
+    /// Text files, in UTF-8 [default: the repository's own documents and sources]
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    text: Vec<PathBuf>,
+
+    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu)]
+    device: DeviceKind,
+
+    /// Print the results as JSON and nothing else
+    #[arg(long)]
+    json: bool,
+
+    /// Where to draw
+    #[arg(long, value_name = "FILE", default_value = "compare.svg")]
+    plot: PathBuf,
+
+    /// Steps of each training run [default: 2000, or 150 with --quick]
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+
+    /// Seed of the weights, of what is held out, and of the order of training
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+/// Where the models run
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DeviceKind {
+    Cpu,
+    Cuda,
+}
+
+/// How much is done.
+struct Plan {
+    /// The width of the residual streams.
+    d_model: usize,
+    /// Mamba blocks; the others have layers that weigh as much as two of them.
+    blocks: usize,
+    steps: usize,
+    /// Sequences in a step of training, and their length.
+    batch: usize,
+    length: usize,
+    rates: &'static [f64],
+    /// Held-out bytes.
+    held_out: usize,
+    /// Of steps of training that are timed.
+    train_lengths: &'static [usize],
+    /// Of texts that are read and gone on with.
+    contexts: &'static [usize],
+    seed: u64,
+}
+
+impl Plan {
+    fn new(arguments: &Arguments) -> Self {
+        let seed = arguments.seed;
+        if arguments.quick {
+            return Self {
+                d_model: 64,
+                blocks: 4,
+                steps: arguments.steps.unwrap_or(150),
+                batch: 8,
+                length: 128,
+                rates: &[3e-3, 1e-2],
+                held_out: 16 << 10,
+                train_lengths: &[256, 1024],
+                contexts: &[256, 1024, 4096],
+                seed,
+            };
+        }
+        Self {
+            d_model: 128,
+            blocks: 8,
+            steps: arguments.steps.unwrap_or(2000),
+            batch: 8,
+            length: 256,
+            rates: &[1e-3, 3e-3, 1e-2],
+            held_out: 128 << 10,
+            train_lengths: &[256, 1024, 4096, 16_384],
+            contexts: &[256, 1024, 4096, 16_384, 65_536],
+            seed,
+        }
+    }
+
+    /// The steps of a run that chooses a learning rate.
+    fn short_steps(&self) -> usize {
+        self.steps.div_ceil(4)
+    }
+
+    /// What a bar counts: steps of training, and lengths that are timed.
+    fn work(&self) -> u64 {
+        let training = self.steps + self.rates.len() * self.short_steps();
+        (Kind::ALL.len() * (training + self.train_lengths.len() + self.contexts.len())) as u64
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let device = match arguments.device {
+        DeviceKind::Cpu => Device::Cpu,
+        DeviceKind::Cuda => Device::new_cuda(0).map_err(|error| format!("--device cuda: {error}"))?,
+    };
+    if arguments.steps == Some(0) {
+        return Err("--steps: expected at least 1, got 0".into());
+    }
+    let plan = Plan::new(arguments);
+    let mut corpus = Corpus::read(&arguments.text, 0.1, plan.seed)?;
+    train::shorten(&mut corpus.held_out, [plan.held_out, plan.length]);
+    if corpus.held_out.is_empty() {
+        return Err("the text that is held out is shorter than a sequence of training".into());
+    }
+    let bar = if arguments.json { ProgressBar::hidden() } else { ProgressBar::new(plan.work()) };
+    bar.set_style(ProgressStyle::with_template("{wide_bar} {elapsed_precise}, {eta} left, {msg}")?);
+    let mut results = Vec::new();
+    for (kind, config) in models::equally_large(&plan)? {
+        let trained = train::tuned(kind, &config, &plan, &corpus, &device, &bar)?;
+        results.extend(measure::all(kind, &trained, &plan, &device, &bar)?);
+    }
+    bar.finish_and_clear();
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&results)?);
+        return Ok(());
+    }
+    println!("{}", output::table(&results));
+    println!("\n{}", output::notes(&results, &plan, corpus.train.len(), corpus.held_out_bytes()));
+    plot::draw(&arguments.plot, &results).map_err(|error| format!("{}: {error}", arguments.plot.display()))?;
+    println!("drawn in {}", arguments.plot.display());
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
