@@ -41,6 +41,7 @@ mod launch;
 mod module;
 pub(crate) mod params;
 mod record;
+mod segments;
 mod sum;
 mod tensors;
 
@@ -55,6 +56,7 @@ pub(crate) use context::{Context, Kernel, Properties};
 pub(crate) use launch::{Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, is_vectorizable, suffix};
 pub(crate) use module::Module;
 pub use record::{Graph, Recording, record};
+pub(crate) use segments::packed_segments;
 pub(crate) use sum::Sum;
 pub(crate) use tensors::{DeviceBuffers, DeviceViews, Strided, or_null};
 

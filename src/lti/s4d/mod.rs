@@ -26,6 +26,8 @@
 pub(crate) mod candle;
 mod check;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod discrete;
 pub mod reference;
 pub(crate) mod tensors;

@@ -54,6 +54,7 @@ tensors! {
     ///
     /// Gradients flow to every tensor here, from the output and from the final state.
     candle S4d;
+    params s4d::Inputs;
 }
 
 /// Where a backward pass writes the gradient of each input: a dense buffer of the input's shape, overwritten whole.
@@ -98,4 +99,5 @@ tensors! {
     /// `T` stands for the element type of `u`: `f32`, `f16` or `bf16`. Tensors may have any strides and are not copied.
     /// No gradients flow: results are not part of candle's graph, whatever the tensors here are.
     candle S4dUpdate;
+    params s4d::Update;
 }
