@@ -9,7 +9,7 @@
 //! | cross entropy | [`loss`] | the loss of rows of logits, with its gradient in their place |
 //! | RMS norm | [`norm`] | the norm between layers, with the residual added and with a gate, with gradients |
 //! | AdamW | [`optimizer`] | a step of training over many parameters at once |
-//! | linear time-invariant systems | `lti`, a feature | HiPPO, S4 and S4D: kernels, recurrences and long convolutions, with gradients, on processors |
+//! | linear time-invariant systems | `lti`, a feature | HiPPO, S4 and S4D: kernels, recurrences and long convolutions, with gradients, on processors; S4D on GPUs too |
 //!
 //! With the features of the same names, the module `candle` has the operators on candle's tensors, with gradients in
 //! candle's graph, and the module `nn` the Mamba block, a language model, and layers of S4.

@@ -33,8 +33,8 @@ struct Rows {
 
 // Steps of the chunks from `from` to `to`, of all of which the product with a tile's states is the sum over the chunks: as A, a row
 // is a step (g is step 2g, g + 8 the one after it) and a column a chunk.
-struct OverChunks {
-    Parts<4> tiles[2];
+template <bool EXACT> struct OverChunks {
+    Parts<4, EXACT> tiles[2];
 
     __device__ __forceinline__ OverChunks(const float *row, Lane lane, int from, int to) {
 #pragma unroll
@@ -46,7 +46,7 @@ struct OverChunks {
                 read_shared(values[half], row + chunk * CHUNK + 2 * lane.g);
                 if (chunk < from || chunk >= to) values[half][0] = values[half][1] = 0.0f;
             }
-            tiles[i] = Parts<4>({values[0][0], values[0][1], values[1][0], values[1][1]});
+            tiles[i] = Parts<4, EXACT>({values[0][0], values[0][1], values[1][0], values[1][1]});
         }
     }
 };
@@ -57,14 +57,14 @@ struct MatrixSlopes {
 
     // Adds the products of steps with what is in the exchange.
     template <bool EXACT>
-    static __device__ __forceinline__ void add(float (&to)[STATE_TILES][4], Lane lane, const OverChunks &steps, const float *exchange) {
+    static __device__ __forceinline__ void add(float (&to)[STATE_TILES][4], Lane lane, const OverChunks<EXACT> &steps, const float *exchange) {
 #pragma unroll
         for (int n = 0; n < STATE_TILES; n++) {
-            Sums sums;
+            Sum sums;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const float *const at = exchange + (8 * i + lane.t) * EXCHANGE + 8 * n + lane.g;
-                sums.add<EXACT>(steps.tiles[i], Parts<2>({at[0], at[4 * EXCHANGE]}));
+                sums.add(steps.tiles[i], Parts<2>({at[0], at[4 * EXCHANGE]}));
             }
             // The tensor cores round towards zero, which would add up.
 #pragma unroll
@@ -73,15 +73,15 @@ struct MatrixSlopes {
     }
     // Those by K: of inputs and of the slopes by outputs.
     template <bool EXACT>
-    __device__ __forceinline__ void add_within(Lane lane, const OverChunks &inputs, const float *d_out, int from, int to) {
+    __device__ __forceinline__ void add_within(Lane lane, const OverChunks<EXACT> &inputs, const float *d_out, int from, int to) {
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            Sums sums;
+            Sum sums;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int chunk = 8 * i + lane.t, step = 8 * n + lane.g;
                 const auto value = [&](int chunk) { return chunk >= from && chunk < to ? d_out[chunk * CHUNK + step] : 0.0f; };
-                sums.add<EXACT>(inputs.tiles[i], Parts<2>({value(chunk), value(chunk + 4)}));
+                sums.add(inputs.tiles[i], Parts<2>({value(chunk), value(chunk + 4)}));
             }
 #pragma unroll
             for (int k = 0; k < 4; k++) of_kernel[n][k] += sums[k];
@@ -204,8 +204,8 @@ __device__ __forceinline__ void differentiate(const Backward &params, const Warp
     const int chunks = steps / CHUNK;
     Number<R> now = x;
     if (chunks > 0) {
-        const OfSteps inputs(rows.inputs, lane);
-        to_states<EXACT>(rows.states, lane, inputs, [&](int i) { return ToState(enter, lane, i); });
+        const OfSteps<EXACT> inputs(rows.inputs, lane);
+        to_states(rows.states, lane, inputs, [&](int i) { return ToState(enter, lane, i); });
         __syncwarp();
         carry<false>(rows.states, power, now, 0, chunks, [](int) {});
     }
@@ -215,15 +215,15 @@ __device__ __forceinline__ void differentiate(const Backward &params, const Warp
         if (chunks == 0) return;
         __syncwarp();
     }
-    OfSteps d_out(rows.d_out, lane);
+    OfSteps<EXACT> d_out(rows.d_out, lane);
     int first = 0, products = 0;
     if (!d_out.are_finite()) {
         // The products give what comes after. (Of the chunks before, nothing is summed up: the sums are not finite either.)
         products = not_finite<true>(rows.d_out) + 1;
         first = min((products + CHUNK - 1) / CHUNK, chunks);
-        d_out = OfSteps(rows.d_out, lane, products, TILE);
+        d_out = OfSteps<EXACT>(rows.d_out, lane, products, TILE);
     }
-    to_states<EXACT>(rows.slopes, lane, d_out, [&](int i) { return ToState(read, lane, i); });
+    to_states(rows.slopes, lane, d_out, [&](int i) { return ToState(read, lane, i); });
     __syncwarp();
     carry_back(rows.slopes, rows.states, power, d_state, of_chunk, first, chunks);
     // What stands in the rows of no chunk is multiplied by zeros.
@@ -235,15 +235,15 @@ __device__ __forceinline__ void differentiate(const Backward &params, const Warp
     if (first > 0) keep(rows.slopes, first - 1, d_state);
     __syncwarp();
     {
-        Sums sums[STEP_TILES];
-        within_chunks<EXACT>(sums, d_out, WithinChunk::of<true>(p.kernel + warp.channel * CHUNK, lane, warp.is_first));
+        TwoSums sums[STEP_TILES];
+        within_chunks(sums, d_out, WithinChunk::of<true>(p.kernel + warp.channel * CHUNK, lane, warp.is_first));
         from_states(sums, lane, rows.slopes, [&](int i) { return FromState(enter, lane, i); });
         write_steps(rows.d_inputs, lane, sums, products, chunks * CHUNK);
     }
-    MatrixSlopes::add<EXACT>(matrices.of_read, lane, OverChunks(rows.d_out, lane, first, chunks), rows.states);
-    const OverChunks inputs(rows.inputs, lane, first, chunks);
-    MatrixSlopes::add<EXACT>(matrices.of_enter, lane, inputs, rows.slopes);
-    if (warp.is_first) matrices.add_within<EXACT>(lane, inputs, rows.d_out, first, chunks);
+    MatrixSlopes::add(matrices.of_read, lane, OverChunks<EXACT>(rows.d_out, lane, first, chunks), rows.states);
+    const OverChunks<EXACT> inputs(rows.inputs, lane, first, chunks);
+    MatrixSlopes::add(matrices.of_enter, lane, inputs, rows.slopes);
+    if (warp.is_first) matrices.add_within(lane, inputs, rows.d_out, first, chunks);
     if (first > 0) {
         __syncwarp();
         step_back(Step<R>(p, warp), x, d_state, PairSlopes(params, warp), rows, 0, min(products, chunks * CHUNK), first * CHUNK);
@@ -254,9 +254,9 @@ __device__ __forceinline__ void differentiate(const Backward &params, const Warp
 template <typename T, typename R>
 __device__ __forceinline__ void advance(const Inputs &p, const Warp &warp, const Power<R> &power, Number<R> &x, const Rows &rows) {
     const Lane lane;
-    const OfSteps inputs(rows.inputs, lane);
+    const OfSteps<Precision<T>::EXACT> inputs(rows.inputs, lane);
     const float *const enter = p.enter + warp.table(p);
-    to_states<Precision<T>::EXACT>(rows.states, lane, inputs, [&](int i) { return ToState(enter, lane, i); });
+    to_states(rows.states, lane, inputs, [&](int i) { return ToState(enter, lane, i); });
     __syncwarp();
     carry<false>(rows.states, power, x, 0, CHUNKS, [](int) {});
 }
@@ -266,7 +266,7 @@ template <typename T, typename R>
 __device__ __forceinline__ void retreat(const Inputs &p, const Warp &warp, const Power<R> &power, Number<R> &d_state,
                                         const Rows &rows, int steps) {
     const Lane lane;
-    const OfSteps d_out(rows.d_out, lane);
+    const OfSteps<Precision<T>::EXACT> d_out(rows.d_out, lane);
     const int chunks = steps / CHUNK;
     if (chunks * CHUNK < steps) {
         const Step<R> step(p, warp);
@@ -276,7 +276,7 @@ __device__ __forceinline__ void retreat(const Inputs &p, const Warp &warp, const
     }
     if (chunks > 0) {
         const float *const read = p.read + warp.table(p);
-        to_states<Precision<T>::EXACT>(rows.slopes, lane, d_out, [&](int i) { return ToState(read, lane, i); });
+        to_states(rows.slopes, lane, d_out, [&](int i) { return ToState(read, lane, i); });
         __syncwarp();
         carry<true>(rows.slopes, power.conj(), d_state, 0, chunks, [](int) {});
     }

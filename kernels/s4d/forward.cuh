@@ -33,25 +33,25 @@ __device__ __forceinline__ void advance(const Inputs &p, const Warp &warp, const
                                         Number<R> &x, const float *inputs, float *outputs, float *exchange, int steps) {
     constexpr bool EXACT = Precision<T>::EXACT;
     const Lane lane;
-    OfSteps of_steps(inputs, lane);
+    OfSteps<EXACT> of_steps(inputs, lane);
     int chunks = steps / CHUNK, products = chunks * CHUNK;
     if constexpr (OUTPUT) {
         if (!of_steps.are_finite()) {
             // The products give what comes before.
             products = min(products, not_finite<false>(inputs));
             chunks = products / CHUNK;
-            of_steps = OfSteps(inputs, lane, 0, products);
+            of_steps = OfSteps<EXACT>(inputs, lane, 0, products);
         }
     }
     if (products > 0) {
-        to_states<EXACT>(exchange, lane, of_steps, [&](int i) -> const ToState & { return matrices.enter[i]; });
+        to_states(exchange, lane, of_steps, [&](int i) -> const ToState & { return matrices.enter[i]; });
         __syncwarp();
         carry<false>(exchange, power, x, 0, chunks, [](int) {});
         if constexpr (OUTPUT) {
             if (chunks * CHUNK < products) keep(exchange, chunks, x);
             __syncwarp();
-            Sums sums[STEP_TILES];
-            within_chunks<EXACT>(sums, of_steps, matrices.within);
+            TwoSums sums[STEP_TILES];
+            within_chunks(sums, of_steps, matrices.within);
             from_states(sums, lane, exchange, [&](int i) -> const FromState & { return matrices.read[i]; });
             write_steps(outputs, lane, sums, 0, products);
         }

@@ -113,7 +113,8 @@ struct Pair {
             return Number<double>{at[0], at[from.state]};
         };
         delta = exp(static_cast<double>(p.log_delta.data[channel * p.log_delta.channel]));
-        a = read(p.a), b = read(p.b), c = read(p.c);
+        a = read(p.a), b = read(p.b), c = {0, 0};
+        if (p.c.data) c = read(p.c);
         const Number<double> z = a * delta, one = {1, 0};
         if (p.rule == RULE_HOLD) {
             // What rounding takes from the angle is turned by as well.

@@ -72,6 +72,12 @@ struct Gradients {
     float *d_d;
 };
 
+// From parameters to what an update reads, (d_inner, 6, d_state). Of the inputs there are those that it takes.
+struct Recurrence {
+    Inputs inputs;
+    float *to;
+};
+
 struct Update {
     Activation u;
     // (d_inner, 6, d_state)

@@ -25,30 +25,42 @@ constexpr int STATE_TILES = PAIRS / 4, STEP_TILES = 2;
 template <typename T> struct Precision { using Real = float; static constexpr bool EXACT = true; };
 template <> struct Precision<float> { using Real = double; static constexpr bool EXACT = false; };
 
-// Numbers in two parts.
-template <int N> struct Parts {
-    float upper[N], lower[N];
+// Numbers in two parts, or in one if they are `EXACT`.
+template <int N, bool EXACT = false> struct Parts {
+    float upper[N], lower[EXACT ? 1 : N];
 
     Parts() = default;
     __device__ __forceinline__ explicit Parts(const float (&x)[N]) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            upper[i] = __uint_as_float(__float_as_uint(x[i]) & 0xffffe000u);
-            lower[i] = x[i] - upper[i];
+            upper[i] = EXACT ? x[i] : __uint_as_float(__float_as_uint(x[i]) & 0xffffe000u);
+            if (!EXACT) lower[i] = x[i] - upper[i];
         }
     }
 };
 
-// D += A B, of which A is in one part if it is `EXACT`. Three sums: a product does not wait for the one before.
-struct Sums {
-    float first[4] = {}, second[4] = {}, third[4] = {};
+// D += A B, where there are many such sums under way at a time.
+struct Sum {
+    float values[4] = {};
 
-    template <bool EXACT> __device__ __forceinline__ void add(const Parts<4> &a, const Parts<2> &b) {
-        mma_tf32(first, a.upper, b.upper[0], b.upper[1]);
-        mma_tf32(second, a.upper, b.lower[0], b.lower[1]);
-        if (!EXACT) mma_tf32(third, a.lower, b.upper[0], b.upper[1]);
+    template <bool EXACT> __device__ __forceinline__ void add(const Parts<4, EXACT> &a, const Parts<2> &b) {
+        mma_tf32(values, a.upper, b.lower[0], b.lower[1]);
+        if constexpr (!EXACT) mma_tf32(values, a.lower, b.upper[0], b.upper[1]);
+        mma_tf32(values, a.upper, b.upper[0], b.upper[1]);
     }
-    __device__ __forceinline__ float operator[](int i) const { return first[i] + (second[i] + third[i]); }
+    __device__ __forceinline__ float operator[](int i) const { return values[i]; }
+};
+
+// The same where there are few: in two sums, of which one does not wait for the other.
+struct TwoSums {
+    float values[4] = {}, rests[4] = {};
+
+    template <bool EXACT> __device__ __forceinline__ void add(const Parts<4, EXACT> &a, const Parts<2> &b) {
+        mma_tf32(values, a.upper, b.upper[0], b.upper[1]);
+        mma_tf32(rests, a.upper, b.lower[0], b.lower[1]);
+        if constexpr (!EXACT) mma_tf32(rests, a.lower, b.upper[0], b.upper[1]);
+    }
+    __device__ __forceinline__ float operator[](int i) const { return values[i] + rests[i]; }
 };
 
 struct Lane {
@@ -57,8 +69,8 @@ struct Lane {
 };
 
 // The inputs of all chunks, or of the outputs' slopes, from a channel's row of a tile in shared memory.
-struct OfSteps {
-    Parts<4> tiles[STEP_TILES];
+template <bool EXACT> struct OfSteps {
+    Parts<4, EXACT> tiles[STEP_TILES];
 
     __device__ __forceinline__ OfSteps(const float *row, Lane lane) {
         float first[4], second[4];
@@ -94,7 +106,7 @@ struct OfSteps {
     __device__ __forceinline__ void set(const float (&first)[4], const float (&second)[4]) {
 #pragma unroll
         for (int i = 0; i < STEP_TILES; i++) {
-            tiles[i] = Parts<4>({first[2 * i], second[2 * i], first[2 * i + 1], second[2 * i + 1]});
+            tiles[i] = Parts<4, EXACT>({first[2 * i], second[2 * i], first[2 * i + 1], second[2 * i + 1]});
         }
     }
 };
@@ -102,6 +114,8 @@ struct OfSteps {
 // The first step of a tile that is not finite, or the last (`LAST`), of which there is one.
 template <bool LAST> __device__ __forceinline__ int not_finite(const float *row) {
     int found = LAST ? 0 : TILE;
+    // (Not unrolled: it is rarely needed, and so a loop of its own in the counts of instructions.)
+#pragma unroll 1
     for (int step = threadIdx.x % 32; step < TILE; step += 32) {
         if (row[step] * 0.0f != 0.0f) found = LAST ? step : min(found, step);
     }
@@ -113,7 +127,7 @@ template <bool LAST> __device__ __forceinline__ int not_finite(const float *row)
 }
 
 // Writes a result's steps from `from` to `to` to a row of a tile.
-__device__ __forceinline__ void write_steps(float *row, Lane lane, const Sums (&sums)[STEP_TILES], int from, int to) {
+__device__ __forceinline__ void write_steps(float *row, Lane lane, const TwoSums (&sums)[STEP_TILES], int from, int to) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int step = (lane.g + 8 * half) * CHUNK + 4 * lane.t;
@@ -183,13 +197,13 @@ struct WithinChunk {
 // Multiplies the steps of all chunks by H or G, which `table(i)` gives of tile i, and leaves what each chunk adds to the state in the
 // exchange.
 template <bool EXACT, typename Table>
-__device__ __forceinline__ void to_states(float *exchange, Lane lane, const OfSteps &steps, const Table &table) {
+__device__ __forceinline__ void to_states(float *exchange, Lane lane, const OfSteps<EXACT> &steps, const Table &table) {
 #pragma unroll
     for (int i = 0; i < STATE_TILES; i++) {
         const ToState &matrix = table(i);
-        Sums sums;
+        Sum sums;
 #pragma unroll
-        for (int k = 0; k < STEP_TILES; k++) sums.add<EXACT>(steps.tiles[k], matrix.tiles[k]);
+        for (int k = 0; k < STEP_TILES; k++) sums.add(steps.tiles[k], matrix.tiles[k]);
         write_shared(exchange + lane.g * EXCHANGE + 2 * (4 * i + lane.t), {sums[0], sums[1]});
         write_shared(exchange + (lane.g + 8) * EXCHANGE + 2 * (4 * i + lane.t), {sums[2], sums[3]});
     }
@@ -197,7 +211,7 @@ __device__ __forceinline__ void to_states(float *exchange, Lane lane, const OfSt
 
 // Adds to results what the states in the exchange come to, by G or H, which `table(i)` gives of tile i.
 template <typename Table>
-__device__ __forceinline__ void from_states(Sums (&sums)[STEP_TILES], Lane lane, const float *exchange, const Table &table) {
+__device__ __forceinline__ void from_states(TwoSums (&sums)[STEP_TILES], Lane lane, const float *exchange, const Table &table) {
 #pragma unroll
     for (int i = 0; i < STATE_TILES; i++) {
         float first[2], second[2];
@@ -206,17 +220,17 @@ __device__ __forceinline__ void from_states(Sums (&sums)[STEP_TILES], Lane lane,
         const Parts<4> states({first[0], second[0], first[1], second[1]});
         const FromState &matrix = table(i);
 #pragma unroll
-        for (int j = 0; j < STEP_TILES; j++) sums[j].add<false>(states, matrix.tiles[j]);
+        for (int j = 0; j < STEP_TILES; j++) sums[j].add(states, matrix.tiles[j]);
     }
 }
 
 // The same of a chunk's own steps, by K.
 template <bool EXACT>
-__device__ __forceinline__ void within_chunks(Sums (&sums)[STEP_TILES], const OfSteps &steps, const WithinChunk &matrix) {
+__device__ __forceinline__ void within_chunks(TwoSums (&sums)[STEP_TILES], const OfSteps<EXACT> &steps, const WithinChunk &matrix) {
 #pragma unroll
     for (int k = 0; k < STEP_TILES; k++) {
 #pragma unroll
-        for (int j = 0; j < STEP_TILES; j++) sums[j].add<EXACT>(steps.tiles[k], matrix.tiles[k][j]);
+        for (int j = 0; j < STEP_TILES; j++) sums[j].add(steps.tiles[k], matrix.tiles[k][j]);
     }
 }
 

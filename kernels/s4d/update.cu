@@ -58,6 +58,25 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Upd
     }
 }
 
+// A̅ in two parts and B̅, for a pair of each thread.
+extern "C" __global__ void __launch_bounds__(THREADS) s4d_recurrence(const __grid_constant__ Recurrence params) {
+    const Inputs &p = params.inputs;
+    const int64_t count = p.d_inner * p.d_state;
+    for (int64_t i = blockIdx.x * int64_t(THREADS) + threadIdx.x; i < count; i += int64_t(gridDim.x) * THREADS) {
+        const int64_t channel = i / p.d_state, n = i % p.d_state;
+        const Pair of(p, channel, n);
+        const Number<double> enter = of.weight * of.b;
+        float *const to = params.to + channel * 6 * p.d_state + n;
+        const auto write = [&](int k, double x) {
+            to[k * p.d_state] = static_cast<float>(x);
+            to[(k + 1) * p.d_state] = static_cast<float>(x - static_cast<float>(x));
+        };
+        write(0, of.power.re);
+        write(2, of.power.im);
+        to[4 * p.d_state] = static_cast<float>(enter.re), to[5 * p.d_state] = static_cast<float>(enter.im);
+    }
+}
+
 #define INSTANCE(NAME, T, St)                                                                                          \
     extern "C" __global__ void __launch_bounds__(THREADS) s4d_update_##NAME(const __grid_constant__ Update params) {   \
         run<T, St>(params);                                                                                            \

@@ -49,11 +49,6 @@ impl<'d> Launcher<'d> {
         let channels = WARPS / pair_blocks;
         let columns = blocks(d_inner, channels);
         let options = problem.inputs.options;
-        let rule = match options.rule {
-            Rule::ZeroOrderHold => kernels::RULE_HOLD,
-            Rule::Bilinear => kernels::RULE_BILINEAR,
-            Rule::Euler => kernels::RULE_EULER,
-        };
         let whole = |address: u64, strides: &[i64]| is_vectorizable::<T>(address, strides, QUAD);
         let u = tensors.u;
         let vector = u.strides[2] == 1
@@ -75,7 +70,7 @@ impl<'d> Launcher<'d> {
             d_state: d_state as i64,
             padded: padded as i64,
             pair_blocks: pair_blocks as i64,
-            rule,
+            rule: number_of(options.rule),
             flags: params::flags([(options.reverse, kernels::FLAG_REVERSE), (vector, kernels::FLAG_VECTOR)]),
             ..kernels::Inputs::zeroed()
         });
@@ -124,6 +119,15 @@ impl<'d> Launcher<'d> {
         let kernel = Kernel { most_shared: shared, ..Kernel::new(module, name) };
         // SAFETY: as the caller promises.
         unsafe { self.device.launch(&kernel, grid, THREADS, shared, params) }
+    }
+}
+
+/// The number of a rule.
+pub(super) fn number_of(rule: Rule) -> i64 {
+    match rule {
+        Rule::ZeroOrderHold => kernels::RULE_HOLD,
+        Rule::Bilinear => kernels::RULE_BILINEAR,
+        Rule::Euler => kernels::RULE_EULER,
     }
 }
 

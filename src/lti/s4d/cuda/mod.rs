@@ -35,9 +35,9 @@ pub use backward::{backward, backward_with};
 pub(crate) use forward::forward_checked;
 pub use forward::{forward, forward_with};
 pub use plan::Plan;
-pub use update::update;
 #[cfg(feature = "candle-cuda")]
 pub(crate) use update::update_checked;
+pub use update::{recurrence, update};
 
 use super::check::{Problem, UpdateProblem};
 use super::tensors::UpdateTensors;

@@ -3,14 +3,56 @@
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
-use cudarc::driver::CudaStream;
+use cudarc::driver::{CudaSlice, CudaStream};
 
+use super::launch::number_of;
 use super::{UpdateInputs, UpdateMut, UpdateProblem, UpdateTensors};
 use crate::cuda::params::s4d::{self as kernels, update::THREADS};
-use crate::cuda::{Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, grid_rows, suffix};
+use crate::cuda::{Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, blocks, grid_rows, suffix};
+use crate::lti::Rule;
+use crate::lti::s4d::check::{RECURRENCE_NAMES, check_recurrence};
 use crate::lti::s4d::tensors::Sizes;
 use crate::pool::cuda::SlotList;
-use crate::{Element, Result};
+use crate::view::check_len;
+use crate::{Element, Result, View};
+
+/// Makes of the parameters, on the stream's device, what an update reads: `(d_inner, 6, d_state)`, as
+/// [`recurrence`](crate::lti::s4d::recurrence) does.
+///
+/// # Errors
+/// A parameter that does not fit `a`, a buffer of another length, or what lies on another device; nothing is written then.
+/// What the driver refuses.
+pub fn recurrence(
+    stream: &Arc<CudaStream>,
+    log_delta: View<f32, 1, Cuda>,
+    a: View<f32, 2, Cuda>,
+    b: View<f32, 2, Cuda>,
+    rule: Rule,
+    to: &mut CudaSlice<f32>,
+) -> Result<()> {
+    let shape = check_recurrence(&log_delta, &a, &b)?;
+    check_len("to", RECURRENCE_NAMES, &shape, to.len())?;
+    let device = Device::new(stream)?;
+    let mut arguments = Arguments::new(stream);
+    let inputs = kernels::Inputs {
+        log_delta: arguments.view("log_delta", &log_delta)?.into(),
+        a: arguments.view("a", &a)?.into(),
+        b: arguments.view("b", &b)?.into(),
+        d_inner: shape[0] as i64,
+        d_state: shape[2] as i64,
+        rule: number_of(rule),
+        ..kernels::Inputs::zeroed()
+    };
+    let params = kernels::Recurrence { inputs, to: arguments.write("to", to)? };
+    let pairs = shape[0] * shape[2];
+    if pairs == 0 {
+        return Ok(());
+    }
+    let kernel = Kernel::new(Module::S4D_UPDATE, ["s4d_recurrence"]);
+    let grid = [blocks(pairs, THREADS).min(GRID_COLUMNS), 1];
+    // SAFETY: the parameters and the length of what is written have been checked.
+    unsafe { device.launch(&kernel, grid, THREADS, 0, &params) }
+}
 
 /// Runs the update on the stream's device, asynchronously.
 ///
