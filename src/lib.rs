@@ -3,6 +3,7 @@
 //! | operator | module | what it does |
 //! |---|---|---|
 //! | selective scan | [`scan`] | runs the recurrence over whole sequences, dense or packed, with gradients |
+//! | scan with complex states | [`complex_scan`] | the same with complex `A`, `B` and `C`, with gradients and in place, on processors |
 //! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
 //! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
 //! | gradient of an embedding | [`embedding`] | sums the gradients of the rows that tokens were looked up in |
@@ -92,6 +93,7 @@ struct Readme;
 mod arguments;
 #[cfg(feature = "candle")]
 pub mod candle;
+pub mod complex_scan;
 pub mod conv;
 #[cfg(feature = "cuda")]
 pub mod cuda;

@@ -6,6 +6,7 @@ mod support;
 
 #[cfg(feature = "candle")]
 mod candle;
+mod complex_scan;
 mod conv;
 mod decode;
 mod embedding;

@@ -26,7 +26,7 @@ fn inputs<'a, T: Element>(case: &'a Case<T>, steps: &'a [f32]) -> UpdateInputs<'
 /// An arithmetic of `f64` leaves one rounding of the result, and one of a state for each token, 2^-24 each.
 #[test]
 fn an_update_is_the_references() {
-    let processors: Vec<On> = Isa::available().into_iter().map(On::Processor).collect();
+    let processors: Vec<On> = Isa::available().map(On::Processor).collect();
     as_the_reference::<f32>(&processors, 20, 1e-6);
 }
 
