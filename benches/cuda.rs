@@ -23,6 +23,9 @@ mod pool;
 mod report;
 #[path = "cuda/rows.rs"]
 mod rows;
+#[cfg(feature = "lti")]
+#[path = "cuda/s4d.rs"]
+mod s4d;
 #[path = "cuda/scan.rs"]
 mod scan;
 #[path = "cuda/serve.rs"]
@@ -123,6 +126,18 @@ const CASES: &[&str] = &[
     "sampling choose f32 1,64 1 256000 1",
 ];
 
+/// With the feature `lti`, as the above; the last number is that of pairs.
+#[cfg(feature = "lti")]
+const LTI_CASES: &[&str] = &[
+    "s4d forward,backward bf16,f32 64 1024,4096 768 32",
+    "s4d forward,backward bf16 16 16384 768 32",
+    "s4d forward,backward bf16 8 32768 768 32",
+    "s4d forward,backward bf16 1 4096,65536 768 32",
+    "s4d forward,backward bf16 1 16384 768 32 packed",
+];
+#[cfg(not(feature = "lti"))]
+const LTI_CASES: &[&str] = &[];
+
 /// Where cases run, and what bounds them there.
 struct Bench {
     stream: Arc<CudaStream>,
@@ -164,6 +179,12 @@ impl Bench {
             ("embedding", "f32") => rows::embedding::<f32>(stream, case),
             ("embedding", "f16") => rows::embedding::<f16>(stream, case),
             ("embedding", "bf16") => rows::embedding::<bf16>(stream, case),
+            #[cfg(feature = "lti")]
+            ("s4d", "f32") => s4d::prepare::<f32>(stream, case),
+            #[cfg(feature = "lti")]
+            ("s4d", "f16") => s4d::prepare::<f16>(stream, case),
+            #[cfg(feature = "lti")]
+            ("s4d", "bf16") => s4d::prepare::<bf16>(stream, case),
             ("sampling", "f32") => rows::sampling(stream, case),
             #[cfg(feature = "candle-cuda")]
             ("candle", "f32") => candle::prepare(case),
@@ -183,7 +204,7 @@ impl Bench {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let texts: Vec<&str> = match &arguments.cases[..] {
-        [] => CASES.to_vec(),
+        [] => [CASES, LTI_CASES].concat(),
         given => given.iter().map(String::as_str).collect(),
     };
     let mut cases = Vec::new();

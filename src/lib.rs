@@ -3,6 +3,7 @@
 //! | operator | module | what it does |
 //! |---|---|---|
 //! | selective scan | [`scan`] | runs the recurrence over whole sequences, dense or packed, with gradients |
+//! | scan with complex states | [`complex_scan`] | the same with complex `A`, `B` and `C`, with gradients and in place, on processors |
 //! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
 //! | attention | [`attention`] | causal attention with grouped heads, in blocks, with gradients |
 //! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
@@ -10,7 +11,7 @@
 //! | cross entropy | [`loss`] | the loss of rows of logits, with its gradient in their place |
 //! | RMS norm | [`norm`] | the norm between layers, with the residual added and with a gate, with gradients |
 //! | AdamW | [`optimizer`] | a step of training over many parameters at once |
-//! | linear time-invariant systems | `lti`, a feature | HiPPO, S4 and S4D: kernels, recurrences and long convolutions, with gradients, on processors |
+//! | linear time-invariant systems | `lti`, a feature | HiPPO, S4 and S4D: kernels, recurrences and long convolutions, with gradients, on processors; S4D on GPUs too |
 //!
 //! With the features of the same names, the module `candle` has the operators on candle's tensors, with gradients in
 //! candle's graph, and the module `nn` the Mamba block, a language model, and layers of S4.
@@ -94,6 +95,7 @@ mod arguments;
 pub mod attention;
 #[cfg(feature = "candle")]
 pub mod candle;
+pub mod complex_scan;
 pub mod conv;
 #[cfg(feature = "cuda")]
 pub mod cuda;

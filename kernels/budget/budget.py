@@ -6,14 +6,15 @@
 It needs nvcc, cuobjdump and nvdisasm, in $CUDA_HOME/bin or on the PATH, and no Python package. What it prints:
 
 - of each kernel: registers, bytes spilled (both ways), static shared memory, and dynamic where it is one struct;
-- of the main loops of the scan with at most 16 states, bf16: machine instructions for each (time step, channel, state), by
+- of the main loops of the scan with at most 16 states and of S4D, bf16: machine instructions for each (time step, channel, state), by
   class, which are those of a warp for 32 of them. They are counted in the machine code, along the longest path around the
   loop (sass.py says how loops are found). Left out are ways that only a warp takes in which a product of zero and infinity
-  has come up (the kernel then sums each step alone: an inner loop of the backward's tile loop) and ways for a warp that has
-  come apart;
+  has come up (the kernel then sums each step alone: an inner loop of the backward's tile loop), those for S4D's tiles that
+  are not whole or not finite and for more than 32 pairs (inner loops, too), and ways for a warp that has come apart;
 - the number of kernels, and how long nvcc takes on two cores.
 
-Exit code 1 if a rule is broken: a fast kernel (all but the `general` ones) spills or uses local memory, or a kernel has an
+Exit code 1 if a rule is broken: a fast kernel (all but the `general` ones, and those that make S4D's tables in f64 and its
+gradients of parameters) spills or uses local memory, or a kernel has an
 atomic on floating-point numbers. Instruction and time budgets are reported, and fail with --strict only.
 """
 import argparse
@@ -36,6 +37,9 @@ ARCH = "90"
 
 # A budget in instructions for each (time step, channel, state), and one for the build in seconds.
 FORWARD, BACKWARD, SPLIT, BUILD = 7.5, 26.0, 1.9, 120.0
+# Of S4D, for each (step, channel, pair), where a scan would take six forward. The longest path has ways in it that a usual
+# tile does not take: loads of channels one by one, and the masks of one that is not finite.
+S4D_FORWARD, S4D_BACKWARD = 5.0, 13.0
 
 
 def constants(folder):
@@ -60,6 +64,9 @@ SCAN = constants("scan")
 TILES = {"one": (SCAN["forward::ONE_TILE"], 1), "four": (SCAN["forward::FOUR_TILE"], 4)}
 STATES, CHUNK = SCAN["STATE_VEC"], SCAN["CHECKPOINT_STEPS"]
 BACKWARD_TILE, BACKWARD_CHANNELS = SCAN["backward::TILE"], SCAN["backward::CHANNELS_PER_LANE"]
+# A warp of S4D has a tile of one channel.
+S4D = constants("s4d")
+S4D_UNITS = S4D["TILE"] * S4D["PAIRS"] // 32
 
 FLOAT_ATOMIC = r"(RED|REDG|ATOM|ATOMG|ATOMS)\.(.*\.)?(F16|F32|F64|BF16)(x\d)?(\.|_|$).*|REDAS.*F.*"
 
@@ -92,7 +99,7 @@ class Kernel:
 
     @property
     def is_fast(self):
-        return "general" not in self.name
+        return "general" not in self.name and self.name not in ("s4d_tables", "s4d_gradients", "s4d_recurrence")
 
     def instructions(self):
         return [one for one in self.code if not isinstance(one, str)]
@@ -101,6 +108,8 @@ class Kernel:
         """Bytes of a kernel whose dynamic shared memory is one struct."""
         size = 4 if self.name.endswith("_f32") else 2
         kernel, prefix = self.source.stem, ""
+        if self.source.parent.name == "s4d":
+            return S4D.get(f"{kernel}::SMEM", 0)
         if match := re.match(r"scan_forward_few_channels_(one|two)_", self.name):
             prefix = match[1].upper() + "_"
         fixed = SCAN.get(f"{kernel}::{prefix}SMEM", 0) if self.source.parent.name == "scan" else 0
@@ -196,6 +205,16 @@ def backward_loops(kernel):
     }
 
 
+def s4d_loops(kernel):
+    """The loops over tiles, which synchronise: of the forward pass one; of the backward pass that which carries states forward
+    and that which goes back, with more products. Loops within are rare."""
+    found = sass.loops(kernel.code)
+    tiles = [loop for loop in found if loop.count(r"BAR.*") and loop.count(r".MMA.*")]
+    innermost = [loop for loop in tiles if not any(other in tiles for other in sass.inside(loop, found))]
+    innermost.sort(key=lambda loop: loop.count(r".MMA.*"))
+    return [per_unit(sass.cost(loop, found, lambda loop: None), S4D_UNITS) for loop in innermost]
+
+
 def table(head, rows):
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
@@ -238,6 +257,10 @@ def main():
     if backward:
         for name, counts in backward_loops(backward).items():
             loops[f"{backward.name}, {name}"] = counts
+    for name in ("s4d_forward_bf16", "s4d_chunk_state_bf16", "s4d_backward_bf16"):
+        if kernel := kernels.get(name):
+            for which, counts in zip(("tiles", "tiles, back"), s4d_loops(kernel)):
+                loops[f"{name}, {which}"] = counts
     shown = [name for name in [*sass.CLASSES, "integer"] if any(counts[name] for counts in loops.values())]
     table(["instructions per step, channel, state", "all", *shown],
           [[name, f"{sum(counts.values()):.2f}", *(f"{counts[one]:.2f}" if counts[one] else "-" for one in shown)]
@@ -264,6 +287,11 @@ def main():
     if backward:
         judge("scan backward, both tile loops", total("scan_backward_fast_bf16, tiles, back")
               + total("scan_backward_fast_bf16, tiles, states"), BACKWARD)
+    if "s4d_forward_bf16, tiles" in loops:
+        judge("S4D forward", total("s4d_forward_bf16, tiles"), S4D_FORWARD)
+    if "s4d_backward_bf16, tiles, back" in loops:
+        judge("S4D backward, both tile loops",
+              total("s4d_backward_bf16, tiles") + total("s4d_backward_bf16, tiles, back"), S4D_BACKWARD)
     judge("nvcc, two at a time", seconds, BUILD, " s")
     table(["budget", "is", "may be", "ratio", ""], judged)
 

@@ -95,6 +95,7 @@ pub(crate) mod write_all;
 use std::io;
 
 pub use crate::attention::tensors::Attention;
+pub use crate::complex_scan::tensors::{ComplexScan, ComplexUpdate};
 pub use crate::conv::tensors::{CausalConv, ConvUpdate};
 pub use crate::decode::candle::{DecodeConv, DecodeLinear, DecodeUpdate, embedding_lookup};
 pub use crate::embedding::candle::embedding_gradient;
@@ -125,6 +126,9 @@ pub type ScanGradients = crate::scan::Tensors<CandleTensors>;
 
 /// The gradients of the tensors of an [`Attention`], dense, each of its tensor's shape and type.
 pub type AttentionGradients = crate::attention::Tensors<CandleTensors>;
+
+/// The gradients of the tensors of a [`ComplexScan`], dense, each of its tensor's shape and type: of those that were given.
+pub type ComplexScanGradients = crate::complex_scan::Tensors<CandleTensors>;
 
 /// The gradients of the tensors of a [`CausalConv`], dense, each of its tensor's shape and type: of those that were given.
 pub type CausalConvGradients = crate::conv::Tensors<CandleTensors>;

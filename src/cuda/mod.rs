@@ -41,6 +41,7 @@ mod launch;
 mod module;
 pub(crate) mod params;
 mod record;
+mod segments;
 mod sum;
 mod tensors;
 
@@ -57,6 +58,7 @@ pub(crate) use launch::{
 };
 pub(crate) use module::Module;
 pub use record::{Graph, Recording, record};
+pub(crate) use segments::packed_segments;
 pub(crate) use sum::Sum;
 pub(crate) use tensors::{DeviceBuffers, DeviceViews, Strided, or_null};
 

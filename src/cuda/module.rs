@@ -42,6 +42,15 @@ macro_rules! modules {
     };
 }
 
+#[cfg(feature = "lti")]
+modules! {
+    S4D_TABLES = "s4d/tables",
+    S4D_FORWARD = "s4d/forward",
+    S4D_BACKWARD = "s4d/backward",
+    S4D_GRADIENTS = "s4d/gradients",
+    S4D_UPDATE = "s4d/update",
+}
+
 modules! {
     UPLOAD = "common/upload",
     REDUCE_PARTIALS = "common/reduce_partials",

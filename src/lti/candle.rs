@@ -1,10 +1,10 @@
-//! What the operators of this module have in common on candle's tensors.
+//! What the operators without kernels for GPUs have in common on candle's tensors.
 
 use candle_core::{Device, Result, Tensor};
 
 use crate::Error;
 
-/// Refuses tensors that are not on the processor: nothing here has kernels for a GPU.
+/// Refuses tensors that are not on the processor.
 pub(crate) fn check_processor(argument: &'static str, tensor: &Tensor) -> Result<()> {
     match tensor.device() {
         Device::Cpu => Ok(()),
@@ -13,6 +13,6 @@ pub(crate) fn check_processor(argument: &'static str, tensor: &Tensor) -> Result
 }
 
 fn elsewhere(argument: &'static str, location: candle_core::DeviceLocation) -> Error {
-    let expected = "a tensor on the processor (linear time-invariant systems have no kernels for GPUs)";
+    let expected = "a tensor on the processor (of linear time-invariant systems S4D alone runs on GPUs)";
     Error::argument(argument, expected, format_args!("one on {location:?}"))
 }

@@ -7,6 +7,7 @@ mod support;
 mod attention;
 #[cfg(feature = "candle")]
 mod candle;
+mod complex_scan;
 mod conv;
 mod decode;
 mod embedding;

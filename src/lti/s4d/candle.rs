@@ -2,28 +2,125 @@
 
 use candle_core::{Result, Tensor};
 
-use super::check::{ACTIVATION_NAMES, POOL_NAMES, STATE_NAMES};
+use super::check::{ACTIVATION_NAMES, POOL_NAMES, Problem, STATE_NAMES, UpdateProblem, check_recurrence};
 use super::tensors::{S4d, S4dUpdate};
-use super::{Inputs, Options, OutputGradients, OutputMut, RECURRENCE_ROWS, Tensors, UpdateInputs, cpu};
-#[cfg(feature = "candle-cuda")]
-use crate::Error;
+use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, UpdateInputs, UpdateMut, cpu};
 use crate::candle::S4dGradients;
-use crate::candle::device::{Cpu, Value, for_dtype};
+use crate::candle::device::{Backend, Cpu, Value, for_dtype, on_device};
 use crate::candle::graph::{self, Backward, Computed};
 use crate::candle::in_place::{InPlace, RunsOn, Updated, in_place, updated};
 use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, List, Owned, Reader, Store, both};
 use crate::lti::Rule;
-use crate::lti::candle::check_processor;
 use crate::simd::Isa;
 use crate::{View, ViewMut};
 
 const NAME: &str = "s4d";
 
+/// A device that runs S4D.
+pub(crate) trait S4dBackend: Backend {
+    fn forward<T: Value>(
+        &self,
+        problem: &Problem<T, Self::Memory>,
+        outputs: OutputMut<T, Self::Memory>,
+    ) -> crate::Result<()>;
+
+    fn backward<T: Value>(
+        &self,
+        problem: &Problem<T, Self::Memory>,
+        d_outputs: OutputGradients<T, Self::Memory>,
+        gradients: GradientsMut<T, Self::Memory>,
+    ) -> crate::Result<()>;
+
+    fn update<T: Value, St: Value>(
+        &self,
+        problem: &UpdateProblem<T, Self::Memory>,
+        outputs: UpdateMut<T, St, Self::Memory>,
+    ) -> crate::Result<()>;
+
+    /// [`recurrence`](super::recurrence) of the step sizes and of `A` and `B`, which have been checked; it has this shape.
+    fn recurrence(
+        &self,
+        shape: [usize; 3],
+        log_delta: View<f32, 1, Self::Memory>,
+        complex: [View<f32, 2, Self::Memory>; 2],
+        rule: Rule,
+    ) -> crate::Result<Self::Owned<f32>>;
+}
+
+impl S4dBackend for Cpu {
+    fn forward<T: Value>(&self, problem: &Problem<T>, outputs: OutputMut<T>) -> crate::Result<()> {
+        cpu::forward_checked(Isa::best(), problem, outputs)
+    }
+
+    fn backward<T: Value>(
+        &self,
+        problem: &Problem<T>,
+        d_outputs: OutputGradients<T>,
+        gradients: GradientsMut<T>,
+    ) -> crate::Result<()> {
+        cpu::backward_checked(Isa::best(), problem, d_outputs, gradients)
+    }
+
+    fn update<T: Value, St: Value>(&self, problem: &UpdateProblem<T>, outputs: UpdateMut<T, St>) -> crate::Result<()> {
+        cpu::update_checked(Isa::best(), problem, outputs)
+    }
+
+    fn recurrence(
+        &self,
+        _: [usize; 3],
+        log_delta: View<f32, 1>,
+        [a, b]: [View<f32, 2>; 2],
+        rule: Rule,
+    ) -> crate::Result<Vec<f32>> {
+        super::recurrence(log_delta, a, b, rule)
+    }
+}
+
+#[cfg(feature = "candle-cuda")]
+impl S4dBackend for crate::candle::cuda::Gpu {
+    fn forward<T: Value>(
+        &self,
+        problem: &Problem<T, Self::Memory>,
+        outputs: OutputMut<T, Self::Memory>,
+    ) -> crate::Result<()> {
+        super::cuda::forward_checked(super::cuda::Plan::default(), &self.stream, problem, outputs)
+    }
+
+    fn backward<T: Value>(
+        &self,
+        problem: &Problem<T, Self::Memory>,
+        d_outputs: OutputGradients<T, Self::Memory>,
+        gradients: GradientsMut<T, Self::Memory>,
+    ) -> crate::Result<()> {
+        super::cuda::backward_checked(super::cuda::Plan::default(), &self.stream, problem, d_outputs, gradients)
+    }
+
+    fn update<T: Value, St: Value>(
+        &self,
+        problem: &UpdateProblem<T, Self::Memory>,
+        outputs: UpdateMut<T, St, Self::Memory>,
+    ) -> crate::Result<()> {
+        super::cuda::update_checked(&self.stream, problem, outputs)
+    }
+
+    fn recurrence(
+        &self,
+        shape: [usize; 3],
+        log_delta: View<f32, 1, Self::Memory>,
+        [a, b]: [View<f32, 2, Self::Memory>; 2],
+        rule: Rule,
+    ) -> crate::Result<Self::Owned<f32>> {
+        let mut to = self.allocate::<f32>("a", &shape)?;
+        super::cuda::recurrence(&self.stream, log_delta, a, b, rule, &mut to)?;
+        Ok(to)
+    }
+}
+
 impl S4d<'_> {
     /// Runs the operator: `(batch, length, d_inner)` of `T`.
     ///
     /// # Errors
-    /// An argument that does not fit, which the message names. Tensors on another device than the processor.
+    /// An argument that does not fit, which the message names. What the device refuses.
     pub fn forward(&self) -> Result<Tensor> {
         Ok(self.run(false)?.0)
     }
@@ -37,13 +134,14 @@ impl S4d<'_> {
     }
 
     fn run(&self, with_state: bool) -> Result<(Tensor, Option<Tensor>)> {
-        check_processor("u", self.u)?;
         let mut arguments = Arguments::default();
         let Ok(_) = self.tensors().map(&mut arguments);
         let tensors = arguments.tensors();
         let (out, final_state) = {
             let locked = arguments.lock()?;
-            for_dtype!("u", self.u.dtype(), |T| self.compute::<T>(locked.reader(), with_state))
+            on_device!("u", self.u, |backend| for_dtype!("u", self.u.dtype(), |T| {
+                self.compute::<_, T>(backend, locked.reader(), with_state)
+            }))
         }?;
         if !graph::is_tracked(&tensors) {
             return Ok((out.untracked(), final_state.map(Computed::untracked)));
@@ -54,17 +152,21 @@ impl S4d<'_> {
         graph::attach(NAME, &tensors, out, final_state, kept)
     }
 
-    fn compute<T: Value>(&self, reader: Reader, with_state: bool) -> Result<(Computed, Option<Computed>)> {
-        use crate::candle::device::Backend;
-        let views = self.tensors().map(&mut reader.views::<Cpu, T>())?;
+    fn compute<B: S4dBackend, T: Value>(
+        &self,
+        backend: &B,
+        reader: Reader,
+        with_state: bool,
+    ) -> Result<(Computed, Option<Computed>)> {
+        let views = self.tensors().map(&mut reader.views::<B, T>())?;
         let problem = Inputs::of(views, self.cu_seqlens, self.options).check()?;
         let (activation, state) = (problem.inputs.u.shape, problem.state_shape());
-        let mut out = Cpu.allocate::<T>("u", &activation)?;
-        let mut final_state = with_state.then(|| Cpu.allocate::<f32>("initial_state", &state)).transpose()?;
-        let outputs = OutputMut { out: &mut out[..], final_state: final_state.as_deref_mut() };
-        cpu::forward_checked(Isa::best(), &problem, outputs)?;
-        let out = Computed::new(Cpu.store(out), activation);
-        Ok((out, final_state.map(|data| Computed::new(Cpu.store(data), state))))
+        let mut out = backend.allocate::<T>("u", &activation)?;
+        let mut final_state = with_state.then(|| backend.allocate::<f32>("initial_state", &state)).transpose()?;
+        let outputs = OutputMut { out: B::borrow(&mut out), final_state: final_state.as_mut().map(B::borrow) };
+        backend.forward(&problem, outputs)?;
+        let out = Computed::new(backend.store(out), activation);
+        Ok((out, final_state.map(|data| Computed::new(backend.store(data), state))))
     }
 
     /// The gradients of all tensors that were given, from the gradients of the output and of the final state. This is
@@ -73,7 +175,6 @@ impl S4d<'_> {
     /// # Errors
     /// As [`S4d::forward`].
     pub fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<S4dGradients> {
-        check_processor("u", self.u)?;
         let mut arguments = Arguments::default();
         let Ok(_) = self.tensors().map(&mut arguments);
         arguments.add("d_out", d_out);
@@ -82,26 +183,29 @@ impl S4d<'_> {
         }
         let locked = arguments.lock()?;
         let reader = locked.reader();
-        for_dtype!("u", self.u.dtype(), |T| self.gradients::<T>(reader, d_out, d_final_state))
+        on_device!("u", self.u, |backend| for_dtype!("u", self.u.dtype(), |T| {
+            self.gradients::<_, T>(backend, reader, d_out, d_final_state)
+        }))
     }
 
-    fn gradients<T: Value>(
+    fn gradients<B: S4dBackend, T: Value>(
         &self,
+        backend: &B,
         reader: Reader,
         d_out: &Tensor,
         d_final_state: Option<&Tensor>,
     ) -> Result<S4dGradients> {
-        let views = self.tensors().map(&mut reader.views::<Cpu, T>())?;
+        let views = self.tensors().map(&mut reader.views::<B, T>())?;
         let problem = Inputs::of(views, self.cu_seqlens, self.options).check()?;
-        let final_state = |tensor| reader.view::<Cpu, f32, 3>("d_final_state", STATE_NAMES, tensor);
+        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE_NAMES, tensor);
         let d_outputs = OutputGradients {
-            d_out: reader.view::<Cpu, T, 3>("d_out", ACTIVATION_NAMES, d_out)?,
+            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION_NAMES, d_out)?,
             d_final_state: d_final_state.map(final_state).transpose()?,
         };
-        let mut gradients: Tensors<Owned<Cpu, T>> = self.tensors().map(&mut Allocate(&Cpu))?;
+        let mut gradients: Tensors<Owned<B, T>> = self.tensors().map(&mut Allocate(backend))?;
         let Ok(buffers) = gradients.by_mut().map(&mut Lend);
-        cpu::backward_checked(Isa::best(), &problem, d_outputs, buffers)?;
-        let Ok(gradients) = gradients.zip(self.tensors())?.map(&mut Store(&Cpu));
+        backend.backward(&problem, d_outputs, buffers)?;
+        let Ok(gradients) = gradients.zip(self.tensors())?.map(&mut Store(backend));
         Ok(gradients)
     }
 }
@@ -126,21 +230,24 @@ impl Backward for Kept {
 /// candle's graph. See [`recurrence`](crate::lti::s4d::recurrence).
 ///
 /// # Errors
-/// A parameter that does not fit `a`. Tensors on another device than the processor.
+/// A parameter that does not fit `a`. What the device refuses.
 pub fn s4d_recurrence(log_delta: &Tensor, a: &Tensor, b: &Tensor, rule: Rule) -> Result<Tensor> {
-    check_processor("a", a)?;
     let mut arguments = Arguments::default();
     for (name, tensor) in [("log_delta", log_delta), ("a", a), ("b", b)] {
         arguments.add(name, tensor);
     }
     let locked = arguments.lock()?;
-    let reader = locked.reader();
+    on_device!("a", a, |backend| made_of(backend, locked.reader(), [log_delta, a, b], rule))
+}
+
+fn made_of<B: S4dBackend>(backend: &B, reader: Reader, [log_delta, a, b]: [&Tensor; 3], rule: Rule) -> Result<Tensor> {
     let complex = "(d_inner, 2 * d_state)";
-    let a: View<f32, 2> = reader.view::<Cpu, f32, 2>("a", complex, a)?;
-    let b = reader.view::<Cpu, f32, 2>("b", complex, b)?;
-    let log_delta = reader.view::<Cpu, f32, 1>("log_delta", "(d_inner)", log_delta)?;
-    let shape = (a.shape[0], RECURRENCE_ROWS, a.shape[1] / 2);
-    Tensor::from_vec(super::recurrence(log_delta, a, b, rule)?, shape, &candle_core::Device::Cpu)
+    let log_delta: View<f32, 1, B::Memory> = reader.view::<B, f32, 1>("log_delta", "(d_inner)", log_delta)?;
+    let a = reader.view::<B, f32, 2>("a", complex, a)?;
+    let b = reader.view::<B, f32, 2>("b", complex, b)?;
+    let shape = check_recurrence(&log_delta, &a, &b)?;
+    let made = backend.recurrence(shape, log_delta, [a, b], rule)?;
+    Ok(graph::untracked(backend.store(made), &shape))
 }
 
 impl S4dUpdate<'_> {
@@ -150,7 +257,7 @@ impl S4dUpdate<'_> {
     /// # Errors
     /// An argument that does not fit, which the message names; then nothing is written. `state` must not share its
     /// storage with another argument, nor be a variable or part of candle's graph: see
-    /// [the module](crate::candle#updates-in-place). Tensors on another device than the processor.
+    /// [the module](crate::candle#updates-in-place). What the device refuses.
     pub fn update(&self, state: &Tensor) -> Result<Tensor> {
         Ok(self.run(state, false)?.0)
     }
@@ -165,7 +272,6 @@ impl S4dUpdate<'_> {
     }
 
     fn run(&self, state: &Tensor, with_token_states: bool) -> Result<Updated> {
-        check_processor("u", self.u)?;
         in_place(self, state, with_token_states)
     }
 }
@@ -182,36 +288,21 @@ impl InPlace for S4dUpdate<'_> {
     }
 }
 
-impl RunsOn<Cpu> for S4dUpdate<'_> {
+impl<B: S4dBackend> RunsOn<B> for S4dUpdate<'_> {
     fn run<St: Value>(
         &self,
-        backend: &Cpu,
+        backend: &B,
         reader: Reader,
-        state: ViewMut<St, 3>,
+        state: ViewMut<St, 3, B::Memory>,
         with_token_states: bool,
     ) -> Result<Updated> {
         for_dtype!("u", self.u.dtype(), |T| {
-            let views = self.tensors().map(&mut reader.views::<Cpu, T>())?;
-            let problem = UpdateInputs::of(views, reader.slots::<Cpu>(self.slots)?).check()?;
+            let views = self.tensors().map(&mut reader.views::<B, T>())?;
+            let problem = UpdateInputs::of(views, reader.slots::<B>(self.slots)?).check()?;
             let shapes = (problem.inputs.u.shape, problem.token_state_shape());
-            updated::<Cpu, T, St>(backend, "u", shapes, state, with_token_states, |outputs| {
-                cpu::update_checked(Isa::best(), &problem, outputs)
+            updated::<B, T, St>(backend, "u", shapes, state, with_token_states, |outputs| {
+                backend.update(&problem, outputs)
             })
         })
-    }
-}
-
-#[cfg(feature = "candle-cuda")]
-impl RunsOn<crate::candle::cuda::Gpu> for S4dUpdate<'_> {
-    fn run<St: Value>(
-        &self,
-        _: &crate::candle::cuda::Gpu,
-        _: Reader,
-        _: ViewMut<St, 3, <crate::candle::cuda::Gpu as crate::candle::device::Backend>::Memory>,
-        _: bool,
-    ) -> Result<Updated> {
-        // All tensors are on one device, and `run` has refused another than the processor.
-        check_processor("u", self.u)?;
-        Err(Error::argument("state", "a tensor on the processor", "one on a GPU").into())
     }
 }

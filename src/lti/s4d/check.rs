@@ -9,6 +9,8 @@ use crate::view::check_len;
 use crate::{Element, Error, Host, Memory, Result, View};
 
 pub(super) const ACTIVATION_NAMES: &str = "(batch, length, d_inner)";
+#[cfg(feature = "cuda")]
+pub(super) const RECURRENCE_NAMES: &str = "(d_inner, 6, d_state)";
 pub(super) const STATE_NAMES: &str = "(sequences, d_inner, 2 * d_state)";
 
 /// The names of the dimensions of the pool and of the states after each token.
@@ -110,6 +112,19 @@ impl<T: Element, M: Memory> UpdateProblem<'_, T, M> {
     pub fn check_outputs<St: Element>(&self, outputs: &UpdateMut<T, St, M>) -> Result<()> {
         outputs.check(self.inputs.u.shape, self.state_shape(), POOL_NAMES, self.inputs.slots)
     }
+}
+
+/// Checks the parameters of [`recurrence`](super::recurrence), and gives the shape of what it makes.
+pub(super) fn check_recurrence<M: Memory>(
+    log_delta: &View<f32, 1, M>,
+    a: &View<f32, 2, M>,
+    b: &View<f32, 2, M>,
+) -> Result<[usize; 3]> {
+    let d_state = check_pairs("a", a)?;
+    a.check("a", "(d_inner, 2 * d_state)", a.shape)?;
+    b.check("b", "(d_inner, 2 * d_state)", a.shape)?;
+    log_delta.check("log_delta", "(d_inner)", [a.shape[0]])?;
+    Ok(recurrence_shape(a.shape[0], d_state))
 }
 
 /// The shape of what [`recurrence`](super::recurrence) makes of the parameters of `d_inner` channels.

@@ -14,11 +14,12 @@
 //! eigenvalues are real has imaginary parts of zero. Where the real part of `A` is negative, states decay; that it is,
 //! is up to the caller.
 //!
-//! Angles are formed in `f64` on processors, and the state is carried from one chunk of 16 steps to the next in `f64`,
+//! Angles are formed in `f64`, and the state is carried from one chunk of 16 steps to the next in `f64` (on GPUs, where
+//! activations are halves, in `f32` by powers of more digits),
 //! so that a million steps lose no more than a few. Gradients flow to every tensor, from the output and from the final
 //! state.
 //!
-//! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, [`reference`](mod@reference) is the same written
+//! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, `cuda` (with that feature) on a GPU's memory, [`reference`](mod@reference) is the same written
 //! plainly in `f64`. [`UpdateInputs`] are those of the step of decoding, on a pool of states in place, with a
 //! recurrence that [`recurrence`] has made once of the parameters.
 
@@ -26,6 +27,8 @@
 pub(crate) mod candle;
 mod check;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod discrete;
 pub mod reference;
 pub(crate) mod tensors;

@@ -46,14 +46,14 @@ tensors! {
     /// What S4D reads. `T` is the type of the activations; parameters and states are `f32`, and complex numbers two
     /// neighbours, the real and the imaginary part.
     views Inputs;
-    /// S4D over tensors; see [`lti::s4d`](crate::lti::s4d) for what it computes. On the processor only: on another
-    /// device it gives an error.
+    /// S4D over tensors; see [`lti::s4d`](crate::lti::s4d) for what it computes.
     ///
     /// `T` stands for the element type of `u`: `f32`, `f16` or `bf16`. Tensors may have any strides and are not copied.
     /// Complex numbers are two neighbours, the real and the imaginary part.
     ///
     /// Gradients flow to every tensor here, from the output and from the final state.
     candle S4d;
+    params s4d::Inputs;
 }
 
 /// Where a backward pass writes the gradient of each input: a dense buffer of the input's shape, overwritten whole.
@@ -92,10 +92,10 @@ tensors! {
     /// decoding gives.
     views UpdateInputs;
     /// An update of a pool of states of S4D by one token or a few, in place; see
-    /// [`lti::s4d::UpdateInputs`](crate::lti::s4d::UpdateInputs) for what it computes. On the processor only: on
-    /// another device it gives an error.
+    /// [`lti::s4d::UpdateInputs`](crate::lti::s4d::UpdateInputs) for what it computes.
     ///
     /// `T` stands for the element type of `u`: `f32`, `f16` or `bf16`. Tensors may have any strides and are not copied.
     /// No gradients flow: results are not part of candle's graph, whatever the tensors here are.
     candle S4dUpdate;
+    params s4d::Update;
 }

@@ -2,7 +2,7 @@
 
 use num_complex::Complex64;
 
-use super::check::recurrence_shape;
+use super::check::check_recurrence;
 use super::{UpdateInputs, UpdateMut, UpdateOutput, cpu};
 use crate::arguments::zeroed;
 use crate::lti::Rule;
@@ -25,12 +25,9 @@ pub const RECURRENCE_ROWS: usize = 6;
 /// # Errors
 /// A parameter that does not fit `a`.
 pub fn recurrence(log_delta: View<f32, 1>, a: View<f32, 2>, b: View<f32, 2>, rule: Rule) -> Result<Vec<f32>> {
-    let d_state = super::check::check_pairs("a", &a)?;
-    let d_inner = a.shape[0];
-    a.check("a", "(d_inner, 2 * d_state)", a.shape)?;
-    b.check("b", "(d_inner, 2 * d_state)", a.shape)?;
-    log_delta.check("log_delta", "(d_inner)", [d_inner])?;
-    let mut all: Vec<f32> = zeroed("a", &recurrence_shape(d_inner, d_state))?;
+    let shape = check_recurrence(&log_delta, &a, &b)?;
+    let d_state = shape[2];
+    let mut all: Vec<f32> = zeroed("a", &shape)?;
     for (channel, rows) in all.chunks_exact_mut(RECURRENCE_ROWS * d_state).enumerate() {
         let delta = f64::from(log_delta.at([channel])).exp();
         for n in 0..d_state {

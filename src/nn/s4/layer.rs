@@ -21,8 +21,8 @@ use crate::nn::{argument, check_model_dtype};
 ///
 /// Parameters, the systems' all of `f32`: `log_delta` `(d_model)`; `log_a_real`, of which the real parts of the
 /// eigenvalues are minus the exponentials, and `a_imag`, `(d_model, d_state)`; `b` `(d_model, 2 d_state)`; `c`
-/// `(directions, d_model, 2 d_state)`; `d` `(d_model)`; of S4 `p` `(d_model, rank, 2 d_state)` too; `out_proj`. The
-/// systems run on processors only: on another device there is an error.
+/// `(directions, d_model, 2 d_state)`; `d` `(d_model)`; of S4 `p` `(d_model, rank, 2 d_state)` too; `out_proj`. Systems
+/// of low rank run on processors only: on another device there is an error.
 #[derive(Debug, Clone)]
 pub struct S4Layer {
     config: S4Config,
@@ -120,7 +120,7 @@ impl S4Layer {
     /// Runs the layer over whole sequences, `(batch, length, d_model)` of the model's type. Differentiable.
     ///
     /// # Errors
-    /// Another width; with low rank, more steps than the kernels have; another device than the processor.
+    /// Another width; with low rank, more steps than the kernels have, or another device than the processor.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.check(x, 3, "(batch, length, d_model)")?;
         let tensors = self.tensors()?;

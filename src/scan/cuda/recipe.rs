@@ -10,8 +10,8 @@ use crate::cuda::params::scan::{
     STATE_BLOCK, backward, backward_chunk_state, backward_general, backward_narrow, forward,
     forward_few_channels as few, forward_general,
 };
-use crate::cuda::{GRID_ROWS, Kernel, Module, Properties, blocks, suffix};
-use crate::sequences::{Sequence, Sequences};
+use crate::cuda::{GRID_ROWS, Kernel, Module, Properties, blocks, packed_segments, suffix};
+use crate::sequences::Sequences;
 use crate::{DType, MAX_D_STATE};
 
 /// What of a call decides on its kernels.
@@ -314,24 +314,6 @@ impl Recipe {
             shared: blocks.shared,
         });
     }
-}
-
-/// The segments of a sequence, of `steps` steps each but the last.
-fn packed_segments(sequence: &Sequence, steps: usize) -> impl Iterator<Item = PackedSegment> {
-    let &Sequence { index, start, len, .. } = sequence;
-    let count = len.div_ceil(steps).max(1);
-    (0..count).map(move |rank| {
-        let first = rank * steps;
-        PackedSegment {
-            sequence: index as i64,
-            start: start as i64,
-            len: len as i64,
-            first: first as i64,
-            steps: steps.min(len - first) as i64,
-            rank: rank as i64,
-            segments_after: (count - 1 - rank) as i64,
-        }
-    })
 }
 
 /// A line for the segments, and one for each launch.

@@ -5,34 +5,15 @@
 //! The terms may cancel, so that the scale is not the sum alone.
 
 use half::{bf16, f16};
-use selective_scan::lti::s4d::{Gradients, Output, OutputMut, cpu, reference};
+use selective_scan::lti::s4d::reference;
 use selective_scan::{Element, Isa};
 
 use super::case::{Case, Shape};
+use super::device::{On, backward, forward};
 use crate::support::draw::{Draw, seeded};
 use crate::support::tolerance::assert_close_to;
 use crate::support::vectors::{FORWARD, GRADIENTS};
 use rand::Rng;
-
-pub fn forward<T: Element>(isa: Isa, case: &Case<T>) -> Output<T> {
-    let inputs = case.inputs();
-    let (mut out, mut final_state) = (vec![T::from_f32(f32::NAN); inputs.u.shape.iter().product()], case.state.clone());
-    final_state.fill(f32::NAN);
-    cpu::forward_with(
-        isa,
-        &inputs,
-        OutputMut { final_state: Some(&mut final_state[..]), ..OutputMut::new(&mut out[..]) },
-    )
-    .unwrap();
-    Output { out, final_state }
-}
-
-pub fn backward<T: Element>(isa: Isa, case: &Case<T>) -> Gradients<T> {
-    let mut gradients = Gradients::zeroed(&case.inputs()).unwrap();
-    gradients.u.fill(T::from_f32(f32::NAN));
-    cpu::backward_with(isa, &case.inputs(), case.d_outputs(), gradients.as_mut()).unwrap();
-    gradients
-}
 
 /// All results of the reference by name.
 fn reference<T: Element>(case: &Case<T>) -> Vec<(&'static str, Vec<f64>)> {
@@ -48,7 +29,7 @@ fn reference<T: Element>(case: &Case<T>) -> Vec<(&'static str, Vec<f64>)> {
 
 /// Holds the fast path to the reference. The scale of each result is its norm, or that of the same problem with other
 /// signs.
-fn hold<T: Element>(isa: Isa, case: &Case<T>, draw: &mut Draw, what: &str) {
+pub fn hold<T: Element>(on: On, case: &Case<T>, draw: &mut Draw, what: &str) {
     let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
     let want = reference(case);
     // Below 2^-126 an f32 has fewer digits, and none below 2^-149.
@@ -70,13 +51,13 @@ fn hold<T: Element>(isa: Isa, case: &Case<T>, draw: &mut Draw, what: &str) {
             *size = size.max(norm(&terms));
         }
     }
-    let (output, gradients) = (forward(isa, case), backward(isa, case));
+    let (output, gradients) = (forward(on, case), backward(on, case));
     let mut got: Vec<&[f32]> =
         vec![&output.final_state, &gradients.log_delta, &gradients.a, &gradients.b, &gradients.c];
     got.extend(gradients.d.as_deref());
     got.extend(gradients.initial_state.as_deref());
     for (i, (name, want)) in want.iter().enumerate() {
-        let what = format!("{what}, {isa:?}, {:?}: {name}", case.shape);
+        let what = format!("{what}, {on:?}, {:?}: {name}", case.shape);
         match *name {
             "out" => assert_close_to(&output.out, want, FORWARD, sizes[i], &what),
             "u" => assert_close_to(&gradients.u, want, GRADIENTS, sizes[i], &what),
@@ -94,13 +75,13 @@ fn small_problems_are_exact() {
         let shape = Shape::draw(&mut draw);
         for isa in Isa::available() {
             let case = Case::<f32>::new(shape.clone(), &mut draw);
-            hold(isa, &case, &mut draw, &format!("SEED={seed}"));
+            hold(On::Processor(isa), &case, &mut draw, &format!("SEED={seed}"));
         }
         let isa = draw.isa();
         let case = Case::<bf16>::new(shape.clone(), &mut draw);
-        hold(isa, &case, &mut draw, &format!("SEED={seed}"));
+        hold(On::Processor(isa), &case, &mut draw, &format!("SEED={seed}"));
         let case = Case::<f16>::new(shape, &mut draw);
-        hold(isa, &case, &mut draw, &format!("SEED={seed}"));
+        hold(On::Processor(isa), &case, &mut draw, &format!("SEED={seed}"));
     }
 }
 
@@ -112,7 +93,7 @@ fn a_usual_problem_is_exact() {
     let shape = Shape { length: 1024, d_inner: 16, d_state: 32, fastest: 100.0, ..Shape::default() };
     for isa in Isa::available() {
         let case = Case::<f32>::new(shape.clone(), &mut draw);
-        hold(isa, &case, &mut draw, &format!("SEED={seed}"));
+        hold(On::Processor(isa), &case, &mut draw, &format!("SEED={seed}"));
     }
 }
 
@@ -133,7 +114,7 @@ fn long_memory_loses_nothing() {
             ..Shape::default()
         };
         let case = Case::<f32>::new(shape, &mut draw);
-        hold(Isa::best(), &case, &mut draw, &format!("SEED={seed}"));
+        hold(On::best(), &case, &mut draw, &format!("SEED={seed}"));
     }
 }
 
@@ -152,7 +133,7 @@ fn a_million_steps_lose_nothing() {
         ..Shape::default()
     };
     let case = Case::<f32>::new(shape, &mut draw);
-    hold(Isa::best(), &case, &mut draw, &format!("SEED={seed}"));
+    hold(On::best(), &case, &mut draw, &format!("SEED={seed}"));
 }
 
 /// What decays to nothing within a step, by ZOH and by the bilinear rule, which turns it over instead.
@@ -164,7 +145,7 @@ fn strong_decay_is_exact() {
         let mut shape = Shape { length: 70, delta: [0.5, 1.0], decay: [200.0, 1e4], ..Shape::default() };
         shape.options.rule = rule;
         let case = Case::<f32>::new(shape, &mut draw);
-        hold(Isa::best(), &case, &mut draw, &format!("SEED={seed}"));
+        hold(On::best(), &case, &mut draw, &format!("SEED={seed}"));
     }
 }
 

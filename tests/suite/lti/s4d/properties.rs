@@ -2,26 +2,34 @@
 
 use half::bf16;
 use rand::Rng;
+use selective_scan::View;
 use selective_scan::lti::s4d::{Inputs, Options, OutputGradients, OutputMut, cpu};
-use selective_scan::{Isa, View};
 
-use super::accuracy::{backward, forward};
 use super::case::{Case, Shape};
+use super::device::{On, backward, forward, outputs};
 use crate::support::draw::{Draw, seeded};
 use crate::support::tolerance::{assert_close_to, bits};
 
 /// A packed sequence gives the bits of the same alone, forward and by its inputs and its state backward.
 #[test]
 fn packed_is_alone() {
-    let (mut rng, seed) = seeded();
+    let (mut rng, _) = seeded();
     for _ in 0..10 {
+        let isa = Draw::new(rng.random()).isa();
+        packed_alone(On::Processor(isa), 200);
+    }
+}
+
+pub fn packed_alone(on: On, longest: usize) {
+    let (mut rng, seed) = seeded();
+    {
         let mut draw = Draw::new(rng.random());
-        let cuts = vec![0, 17, 17, 18, 200, 333, 340];
+        let cuts = vec![0, 17, 17, 18, 18 + longest, 151 + longest, 158 + longest];
         let options = Options { reverse: draw.flag(), ..Options::default() };
-        let shape = Shape { batch: 1, length: 340, cu_seqlens: Some(cuts.clone()), options, ..Shape::default() };
+        let shape =
+            Shape { batch: 1, length: 158 + longest, cu_seqlens: Some(cuts.clone()), options, ..Shape::default() };
         let case = Case::<f32>::new(shape, &mut draw);
-        let isa = draw.isa();
-        let (all, d_all) = (forward(isa, &case), backward(isa, &case));
+        let (all, d_all) = (forward(on, &case), backward(on, &case));
         let [d_inner, states] = [case.shape.d_inner, 2 * case.shape.d_state * case.shape.d_inner];
         for (i, pair) in cuts.windows(2).enumerate() {
             let part = Case::<f32> {
@@ -36,10 +44,10 @@ fn packed_is_alone() {
                 d: case.d.clone(),
                 shape: Shape { length: pair[1] - pair[0], cu_seqlens: None, ..case.shape.clone() },
             };
-            let (one, d_one) = (forward(isa, &part), backward(isa, &part));
+            let (one, d_one) = (forward(on, &part), backward(on, &part));
             let steps = pair[0] * d_inner..pair[1] * d_inner;
             let state = i * states..(i + 1) * states;
-            let what = format!("sequence {i}, {isa:?}, SEED={seed}");
+            let what = format!("sequence {i}, {on:?}, SEED={seed}");
             assert_eq!(bits(&one.out), bits(&all.out[steps.clone()]), "{what}: out");
             assert_eq!(bits(&one.final_state), bits(&all.final_state[state.clone()]), "{what}: state");
             assert_eq!(bits(&d_one.u), bits(&d_all.u[steps]), "{what}: slope by u");
@@ -52,13 +60,17 @@ fn packed_is_alone() {
 /// A batch row gives the bits of the same alone.
 #[test]
 fn batched_is_alone() {
+    batched_alone(On::best());
+}
+
+pub fn batched_alone(on: On) {
     let (mut rng, seed) = seeded();
     let mut draw = Draw::new(rng.random());
     let case = Case::<bf16>::new(Shape { batch: 5, length: 150, with_state: false, ..Shape::default() }, &mut draw);
-    let all = forward(Isa::best(), &case);
+    let all = forward(on, &case);
     let size = case.shape.length * case.shape.d_inner;
     for row in 0..5 {
-        let one = Inputs { u: case.u.row(row).view(), ..case.inputs() }.forward().unwrap();
+        let one = outputs(on, &Inputs { u: case.u.row(row).view(), ..case.inputs() });
         assert_eq!(bits(&one.out), bits(&all.out[row * size..(row + 1) * size]), "row {row}, SEED={seed}");
     }
 }
@@ -67,17 +79,21 @@ fn batched_is_alone() {
 /// them.
 #[test]
 fn parts_are_the_whole() {
+    parts_whole(On::best(), 10);
+}
+
+pub fn parts_whole(on: On, count: usize) {
     let (mut rng, seed) = seeded();
-    for _ in 0..10 {
+    for _ in 0..count {
         let mut draw = Draw::new(rng.random());
         let case = Case::<f32>::new(Shape { length: 400, ..Shape::default() }, &mut draw);
-        let whole = forward(Isa::best(), &case);
+        let whole = forward(on, &case);
         let at = rng.random_range(0..=400);
         let inputs = case.inputs();
         let (first, second) = (case.u.steps(0..at), case.u.steps(at..400));
-        let one = Inputs { u: first.view(), ..inputs }.forward().unwrap();
+        let one = outputs(on, &Inputs { u: first.view(), ..inputs });
         let state = View::new(&one.final_state, [2, case.shape.d_inner, 2 * case.shape.d_state]);
-        let two = Inputs { u: second.view(), initial_state: Some(state), ..inputs }.forward().unwrap();
+        let two = outputs(on, &Inputs { u: second.view(), initial_state: Some(state), ..inputs });
         let d_inner = case.shape.d_inner;
         let mut out = Vec::new();
         for row in 0..2 {
@@ -98,9 +114,10 @@ fn threads_do_not_matter() {
     let (mut rng, _) = seeded();
     let mut draw = Draw::new(rng.random());
     let case = Case::<f32>::new(Shape { batch: 9, length: 700, d_inner: 50, ..Shape::default() }, &mut draw);
+    let on = On::best();
     let results = [1, 3].map(|threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| (forward(Isa::best(), &case), backward(Isa::best(), &case)))
+        pool.install(|| (forward(on, &case), backward(on, &case)))
     });
     assert!(results[0] == results[1]);
 }
@@ -108,18 +125,23 @@ fn threads_do_not_matter() {
 /// What is not finite reaches later steps of its channel and sequence, and nothing else.
 #[test]
 fn what_is_not_finite_stays_where_it_belongs() {
+    not_finite(On::best(), 50);
+}
+
+/// Of a few steps, or of several tiles.
+pub fn not_finite(on: On, length: usize) {
     let (mut rng, seed) = seeded();
     for reverse in [false, true] {
         let mut draw = Draw::new(rng.random());
         let options = Options { reverse, ..Options::default() };
-        let shape = Shape { batch: 2, length: 50, options, ..Shape::default() };
+        let shape = Shape { batch: 2, length, options, ..Shape::default() };
         let mut case = Case::<f32>::new(shape, &mut draw);
-        let clean = (forward(Isa::best(), &case), backward(Isa::best(), &case));
-        let (row, step, channel) = (1, rng.random_range(0..50), rng.random_range(0..19));
+        let clean = (forward(on, &case), backward(on, &case));
+        let (row, step, channel) = (1, rng.random_range(0..length), rng.random_range(0..19));
         case.u.set([row, step, channel], f32::NAN);
-        let got = forward(Isa::best(), &case);
+        let got = forward(on, &case);
         for (i, (got, clean)) in got.out.iter().zip(&clean.0.out).enumerate() {
-            let at = [i / (50 * 19), i / 19 % 50, i % 19];
+            let at = [i / (length * 19), i / 19 % length, i % 19];
             let after = if reverse { at[1] <= step } else { at[1] >= step };
             let reached = at[0] == row && after && at[2] == channel;
             let what = format!("{at:?} of a NaN at {step}, reverse {reverse}, SEED={seed}");
@@ -127,9 +149,9 @@ fn what_is_not_finite_stays_where_it_belongs() {
         }
         case.u.set([row, step, channel], 0.5);
         case.d_out.set([row, step, channel], f32::NAN);
-        let got = backward(Isa::best(), &case);
+        let got = backward(on, &case);
         for (i, (got, clean)) in got.u.iter().zip(&clean.1.u).enumerate() {
-            let at = [i / (50 * 19), i / 19 % 50, i % 19];
+            let at = [i / (length * 19), i / 19 % length, i % 19];
             let before = if reverse { at[1] >= step } else { at[1] <= step };
             let reached = at[0] == row && before && at[2] == channel;
             let what = format!("{at:?} of a NaN slope at {step}, reverse {reverse}, SEED={seed}");
@@ -141,16 +163,9 @@ fn what_is_not_finite_stays_where_it_belongs() {
 /// Nothing to do gives nothing, and the state as it was.
 #[test]
 fn empty_problems_keep_their_state() {
+    empty(On::best());
     let (mut rng, _) = seeded();
-    let mut draw = Draw::new(rng.random());
-    let case = Case::<f32>::new(Shape { length: 0, ..Shape::default() }, &mut draw);
-    let output = forward(Isa::best(), &case);
-    assert_eq!((output.out.len(), &output.final_state), (0, &case.state));
-    let gradients = backward(Isa::best(), &case);
-    assert_eq!(gradients.initial_state.as_ref(), Some(&case.d_state));
-    assert!(gradients.a.iter().all(|x| *x == 0.0));
-    let none = Case::<f32>::new(Shape { batch: 0, ..Shape::default() }, &mut draw);
-    assert!(forward(Isa::best(), &none).out.is_empty());
+    let case = Case::<f32>::new(Shape { length: 0, ..Shape::default() }, &mut Draw::new(rng.random()));
     // More rows than can be gone through.
     let u = View::new(&[0.0f32], [usize::MAX >> 8, 0, 19]);
     let inputs = Inputs { u, initial_state: None, ..case.inputs() };
@@ -163,4 +178,18 @@ fn empty_problems_keep_their_state() {
     cpu::forward(&channels, OutputMut::new(&mut [][..])).unwrap();
     let mut gradients = selective_scan::lti::s4d::Gradients::zeroed(&inputs).unwrap();
     cpu::backward(&inputs, OutputGradients::from(u), gradients.as_mut()).unwrap();
+}
+
+pub fn empty(on: On) {
+    let (mut rng, _) = seeded();
+    let mut draw = Draw::new(rng.random());
+    let case = Case::<f32>::new(Shape { length: 0, ..Shape::default() }, &mut draw);
+    let output = forward(on, &case);
+    assert_eq!((output.out.len(), &output.final_state), (0, &case.state));
+    let gradients = backward(on, &case);
+    assert_eq!(gradients.initial_state.as_ref(), Some(&case.d_state));
+    assert!(gradients.a.iter().chain(&gradients.log_delta).all(|x| *x == 0.0));
+    let none = Case::<f32>::new(Shape { batch: 0, ..Shape::default() }, &mut draw);
+    assert!(forward(on, &none).out.is_empty());
+    assert!(backward(on, &none).c.iter().all(|x| *x == 0.0));
 }

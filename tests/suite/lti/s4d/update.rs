@@ -2,10 +2,11 @@
 
 use half::bf16;
 use rand::Rng;
-use selective_scan::lti::s4d::{Options, UpdateInputs, UpdateMut, cpu, recurrence, reference, rollback};
+use selective_scan::lti::s4d::{Options, UpdateInputs, UpdateMut, recurrence, reference, rollback};
 use selective_scan::{Element, Isa, Slots, View, ViewMut};
 
 use super::case::{Case, Shape};
+use super::device::On;
 use crate::support::draw::{Draw, seeded};
 use crate::support::tolerance::{assert_close, assert_close_to, bits};
 use crate::support::vectors::FORWARD;
@@ -25,33 +26,41 @@ fn inputs<'a, T: Element>(case: &'a Case<T>, steps: &'a [f32]) -> UpdateInputs<'
 /// An arithmetic of `f64` leaves one rounding of the result, and one of a state for each token, 2^-24 each.
 #[test]
 fn an_update_is_the_references() {
+    let processors: Vec<On> = Isa::available().map(On::Processor).collect();
+    as_the_reference::<f32>(&processors, 20, 1e-6);
+}
+
+/// With states of `St`, which `tolerance` is for.
+pub fn as_the_reference<St: Element>(all: &[On], count: usize, tolerance: f64) {
     let (mut rng, seed) = seeded();
-    for _ in 0..20 {
+    for _ in 0..count {
         let mut draw = Draw::new(rng.random());
         let shape = Shape {
             batch: 3,
             length: draw.one_of(&[1, 2, 5]),
-            d_state: draw.one_of(&[1, 3, 8, 17]),
+            d_state: draw.one_of(&[1, 3, 8, 17, 40]),
             ..Shape::default()
         };
         let case = Case::<f32>::new(shape, &mut draw);
-        let (steps, pool) = (step_of(&case), case.state.clone());
+        let steps = step_of(&case);
+        let pool: Vec<St> = case.state.iter().map(|x| St::from_f32(*x)).collect();
         let shape = [3, case.shape.d_inner, 2 * case.shape.d_state];
         // A row of padding among them, and slots in another order.
         let slots = [2, -1, 0];
         let inputs = UpdateInputs { slots: Slots::Host(&slots), ..inputs(&case, &steps) };
         let want = reference::update(&inputs, View::new(&pool, shape)).unwrap();
-        for isa in Isa::available() {
+        for on in all {
             let mut state = pool.clone();
-            let (mut out, mut token_states) = (vec![f32::NAN; want.out.len()], vec![f32::NAN; want.token_states.len()]);
+            let (mut out, mut token_states) =
+                (vec![f32::NAN; want.out.len()], vec![St::from_f32(f32::NAN); want.token_states.len()]);
             let outputs = UpdateMut {
                 token_states: Some(&mut token_states[..]),
                 ..UpdateMut::new(ViewMut::new(&mut state, shape), &mut out[..])
             };
-            cpu::update_with(isa, &inputs, outputs).unwrap();
-            let what = format!("{isa:?}, SEED={seed}");
-            assert_close(&out, &want.out, 1e-6, &what);
-            assert_close(&token_states, &want.token_states, 1e-6, &what);
+            on.run_update(&inputs, outputs);
+            let what = format!("{on:?}, SEED={seed}");
+            assert_close(&out, &want.out, tolerance, &what);
+            assert_close(&token_states, &want.token_states, tolerance, &what);
             let of_slot = shape[1] * shape[2];
             let last = |row: usize| &token_states[((row + 1) * case.shape.length - 1) * of_slot..][..of_slot];
             assert_eq!(bits(&state[2 * of_slot..]), bits(last(0)), "{what}: slot 2");
@@ -64,6 +73,10 @@ fn an_update_is_the_references() {
 /// Several tokens at once give the bits of one after another, in any type of pool; a rejected draft is rolled back.
 #[test]
 fn tokens_at_once_are_tokens_one_by_one() {
+    one_by_one(On::best());
+}
+
+pub fn one_by_one(on: On) {
     let (mut rng, seed) = seeded();
     let mut draw = Draw::new(rng.random());
     let case = Case::<bf16>::new(Shape { batch: 2, length: 4, ..Shape::default() }, &mut draw);
@@ -72,11 +85,11 @@ fn tokens_at_once_are_tokens_one_by_one() {
     let pool: Vec<bf16> = case.state.iter().map(|x| bf16::from_f32(*x)).collect();
     let (mut at_once, mut one_by_one) = (pool.clone(), pool);
     let inputs = inputs(&case, &steps);
-    let output = inputs.update_with_token_states(ViewMut::new(&mut at_once, shape)).unwrap();
+    let output = on.update(&inputs, ViewMut::new(&mut at_once, shape));
     let d_inner = case.shape.d_inner;
     for token in 0..4 {
         let part = case.u.steps(token..token + 1);
-        let out = UpdateInputs { u: part.view(), ..inputs }.update(ViewMut::new(&mut one_by_one, shape)).unwrap();
+        let out = on.update(&UpdateInputs { u: part.view(), ..inputs }, ViewMut::new(&mut one_by_one, shape)).out;
         for row in 0..2 {
             let all = &output.out[(row * 4 + token) * d_inner..][..d_inner];
             assert_eq!(bits(&out[row * d_inner..][..d_inner]), bits(all), "token {token}, SEED={seed}");

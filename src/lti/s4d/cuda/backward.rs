@@ -1,0 +1,112 @@
+//! Launching the backward pass.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use super::launch::Launcher;
+use super::{GradientsMut, Inputs, OutputGradients, Plan, Problem, Tensors};
+use crate::cuda::params::s4d::{self as kernels, CHUNK, OF_KERNEL, THREADS, backward::SMEM};
+use crate::cuda::{Arguments, Cuda, Device, DeviceBuffers, GRID_COLUMNS, Kernel, Module, or_null, suffix};
+use crate::lti::s4d::tensors::Sizes;
+use crate::{Element, Result};
+
+/// Blocks for each processor: few, as each sums up for itself.
+const WAVES: usize = 4;
+
+/// Computes the gradient of every input that was given on the stream's device. It needs nothing from a forward pass.
+///
+/// # Errors
+/// An argument that does not fit, or lies on another device; nothing is written then. What the driver refuses.
+pub fn backward<T: Element>(
+    stream: &Arc<CudaStream>,
+    inputs: &Inputs<T, Cuda>,
+    d_outputs: OutputGradients<T, Cuda>,
+    gradients: GradientsMut<T, Cuda>,
+) -> Result<()> {
+    backward_with(Plan::default(), stream, inputs, d_outputs, gradients)
+}
+
+/// [`backward`] divided as `plan` says.
+pub fn backward_with<T: Element>(
+    plan: Plan,
+    stream: &Arc<CudaStream>,
+    inputs: &Inputs<T, Cuda>,
+    d_outputs: OutputGradients<T, Cuda>,
+    gradients: GradientsMut<T, Cuda>,
+) -> Result<()> {
+    backward_checked(plan, stream, &inputs.check()?, d_outputs, gradients)
+}
+
+/// [`backward_with`] of inputs that have been checked.
+pub(crate) fn backward_checked<T: Element>(
+    plan: Plan,
+    stream: &Arc<CudaStream>,
+    problem: &Problem<T, Cuda>,
+    d_outputs: OutputGradients<T, Cuda>,
+    gradients: GradientsMut<T, Cuda>,
+) -> Result<()> {
+    problem.check_backward(&d_outputs, &gradients)?;
+    let device = Device::new(stream)?;
+    let mut arguments = Arguments::new(stream);
+    let Sizes { d_inner, d_state, .. } = problem.sizes;
+    let to: Tensors<DeviceBuffers> = gradients.map(&mut arguments)?;
+    let d_out = arguments.view("d_out", &d_outputs.d_out)?;
+    let d_final_state = or_null(arguments.optional_view("d_final_state", &d_outputs.d_final_state)?);
+    if d_inner == 0 {
+        return Ok(());
+    }
+    // One that is not contiguous is as one that is not aligned.
+    let d_out_strides = if d_out.strides[2] == 1 { [d_out.strides[0], d_out.strides[1]] } else { [1, 1] };
+    let others: [(u64, &[i64]); 2] = [(d_out.data, &d_out_strides), (to.u, &[d_inner as i64])];
+    let launcher = Launcher::new(&device, &plan, problem, &mut arguments, &others)?;
+    let grid = launcher.grid(WAVES);
+    let rows = if launcher.segments == 0 { 0 } else { grid[1] };
+    let (padded, blocks) = (launcher.inputs.padded as usize, grid[0] * rows);
+    let pairs = rows * d_inner * padded;
+    let sums = device.workspace::<f32>("sums of S4D", pairs * 4 * CHUNK + rows * d_inner * OF_KERNEL)?;
+    let of_pairs = device.workspace::<f64>("sums over steps", pairs * 8)?;
+    let checkpoints = device.workspace::<f32>("states", blocks * launcher.tiles * THREADS * 2)?;
+    let states = if launcher.is_split { launcher.segments * d_inner * 2 * d_state } else { 0 };
+    let d_chunk_states = device.workspace::<f32>("slopes by chunk states", states)?;
+    let of_read = device.address(&sums);
+    let after = |address: u64, count: usize| address + (count * size_of::<f32>()) as u64;
+    let of_enter = after(of_read, pairs * 2 * CHUNK);
+    let params = kernels::Backward {
+        inputs: launcher.inputs,
+        d_out: d_out.into(),
+        d_final_state,
+        d_u: to.u,
+        d_initial_state: to.initial_state.unwrap_or(0),
+        d_chunk_states: device.address(&d_chunk_states),
+        checkpoints: device.address(&checkpoints),
+        tiles: launcher.tiles as i64,
+        of_read,
+        of_enter,
+        of_kernel: after(of_enter, pairs * 2 * CHUNK),
+        of_pairs: device.address(&of_pairs),
+    };
+    let name = |kernel| [kernel, suffix(T::DTYPE)];
+    // SAFETY (all): every address and extent has been checked by `Inputs::check` and `check_backward`, and the workspaces
+    // have an element for each that the kernels write.
+    if launcher.is_split {
+        let forward = kernels::Forward { inputs: launcher.inputs, out: 0, final_state: 0 };
+        let shared = kernels::forward::SMEM;
+        unsafe { launcher.launch(Module::S4D_FORWARD, name("s4d_chunk_state"), grid, shared, &forward) }?;
+        unsafe { launcher.launch(Module::S4D_BACKWARD, name("s4d_backward_chunk_state"), grid, SMEM, &params) }?;
+    }
+    if rows > 0 {
+        unsafe { launcher.launch(Module::S4D_BACKWARD, name("s4d_backward"), grid, SMEM, &params) }?;
+    }
+    let kernel = Kernel::new(Module::S4D_GRADIENTS, ["s4d_gradients"]);
+    let params = kernels::Gradients {
+        sums: params,
+        rows: rows as i64,
+        d_log_delta: to.log_delta,
+        d_a: to.a,
+        d_b: to.b,
+        d_c: to.c,
+        d_d: to.d.unwrap_or(0),
+    };
+    unsafe { device.launch(&kernel, [d_inner.min(GRID_COLUMNS), 1], THREADS, 0, &params) }
+}

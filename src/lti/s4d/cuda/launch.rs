@@ -1,0 +1,168 @@
+//! What the launches of both passes have in common.
+
+use std::sync::Arc;
+
+use bytemuck::{Pod, Zeroable};
+use cudarc::driver::CudaSlice;
+
+use super::{Plan, Problem, Tensors};
+use crate::cuda::params::s4d::{self as kernels, CHUNK, PAIRS, THREADS, TILE, WARPS};
+use crate::cuda::params::{self, QUAD};
+use crate::cuda::{
+    Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, blocks, grid_rows, is_vectorizable,
+    packed_segments,
+};
+use crate::lti::Rule;
+use crate::lti::s4d::tensors::Sizes;
+use crate::sequences::Sequences;
+use crate::{Element, Result};
+
+/// The inputs of a pass, the tables that are made of them, and how the work is divided.
+pub(super) struct Launcher<'d> {
+    device: &'d Device<'d>,
+    pub inputs: kernels::Inputs,
+    /// Blocks that cover the channels.
+    columns: usize,
+    pub segments: usize,
+    pub is_split: bool,
+    /// Tiles of the longest segment.
+    pub tiles: usize,
+    _tables: (CudaSlice<f32>, CudaSlice<f64>),
+    _segments: Option<Arc<CudaSlice<u64>>>,
+    _chunk_states: Option<CudaSlice<f32>>,
+}
+
+impl<'d> Launcher<'d> {
+    /// Fills in what the kernels take of `problem`, and enqueues the kernel that makes the tables. `others` are the
+    /// activations beside `u`, by address and strides of rows and steps.
+    pub fn new<'a, T: Element>(
+        device: &'d Device,
+        plan: &Plan,
+        problem: &Problem<'a, T, Cuda>,
+        arguments: &mut Arguments<'a>,
+        others: &[(u64, &[i64])],
+    ) -> Result<Self> {
+        let Sizes { length, d_inner, d_state, .. } = problem.sizes;
+        let tensors: Tensors<DeviceViews> = problem.inputs.tensors().map(arguments)?;
+        let padded = d_state.next_multiple_of(PAIRS);
+        let pair_blocks = padded / PAIRS;
+        let channels = WARPS / pair_blocks;
+        let columns = blocks(d_inner, channels);
+        let options = problem.inputs.options;
+        let whole = |address: u64, strides: &[i64]| is_vectorizable::<T>(address, strides, QUAD);
+        let u = tensors.u;
+        let vector = u.strides[2] == 1
+            && whole(u.data, &u.strides[..2])
+            && channels.is_multiple_of(QUAD)
+            && d_inner.is_multiple_of(QUAD)
+            && others.iter().all(|(address, strides)| whole(*address, strides));
+        let numbers = d_inner * padded * 2 * CHUNK;
+        let table = device.workspace::<f32>("the matrices of S4D", 2 * numbers + d_inner * CHUNK)?;
+        let powers = device.workspace::<f64>("the powers of S4D", d_inner * padded * 4)?;
+        let read = device.address(&table);
+        let enter = read + (numbers * size_of::<f32>()) as u64;
+        let mut inputs = tensors.params(kernels::Inputs {
+            read,
+            enter,
+            kernel: enter + (numbers * size_of::<f32>()) as u64,
+            powers: device.address(&powers),
+            d_inner: d_inner as i64,
+            d_state: d_state as i64,
+            padded: padded as i64,
+            pair_blocks: pair_blocks as i64,
+            rule: number_of(options.rule),
+            flags: params::flags([(options.reverse, kernels::FLAG_REVERSE), (vector, kernels::FLAG_VECTOR)]),
+            ..kernels::Inputs::zeroed()
+        });
+        let division = divide(device, plan, problem.sequences, columns, length)?;
+        let chunk_states = match division.is_split {
+            true => Some(device.workspace("chunk states", division.params.count as usize * d_inner * 2 * d_state)?),
+            false => None,
+        };
+        inputs.segments = division.params;
+        inputs.chunk_states = chunk_states.as_ref().map_or(0, |states| device.address(states));
+        let kernel = Kernel::new(Module::S4D_TABLES, ["s4d_tables"]);
+        // SAFETY: the parameters have been checked by `Inputs::check`, and the tables have an element for each that the
+        // kernel writes.
+        unsafe { device.launch(&kernel, [d_inner.min(GRID_COLUMNS), 1], THREADS, 0, &inputs) }?;
+        Ok(Self {
+            device,
+            inputs,
+            columns,
+            segments: division.params.count as usize,
+            is_split: division.is_split,
+            tiles: division.longest.div_ceil(TILE),
+            _tables: (table, powers),
+            _segments: division.table,
+            _chunk_states: chunk_states,
+        })
+    }
+
+    /// The grid in which each block takes some segments, `waves` blocks for each processor if there are as many.
+    pub fn grid(&self, waves: usize) -> [usize; 2] {
+        let room = waves * self.device.properties().processors;
+        [self.columns, grid_rows(self.columns, self.segments, room)]
+    }
+
+    /// Enqueues a kernel over segments, with `shared` bytes of shared memory for each block.
+    ///
+    /// # Safety
+    /// As [`Device::launch`].
+    pub unsafe fn launch<P: Pod>(
+        &self,
+        module: Module,
+        name: [&'static str; 2],
+        grid: [usize; 2],
+        shared: usize,
+        params: &P,
+    ) -> Result<()> {
+        let kernel = Kernel { most_shared: shared, ..Kernel::new(module, name) };
+        // SAFETY: as the caller promises.
+        unsafe { self.device.launch(&kernel, grid, THREADS, shared, params) }
+    }
+}
+
+/// The number of a rule.
+pub(super) fn number_of(rule: Rule) -> i64 {
+    match rule {
+        Rule::ZeroOrderHold => kernels::RULE_HOLD,
+        Rule::Bilinear => kernels::RULE_BILINEAR,
+        Rule::Euler => kernels::RULE_EULER,
+    }
+}
+
+/// How sequences are divided into segments.
+struct Division {
+    params: params::Segments,
+    is_split: bool,
+    /// The steps of the longest segment.
+    longest: usize,
+    table: Option<Arc<CudaSlice<u64>>>,
+}
+
+fn divide(device: &Device, plan: &Plan, sequences: Sequences, columns: usize, length: usize) -> Result<Division> {
+    let processors = device.properties().processors;
+    let mut params = params::Segments { len: length as i64, per_row: 1, ..params::Segments::zeroed() };
+    match sequences {
+        Sequences::Dense { batch, len } => {
+            let steps = plan.steps(batch, len, columns, processors);
+            // An empty sequence has one empty segment, which hands its state on.
+            let per_row = len.div_ceil(steps).max(1);
+            (params.per_row, params.steps, params.count) = (per_row as i64, steps as i64, (batch * per_row) as i64);
+            Ok(Division { params, is_split: per_row > 1, longest: steps.min(len), table: None })
+        }
+        Sequences::Packed(_) => {
+            // Each as if it were alone.
+            let (mut entries, mut is_split, mut longest) = (Vec::new(), false, 0);
+            for sequence in sequences.iter() {
+                let steps = plan.steps(1, sequence.len, columns, processors);
+                is_split |= sequence.len > steps;
+                longest = longest.max(steps.min(sequence.len));
+                entries.extend(packed_segments(&sequence, steps));
+            }
+            let table = device.table("the segments of packed sequences", bytemuck::cast_slice(&entries))?;
+            (params.count, params.packed) = (entries.len() as i64, device.address(&table));
+            Ok(Division { params, is_split, longest, table: Some(table) })
+        }
+    }
+}
