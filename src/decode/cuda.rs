@@ -272,7 +272,7 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         && is_vectorizable::<St>(params.state.data, &[params.state.slot, params.state.row], QUAD)
         && is_vectorizable::<T>(params.dt_weight.data, &[params.dt_weight.row], QUAD);
     // Several parts to a lane save exchanges and what is done once for a channel, but leave a row few lanes.
-    let lanes = |shift: i64| rows * d_inner << shift;
+    let lanes = |shift: i64| (rows * d_inner) << shift;
     let has_parts =
         is_whole && params.part_shift >= 2 && lanes(params.part_shift - 2) >= LANES * device.properties().processors;
     params.flags = params::flags([
