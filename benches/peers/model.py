@@ -29,9 +29,11 @@ COMPARISONS = [
     ("train 130m bf16-f32 8 512", 2),
     ("prefill 130m bf16 64 512", None),
     ("prefill 130m bf16 1 512", None),
-    ("decode 130m bf16 1 1", None),
-    ("decode 130m bf16 64 1", None),
+    ("prefill 130m bf16 1 65536", None),
+    ("decode 130m bf16 1 1", 3),
+    ("decode 130m bf16 64 1", 1.9),
     ("decode 1.4b bf16 1 1", None),
+    ("decode 2.8b bf16 1 1", None),
     ("train 130m bf16-f32 1 65536", 2),
     ("train 1.4b bf16-f32 max 2048", 1.5),
 ]

@@ -51,14 +51,14 @@ class Judge:
         self.section = section
         self.by_section.setdefault(section, [0, 0, 0.0])
 
-    def hold(self, what, got, expected):
+    def hold(self, what, got, expected, tolerance=None):
         import torch
 
         got, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (got, expected))
         error = float("inf")
         if got.shape == expected.shape:
             error = ((got - expected).abs().max() / expected.abs().max()).item()
-        self.say(error <= TOLERANCE, f"{what}: shapes {tuple(got.shape)}, {tuple(expected.shape)}, error {error:.1e}")
+        self.say(error <= (tolerance or TOLERANCE), f"{what}: shapes {tuple(got.shape)}, {tuple(expected.shape)}, error {error:.1e}")
         if error < float("inf"):
             self.by_section[self.section][2] = max(self.by_section[self.section][2], error)
 
@@ -77,7 +77,7 @@ class Judge:
 
     def report(self):
         for section, (passed, failed, worst) in self.by_section.items():
-            print(f"{section}: {passed} right, {failed} wrong, largest error {worst:.1e} (tolerance {TOLERANCE:.0e})")
+            print(f"{section}: {passed} right, {failed} wrong, largest error {worst:.1e} (tolerance {TOLERANCE:.0e}, for Jamba and Llama what they are sure of)")
         return 1 if self.failed else 0
 
 
@@ -192,7 +192,13 @@ def transformers_model(kind, variant, dtype):
     keys = dict(variants[variant], **({"mixer_rms_eps": 1e-4} if kind == "falcon_mamba" else {}))
     model = model(config(**keys)).eval()
     randomize(model, 1 + variant)
-    return model.to(getattr(torch, DTYPES[dtype]))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model = model.to(getattr(torch, DTYPES[dtype]))
+    # Of no file, and computed anew in f32 where one is read: frequencies of rotary positions.
+    for name, buffer in buffers.items():
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, buffer)
+    return model
 
 
 def transformers_logits(model):
@@ -200,6 +206,22 @@ def transformers_logits(model):
 
     with torch.no_grad():
         return model.float()(torch.tensor([IDS]), use_cache=False).logits[0]
+
+
+def sure_logits(model):
+    """The same in float64 where other layers than Mamba's make much of a rounding, and how far f32 may then be: twice as far as
+    transformers' own, which is 2e-5 for a small Jamba."""
+    import torch
+
+    if model.config.model_type not in TRANSFORMERS:
+        return transformers_logits(model), TOLERANCE
+    # Experts one by one, as in f64 they cannot be multiplied together.
+    model.config._experts_implementation = "eager"
+    single = transformers_logits(model).double()
+    with torch.no_grad():
+        double = model.double()(torch.tensor([IDS]), use_cache=False).logits[0]
+    own = ((single - double).abs().max() / double.abs().max()).item()
+    return double, max(TOLERANCE, 2 * own)
 
 
 def open_with_transformers(folder, **options):
@@ -257,7 +279,8 @@ def with_transformers(judge, work):
     version = transformers.__version__
     combinations = list(itertools.product(kinds, range(len(VARIANTS)), DTYPES, (False, True), (False, True)))
     for kind, variant, dtype, binary, sharded in combinations:
-        if binary and kind in TRANSFORMERS:
+        # Jamba of the old version asks for kernels, and its Llama knows no head_dim; what halves are left is one file in any case.
+        if kind in TRANSFORMERS and (binary or version == OLD or sharded and dtype != "f32"):
             continue
         what = f"{kind}, variant {variant}, {dtype}, {'.bin' if binary else 'safetensors'}{', sharded' * sharded}"
         model = transformers_model(kind, variant, dtype)
@@ -268,8 +291,8 @@ def with_transformers(judge, work):
         judge.begin(f"transformers {version} -> selective-scan")
         with judge.attempt(what):
             save_with_transformers(model, theirs, binary, sharded)
-            expected = transformers_logits(model)
-            judge.hold(what, ours(theirs), expected)
+            expected, tolerance = sure_logits(model)
+            judge.hold(what, ours(theirs), expected, tolerance)
             if sharded:
                 assert list(theirs.glob("*index.json")), "not sharded"
 
@@ -278,7 +301,7 @@ def with_transformers(judge, work):
             convert(theirs, back, *options, *(["--max-shard-size", SHARDED] if sharded else []))
             again, is_single = open_with_transformers(back)
             assert is_single == (dtype == "f32"), "the type that config.json says"
-            judge.hold(what, transformers_logits(again), expected)
+            judge.hold(what, transformers_logits(again), expected, tolerance)
             for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 judge.say(getattr(again.config, token) == getattr(model.config, token), f"{what}: {token}")
 

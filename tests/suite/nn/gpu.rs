@@ -7,7 +7,10 @@ on_the_device! {
     decoding_steps_are_the_models: |device| decoder::steps_are_the_models(device);
     company_changes_no_bit: |device| decoder::company_changes_no_bit(device);
     graphs_are_launches: |device| decoder::graphs_are_launches(device);
-    texts_are_those_of_sequences_alone: |device| serving::texts_are_those_of_sequences_alone(device, 12, 5, 9);
+    texts_are_those_of_sequences_alone: |device| {
+        let [requests, slots] = serving::load();
+        serving::texts_are_those_of_sequences_alone(device, requests, slots, 2 * slots);
+    };
     slots_hold_what_was_read: |device| serving::slots_hold_what_was_read(device, 30);
     a_block_is_its_operators: |device| nodes::a_block_is_its_operators(device);
     subsets_of_parameters: |device| nodes::subsets_of_parameters(device);
