@@ -101,13 +101,6 @@ fn is_same((got, reason): &(Vec<(u32, f32)>, FinishReason), heard: &Heard) -> bo
     tokens(got) == tokens(&heard.text) && heard.reason == Some(*reason)
 }
 
-/// How many requests a GPU is given, and how many slots: few, as a simulated one takes its time, or what `SERVING` says.
-pub fn load() -> [usize; 2] {
-    let Ok(text) = std::env::var("SERVING") else { return [12, 5] };
-    let numbers: Vec<usize> = text.split(',').map(|number| number.parse().expect("SERVING=requests,slots")).collect();
-    numbers.try_into().expect("SERVING=requests,slots")
-}
-
 /// Requests that come at any time, several samples of some, some cancelled; prompts in small chunks.
 pub fn texts_are_those_of_sequences_alone(device: &Device, requests: usize, slots: usize, prompt_tokens: usize) {
     let mut random = random();
