@@ -316,12 +316,12 @@ mod tests {
     /// The tiles of products on devices with 227 KB and with 99 KB of shared memory.
     #[test]
     fn tiles() {
-        let tile = |rows, features, out_features, shared_memory| {
+        let tile = |rows, features, out_features, x_bytes, shared_memory| {
             let sizes = LinearSizes { rows, features, out_features, conv: [0, 0] };
-            Tile::new::<bf16>(sizes, true, 2, Properties { processors: 132, shared_memory })
+            Tile::new::<bf16>(sizes, true, x_bytes, Properties { processors: 132, shared_memory })
         };
         let staging = |rows, features, shared_memory| {
-            let Tile { rows, slice, shared, .. } = tile(rows, features, 16, shared_memory);
+            let Tile { rows, slice, shared, .. } = tile(rows, features, 16, 2, shared_memory);
             (rows, slice, shared)
         };
         assert_eq!(staging(1, 768, 232_448), (8, 768, 12_544));
@@ -335,17 +335,17 @@ mod tests {
         let Tile { rows, slice, shared, .. } = Tile::new::<f32>(sizes, true, 4, device);
         assert_eq!((rows, slice, shared), (4, 2048, 2_688));
         // As many rows to a block as leave each processor least to read.
-        let division = |rows, features, out_features| {
-            let Tile { rows, has_own_columns, blocks, .. } = tile(rows, features, out_features, 232_448);
+        let division = |rows, features, out_features, x_bytes| {
+            let Tile { rows, has_own_columns, blocks, .. } = tile(rows, features, out_features, x_bytes, 232_448);
             (rows, has_own_columns, blocks)
         };
-        assert_eq!(division(1, 768, 3072), (8, false, 192));
-        assert_eq!(division(64, 768, 3072), (16, false, 66));
-        assert_eq!(division(64, 1536, 768), (32, false, 48));
-        assert_eq!(division(64, 1536, 80), (8, false, 5));
+        assert_eq!(division(1, 768, 3072, 4), (8, false, 192));
+        assert_eq!(division(64, 768, 3072, 4), (16, false, 66));
+        assert_eq!(division(64, 1536, 768, 2), (32, false, 48));
+        assert_eq!(division(64, 1536, 80, 2), (8, false, 5));
         // A head: each warp has its own columns, whatever the number of rows.
-        assert_eq!(division(1, 768, 50_280), (8, true, 264));
-        assert_eq!(division(64, 768, 50_280), (64, true, 132));
-        assert_eq!(tile(64, 768, 50_280, 101_376).rows, 32);
+        assert_eq!(division(1, 768, 50_280, 4), (8, true, 264));
+        assert_eq!(division(64, 768, 50_280, 4), (64, true, 132));
+        assert_eq!(tile(64, 768, 50_280, 4, 101_376).rows, 32);
     }
 }
