@@ -7,7 +7,8 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use selective_scan::nn::train::{Drops, LossOptions};
 use selective_scan::nn::{
-    Backbone, BackboneConfig, LanguageModel, MambaConfig, RmsNorm, S4Model, S4ModelConfig, VisionConfig, VisionModel,
+    AttentionConfig, Backbone, BackboneConfig, LanguageModel, LayerConfig, MambaConfig, MlpConfig, RmsNorm, S4Model,
+    S4ModelConfig, VisionConfig, VisionModel,
 };
 
 use super::{
@@ -201,4 +202,27 @@ fn other_models_skip_layers_too() {
     let skipping = vision(2).with_drops(drops).unwrap().forward(&images).unwrap();
     assert_eq!(bits(&skipping), bits(&vision(1).forward(&images).unwrap()));
     assert_ne!(bits(&skipping), bits(&vision(2).forward(&images).unwrap()));
+}
+
+/// Of layers of any kind, and of their feed-forward parts: where all but one number in 10^9 is left out, the stream stays as it
+/// was; where every other one is, a pass that is repeated gives the same bits.
+#[test]
+fn all_parts_of_hybrids_are_left_out() {
+    let mut random = random();
+    let config = BackboneConfig {
+        feed_forward: Some(MlpConfig::new(12, 9).into()),
+        layers: [(1, LayerConfig::new(AttentionConfig::new(12, 3), MlpConfig::new(12, 7)))].into(),
+        ..BackboneConfig::with_mixer(3, MambaConfig::new(12))
+    };
+    let (backbone, _) = backbone(&config, &mut random);
+    let x = tensor(&mut random, &[2, 5, 12], 1.0);
+    let states = |dropout| {
+        let drops = Drops { dropout, seed: 7, ..Default::default() };
+        backbone.with_drops(drops).unwrap().hidden_states(&x).unwrap()
+    };
+    let nothing = states(1.0 - 1e-9);
+    nothing[..3].iter().for_each(|stream| assert_eq!(bits(stream), bits(&x)));
+    let half = states(0.5);
+    half.iter().zip(states(0.5)).for_each(|(stream, again)| assert_eq!(bits(stream), bits(&again)));
+    assert_ne!(bits(&half[2]), bits(&states(0.0)[2]));
 }
