@@ -11,7 +11,7 @@
 
 namespace decode::linear {
 
-// Where a row's states of a channel of the convolution begin; null for padding.
+// Where a row's states of a channel of the convolution begin; there are none of padding.
 struct ConvPlace {
     int64_t state;
     bool exists;

@@ -165,7 +165,9 @@ impl Tile {
         let tiles = sizes.out_features.div_ceil(OUTPUTS);
         // It takes a few tiles for each warp that runs at a time, and all features at once.
         let has_own_columns = !is_f32 && slices == 1 && tiles >= 2 * WARPS * device.processors;
-        let parts = if has_own_columns { tiles.div_ceil(WARPS) } else { tiles };
+        // What a block gives at a time.
+        let columns = if has_own_columns { OUTPUTS * WARPS } else { OUTPUTS };
+        let parts = sizes.out_features.div_ceil(columns);
         // A tile, and the bytes that the busiest processor reads for each feature.
         let tile = |rows: usize, variant| {
             // Of f32, whose rows are not staged, nothing.
@@ -183,8 +185,7 @@ impl Tile {
             let partials = if each > 1 || has_own_columns { staged } else { 0 };
             let squares = staged.max(partials + sums);
             let shared = squares + rows * WARPS * size_of::<f32>();
-            let columns = each * parts_columns(has_own_columns);
-            let read = rows.min(sizes.rows) * x_bytes + columns * size_of::<T>();
+            let read = rows.min(sizes.rows) * x_bytes + each * columns * size_of::<T>();
             let cost = (blocks * row_blocks).div_ceil(device.processors) * read;
             (cost, Self { rows, variant, slice, has_own_columns, is_direct, blocks, shared, partials, squares })
         };
@@ -200,11 +201,6 @@ impl Tile {
         let few = tile(TILE_ROWS, "rows8");
         fitting.fold(few, |best, next| if next.0 < best.0 { next } else { best }).1
     }
-}
-
-/// The columns that a block gives at a time.
-fn parts_columns(has_own_columns: bool) -> usize {
-    if has_own_columns { OUTPUTS * WARPS } else { OUTPUTS }
 }
 
 /// Runs the update on the stream's device, asynchronously.
