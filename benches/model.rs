@@ -1,6 +1,6 @@
 //! Times language models with random weights: steps of training, prompts, and decoding, with the peak of a GPU's memory.
 //!
-//! `cargo bench --features nn,candle-cuda --bench model -- [--repeats N] [--parts] [--json] [CASE...]`
+//! `cargo bench --features nn,candle-cuda --bench model -- [--repeats N] [--parts] [--keep] [--json] [CASE...]`
 //!
 //! A case is `train 130m bf16-f32 8 2048`: what is done, the model, its types, batch and length. Models are those of
 //! Mamba's paper, 130m, 370m, 1.4b and 2.8b, with a vocabulary of 50,280 tokens, and `tiny`; types are `bf16`, `f32`, and
@@ -55,6 +55,9 @@ struct Arguments {
     /// Prints the cases and times none.
     #[arg(long)]
     list: bool,
+    /// Training keeps more for the way back rather than compute it again: `recompute: false`, and states of the scan each 16 steps.
+    #[arg(long)]
+    keep: bool,
     /// Answers lines of standard input, each a case and a number of repeats, until its end.
     #[arg(long)]
     serve: bool,
@@ -95,7 +98,7 @@ fn main() -> Result<()> {
         cases.iter().for_each(|case| println!("{case}"));
         return Ok(());
     }
-    let machine = Machine::open(arguments.cpu)?;
+    let machine = Machine::open(arguments.cpu, arguments.keep)?;
     if arguments.serve {
         return serve(&machine);
     }

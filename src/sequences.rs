@@ -2,7 +2,7 @@
 
 use crate::{Error, Result};
 
-/// The steps between two kept state checkpoints of one sequence.
+/// The steps between two kept state checkpoints of one sequence, where they are not asked for closer together.
 pub(crate) const CHECKPOINT_STEPS: usize = 64;
 
 /// The sequences of a checked problem: one per batch row, or those that `cu_seqlens` packs into a single row.
@@ -88,12 +88,13 @@ impl<'a> Sequences<'a> {
 }
 
 impl Sequence {
-    /// The slot of this sequence's checkpoint number `index`, the state before its step `64·index`, `index >= 1`.
+    /// The slot of this sequence's checkpoint before its step `i`, a multiple of `every` other than zero, where one is kept for
+    /// `every` so many steps.
     ///
-    /// A sequence of `n` steps needs `ceil(n/64) - 1` slots and gets those from `floor(flat_start/64)` on, which never
-    /// reach into the next sequence's, so `floor(steps/64)` slots hold the checkpoints of everything.
-    pub fn checkpoint_slot(&self, index: usize) -> usize {
-        self.flat_start / CHECKPOINT_STEPS + index - 1
+    /// A sequence of `n` steps needs `ceil(n/every) - 1` slots and gets those from `floor(flat_start/every)` on, which never
+    /// reach into the next sequence's, so `floor(steps/every)` slots hold the checkpoints of everything.
+    pub fn checkpoint_slot(&self, i: usize, every: usize) -> usize {
+        self.flat_start / every + i / every - 1
     }
 
     /// The step of the batch row that is the sequence's `i`-th in the direction of the scan.
@@ -125,17 +126,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn checkpoint_slots_never_collide(lens in prop::collection::vec(0usize..300, 0..40)) {
+        fn checkpoint_slots_never_collide(lens in prop::collection::vec(0usize..300, 0..40), every in 4u32..7) {
+            let every = 1 << every;
             let mut offsets = vec![0];
             for len in lens {
                 offsets.push(offsets.last().unwrap() + len);
             }
             let total = *offsets.last().unwrap();
             let sequences = Sequences::check(1, total, Some(&offsets)).unwrap();
-            let mut used = vec![false; total / CHECKPOINT_STEPS];
+            let mut used = vec![false; total / every];
             for sequence in sequences.iter() {
-                for index in 1..sequence.len.div_ceil(CHECKPOINT_STEPS) {
-                    let slot = sequence.checkpoint_slot(index);
+                for index in 1..sequence.len.div_ceil(every) {
+                    let slot = sequence.checkpoint_slot(index * every, every);
                     prop_assert!(!std::mem::replace(&mut used[slot], true), "slot {slot} is given twice");
                 }
             }

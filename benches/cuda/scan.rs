@@ -6,7 +6,7 @@ use cudarc::driver::{CudaSlice, CudaStream};
 use selective_scan::Element;
 use selective_scan::cuda::Cuda;
 use selective_scan::scan::cuda::{PerLane, Plan};
-use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut};
+use selective_scan::scan::{self, CheckpointSteps, GradientsMut, Inputs, Options, OutputMut};
 use selective_scan::{ProjectionOf, View};
 
 use crate::Result;
@@ -24,6 +24,7 @@ struct Data<T> {
     d: CudaSlice<f32>,
     bias: CudaSlice<f32>,
     cu_seqlens: Option<Vec<usize>>,
+    checkpoint_steps: CheckpointSteps,
 }
 
 impl<T: Element> Data<T> {
@@ -35,7 +36,7 @@ impl<T: Element> Data<T> {
             d: Some(View::on_device(&self.d, [d_inner])),
             delta_bias: Some(View::on_device(&self.bias, [d_inner])),
             cu_seqlens: self.cu_seqlens.as_deref(),
-            options: Options { delta_softplus: true, ..Default::default() },
+            options: Options { delta_softplus: true, checkpoint_steps: self.checkpoint_steps, ..Default::default() },
             ..Inputs::new(
                 self.u.view(i, activation),
                 self.delta.view(i, activation),
@@ -48,7 +49,8 @@ impl<T: Element> Data<T> {
 }
 
 /// Variants: `packed` sequences of mixed lengths, no sequence split (`whole`) or all into `segments-` of that many steps,
-/// `one` or `four` channels a lane.
+/// `one` or `four` channels a lane, in backward `narrow` or `wide` blocks, states kept each `kept-16`, `kept-32` or
+/// `kept-64` steps (by a forward pass that is timed without one of these words, none).
 pub fn prepare<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Prepared> {
     let mut rest = case.clone();
     let cu_seqlens = rest.take("packed").then(|| mixed_lengths(case.len));
@@ -64,6 +66,18 @@ pub fn prepare<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Prep
             plan.per_lane = Some(per_lane);
         }
     }
+    for (word, narrow) in [("narrow", true), ("wide", false)] {
+        if rest.take(word) {
+            plan.narrow = Some(narrow);
+        }
+    }
+    let keeps = rest.take_number("kept-")?;
+    let checkpoint_steps = match keeps {
+        Some(16) => CheckpointSteps::Every16,
+        Some(32) => CheckpointSteps::Every32,
+        Some(64) | None => CheckpointSteps::Every64,
+        Some(other) => return Err(format!("a scan keeps states each 16, 32 or 64 steps, not {other}").into()),
+    };
     rest.finish()?;
     let is_backward = match case.direction.as_str() {
         "forward" => false,
@@ -87,6 +101,7 @@ pub fn prepare<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Prep
         d: uniform(stream, d_inner, [0.5, 1.0])?,
         bias: uniform(stream, d_inner, [-0.5, 0.5])?,
         cu_seqlens,
+        checkpoint_steps,
     };
     let mut out = zeros::<T>(stream, count)?;
     let on = stream.clone();
@@ -99,14 +114,21 @@ pub fn prepare<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Prep
             d_state,
             [13.5, 5.0],
             [1.0, 5.0],
-            (7 * count + 4 * projections) * size_of::<T>() + count * d_state / 64 * size_of::<f32>() + 2 * parameters,
+            (7 * count + 4 * projections) * size_of::<T>()
+                + count * d_state / checkpoint_steps.get() * size_of::<f32>()
+                + 2 * parameters,
         );
         run = backward(on, plan, data, out, sets)?;
     } else {
-        let bytes = (4 * count + 2 * projections) * size_of::<T>() + parameters;
+        let mut kept = match keeps {
+            Some(_) => Some(zeros::<f32>(stream, data.inputs(0).checkpoint_len()?)?),
+            None => None,
+        };
+        let states = kept.as_ref().map_or(0, |kept| kept.len() * size_of::<f32>());
+        let bytes = (4 * count + 2 * projections) * size_of::<T>() + states + parameters;
         work = Work::new(count, d_state, [5.0, 4.0], [1.0, 4.0], bytes);
         run = Box::new(move |i| {
-            let to = OutputMut { out: &mut out, final_state: None, checkpoints: None };
+            let to = OutputMut { out: &mut out, final_state: None, checkpoints: kept.as_mut() };
             Ok(scan::cuda::forward_with(plan, &on, &data.inputs(i), to)?)
         });
     }

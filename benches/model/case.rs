@@ -4,7 +4,8 @@ use std::fmt;
 
 use candle_core::DType;
 use clap::ValueEnum;
-use selective_scan::nn::LanguageModelConfig;
+use selective_scan::nn::{LanguageModelConfig, MambaConfig};
+use selective_scan::scan::CheckpointSteps;
 
 use crate::Result;
 
@@ -44,7 +45,8 @@ pub enum Model {
 }
 
 impl Model {
-    pub fn config(self) -> LanguageModelConfig {
+    /// `keeps` says whether training keeps what it otherwise computes again on the way back.
+    pub fn config(self, keeps: bool) -> LanguageModelConfig {
         let (vocab_size, n_layer, d_model) = match self {
             Self::Tiny => (512, 2, 64),
             Self::M130 => (50_280, 24, 768),
@@ -52,7 +54,12 @@ impl Model {
             Self::B1_4 => (50_280, 48, 2048),
             Self::B2_8 => (50_280, 64, 2560),
         };
-        LanguageModelConfig::new(vocab_size, n_layer, d_model)
+        let block = MambaConfig::new(d_model);
+        let block = match keeps {
+            true => MambaConfig { recompute: false, checkpoint_steps: CheckpointSteps::Every16, ..block },
+            false => block,
+        };
+        LanguageModelConfig::with_mixer(vocab_size, n_layer, block)
     }
 }
 

@@ -16,13 +16,15 @@ use crate::work::Lap;
 pub struct Machine {
     pub device: Device,
     pub name: String,
+    /// Whether training keeps what it otherwise computes again on the way back.
+    pub keeps: bool,
     #[cfg(feature = "candle-cuda")]
     stream: Option<Arc<CudaStream>>,
 }
 
 impl Machine {
     /// A GPU if there is one and the features have it, unless the processor is asked for.
-    pub fn open(on_cpu: bool) -> Result<Self> {
+    pub fn open(on_cpu: bool, keeps: bool) -> Result<Self> {
         #[cfg(feature = "candle-cuda")]
         if !on_cpu {
             let device = Device::new_cuda(0)?;
@@ -32,7 +34,7 @@ impl Machine {
             // Both this program and PyTorch then multiply f32 matrices as TF32.
             candle_core::cuda::set_gemm_reduced_precision_f32(true);
             let name = stream.context().name()?;
-            return Ok(Self { device, name, stream: Some(stream) });
+            return Ok(Self { device, name, keeps, stream: Some(stream) });
         }
         let name = match on_cpu {
             true => "the processor, as asked for",
@@ -41,6 +43,7 @@ impl Machine {
         Ok(Self {
             device: Device::Cpu,
             name: name.into(),
+            keeps,
             #[cfg(feature = "candle-cuda")]
             stream: None,
         })

@@ -35,7 +35,8 @@ impl Prepared {
     const TOGETHER: f64 = 200.0;
 
     pub fn new(machine: &Machine, case: &Case) -> Result<Self> {
-        let mut prepared = Self { case: case.clone(), work: Work::new(case, &machine.device)?, calls: 1 };
+        let config = case.model.config(machine.keeps);
+        let mut prepared = Self { case: case.clone(), work: Work::new(&config, case, &machine.device)?, calls: 1 };
         // The first loads kernels and asks the driver for memory.
         prepared.timed(machine)?;
         let first = prepared.timed(machine)?;

@@ -31,7 +31,7 @@ impl Part {
 /// model, the norm and the residual stream too; its block alone is timed as well. What is then left of a model of one layer,
 /// without the embeddings, is last norm, head and loss. The optimizer's time is that of the model itself.
 pub fn measure(machine: &Machine, case: &Case, repeats: usize) -> Result<Vec<Part>> {
-    let config = case.model.config();
+    let config = case.model.config(machine.keeps);
     let n_layer = config.backbone.n_layer;
     let of_layers = |n_layer| {
         let mut config = config.clone();

@@ -26,12 +26,11 @@ pub enum Work {
 }
 
 impl Work {
-    pub fn new(case: &Case, device: &Device) -> Result<Self> {
-        let config = case.model.config();
+    pub fn new(config: &LanguageModelConfig, case: &Case, device: &Device) -> Result<Self> {
         Ok(match case.what {
-            What::Train => Self::Train(Box::new(Training::new(&config, case, device)?)),
-            What::Prefill => Self::Prefill(Prefill::new(&config, case, device)?),
-            What::Decode => Self::Decode(Decoding::new(&config, case, device)?),
+            What::Train => Self::Train(Box::new(Training::new(config, case, device)?)),
+            What::Prefill => Self::Prefill(Prefill::new(config, case, device)?),
+            What::Decode => Self::Decode(Decoding::new(config, case, device)?),
         })
     }
 

@@ -73,6 +73,20 @@ template <typename T> __device__ __forceinline__ void store_narrowed_if(bool wan
     }
 }
 
+// The same of two.
+template <typename T> __device__ __forceinline__ void store_narrowed_if(bool wanted, T *p, const float (&value)[2]) {
+    const Pack<T, 2> pack = narrow_pack<T>(value);
+    if constexpr (sizeof(T) == 4) {
+        asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3};}" ::"r"(int(wanted)), "l"(p),
+                     "r"(pack.word(0)), "r"(pack.word(1))
+                     : "memory");
+    } else {
+        asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.b32 [%1], %2;}" ::"r"(int(wanted)), "l"(p),
+                     "r"(pack.word(0))
+                     : "memory");
+    }
+}
+
 // `COUNT` elements, read and written as vectors where the kernel is made for that (`ALWAYS`) or finds that it can (`vector`).
 template <int COUNT, bool ALWAYS, typename E>
 __device__ __forceinline__ Pack<E, COUNT> load_vec_if(const E *p, int64_t stride, int count, bool vector) {

@@ -4,7 +4,8 @@
 //
 // Each warp carries 16 neighbouring channels by itself, through one chunk of 64 steps after another, the last first:
 //
-//   stage      Δ, Δu, B and C of the chunk are left in shared memory; the state before it is one that forward kept
+//   stage      Δ, Δu, B and C of the chunk are left in shared memory; the state before it is one that forward kept, and there
+//              may be more within it
 //   states     forward through the chunk, keeping the states before each tile of 8 steps
 //   tile       for each tile, the last first:
 //     forward  through the tile, keeping decays and states in registers
@@ -18,22 +19,27 @@
 #include "backward.cuh"
 #include "channel_sums.cuh"
 
-// backward_narrow.cu makes the same kernel of blocks with fewer warps.
+// backward_narrow.cu makes the same kernel of lanes with one channel in place of a pair: wherever a pair is spoken of, and a quad of
+// channels that a lane finishes, it is one channel there, and two.
 #ifndef SCAN_BACKWARD_NARROW
 namespace scan::backward {
 #else
 namespace scan::backward_narrow {
-using backward::CHANNELS_PER_LANE, backward::TILE, backward::WARP_CHANNELS;
 #endif
+static_assert(LEAST_CHECKPOINT_STEPS % TILE == 0, "a state is kept before a tile");
 static_assert(CHANNELS == WARPS * WARP_CHANNELS, "a warp's channels");
 
-// Pairs of channels, of which each lane has one; tiles of a chunk.
-constexpr int PAIRS = WARP_CHANNELS / CHANNELS_PER_LANE, TILES = CHECKPOINT_STEPS / TILE;
+// A warp's pairs of channels, of which each lane has one; tiles of a chunk.
+constexpr int PAIRS = WARP_CHANNELS / CHANNELS_PER_LANE, TILES = CHUNK_STEPS / TILE;
 template <typename T> constexpr bool ACCURATE = sizeof(T) == 4;
 // Of a lane's channels.
 using LaneStates = float[CHANNELS_PER_LANE][STATE_VEC];
 // Vectors of 4 in a step of B and C.
 constexpr int PROJECTION_VECS = 2 * STATE_LANES;
+// The channels that a lane stages and finishes of a step, a quad.
+constexpr int PART = WARP_CHANNELS / 4;
+// Two numbers for each of a lane's channels.
+using LanePair = float[2 * CHANNELS_PER_LANE];
 
 // What a lane of a warp works on:
 //
@@ -47,34 +53,42 @@ struct LaneMap {
     int row, column, state_group, pair;
 
     __host__ __device__ constexpr explicit LaneMap(int lane)
-        : row(lane / (WARP_CHANNELS / QUAD)), column(lane % (WARP_CHANNELS / QUAD) * QUAD), state_group(lane / PAIRS),
+        : row(lane / 4), column(lane % 4 * PART), state_group(lane / PAIRS),
           pair(lane % PAIRS) {}
 };
 static_assert(is_bijection<32>([](int lane) { return LaneMap(lane).state_group * PAIRS + LaneMap(lane).pair; }));
-static_assert(is_bijection<32>([](int lane) { return (LaneMap(lane).row * WARP_CHANNELS + LaneMap(lane).column) / QUAD; }));
+static_assert(is_bijection<32>([](int lane) { return (LaneMap(lane).row * WARP_CHANNELS + LaneMap(lane).column) / PART; }));
 
 // What a warp keeps of its channels.
 template <typename T> struct WarpShared {
     // The Δ of each pair of channels, and then their Δu. A tile that is done with leaves the sums of ∂B and ∂C over the warp's
     // channels in its place, (TILE, 2, STATE_BLOCK): the vectors of each step in an order of its own, so that lanes of
     // different steps do not meet in a bank.
-    float4 steps[CHECKPOINT_STEPS][PAIRS];
+    alignas(16) LanePair steps[CHUNK_STEPS][PAIRS];
     // The states before each tile. The gradient after the tile that is worked on is in the place after the tile's own.
     float4 states[TILES + 1][CHANNELS_PER_LANE][32];
     // What each lane adds to ∂/∂Δ and ∂/∂(Δu) of its one channel and then of the other in each step, and to y. (Neighbouring
     // steps are shifted against each other, so that lanes that read them do not meet in a bank.)
-    float4 gradients[TILE][STATE_LANES * PAIRS + 1];
+    alignas(16) LanePair gradients[TILE][STATE_LANES * PAIRS + (CHANNELS_PER_LANE == 2 ? 1 : 8)];
     alignas(16) float y[TILE][STATE_LANES * WARP_CHANNELS];
     // Of the tile that is worked on: ∂/∂y, and each lane's quads of u and of ∂out ∂silu(z)/∂z, which makes ∂/∂z of y + Du.
     alignas(16) float d_y[TILE][WARP_CHANNELS];
-    float4 to_d_z[32];
-    Pack<T, QUAD> u[32];
+    alignas(16) float to_d_z[32][PART];
+    Pack<T, PART> u[32];
 
     // Where the Δ of a quad's channel is among its steps; the Δu is CHANNELS_PER_LANE after it.
     static __device__ __forceinline__ constexpr int index_in_pairs(int c) {
         return c / CHANNELS_PER_LANE * 2 * CHANNELS_PER_LANE + c % CHANNELS_PER_LANE;
     }
-    static __device__ __forceinline__ int index_of_y(int t, int at) { return at ^ t % 2 * WARP_CHANNELS; }
+    // Where a half of a tile, of which each has two, leaves its sums of ∂B and ∂C, and `at` so many numbers after it.
+    __device__ __forceinline__ const float *sums_of(int half, int at) const {
+        if (CHANNELS_PER_LANE == 2 || half % 2 == 0) return steps[half * (TILE / 2)][0] + at;
+        return &states[half / 2 + 1][0][0].x + at;
+    }
+    __device__ __forceinline__ float *sums_of(int half, int at) {
+        return const_cast<float *>(static_cast<const WarpShared &>(*this).sums_of(half, at));
+    }
+    static __device__ __forceinline__ int index_of_y(int t, int at) { return at ^ t % (4 / CHANNELS_PER_LANE) * WARP_CHANNELS; }
 };
 
 template <typename T> struct Shared {
@@ -83,7 +97,7 @@ template <typename T> struct Shared {
     Place<T> u, z, d_out, delta;
     // In the dense gradients, and in the sums of ∂B and ∂C: where the first step lies.
     int64_t gradients, lines;
-    alignas(16) float projections[CHECKPOINT_STEPS][2][STATE_BLOCK];
+    alignas(16) float projections[CHUNK_STEPS][2][STATE_BLOCK];
     alignas(16) float biases[CHANNELS], skips[CHANNELS];
     WarpShared<T> warps[WARPS];
 };
@@ -110,11 +124,11 @@ struct Chunk {
     int sign;
 
     __device__ __forceinline__ Chunk(const Segment &segment, int index) : index(index) {
-        remaining = static_cast<int>(min(segment.steps - int64_t(index) * CHECKPOINT_STEPS, int64_t(CHECKPOINT_STEPS)));
+        remaining = static_cast<int>(min(segment.steps - int64_t(index) * CHUNK_STEPS, int64_t(CHUNK_STEPS)));
         tiles = (remaining + TILE - 1) / TILE;
     }
     __device__ __forceinline__ void find_steps(const Inputs &p, const Segment &segment, bool reverse) {
-        first = segment.first + int64_t(index) * CHECKPOINT_STEPS, step = segment.step(first, reverse);
+        first = segment.first + int64_t(index) * CHUNK_STEPS, step = segment.step(first, reverse);
         row = segment.row * p.segments.len;
         sign = reverse ? -1 : 1;
     }
@@ -135,7 +149,7 @@ template <typename T> struct Recurrence {
 
     __device__ __forceinline__ void decays_at(int t, LaneStates &decays) const {
         float step[CHANNELS_PER_LANE];
-        read_shared(step, &mine.steps[t][pair].x);
+        read_shared(step, mine.steps[t][pair]);
 #pragma unroll
         for (int c = 0; c < CHANNELS_PER_LANE; c++) {
 #pragma unroll
@@ -146,7 +160,7 @@ template <typename T> struct Recurrence {
     // One step, whose decays are known.
     __device__ __forceinline__ void advance(int t, const LaneStates &decays, LaneStates &to, const LaneStates &from) const {
         float in[CHANNELS_PER_LANE], b[STATE_VEC];
-        read_shared(in, &mine.steps[t][pair].z);
+        read_shared(in, mine.steps[t][pair] + CHANNELS_PER_LANE);
         read_shared(b, &shared.projections[t][0][state_group * STATE_VEC]);
 #pragma unroll
         for (int c = 0; c < CHANNELS_PER_LANE; c++) {
@@ -155,30 +169,69 @@ template <typename T> struct Recurrence {
         }
     }
 
-    // A chunk, for the states before each tile, of which `h` is the first; leaves the first decays of the last tile. (From one
-    // checkpoint to the next a rounded decay drifts by 2^-16 at most. The gradient of the state goes through the whole
-    // sequence.)
-    __device__ __forceinline__ void find_states(const int &tiles, const int &lane, LaneStates (&decays)[TILE],
-                                                LaneStates &h) const {
+    // From the states before tile `tile` on, and those `apart` tiles after it if there are two CHAINS, through `count` tiles, for the
+    // states before each of those that follow.
+    template <int CHAINS>
+    __device__ __forceinline__ void find_states_of(int tile, const int &apart, const int &count, const int &lane) const {
+        // One goes on with its decays at a tile's end; two, of which few tiles are gone through, begin anew.
+        constexpr bool GOES_ON = CHAINS == 1;
+        LaneStates h[CHAINS], decays[CHAINS][AHEAD];
+        const auto begin = [&] {
 #pragma unroll
-        for (int t = 0; t < AHEAD; t++) decays_at(t, decays[t]);
-        for (int tile = 0;; tile++) {
+            for (int t = 0; t < AHEAD; t++) {
 #pragma unroll
-            for (int c = 0; c < CHANNELS_PER_LANE; c++) write_shared(&mine.states[tile][c][lane].x, h[c]);
-            if (tile + 1 == tiles) break;
+                for (int chain = 0; chain < CHAINS; chain++) {
+                    decays_at((tile + chain * apart) * TILE + t, decays[chain][t]);
+                }
+            }
+        };
+#pragma unroll
+        for (int chain = 0; chain < CHAINS; chain++) {
+#pragma unroll
+            for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+                read_shared(h[chain][c], &mine.states[tile + chain * apart][c][lane].x);
+            }
+        }
+        if (GOES_ON) begin();
+        for (const int end = tile + count; tile < end; tile++) {
+            if (!GOES_ON) begin();
 #pragma unroll
             for (int t = 0; t < TILE; t++) {
-                LaneStates &decay = decays[t % AHEAD];
-                advance(tile * TILE + t, decay, h, h);
-                decays_at(tile * TILE + t + AHEAD, decay);
+#pragma unroll
+                for (int chain = 0; chain < CHAINS; chain++) {
+                    const int step = (tile + chain * apart) * TILE + t;
+                    LaneStates &decay = decays[chain][t % AHEAD];
+                    advance(step, decay, h[chain], h[chain]);
+                    if (GOES_ON || t + AHEAD < TILE) decays_at(step + AHEAD, decay);
+                }
+            }
+#pragma unroll
+            for (int chain = 0; chain < CHAINS; chain++) {
+#pragma unroll
+                for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+                    write_shared(&mine.states[tile + chain * apart + 1][c][lane].x, h[chain][c]);
+                }
             }
         }
     }
 
-    // A tile from step `t0` on, keeping the decays, of which there are `known` already, and the states after each step.
-    __device__ __forceinline__ void go_through(int t0, int known, LaneStates (&decays)[TILE], LaneStates (&h)[TILE + 1]) const {
+    // The states before each tile of a chunk, of which the first is there, and those that forward has kept, one before each
+    // `kept_tiles`. What follows two of these is found at the same time, as a step waits for the one before it. (From one kept state to
+    // the next a rounded decay drifts by 2^-16 at most. The gradient of the state goes through the whole sequence.)
+    __device__ __forceinline__ void find_states(const int &tiles, const int &kept_tiles, const int &lane) const {
+        for (int first = 0; first < tiles; first += 2 * kept_tiles) {
+            // Tiles to go through from each of the two.
+            const int of_first = min(kept_tiles, tiles - first) - 1;
+            const int of_second = max(min(kept_tiles, tiles - first - kept_tiles) - 1, 0);
+            if (of_second > 0) find_states_of<2>(first, kept_tiles, of_second, lane);
+            if (of_first > of_second) find_states_of<1>(first + of_second, 0, of_first - of_second, lane);
+        }
+    }
+
+    // A tile from step `t0` on, keeping the decays and the states after each step.
+    __device__ __forceinline__ void go_through(int t0, LaneStates (&decays)[TILE], LaneStates (&h)[TILE + 1]) const {
 #pragma unroll
-        for (int t = known; t < TILE; t++) decays_at(t0 + t, decays[t]);
+        for (int t = 0; t < TILE; t++) decays_at(t0 + t, decays[t]);
 #pragma unroll
         for (int t = 0; t < TILE; t++) advance(t0 + t, decays[t], h[t + 1], h[t]);
     }
@@ -205,7 +258,7 @@ __device__ __forceinline__ void sum_again(const Recurrence<T> &recurrence, const
             recurrence.decays_at(t0 + s, decay);
             recurrence.advance(t0 + s, decay, state, state);
         }
-        read_shared(in, &mine.steps[t0 + t][pair].x);
+        read_shared(in, mine.steps[t0 + t][pair]);
         read_shared(d_y, &mine.d_y[t][pair * CHANNELS_PER_LANE]);
         read_shared(c_, &shared.projections[t0 + t][1][state_group * STATE_VEC]);
 #pragma unroll
@@ -246,9 +299,11 @@ __device__ __forceinline__ void write_projections(const Backward &params, const 
     if (params.projections) {
         const int64_t all = p.group_blocks * params.steps * params.groups * p.d_state;
         const int64_t line = sign * params.groups * p.d_state;
+        // Vectors of a half of a tile.
+        constexpr int HALF = TILE / 2 * PROJECTION_VECS;
         const int thread = reload_tid(), first = thread % STATE_LANES * STATE_VEC, which = thread / STATE_LANES % 2;
 #pragma unroll
-        for (int k = 0; k < CHECKPOINT_STEPS * PROJECTION_VECS / THREADS; k++) {
+        for (int k = 0; k < CHUNK_STEPS * PROJECTION_VECS / THREADS; k++) {
             const int t = thread / PROJECTION_VECS + k * (THREADS / PROJECTION_VECS);
             if (t >= remaining || first >= states) break;
             float sum[STATE_VEC];
@@ -256,7 +311,7 @@ __device__ __forceinline__ void write_projections(const Backward &params, const 
             for (int w = 0; w < WARPS; w++) {
                 float one[STATE_VEC];
                 const int place = (thread ^ thread / PROJECTION_VECS % 4) + k * THREADS;
-                read_shared(one, &shared.warps[w].steps[0][0].x + STATE_VEC * place);
+                read_shared(one, shared.warps[w].sums_of(place / HALF, place % HALF * STATE_VEC));
 #pragma unroll
                 for (int n = 0; n < STATE_VEC; n++) sum[n] = w ? sum[n] + one[n] : one[n];
             }
@@ -268,33 +323,33 @@ __device__ __forceinline__ void write_projections(const Backward &params, const 
 // Writes a parameter's gradients of a quad of channels from `d` on: the sums over the lanes that have the quad, of which one
 // `writes` them.
 __device__ __forceinline__ void write_sums(const Backward &params, int64_t d, bool exists, int row,
-                                           float (&partial)[QUAD], float *to) {
+                                           float (&partial)[PART], float *to) {
 #pragma unroll
-    for (int c = 0; c < QUAD; c++) {
+    for (int c = 0; c < PART; c++) {
 #pragma unroll
-        for (int distance = WARP_CHANNELS / QUAD; distance < 32; distance *= 2) {
+        for (int distance = 4; distance < 32; distance *= 2) {
             partial[c] += __shfl_xor_sync(~0u, partial[c], distance);
         }
     }
-    if (to) store_narrowed<float, true>(to + blockIdx.y * params.inputs.d_inner + d, partial, exists && row == 0 ? QUAD : 0);
+    if (to) store_narrowed<float, true>(to + blockIdx.y * params.inputs.d_inner + d, partial, exists && row == 0 ? PART : 0);
 }
 
 // What each channel of a quad gets of the sums over its states in step `row` of a tile.
 template <typename T>
-__device__ __forceinline__ void sum_states(const WarpShared<T> &mine, const LaneMap &map, bool gated, float (&d_delta)[QUAD],
-                                           float (&d_input)[QUAD], float (&y)[QUAD]) {
+__device__ __forceinline__ void sum_states(const WarpShared<T> &mine, const LaneMap &map, bool gated, float (&d_delta)[PART],
+                                           float (&d_input)[PART], float (&y)[PART]) {
     const int row = map.row, column = map.column;
 #pragma unroll
     for (int s = 0; s < STATE_LANES; s += 2) {
-        float one[2 * QUAD], two[2 * QUAD], one_y[QUAD] = {}, two_y[QUAD] = {};
-        read_shared(one, &mine.gradients[row][s * PAIRS + column / CHANNELS_PER_LANE].x);
-        read_shared(two, &mine.gradients[row][(s + 1) * PAIRS + column / CHANNELS_PER_LANE].x);
+        float one[2 * PART], two[2 * PART], one_y[PART] = {}, two_y[PART] = {};
+        read_shared(one, mine.gradients[row][s * PAIRS + column / CHANNELS_PER_LANE]);
+        read_shared(two, mine.gradients[row][(s + 1) * PAIRS + column / CHANNELS_PER_LANE]);
         if (gated) {
             read_shared(one_y, &mine.y[row][mine.index_of_y(row, s * WARP_CHANNELS + column)]);
             read_shared(two_y, &mine.y[row][mine.index_of_y(row, (s + 1) * WARP_CHANNELS + column)]);
         }
 #pragma unroll
-        for (int c = 0; c < QUAD; c++) {
+        for (int c = 0; c < PART; c++) {
             const float of_delta = one[2 * c] + two[2 * c], of_input = one[2 * c + 1] + two[2 * c + 1];
             const float of_y = one_y[c] + two_y[c];
             d_delta[c] = s ? d_delta[c] + of_delta : of_delta;
@@ -319,7 +374,7 @@ __device__ __forceinline__ void go_back(const Recurrence<T> &recurrence, const i
         float in[2 * CHANNELS_PER_LANE], d_y[CHANNELS_PER_LANE], b[STATE_VEC], c[STATE_VEC];
     } ahead;
     const auto read = [&](int t) {
-        read_shared(ahead.in, &mine.steps[t0 + t][pair].x);
+        read_shared(ahead.in, mine.steps[t0 + t][pair]);
         read_shared(ahead.d_y, &mine.d_y[t][pair * CHANNELS_PER_LANE]);
         read_shared(ahead.b, &shared.projections[t0 + t][0][state_group * STATE_VEC]);
         read_shared(ahead.c, &shared.projections[t0 + t][1][state_group * STATE_VEC]);
@@ -354,7 +409,7 @@ __device__ __forceinline__ void go_back(const Recurrence<T> &recurrence, const i
             }
         }
         sums.add(lane, t, terms);
-        write_shared(&mine.gradients[t][lane].x, gradients);
+        write_shared(mine.gradients[t][lane], gradients);
         if (gated) write_shared(&mine.y[t][mine.index_of_y(t, lane * CHANNELS_PER_LANE)], y);
     }
 }
@@ -377,7 +432,7 @@ __device__ __forceinline__ void stage(const Warp<T> &work, const Segment &segmen
     const int &remaining = chunk.remaining, &tiles = chunk.tiles, &sign = chunk.sign;
     const int64_t &i = chunk.step;
     const int row = map.row, column = map.column, within = warp * WARP_CHANNELS + column;
-    constexpr int COUNT = CHECKPOINT_STEPS * PROJECTION_VECS / THREADS;
+    constexpr int COUNT = CHUNK_STEPS * PROJECTION_VECS / THREADS;
     const bool of_c = threadIdx.x / STATE_LANES % 2;
     const int first = threadIdx.x % STATE_LANES * STATE_VEC;
     const Projection &from = of_c ? p.c : p.b;
@@ -390,44 +445,44 @@ __device__ __forceinline__ void stage(const Warp<T> &work, const Segment &segmen
         vecs[k] = load_vec<T, STATE_VEC, true>(steps + t * (sign * static_cast<int>(from.step)), 1,
                                          t < remaining && first < states);
     }
-    Pack<T, QUAD> x[TILES], step[TILES];
+    Pack<T, PART> x[TILES], step[TILES];
 #pragma unroll
     for (int k = 0; k < TILES; k++) {
         const int t = row + k * TILE;
-        x[k] = load_vec<T, QUAD, true>(quad_at(shared.u, t, within), 1, exists && t < remaining);
-        step[k] = load_vec<T, QUAD, true>(quad_at(shared.delta, t, within), 1, exists && t < remaining);
+        x[k] = load_vec<T, PART, true>(quad_at(shared.u, t, within), 1, exists && t < remaining);
+        step[k] = load_vec<T, PART, true>(quad_at(shared.delta, t, within), 1, exists && t < remaining);
     }
 #pragma unroll
     for (int k = 0; k < COUNT; k++) {
         const float values[STATE_VEC] = {vecs[k][0], vecs[k][1], vecs[k][2], vecs[k][3]};
         write_shared(&shared.projections[0][0][0] + STATE_VEC * (threadIdx.x + k * THREADS), values);
     }
-    float bias[QUAD];
+    float bias[PART];
     read_shared(bias, &shared.biases[warp * WARP_CHANNELS + column]);
     const auto stage = [&](auto count) {
-        float deltas[count.value][QUAD];
+        float deltas[count.value][PART];
 #pragma unroll
         for (int k = 0; k < count.value; k++) {
 #pragma unroll
-            for (int c = 0; c < QUAD; c++) deltas[k][c] = step[k][c] + bias[c];
+            for (int c = 0; c < PART; c++) deltas[k][c] = step[k][c] + bias[c];
         }
         if (plus) {
 #pragma unroll
             for (int k = 0; k < count.value; k++) {
 #pragma unroll
-                for (int c = 0; c < QUAD; c++) deltas[k][c] = softplus<T>(deltas[k][c]);
+                for (int c = 0; c < PART; c++) deltas[k][c] = softplus<T>(deltas[k][c]);
             }
         }
 #pragma unroll
         for (int k = 0; k < count.value; k++) {
-            float staged[2 * QUAD];
+            float staged[2 * PART];
 #pragma unroll
-            for (int c = 0; c < QUAD; c++) {
+            for (int c = 0; c < PART; c++) {
                 const float delta = row + k * TILE < remaining ? deltas[k][c] : 0.0f;
                 staged[mine.index_in_pairs(c)] = delta;
                 staged[mine.index_in_pairs(c) + CHANNELS_PER_LANE] = delta * x[k][c];
             }
-            write_shared(&mine.steps[row + k * TILE][column / CHANNELS_PER_LANE].x, staged);
+            write_shared(mine.steps[row + k * TILE][column / CHANNELS_PER_LANE], staged);
         }
     };
     // Short sequences have few tiles.
@@ -468,7 +523,7 @@ __device__ __forceinline__ void prefetch_tensors(const Warp<T> &work, const Chun
     const int lane = work.lane, warp = work.warp, remaining = chunk.remaining;
     const bool gated = work.gated;
 #pragma unroll
-    for (int k = 0; k < CHECKPOINT_STEPS / 32; k++) {
+    for (int k = 0; k < CHUNK_STEPS / 32; k++) {
         const int t = lane + k * 32, first = warp * WARP_CHANNELS;
         const auto prefetch_step = [&](const Place<T> &place, int t) {
             prefetch(place.at + (t * static_cast<int>(place.step) + first));
@@ -478,8 +533,8 @@ __device__ __forceinline__ void prefetch_tensors(const Warp<T> &work, const Chun
             prefetch_step(shared.d_out, t);
         }
         if (chunk.index > 0 && first < block.width) {
-            prefetch_step(shared.u, t - CHECKPOINT_STEPS);
-            prefetch_step(shared.delta, t - CHECKPOINT_STEPS);
+            prefetch_step(shared.u, t - CHUNK_STEPS);
+            prefetch_step(shared.delta, t - CHUNK_STEPS);
         }
     }
 }
@@ -487,16 +542,16 @@ __device__ __forceinline__ void prefetch_tensors(const Warp<T> &work, const Chun
 // Makes of what a lane has loaded of a step what going back and finishing need.
 template <typename T>
 __device__ __forceinline__ void open(WarpShared<T> &mine, const LaneMap &map, const int &lane, const bool &gated,
-                                     const Pack<T, QUAD> &u, const Pack<T, QUAD> &z, const Pack<T, QUAD> &d_out) {
-    float d_y[QUAD], to_d_z[QUAD];
+                                     const Pack<T, PART> &u, const Pack<T, PART> &z, const Pack<T, PART> &d_out) {
+    float d_y[PART], to_d_z[PART];
 #pragma unroll
-    for (int c = 0; c < QUAD; c++) {
+    for (int c = 0; c < PART; c++) {
         const float gate = z[c], d = d_out[c], s = sigmoid(gate);
         d_y[c] = gated ? d * (gate * s) : d;
         to_d_z[c] = d * silu_slope(gate, s);
     }
     write_shared(&mine.d_y[map.row][map.column], d_y);
-    write_shared(&mine.to_d_z[lane].x, to_d_z);
+    write_shared(mine.to_d_z[lane], to_d_z);
     mine.u[lane] = u;
     __syncwarp();
 }
@@ -511,17 +566,35 @@ __device__ __forceinline__ void read_state_before(const Backward &params, const 
         if (chunk.first == 0) {
             lane.initial(h[c], params.inputs.initial_state, segment.sequence);
         } else {
-            const int64_t slot = checkpoint_slot(chunk.row + segment.start, chunk.first);
+            const int64_t slot = checkpoint_slot(params.inputs, chunk.row + segment.start, chunk.first);
             lane.read_dense<true>(h[c], params.checkpoints + lane.at(params.inputs, slot));
         }
     }
+}
+
+// Starts copying to shared memory the states within a chunk that forward has kept.
+template <typename T, typename LaneOf>
+__device__ __forceinline__ void copy_kept_states(const Warp<T> &work, const Segment &segment, const Chunk &chunk,
+                                                 const LaneOf &lane_of) {
+    const Inputs &p = work.params.inputs;
+    const int steps = checkpoint_steps(p);
+    for (int t = steps; t < chunk.remaining; t += steps) {
+        const int64_t slot = checkpoint_slot(p, chunk.row + segment.start, chunk.first + t);
+#pragma unroll
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+            const Lane of_channel = lane_of(c);
+            auto &to = reinterpret_cast<Pack<float, STATE_VEC> &>(work.mine.states[t / TILE][c][work.lane]);
+            copy_async(to, work.params.checkpoints + of_channel.at(p, slot), of_channel.count > 0);
+        }
+    }
+    commit_copies();
 }
 
 // Goes through a chunk: forward, for the states before its tiles, and then back, tile by tile.
 template <bool MANY_STATES, typename T, typename LaneOf>
 __device__ __forceinline__ void go_through(const Warp<T> &work, const Recurrence<T> &recurrence, const Segment &segment,
                                            const Chunk &chunk, const LaneOf &lane_of, LaneStates &g, LaneStates &d_a,
-                                           float (&d_skip)[QUAD], float (&d_bias)[QUAD]) {
+                                           float (&d_skip)[PART], float (&d_bias)[PART]) {
     const Backward &params = work.params;
     const Inputs &p = params.inputs;
     Shared<T> &shared = work.shared;
@@ -537,13 +610,13 @@ __device__ __forceinline__ void go_through(const Warp<T> &work, const Recurrence
     const T *from_d_out = quad_at(shared.d_out, last_t, within);
     int64_t at = shared.gradients + (last_t * (chunk.sign * static_cast<int>(p.d_inner)) + within);
     const int back = reverse ? TILE : -TILE;
-    Pack<T, QUAD> next_u, next_z, next_d_out;
+    Pack<T, PART> next_u, next_z, next_d_out;
     // Puts the loads in flight of what the lane finishes next; `t` is the step, for which there may be nothing to finish.
     const auto load_next = [&](int t) {
-        const int count = exists && t >= 0 && t < chunk.remaining ? QUAD : 0;
-        next_u = load_vec<T, QUAD, true>(from_u, 1, count);
-        next_z = load_vec<T, QUAD, true>(from_z, 1, gated ? count : 0);
-        next_d_out = load_vec<T, QUAD, true>(from_d_out, 1, count);
+        const int count = exists && t >= 0 && t < chunk.remaining ? PART : 0;
+        next_u = load_vec<T, PART, true>(from_u, 1, count);
+        next_z = load_vec<T, PART, true>(from_z, 1, gated ? count : 0);
+        next_d_out = load_vec<T, PART, true>(from_d_out, 1, count);
         from_u += int64_t(back) * static_cast<int>(p.u.step);
         from_z += int64_t(back) * static_cast<int>(p.z.step);
         from_d_out += int64_t(back) * static_cast<int>(params.d_out.step);
@@ -552,15 +625,21 @@ __device__ __forceinline__ void go_through(const Warp<T> &work, const Recurrence
 
     LaneStates h[TILE + 1];
     read_state_before(params, segment, chunk, lane_of, h[0]);
+    copy_kept_states(work, segment, chunk, lane_of);
     stage(work, segment, chunk);
+    wait_for_copies<0>();
     __syncthreads();
 
-    LaneStates decays[TILE];
-    recurrence.find_states(chunk.tiles, lane, decays, h[0]);
+#pragma unroll
+    for (int c = 0; c < CHANNELS_PER_LANE; c++) write_shared(&mine.states[0][c][lane].x, h[0][c]);
+    recurrence.find_states(chunk.tiles, checkpoint_steps(p) / TILE, lane);
 
     load_next(last_t);
     if (MANY_STATES && exists && last_t < chunk.remaining) prefetch_partial_sums(params, at);
-    recurrence.go_through((chunk.tiles - 1) * TILE, Recurrence<T>::AHEAD, decays, h);
+    LaneStates decays[TILE];
+#pragma unroll
+    for (int c = 0; c < CHANNELS_PER_LANE; c++) read_shared(h[0][c], &mine.states[chunk.tiles - 1][c][lane].x);
+    recurrence.go_through((chunk.tiles - 1) * TILE, decays, h);
     open(mine, map, lane, gated, next_u, next_z, next_d_out);
     for (int tile = chunk.tiles - 1; tile >= 0; tile--) {
         const int t0 = tile * TILE, mine_t = t0 + row;
@@ -586,30 +665,29 @@ __device__ __forceinline__ void go_through(const Warp<T> &work, const Recurrence
                 for (int c = 0; c < CHANNELS_PER_LANE; c++) read_shared(h[0][c], &mine.states[next][c][lane].x);
             }
             // What each channel gets of the sums over its states.
-            float d_delta[QUAD], d_input[QUAD], y[QUAD];
+            float d_delta[PART], d_input[PART], y[PART];
             sum_states(mine, map, gated, d_delta, d_input, y);
 
-            float in[2 * QUAD], skip[QUAD], d_y[QUAD], to_d_z[QUAD];
-            read_shared(in, &mine.steps[mine_t][column / CHANNELS_PER_LANE].x);
+            float in[2 * PART], skip[PART], d_y[PART], to_d_z[PART];
+            read_shared(in, mine.steps[mine_t][column / CHANNELS_PER_LANE]);
             read_shared(skip, &shared.skips[warp * WARP_CHANNELS + column]);
             read_shared(d_y, &mine.d_y[row][column]);
-            read_shared(to_d_z, &mine.to_d_z[lane].x);
-            const Pack<T, QUAD> x = mine.u[lane];
+            read_shared(to_d_z, mine.to_d_z[lane]);
+            const Pack<T, PART> x = mine.u[lane];
             // Everyone has read what the sums over channels are going to replace.
             __syncwarp();
-            float *const sums_to = &mine.steps[t0][0].x + place_of_sums;
-            write_shared(sums_to, totals[0]);
-            write_shared(sums_to + 4 * 2 * STATE_BLOCK, totals[1]);
-            if (MANY_STATES) {
-                carry<true>(params, at, wanted ? QUAD : 0, d_delta, d_input, y);
+            write_shared(mine.sums_of(2 * tile, place_of_sums), totals[0]);
+            write_shared(mine.sums_of(2 * tile + 1, place_of_sums), totals[1]);
+            if constexpr (MANY_STATES) {
+                carry<true>(params, at, wanted ? PART : 0, d_delta, d_input, y);
                 if (exists && tile > 0) prefetch_partial_sums(params, at + int64_t(back) * static_cast<int>(p.d_inner));
             }
-            if (more) recurrence.go_through(next * TILE, 0, decays, h);
+            if (more) recurrence.go_through(next * TILE, decays, h);
 
             if (!MANY_STATES || is_last_block(params)) {
-                float d_z[QUAD], d_u[QUAD], d_step[QUAD];
+                float d_z[PART], d_u[PART], d_step[PART];
 #pragma unroll
-                for (int c = 0; c < QUAD; c++) {
+                for (int c = 0; c < PART; c++) {
                     input_gradients<T>(in[mine.index_in_pairs(c)], x[c], skip[c], d_y[c], to_d_z[c], d_delta[c], d_input[c],
                                        y[c], plus, false, d_u[c], d_step[c], d_z[c]);
                     d_skip[c] = wanted ? fmaf(d_y[c], x[c], d_skip[c]) : d_skip[c];
@@ -653,7 +731,7 @@ template <typename T, bool MANY_STATES> __device__ __forceinline__ void run(cons
     // Whether there is the quad of channels that the lane stages and finishes.
     const bool exists = warp * WARP_CHANNELS + column < block.width;
     const int64_t d0 = block.first + warp * WARP_CHANNELS + column;
-    float d_skip[QUAD] = {}, d_bias[QUAD] = {};
+    float d_skip[PART] = {}, d_bias[PART] = {};
     // Where the lane leaves its sums of ∂B and ∂C among those of a tile.
     const int sums_t = sum_step(lane);
     int place_of_sums = sums_t * 2 * STATE_BLOCK + ((sum_of_c(lane) * STATE_LANES + state_group) ^ sums_t) * STATE_VEC;
@@ -679,7 +757,7 @@ template <typename T, bool MANY_STATES> __device__ __forceinline__ void run(cons
 #pragma unroll
         for (int c = 0; c < CHANNELS_PER_LANE; c++) incoming_grad<ACCURATE<T>, true>(params, segment, lane_of(c), a[c], g[c]);
 
-        for (int i = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); i >= 0; i--) {
+        for (int i = static_cast<int>((segment.steps - 1) / CHUNK_STEPS); i >= 0; i--) {
             Chunk chunk(segment, i);
             if (chunk.remaining <= 0) break; // an empty sequence
             chunk.find_steps(p, segment, reverse);

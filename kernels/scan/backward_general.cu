@@ -6,7 +6,7 @@
 
 namespace scan::backward_general {
 
-constexpr int COLUMNS = CHANNELS / QUAD, TILES = CHECKPOINT_STEPS / TILE, WARP_CHANNELS = 32 / STATE_LANES;
+constexpr int COLUMNS = CHANNELS / QUAD, TILES = CHUNK_STEPS / TILE, WARP_CHANNELS = 32 / STATE_LANES;
 // Vectors of 4 in a step of B and C.
 constexpr int PROJECTION_VECS = 2 * STATE_LANES;
 
@@ -45,16 +45,16 @@ struct StateSums {
 
 template <typename T> struct Shared {
     // What all threads need again and again is here, for registers are few: the segment, the places of a chunk (`gradients` in
-    // the dense gradients), and the slot of the state before it, negative at the start of a sequence.
+    // the dense gradients), the slot of the state before it, and whether that is kept, as it is but at the start of a sequence.
     SegmentIndex next;
     Segment segment;
     Place<T> u, delta, z, d_out, b, c;
     int64_t gradients, gradient_step;
     Place<float> lines;
     int64_t slot;
-    // Δ and Δu (u with zero-order hold) between two checkpoints.
-    float2 steps[CHECKPOINT_STEPS][CHANNELS];
-    float projections[CHECKPOINT_STEPS][2][STATE_BLOCK];
+    // Δ and Δu (u with zero-order hold) of a chunk.
+    alignas(16) float2 steps[CHUNK_STEPS][CHANNELS];
+    float projections[CHUNK_STEPS][2][STATE_BLOCK];
     // Each lane's states after each tile but the last; when the next tile is done, the gradient of those instead.
     float4 states[TILES][THREADS];
     // ∂/∂y of a tile.
@@ -65,6 +65,7 @@ template <typename T> struct Shared {
     float biases[CHANNELS], skips[CHANNELS];
     // The sums for each quad of a tile, which two threads take turns to add to.
     float4 d_skip[COLUMNS * TILE], d_bias[COLUMNS * TILE];
+    bool begins_kept;
 };
 static_assert(sizeof(Shared<float>) == SMEM && sizeof(Shared<__half>) == SMEM);
 
@@ -106,11 +107,16 @@ template <typename T> struct Recurrence {
     __device__ __forceinline__ void read_states(float (&h)[STATE_VEC], int tile) const {
         if (tile > 0) {
             read_shared(h, &shared.states[tile - 1][threadIdx.x].x);
-        } else if (const Lane lane = this->lane(); shared.slot >= 0) {
-            lane.read(h, params.checkpoints + lane.at(p, shared.slot), 1);
+        } else if (shared.begins_kept) {
+            read_kept(h, 0);
         } else {
-            lane.initial(h, p.initial_state, shared.segment.sequence);
+            lane().initial(h, p.initial_state, shared.segment.sequence);
         }
+    }
+    // The states before step `t` of the chunk, which forward has kept.
+    __device__ __forceinline__ void read_kept(float (&h)[STATE_VEC], int t) const {
+        const Lane lane = this->lane();
+        lane.read(h, params.checkpoints + lane.at(p, shared.slot + (t >> static_cast<int>(p.checkpoint_log2))), 1);
     }
     // B or C of a step.
     __device__ __forceinline__ void coefficients(float (&b)[STATE_VEC], int which, int t) const {
@@ -153,6 +159,8 @@ template <typename T> struct Recurrence {
                 float decays[STATE_VEC];
                 advance(tile * TILE + t, decays, h, h);
             }
+            // As the fast kernel does, whose bits these are.
+            if (is_kept(p, (tile + 1) * TILE)) read_kept(h, (tile + 1) * TILE);
             shared.states[tile][threadIdx.x] = {h[0], h[1], h[2], h[3]};
         }
     }
@@ -260,7 +268,7 @@ template <typename T> struct Work {
 
     // For one thread: where the chunk `index` of the segment lies in all tensors.
     __device__ __forceinline__ void locate(const Segment &segment, int index) const {
-        const int64_t first = segment.first + int64_t(index) * CHECKPOINT_STEPS;
+        const int64_t first = segment.first + int64_t(index) * CHUNK_STEPS;
         const int64_t i = segment.step(first, reverse), sign = reverse ? -1 : 1;
         const auto place = [&](const Activation &tensor) {
             return Place<T>::template of<false>(tensor, segment.row, i, block.first, sign);
@@ -281,12 +289,12 @@ template <typename T> struct Work {
         const int64_t part_of_group = blockIdx.x % static_cast<uint32_t>(p.group_blocks);
         const int64_t lines = (part_of_group * params.steps + row + i) * params.groups;
         shared.lines = {params.projections + (lines + block.group) * p.d_state, sign * params.groups * p.d_state};
-        shared.slot = first ? checkpoint_slot(row + segment.start, first) : -1;
+        shared.slot = checkpoint_slot(p, row + segment.start, first), shared.begins_kept = first > 0;
     }
 
     // Stages what the recurrence reads of a chunk.
     __device__ __forceinline__ void stage(int remaining) const {
-        constexpr int ROWS = THREADS / COLUMNS, COUNT = CHECKPOINT_STEPS * PROJECTION_VECS / THREADS;
+        constexpr int ROWS = THREADS / COLUMNS, COUNT = CHUNK_STEPS * PROJECTION_VECS / THREADS;
         const int first_row = threadIdx.x / COLUMNS;
         const int which = threadIdx.x / STATE_LANES % 2, first = threadIdx.x % STATE_LANES * STATE_VEC;
         const Projection &projection = which ? p.c : p.b;
@@ -301,9 +309,9 @@ template <typename T> struct Work {
             const T *at = place.at + t * place.step + first * projection.state;
             vecs[k] = load_vec<T, STATE_VEC, false>(at, projection.state, t < remaining ? readable : 0);
         }
-        Pack<T, QUAD> u[CHECKPOINT_STEPS / ROWS], delta[CHECKPOINT_STEPS / ROWS];
+        Pack<T, QUAD> u[CHUNK_STEPS / ROWS], delta[CHUNK_STEPS / ROWS];
 #pragma unroll
-        for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
+        for (int k = 0; k < CHUNK_STEPS / ROWS; k++) {
             const int t = first_row + k * ROWS, there = t < remaining ? count() : 0;
             u[k] = load_quad(shared.u, p.u, t, there);
             delta[k] = load_quad(shared.delta, p.delta, t, there);
@@ -311,7 +319,7 @@ template <typename T> struct Work {
         float bias[QUAD];
         read_shared(bias, &shared.biases[map.column]);
 #pragma unroll
-        for (int k = 0; k < CHECKPOINT_STEPS / ROWS; k++) {
+        for (int k = 0; k < CHUNK_STEPS / ROWS; k++) {
             const bool in_range = first_row + k * ROWS < remaining;
             float staged[2 * QUAD];
 #pragma unroll
@@ -501,9 +509,9 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
         const Lane lane = recurrence.lane();
         float g[STATE_VEC] = {};
         incoming_grad<sizeof(T) == 4, false>(params, segment, lane, a, g);
-        for (int chunk = static_cast<int>((segment.steps - 1) / CHECKPOINT_STEPS); chunk >= 0; chunk--) {
-            const int64_t after = segment.steps - int64_t(chunk) * CHECKPOINT_STEPS;
-            const int remaining = static_cast<int>(min(after, int64_t(CHECKPOINT_STEPS)));
+        for (int chunk = static_cast<int>((segment.steps - 1) / CHUNK_STEPS); chunk >= 0; chunk--) {
+            const int64_t after = segment.steps - int64_t(chunk) * CHUNK_STEPS;
+            const int remaining = static_cast<int>(min(after, int64_t(CHUNK_STEPS)));
             if (remaining <= 0) break; // an empty sequence
             if (threadIdx.x == 0) work.locate(segment, chunk);
             __syncthreads();

@@ -4,11 +4,13 @@
 
 namespace scan::forward {
 
-// Carries the states of a lane's channels, those of one block of 16, through a tile.
-template <typename T, int STEPS, bool CHUNK_STATE, int CHANNELS_PER_LANE, typename Steps, typename Outputs, typename Map>
+// Carries the states of a lane's channels, those of one block of 16, through a tile. Before the steps within it at which a
+// state may be kept, `keep` is called with the step.
+template <typename T, int STEPS, bool CHUNK_STATE, int CHANNELS_PER_LANE, typename Steps, typename Outputs, typename Map,
+          typename Keep>
 __device__ __forceinline__ void advance(const Steps &staged, const float (&projections)[STEPS][2][STATE_BLOCK], Outputs &outputs,
                                         const Map &map, const int &state_block, const float (&a)[CHANNELS_PER_LANE][STATE_VEC],
-                                        float (&h)[CHANNELS_PER_LANE][STATE_VEC]) {
+                                        float (&h)[CHANNELS_PER_LANE][STATE_VEC], const Keep &keep) {
     constexpr bool ACCURATE = sizeof(T) == 4;
     // Operands are read ahead where there is room for them.
     constexpr bool AHEAD = CHANNELS_PER_LANE == 1;
@@ -29,6 +31,7 @@ __device__ __forceinline__ void advance(const Steps &staged, const float (&proje
     if (AHEAD) read(0, next_operands);
 #pragma unroll(STEPS / (CHUNK_STATE ? 4 : ACCURATE ? 2 : 1) / Steps::TOGETHER)
     for (int first = 0; first < STEPS; first += Steps::TOGETHER) {
+        if (!CHUNK_STATE && first > 0 && first % LEAST_CHECKPOINT_STEPS == 0) keep(first);
         if (AHEAD) {
             now = next_operands;
             if (first + Steps::TOGETHER < STEPS) read(first + Steps::TOGETHER, next_operands);
@@ -81,7 +84,7 @@ template <typename T, int CHANNELS_PER_LANE, int STEPS, bool MANY_STATES, bool C
     template <bool RAGGED>
     __device__ __forceinline__ void advance_tile(const typename Form::Steps &staged, typename Form::Projections &projections,
                                                  typename Form::Outputs &outputs, const CarriedStates<Form> &states,
-                                                 typename CarriedStates<Form>::Held &held, const int64_t &, const int &left,
+                                                 typename CarriedStates<Form>::Held &held, const int64_t &i, const int &left,
                                                  const bool &more) {
         __syncthreads();
         for (int state_block = 0; state_block < states.state_blocks; state_block++) {
@@ -103,7 +106,9 @@ template <typename T, int CHANNELS_PER_LANE, int STEPS, bool MANY_STATES, bool C
                     if (more) next.template load<false>(STEPS);
                 }
             }
-            advance<T, STEPS, CHUNK_STATE>(staged, projections, outputs, states.map, state_block, held.a, held.h);
+            advance<T, STEPS, CHUNK_STATE>(staged, projections, outputs, states.map, state_block, held.a, held.h, [&](int t) {
+                if (is_kept(states.p, t) && (!RAGGED || t < left)) states.keep(held, state_block, i + t);
+            });
             states.park(held, state_block);
         }
     }

@@ -115,10 +115,12 @@ __device__ __forceinline__ void advance(const Forward &params, Shared<T, STATES_
         meet();
         for (int64_t k = 0; k < tiles; k++) {
             Tile &tile = shared.tiles[k % 2];
-            if (params.checkpoints && k > 0) {
-                static_assert(TILE == CHECKPOINT_STEPS, "a checkpoint before each tile but the first");
-                write(params.checkpoints, (segment.row * p.segments.len + segment.start) / CHECKPOINT_STEPS + k - 1);
-            }
+            // Keeps the states before a step of the tile, if it is one at which they are kept.
+            const auto keep = [&](int t) {
+                const int64_t i = k * TILE + t;
+                if (!params.checkpoints || !is_kept(p, t) || i == 0 || i >= segment.steps) return;
+                write(params.checkpoints, checkpoint_slot(p, segment.row * p.segments.len + segment.start, i));
+            };
             // What is read from shared memory for a group of steps.
             struct Operands {
                 float steps[GROUP / 2][4];
@@ -141,6 +143,7 @@ __device__ __forceinline__ void advance(const Forward &params, Shared<T, STATES_
 #pragma unroll
             for (int group = 0; group < TILE / GROUP; group++) {
                 now = next;
+                if (group * GROUP % LEAST_CHECKPOINT_STEPS == 0) keep(group * GROUP);
                 if (group + 1 < TILE / GROUP) read(group + 1);
                 // Else the compiler would put the loads off until they are waited for.
                 __syncwarp();

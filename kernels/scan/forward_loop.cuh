@@ -95,6 +95,9 @@ template <typename Form> struct CarriedStates {
     const int state_blocks;
     float *const parked;
     const bool from_zero;
+    // Where states are kept for backward, if they are, and the sequence's first step among those of all batch rows.
+    float *const checkpoints;
+    int64_t start_of_sequence = 0;
 
     // Those of one block of 16, log2(e) A, and what rounding has taken from the states where they are compensated. Apart from the
     // numbers above: arrays that loops go through would keep these out of registers until the loops are unrolled, which is late.
@@ -102,11 +105,11 @@ template <typename Form> struct CarriedStates {
         float h[CHANNELS_PER_LANE][STATE_VEC], a[CHANNELS_PER_LANE][STATE_VEC], lost[CHANNELS_PER_LANE][STATE_VEC];
     };
 
-    __device__ __forceinline__ CarriedStates(const Inputs &p, const Block &block, float4 *parking)
+    __device__ __forceinline__ CarriedStates(const Inputs &p, const Block &block, float4 *parking, float *checkpoints)
         : p(p), block(block), map(threadIdx.x),
           state_blocks(Form::PARKED ? static_cast<int>((p.d_state + STATE_BLOCK - 1) / STATE_BLOCK) : 1),
           parked(reinterpret_cast<float *>(parking + threadIdx.x)),
-          from_zero(Form::CHUNK_STATE || (!p.initial_state.data && !p.chunk_states)) {}
+          from_zero(Form::CHUNK_STATE || (!p.initial_state.data && !p.chunk_states)), checkpoints(checkpoints) {}
 
     __device__ __forceinline__ Lane lane(int c, int state_block) const {
         return Lane(p, block.first + map.channel + c, map.channel + c < block.width,
@@ -145,6 +148,16 @@ template <typename Form> struct CarriedStates {
             park(held, state_block);
         }
     }
+    // Keeps a block's states, which are held, for backward: those before step `i` of the sequence.
+    __device__ __forceinline__ void keep(const Held &held, int state_block, int64_t i) const {
+        if (!checkpoints) return;
+        const int64_t slot = checkpoint_slot(p, start_of_sequence, i);
+#pragma unroll
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+            const Lane of_channel = lane(c, state_block);
+            of_channel.template write_dense<Form::VECTOR>(checkpoints + of_channel.at(p, slot), held.h[c]);
+        }
+    }
     // Calls `write` with each of the channels and its states, block by block.
     template <typename Write> __device__ __forceinline__ void for_each(Held &held, const Write &write) const {
         for (int state_block = 0; state_block < state_blocks; state_block++) {
@@ -175,13 +188,17 @@ template <typename Recurrence> __device__ __forceinline__ void run(const Forward
     const ChannelQuad<Form> quad(block);
     const ChannelVectors<Form> vectors(p, block);
     bool is_first = true;
-    const CarriedStates<Form> states(p, block, parking);
+    CarriedStates<Form> states(p, block, parking, params.checkpoints);
     typename CarriedStates<Form>::Held held;
+    // A tile may have more steps than lie between two kept states: it keeps those within it. (A number of its own would be one too
+    // many in registers.)
+    const auto span = [&] { return max(checkpoint_steps(p), STEPS); };
 
     for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {
         const Segment segment = segment_at(p.segments, at);
         if (CHUNK_STATE && segment.ends_sequence()) continue;
         const int64_t end = segment.first + segment.steps;
+        states.start_of_sequence = segment.row * p.segments.len + segment.start;
         ActivationWalk<Form> activations(params, segment, quad, reverse);
         Recurrence recurrence(p, segment, block, zoh);
         Pack<T, QUAD> next_u[QUADS], next_delta[QUADS];
@@ -229,20 +246,20 @@ template <typename Recurrence> __device__ __forceinline__ void run(const Forward
         };
 
         // Whole tiles, those between two checkpoints together, then what is left.
-        for (int64_t i = segment.first; i < end; i += CHECKPOINT_STEPS) {
-            if (!CHUNK_STATE && params.checkpoints && i > 0) {
-                const int64_t slot = checkpoint_slot(segment.row * p.segments.len + segment.start, i);
-                states.for_each(held, [&](const Lane &lane, const float(&h)[STATE_VEC]) {
-                    lane.write(params.checkpoints + lane.at(p, slot), h);
-                });
+        for (int64_t i = segment.first; i < end; i += span()) {
+            if (!CHUNK_STATE && i > 0) {
+                for (int state_block = 0; state_block < states.state_blocks; state_block++) {
+                    states.fetch(held, state_block);
+                    states.keep(held, state_block, i);
+                }
             }
-            const int tiles = static_cast<int>(min(whole, int64_t(CHECKPOINT_STEPS / STEPS)));
+            const int tiles = static_cast<int>(min(whole, int64_t(span() / STEPS)));
             whole -= tiles;
             for (int k = 0; k < tiles; k++) {
                 tile(BoolConstant<false>(), i + k * STEPS, STEPS, k + 1 < tiles || whole > 0);
             }
             const int64_t rest = i + tiles * STEPS;
-            if (tiles < CHECKPOINT_STEPS / STEPS && rest < end) {
+            if (tiles < span() / STEPS && rest < end) {
                 const int left = static_cast<int>(end - rest);
                 load_first(BoolConstant<true>(), left);
                 tile(BoolConstant<true>(), rest, left, false);

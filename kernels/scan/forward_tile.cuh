@@ -107,7 +107,7 @@ struct Form {
     static constexpr int CHANNELS = THREADS / STATE_LANES * CHANNELS_PER_LANE;
     // Quads of channels, and how many of a tile's steps a thread stages and finishes of one: each `ROWS`th.
     static constexpr int COLUMNS = CHANNELS / QUAD, ROWS = THREADS / COLUMNS, QUADS = STEPS / ROWS;
-    static_assert(QUADS * ROWS == STEPS && CHECKPOINT_STEPS % STEPS == 0, "whole tiles");
+    static_assert(QUADS * ROWS == STEPS && CHUNK_STEPS % STEPS == 0, "whole tiles");
     static_assert(!PARKED || CHANNELS_PER_LANE == 1, "the states that are parked are one channel's");
 
     using Steps = StepsInShared<STEPS, CHANNELS_PER_LANE, COLUMNS>;

@@ -10,8 +10,9 @@ using namespace common;
 // a block at a time. (The kernels for few channels divide states among lanes in their own way.)
 constexpr int STATE_VEC = 4, STATE_LANES = 4, STATE_BLOCK = STATE_VEC * STATE_LANES;
 
-// The steps between two kept states of one sequence; see src/sequences.rs.
-constexpr int CHECKPOINT_STEPS = 64;
+// The steps of a chunk, which backward goes through at a time. Forward keeps a state before each, or more of them: one for each
+// `checkpoint_steps`, of which there are LEAST_CHECKPOINT_STEPS at least; see src/scan/mod.rs.
+constexpr int CHUNK_STEPS = 64, LEAST_CHECKPOINT_STEPS = 16;
 
 // Sequences with more steps than this are long: a sum of n terms loses about sqrt(n/2)·2^-25, which passes 2e-6 here.
 constexpr int64_t LONG_SEQUENCE = 16384;
@@ -34,6 +35,8 @@ struct Inputs {
     // The state that each segment reaches from a zero state, (segments, d_inner, d_state), and its ΣΔ, (segments, d_inner):
     // null where no sequence is split.
     float *chunk_states, *delta_sums;
+    // The steps between two states of a sequence that forward keeps for backward, a power of two, as its logarithm.
+    int64_t checkpoint_log2;
     uint64_t flags;
 };
 
@@ -95,14 +98,15 @@ constexpr int TILE = 8;
 // And so much for each byte of an activation's element.
 constexpr int SMEM = 107696, SMEM_PER_BYTE = 512;
 }
-// The same with fewer warps to a block.
+// The same with one channel to a lane.
 namespace backward_narrow {
-constexpr int WARPS = 2, THREADS = 32 * WARPS, CHANNELS = 2 * THREADS / STATE_LANES;
-constexpr int SMEM = 58032, SMEM_PER_BYTE = 256;
+constexpr int CHANNELS_PER_LANE = 1, WARPS = 4, THREADS = 32 * WARPS;
+constexpr int WARP_CHANNELS = 32 / STATE_LANES * CHANNELS_PER_LANE, CHANNELS = WARPS * WARP_CHANNELS, TILE = 8;
+constexpr int SMEM = 59824, SMEM_PER_BYTE = 256;
 }
 namespace backward_general {
 constexpr int WARPS = 4, THREADS = 32 * WARPS, CHANNELS = THREADS / STATE_LANES, TILE = 8;
-constexpr int SMEM = 60896;
+constexpr int SMEM = 60912;
 }
 namespace backward_chunk_state {
 constexpr int THREADS = 256, CHANNELS = THREADS / STATE_LANES;

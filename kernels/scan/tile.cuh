@@ -198,10 +198,15 @@ struct Lane {
     }
 };
 
-// Where forward keeps the state before step `i` of a sequence, a multiple of 64 other than zero; `start` is the sequence's
-// first step among those of all batch rows.
-__device__ __forceinline__ int64_t checkpoint_slot(int64_t start, int64_t i) {
-    return start / CHECKPOINT_STEPS + i / CHECKPOINT_STEPS - 1;
+// The steps between two states of a sequence that forward keeps.
+__device__ __forceinline__ int checkpoint_steps(const Inputs &p) { return 1 << static_cast<int>(p.checkpoint_log2); }
+// Whether it keeps the one before a step that is so far from a multiple of all such numbers, the first step excepted.
+__device__ __forceinline__ bool is_kept(const Inputs &p, int t) { return (t & (checkpoint_steps(p) - 1)) == 0; }
+// Where forward keeps the state before step `i` of a sequence, a multiple of those steps other than zero; `start` is the
+// sequence's first step among those of all batch rows.
+__device__ __forceinline__ int64_t checkpoint_slot(const Inputs &p, int64_t start, int64_t i) {
+    const int log2 = static_cast<int>(p.checkpoint_log2);
+    return (start >> log2) + (i >> log2) - 1;
 }
 
 // log2(e) A of a lane's channels. It is requested together, so that none of the loads waits for another.

@@ -1,9 +1,9 @@
 //! The only checks of a scan's arguments, on any memory.
 
-use super::{GradientsMut, Inputs, OutputGradients, OutputMut};
+use super::{CheckpointSteps, GradientsMut, Inputs, OutputGradients, OutputMut};
 use crate::arguments::{Dims, check_exchanged};
 use crate::kinds::{CheckGradients, CheckViews};
-use crate::sequences::{CHECKPOINT_STEPS, Sequences};
+use crate::sequences::Sequences;
 use crate::view::check_len;
 use crate::{Element, Error, Host, Memory, Result};
 
@@ -44,14 +44,21 @@ impl<T: Element, M: Memory> Problem<'_, T, M> {
         [self.dims.sequences, self.dims.d_inner, self.dims.d_state]
     }
 
+    /// The steps between two states that are kept of a sequence.
+    pub fn checkpoint_steps(&self) -> usize {
+        self.inputs.options.checkpoint_steps.get()
+    }
+
     /// See [`Inputs::checkpoint_len`].
     pub fn checkpoint_len(&self) -> Result<usize> {
         let Dims { batch, len, d_inner, d_state, .. } = self.dims;
         // `d_inner` and `d_state` may belong to views with strides of zero, so that nothing has counted their product.
-        (batch * len / CHECKPOINT_STEPS).checked_mul(d_inner).and_then(|n| n.checked_mul(d_state)).ok_or_else(|| {
-            let got = format_args!("shape {:?} with d_state {d_state}", self.inputs.u.shape).to_string();
-            Error::argument("u", "a shape whose checkpoints can be counted", got)
-        })
+        (batch * len / self.checkpoint_steps()).checked_mul(d_inner).and_then(|n| n.checked_mul(d_state)).ok_or_else(
+            || {
+                let got = format_args!("shape {:?} with d_state {d_state}", self.inputs.u.shape).to_string();
+                Error::argument("u", "a shape whose checkpoints can be counted", got)
+            },
+        )
     }
 
     /// Checks what a forward pass writes.
@@ -90,7 +97,12 @@ impl<T: Element, M: Memory> Problem<'_, T, M> {
 
     fn check_checkpoints(&self, len: usize) -> Result<()> {
         let Dims { batch, len: steps, d_inner, d_state, .. } = self.dims;
-        let shape = [batch * steps / CHECKPOINT_STEPS, d_state, d_inner];
-        check_len("checkpoints", "(batch·length/64, d_state, d_inner)", &shape, len)
+        let shape = [batch * steps / self.checkpoint_steps(), d_state, d_inner];
+        let names = match self.inputs.options.checkpoint_steps {
+            CheckpointSteps::Every16 => "(batch·length/16, d_state, d_inner)",
+            CheckpointSteps::Every32 => "(batch·length/32, d_state, d_inner)",
+            CheckpointSteps::Every64 => "(batch·length/64, d_state, d_inner)",
+        };
+        check_len("checkpoints", names, &shape, len)
     }
 }

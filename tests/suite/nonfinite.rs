@@ -113,6 +113,7 @@ fn scans(draw: &mut Draw) -> Operator {
         delta_softplus: softplus,
         discretization: if hold { Discretization::ZeroOrderHold } else { Discretization::Euler },
         reverse,
+        ..Default::default()
     };
     let name = format!("scan {:?} {groups} {constant:?} {options:?} {:?}", [batch, len, d, n], inputs.keys());
     let view = move |t: &Tensors, f: &dyn Fn(&scan::Inputs<f32>, scan::OutputGradients<f32>) -> Results| {

@@ -261,8 +261,9 @@ fn period(places: &[usize], count: usize) -> [usize; 2] {
 pub(super) fn same_layer(a: &LayerConfig, b: &LayerConfig) -> bool {
     let mixers = match (&a.mixer, &b.mixer) {
         (MixerConfig::Mamba(a), MixerConfig::Mamba(b)) => {
-            let &MambaConfig { recompute, dt_min, dt_max, dt_init_floor, dt_scale, seed, .. } = b;
-            *b == MambaConfig { recompute, dt_min, dt_max, dt_init_floor, dt_scale, seed, ..a.clone() }
+            let &MambaConfig { recompute, checkpoint_steps, dt_min, dt_max, dt_init_floor, dt_scale, seed, .. } = b;
+            let speed = MambaConfig { recompute, checkpoint_steps, ..a.clone() };
+            *b == MambaConfig { dt_min, dt_max, dt_init_floor, dt_scale, seed, ..speed }
         }
         (MixerConfig::Attention(a), MixerConfig::Attention(b)) => {
             *b == AttentionConfig { capacity: b.capacity, seed: b.seed, ..a.clone() }

@@ -3,6 +3,7 @@
 use candle_core::Result;
 
 use crate::nn::{COUNTABLE, argument, check_eps, sum};
+use crate::scan::CheckpointSteps;
 
 /// A Mamba block. [`MambaConfig::new`] gives the paper's; change what differs.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +36,8 @@ pub struct MambaConfig {
     /// Whether a backward pass computes the output of the convolution and the step sizes again, for which training takes a few
     /// per cent longer, rather than that they are kept, which takes 2 `d_inner` more elements for each step and layer.
     pub recompute: bool,
+    /// How far apart the states lie that a forward pass of the scan keeps for its backward pass.
+    pub checkpoint_steps: CheckpointSteps,
     /// At initialization, step sizes are spread log-uniformly from here, 0.001 in the paper…
     pub dt_min: f64,
     /// …to here, 0.1 in the paper.
@@ -82,6 +85,7 @@ impl MambaConfig {
             average_directions: false,
             selective: true,
             recompute: true,
+            checkpoint_steps: CheckpointSteps::default(),
             dt_min: 0.001,
             dt_max: 0.1,
             dt_init_floor: 1e-4,

@@ -11,12 +11,14 @@ use super::state::{States, TokenStates};
 use super::{MambaConfig, MambaState, Norms};
 use crate::candle::{CausalConv, ConvUpdate, RmsNorm, RmsNormGradients, Scan, Slots, StateUpdate};
 use crate::nn::layers::{Gradients, Initial, Linear, Parameter, Parameters, rms_norm};
+use crate::scan::CheckpointSteps;
 use crate::{conv, norm, scan, state_update};
 
 /// The convolution and the scan of one direction, with their parameters.
 #[derive(Debug, Clone)]
 pub(super) struct SsmPath {
     reverse: bool,
+    checkpoint_steps: CheckpointSteps,
     /// Where to find `(dt_rank, d_state)` among the columns of `x_proj`.
     sizes: [usize; 2],
     /// `(d_inner, 1, d_conv)`, `f32`, as checkpoints have it.
@@ -95,7 +97,7 @@ pub(super) struct Kept {
 impl SsmPath {
     /// `reverse` also appends to the names what Vision Mamba does: `conv1d_b`, `A_b_log`, and so on.
     pub fn new(config: &MambaConfig, parameters: &Parameters, reverse: bool) -> Result<Self> {
-        let &MambaConfig { d_inner, d_state, d_conv, dt_rank, .. } = config;
+        let &MambaConfig { d_inner, d_state, d_conv, dt_rank, checkpoint_steps, .. } = config;
         let (suffix, a_name) = if reverse { ("_b", "A_b_log") } else { ("", "A_log") };
         let within = |name: &str| parameters.pp(format!("{name}{suffix}"));
         let (conv, taps) = (within("conv1d"), Initial::linear(d_conv, 1.0));
@@ -119,7 +121,8 @@ impl SsmPath {
             let c = parameter("C", Initial::Normal(1.0))?;
             (Dynamics::Invariant { b, c }, parameters.get_f32(&[d_inner], &format!("dt_bias{suffix}"), steps)?)
         };
-        Ok(Self { reverse, sizes: [dt_rank, d_state], conv_weight, conv_bias, a, d, delta_bias, dynamics })
+        let sizes = [dt_rank, d_state];
+        Ok(Self { reverse, checkpoint_steps, sizes, conv_weight, conv_bias, a, d, delta_bias, dynamics })
     }
 
     /// The same path outside of candle's graph.
@@ -321,7 +324,12 @@ impl SsmPath {
             z: Some(z),
             d: Some(&values.d),
             delta_bias: Some(&values.delta_bias),
-            options: scan::Options { delta_softplus: true, reverse: self.reverse, ..Default::default() },
+            options: scan::Options {
+                delta_softplus: true,
+                reverse: self.reverse,
+                checkpoint_steps: self.checkpoint_steps,
+                ..Default::default()
+            },
             ..Scan::new(u, delta, &values.a, b, c)
         }
     }

@@ -287,7 +287,7 @@ impl<T: Element> Pass<'_, '_, T> {
         match first {
             0 => self.reader.state(&self.reader.problem.inputs.initial_state, sequence, block, &mut scratch.h),
             _ => {
-                let slot = sequence.checkpoint_slot(first / TILE);
+                let slot = sequence.checkpoint_slot(first, self.reader.problem.checkpoint_steps());
                 state_rows(self.checkpoints, slot, self.reader.problem.dims.d_inner, block, &mut scratch.h);
             }
         }

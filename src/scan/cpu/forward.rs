@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use crate::Element;
-use crate::sequences::{CHECKPOINT_STEPS, Sequence};
+use crate::sequences::Sequence;
 use crate::shared::Shared;
 use crate::simd::{Isa, Kernel, Lanes, Row, Sum, SumRows, silu};
 use crate::view::Ahead;
@@ -177,10 +177,11 @@ impl<T: Element> Pass<'_, '_, T> {
 
     fn keep_checkpoint(&self, segment: &Segment, first: usize, block: Block, h: &[Row]) {
         let Some(checkpoints) = &self.checkpoints else { return };
-        if first == 0 || !first.is_multiple_of(CHECKPOINT_STEPS) {
+        let every = self.reader.problem.checkpoint_steps();
+        if first == 0 || !first.is_multiple_of(every) {
             return;
         }
-        let slot = segment.sequence.checkpoint_slot(first / CHECKPOINT_STEPS);
+        let slot = segment.sequence.checkpoint_slot(first, every);
         for (n, row) in h.iter().enumerate() {
             let at = (slot * h.len() + n) * self.reader.problem.dims.d_inner + block.first;
             // SAFETY: this task alone works on this tile of these channels, and slots of different tiles differ.

@@ -9,7 +9,7 @@ use super::recipe::Recipe;
 use super::{Inputs, OutputMut, Plan, Problem};
 use crate::arguments::Dims;
 use crate::cuda::params::scan as kernels;
-use crate::cuda::{Arguments, Cuda, Device};
+use crate::cuda::{Arguments, Cuda, Device, is_vectorizable};
 use crate::{Element, Result};
 
 /// Runs the scan on the stream's device.
@@ -52,7 +52,9 @@ pub(crate) fn forward_checked<T: Element>(
     if problem.sequences.count() == 0 || len == 0 && final_state == 0 {
         return Ok(());
     }
-    undivided.is_fast &= !undivided.compensates && undivided.is_aligned::<T>(&[(out, &[d_inner as i64])]);
+    undivided.is_fast &= !undivided.compensates
+        && is_vectorizable::<f32>(checkpoints, &[], 4)
+        && undivided.is_aligned::<T>(&[(out, &[d_inner as i64])]);
     let shape = undivided.shape(problem);
     let recipe = Recipe::forward(&shape, device.properties(), &plan);
     let launcher = Launcher::new(&device, &recipe, &shape)?;

@@ -6,7 +6,7 @@ use bytemuck::{Pod, Zeroable};
 use cudarc::driver::CudaSlice;
 
 use super::recipe::{Division, Launch, Recipe, Shape};
-use super::{Problem, Tensors};
+use super::{CheckpointSteps, Problem, Tensors};
 use crate::arguments::Dims;
 use crate::cuda::params::{self, scan as kernels};
 use crate::cuda::{Arguments, Cuda, Device, DeviceViews, is_vectorizable};
@@ -22,8 +22,9 @@ pub(super) struct Undivided {
     pub compensates: bool,
 }
 
-// What forward keeps, backward and the processor's passes find at the same steps.
-const _: () = assert!(kernels::CHECKPOINT_STEPS == CHECKPOINT_STEPS);
+// A chunk begins where a state is kept, however far apart they lie.
+const _: () = assert!(kernels::CHUNK_STEPS == CHECKPOINT_STEPS);
+const _: () = assert!(kernels::LEAST_CHECKPOINT_STEPS == CheckpointSteps::Every16.get());
 
 impl Undivided {
     pub fn new<'a, T: Element>(problem: &Problem<'a, T, Cuda>, arguments: &mut Arguments<'a>) -> Result<Self> {
@@ -42,6 +43,7 @@ impl Undivided {
                 d_inner: d_inner as i64,
                 d_state: d_state as i64,
                 group_channels: group_channels as i64,
+                checkpoint_log2: i64::from(problem.checkpoint_steps().ilog2()),
                 flags: params::flags([
                     (inputs.options.delta_softplus, kernels::FLAG_SOFTPLUS),
                     (hold, kernels::FLAG_ZOH),

@@ -33,4 +33,4 @@ pub use forward::{forward, forward_with};
 pub use plan::{PerLane, Plan};
 
 use super::check::Problem;
-use super::{GradientsMut, Inputs, OutputGradients, OutputMut, Tensors};
+use super::{CheckpointSteps, GradientsMut, Inputs, OutputGradients, OutputMut, Tensors};

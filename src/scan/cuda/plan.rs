@@ -16,9 +16,10 @@ pub struct Plan {
     /// split. (Of more states a lane carries four of one channel at a time.) The bits of [`PerLane::One`] and
     /// [`PerLane::Four`] are the same.
     pub per_lane: Option<PerLane>,
-    /// Whether a block of the fast backward kernel has two warps rather than four, where sequences are not split and there are
-    /// at most 16 states. Chosen where blocks of four would be between one and one and a half for each of the device's
-    /// processors. The gradients of B and C, which sum over channels, have other last bits.
+    /// Whether a lane of the fast backward kernel has one channel rather than two, where sequences are not split and there are
+    /// at most 16 states: twice as many warps, each with more than half the work. Chosen where blocks of 64 channels would be
+    /// between one and one and a half for each of the device's processors. The gradients of B and C, which sum over channels, have
+    /// other last bits.
     pub narrow: Option<bool>,
 }
 

@@ -55,6 +55,7 @@ pub fn scan(device: &Device) {
                 delta_softplus: case.option("delta_softplus"),
                 discretization: case.discretization(),
                 reverse: case.option("reverse"),
+                ..Default::default()
             },
             ..Scan::new(&u, &delta, &a, &b, &c)
         };

@@ -12,6 +12,7 @@ use rand::rngs::StdRng;
 use selective_scan::candle::{CausalConv, Scan};
 use selective_scan::nn::train::LossOptions;
 use selective_scan::nn::{LanguageModel, LanguageModelConfig, Mamba, MambaConfig, Norms};
+use selective_scan::scan::CheckpointSteps;
 use selective_scan::{conv, scan};
 
 use super::{SAME, SAME_GRADIENTS, all_blocks, assert_close, bits, cuts, random, tensor, values};
@@ -112,8 +113,9 @@ fn gradients(out: &Tensor, d_out: &Tensor) -> GradStore {
 pub fn a_block_is_its_operators(device: &Device) {
     let mut random = random();
     for (name, config) in all_blocks() {
-        for recompute in [true, false] {
-            let (block, parameters) = drawn(&MambaConfig { recompute, ..config.clone() }, device, &mut random);
+        for (recompute, checkpoint_steps) in [(true, CheckpointSteps::Every64), (false, CheckpointSteps::Every16)] {
+            let config = MambaConfig { recompute, checkpoint_steps, ..config.clone() };
+            let (block, parameters) = drawn(&config, device, &mut random);
             for packed in [false, true] {
                 let (batch, length) = if packed { (1, 70) } else { (2, 35) };
                 let cu_seqlens = packed.then(|| cuts(&mut random, length));

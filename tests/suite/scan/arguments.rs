@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use rand::Rng;
-use selective_scan::scan::{self, Gradients, Inputs, OutputGradients, OutputMut, cpu};
+use selective_scan::scan::{self, CheckpointSteps, Gradients, Inputs, OutputGradients, OutputMut, cpu};
 use selective_scan::{Discretization, Error, ProjectionOf, View};
 
 use super::case::{Case, Flags, Shape};
@@ -162,7 +162,8 @@ fn gradient_buffers() {
 #[test]
 fn checkpoints_of_others() {
     let (mut rng, seed) = seeded();
-    let case = Case::<f32>::new(&mut rng, SHAPE, all());
+    let mut draw = || Case::<f32> { checkpoint_steps: CheckpointSteps::Every64, ..Case::new(&mut rng, SHAPE, all()) };
+    let (case, other) = (draw(), draw());
     let inputs = case.inputs();
     let (_, checkpoints) = inputs.forward_with_checkpoints().expect("valid");
     let right = inputs.backward(&checkpoints, case.d_outputs()).expect("these are their own");
@@ -173,7 +174,6 @@ fn checkpoints_of_others() {
         assert_eq!(error, format!("{expected} {got}"), "SEED={seed}");
     };
     // The case that was found: all other values of the same shape.
-    let other = Case::<f32>::new(&mut rng, SHAPE, all());
     let others = other.inputs();
     let error = others.backward(&checkpoints, case.d_outputs()).expect_err("others").to_string();
     assert!(error.ends_with("got those of other values of `u`"), "{error}");
@@ -191,6 +191,7 @@ fn checkpoints_of_others() {
     for options in [
         scan::Options { delta_softplus: false, ..inputs.options },
         scan::Options { reverse: true, ..inputs.options },
+        scan::Options { checkpoint_steps: CheckpointSteps::Every32, ..inputs.options },
         scan::Options { discretization: Discretization::ZeroOrderHold, ..inputs.options },
     ] {
         let got = format!("{:?}, where the inputs have {options:?}", inputs.options);

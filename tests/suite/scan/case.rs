@@ -2,7 +2,7 @@
 
 use rand::Rng;
 use rand::rngs::StdRng;
-use selective_scan::scan::{self, Inputs, Options, OutputGradients, OutputMut, ProjectionGradient};
+use selective_scan::scan::{self, CheckpointSteps, Inputs, Options, OutputGradients, OutputMut, ProjectionGradient};
 use selective_scan::{DType, Discretization, Element, Projection, View};
 
 use crate::support::device::Device;
@@ -104,6 +104,7 @@ pub struct Case<T> {
     pub cu_seqlens: Vec<usize>,
     pub d_out: Strided<T>,
     pub d_final_state: Vec<f32>,
+    pub checkpoint_steps: CheckpointSteps,
 }
 
 impl<T: Element> Case<T> {
@@ -148,6 +149,8 @@ impl<T: Element> Case<T> {
             initial_state: (0..states).map(|_| normal(rng)).collect(),
             d_out: Strided::new(activation, layout, || normal(rng)),
             d_final_state: (0..states).map(|_| normal(rng)).collect(),
+            checkpoint_steps: [CheckpointSteps::Every16, CheckpointSteps::Every32, CheckpointSteps::Every64]
+                [rng.random_range(0..3)],
         }
     }
 
@@ -176,6 +179,7 @@ impl<T: Element> Case<T> {
                 delta_softplus: flags.softplus,
                 discretization: if flags.hold { Discretization::ZeroOrderHold } else { Discretization::Euler },
                 reverse: flags.reverse,
+                checkpoint_steps: self.checkpoint_steps,
             },
             ..Inputs::new(
                 self.u.view(),

@@ -23,6 +23,7 @@ fn inputs<'a>(case: &'a Case, cu_seqlens: &'a Option<Vec<usize>>) -> Inputs<'a, 
             delta_softplus: case.option("delta_softplus"),
             discretization: case.discretization(),
             reverse: case.option("reverse"),
+            ..Options::default()
         },
     }
 }

@@ -302,7 +302,7 @@ fn steps_continue_a_scan() {
         let inputs = scan::Inputs {
             z: Some(view(&z)),
             d: Some(d),
-            options: scan::Options { delta_softplus: true, discretization, reverse: false },
+            options: scan::Options { delta_softplus: true, discretization, ..Default::default() },
             ..scan::Inputs::new(view(&u), view(&delta), a, projection(&b), projection(&c))
         };
         let whole = inputs.forward().unwrap();
