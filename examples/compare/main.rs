@@ -8,6 +8,7 @@
 //! Each trains by AdamW along a cosine, with the learning rate of the same short list that does best in short runs. Attention is
 //! this crate's, in blocks; the LSTM is candle-nn's. `--json` prints a list of `{model, parameters, bits_per_byte, length,
 //! train_tokens_per_s, prefill_tokens_per_s, decode_tokens_per_s, state_bytes}` and nothing else; what was not measured is `null`.
+//! The picture is drawn in any case.
 //! Decoding at a length is of one sequence after so many tokens; training is of steps whose sequences have that length.
 //!
 //! Without `--quick` it takes 25 minutes on two cores. On a GPU models are larger and see more text, in larger batches:
@@ -60,7 +61,7 @@ struct Arguments {
     #[arg(long, value_name = "FILE", default_value = "compare.svg")]
     plot: PathBuf,
 
-    /// Steps of each training run [default: 500, or 150 with --quick]
+    /// Steps of each training run [default: 400, with --quick 150, on a GPU 500]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
 
@@ -101,7 +102,7 @@ impl Plan {
         let full = Self {
             d_model: 128,
             blocks: 8,
-            steps: arguments.steps.unwrap_or(500),
+            steps: arguments.steps.unwrap_or(400),
             batch: 8,
             length: 256,
             rates: &[1e-3, 3e-3, 1e-2],
@@ -123,7 +124,9 @@ impl Plan {
             },
             (false, DeviceKind::Cpu) => full,
             // What a step of the LSTM takes there does not depend on how much is in it.
-            (false, DeviceKind::Cuda) => Self { d_model: 256, batch: 32, held_out: 512 << 10, ..full },
+            (false, DeviceKind::Cuda) => {
+                Self { d_model: 256, steps: arguments.steps.unwrap_or(500), batch: 32, held_out: 512 << 10, ..full }
+            }
         }
     }
 
@@ -160,10 +163,14 @@ fn run(arguments: &Arguments) -> Result<()> {
     let (mut results, mut runs) = (Vec::new(), Vec::new());
     for (kind, config) in models::equally_large(&plan)? {
         let trained = train::tuned(kind, &config, &plan, &corpus, &device, &bar)?;
-        results.extend(measure::all(kind, &trained, &plan, &device, &bar)?);
+        let rows = measure::all(kind, &trained, &plan, &device, &bar)?;
+        // What is there already, should the rest be stopped.
+        bar.suspend(|| eprintln!("{}", output::table(&rows)));
+        results.extend(rows);
         runs.push(output::Run { model: kind.name(), rates: trained.rates, chosen: trained.learning_rate });
     }
     bar.finish_and_clear();
+    plot::draw(&arguments.plot, &results).map_err(|error| format!("{}: {error}", arguments.plot.display()))?;
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&results)?);
         return Ok(());
@@ -174,7 +181,6 @@ fn run(arguments: &Arguments) -> Result<()> {
         output::runs(&runs)
     );
     println!("\n{}", output::notes(&results, &plan, corpus.train.len(), corpus.held_out_bytes()));
-    plot::draw(&arguments.plot, &results).map_err(|error| format!("{}: {error}", arguments.plot.display()))?;
     println!("drawn in {}", arguments.plot.display());
     Ok(())
 }
