@@ -8,13 +8,18 @@
 //! Each trains by AdamW along a cosine, with the learning rate of the same short list that does best in short runs. Attention is
 //! this crate's, in blocks; the LSTM is candle-nn's. `--json` prints a list of `{model, parameters, bits_per_byte, length,
 //! train_tokens_per_s, prefill_tokens_per_s, decode_tokens_per_s, state_bytes}` and nothing else; what was not measured is `null`.
+//! The picture is drawn in any case.
 //! Decoding at a length is of one sequence after so many tokens; training is of steps whose sequences have that length.
+//!
+//! On a GPU models are larger and see more text, in larger batches:
+//!
+//! ```text
+//! cargo run --release --features nn,candle-cuda --example compare -- --device cuda
+//! ```
 
 #[allow(dead_code, reason = "another example's, of which this one uses a part")]
 #[path = "../byte_lm/data.rs"]
 mod data;
-#[path = "../byte_lm/evaluate.rs"]
-mod evaluate;
 mod measure;
 mod models;
 mod output;
@@ -23,6 +28,7 @@ mod train;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use candle_core::Device;
 use clap::{Parser, ValueEnum};
@@ -36,7 +42,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Trains and times four kinds of models of the same size, side by side
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Small models, few steps and short sequences: under three minutes
+    /// Small models, few steps and short sequences: under three minutes, too few steps for what a Transformer comes to
     #[arg(long)]
     quick: bool,
 
@@ -55,7 +61,7 @@ struct Arguments {
     #[arg(long, value_name = "FILE", default_value = "compare.svg")]
     plot: PathBuf,
 
-    /// Steps of each training run [default: 2000, or 150 with --quick]
+    /// Steps of each training run [default: 400, with --quick 150, on a GPU 500]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
 
@@ -75,7 +81,7 @@ enum DeviceKind {
 struct Plan {
     /// The width of the residual streams.
     d_model: usize,
-    /// Mamba blocks; the others have layers that weigh as much as two of them.
+    /// Mamba blocks; the others have fewer layers, which weigh as much together.
     blocks: usize,
     steps: usize,
     /// Sequences in a step of training, and their length.
@@ -93,32 +99,34 @@ struct Plan {
 
 impl Plan {
     fn new(arguments: &Arguments) -> Self {
-        let seed = arguments.seed;
-        if arguments.quick {
-            return Self {
-                d_model: 64,
-                blocks: 4,
-                steps: arguments.steps.unwrap_or(150),
-                batch: 8,
-                length: 128,
-                rates: &[3e-3, 1e-2],
-                held_out: 16 << 10,
-                train_lengths: &[256, 1024],
-                contexts: &[256, 1024, 4096],
-                seed,
-            };
-        }
-        Self {
+        let full = Self {
             d_model: 128,
             blocks: 8,
-            steps: arguments.steps.unwrap_or(2000),
+            steps: arguments.steps.unwrap_or(400),
             batch: 8,
             length: 256,
-            rates: &[1e-3, 3e-3, 1e-2],
+            rates: &[1e-3, 3e-3, 1e-2, 3e-2],
             held_out: 128 << 10,
             train_lengths: &[256, 1024, 4096, 16_384],
             contexts: &[256, 1024, 4096, 16_384, 65_536],
-            seed,
+            seed: arguments.seed,
+        };
+        match (arguments.quick, arguments.device) {
+            (true, _) => Self {
+                d_model: 64,
+                blocks: 4,
+                steps: arguments.steps.unwrap_or(150),
+                length: 128,
+                held_out: 16 << 10,
+                train_lengths: &[256, 1024],
+                contexts: &[256, 1024, 4096],
+                ..full
+            },
+            (false, DeviceKind::Cpu) => full,
+            // What a step of the LSTM takes there does not depend on how much is in it.
+            (false, DeviceKind::Cuda) => {
+                Self { d_model: 256, steps: arguments.steps.unwrap_or(500), batch: 32, held_out: 512 << 10, ..full }
+            }
         }
     }
 
@@ -148,21 +156,33 @@ fn run(arguments: &Arguments) -> Result<()> {
     if corpus.held_out.is_empty() {
         return Err("the text that is held out is shorter than a sequence of training".into());
     }
-    let bar = if arguments.json { ProgressBar::hidden() } else { ProgressBar::new(plan.work()) };
-    bar.set_style(ProgressStyle::with_template("{wide_bar} {elapsed_precise}, {eta} left, {msg}")?);
-    let mut results = Vec::new();
+    // Drawn on standard error, where that is a terminal: beside `--json` too.
+    let bar = ProgressBar::new(plan.work());
+    bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed_precise} {msg}")?);
+    bar.enable_steady_tick(Duration::from_secs(1));
+    let (mut results, mut runs) = (Vec::new(), Vec::new());
     for (kind, config) in models::equally_large(&plan)? {
         let trained = train::tuned(kind, &config, &plan, &corpus, &device, &bar)?;
-        results.extend(measure::all(kind, &trained, &plan, &device, &bar)?);
+        let rows = measure::all(kind, &trained, &plan, &device, &bar)?;
+        if arguments.json {
+            // What is there already, should the rest be stopped.
+            bar.suspend(|| eprintln!("{}", output::table(&rows)));
+        }
+        results.extend(rows);
+        runs.push(output::Run { model: kind.name(), rates: trained.rates, chosen: trained.learning_rate });
     }
     bar.finish_and_clear();
+    plot::draw(&arguments.plot, &results).map_err(|error| format!("{}: {error}", arguments.plot.display()))?;
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&results)?);
         return Ok(());
     }
     println!("{}", output::table(&results));
+    println!(
+        "\nBits per byte at the end of short runs, by which learning rates are chosen:\n\n{}",
+        output::runs(&runs)
+    );
     println!("\n{}", output::notes(&results, &plan, corpus.train.len(), corpus.held_out_bytes()));
-    plot::draw(&arguments.plot, &results).map_err(|error| format!("{}: {error}", arguments.plot.display()))?;
     println!("drawn in {}", arguments.plot.display());
     Ok(())
 }

@@ -46,7 +46,8 @@ pub fn all(kind: Kind, trained: &Trained, plan: &Plan, device: &Device, bar: &Pr
         let batch = STEP.div_ceil(length);
         let mut tensor = || -> Result<Tensor> {
             let ids: Vec<u32> = (0..batch * length).map(|_| random.random_range(1..256)).collect();
-            Ok(Tensor::from_vec(ids, (batch, length), device)?)
+            // As in training, on the processor.
+            Ok(Tensor::from_vec(ids, (batch, length), &Device::Cpu)?)
         };
         let part = (tensor()?, tensor()?);
         let mut step = || -> Result<()> {
@@ -67,16 +68,12 @@ pub fn all(kind: Kind, trained: &Trained, plan: &Plan, device: &Device, bar: &Pr
     // What is only done once, such as finding out what the processor can.
     decoder.prefill(&[&text[..64]], &[0])?;
     decoder.step(&[1], &[0])?;
-    decoder.cache().reset(None)?;
-    let (mut rows, mut read, mut reading) = (Vec::new(), 0, 0.0);
+    let mut rows = Vec::new();
     for &length in plan.contexts {
-        while read < length {
-            let next = length.min(read + CHUNK);
-            let start = Instant::now();
-            waited(&decoder.prefill(&[&text[read..next]], &[0])?)?;
-            reading += start.elapsed().as_secs_f64();
-            read = next;
-        }
+        let reading = seconds(|| {
+            decoder.cache().reset(None)?;
+            text[..length].chunks(CHUNK).try_for_each(|chunk| waited(&decoder.prefill(&[chunk], &[0])?))
+        })?;
         // What is written is taken back.
         let there = decoder.cache().take(&[0])?;
         let state_bytes = bytes(decoder.cache())?;
@@ -89,7 +86,6 @@ pub fn all(kind: Kind, trained: &Trained, plan: &Plan, device: &Device, bar: &Pr
             }
             waited(&decoder.step(&[1 + steps % 255], &[0])?)
         })?;
-        decoder.cache().put(&there, &[0])?;
         rows.push(Row {
             model: kind.name(),
             parameters,

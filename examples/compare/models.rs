@@ -48,7 +48,8 @@ fn config(kind: Kind, plan: &Plan, width: usize) -> LanguageModelConfig {
         },
         Kind::Lstm => {
             let lstm = RecurrentConfig { d_hidden: width, seed, ..RecurrentConfig::new(d_model, RecurrentCell::Lstm) };
-            BackboneConfig::with_mixer(layers, lstm)
+            // Few and wide ones, as such models are built; see Zaremba et al. 2014, arXiv 1409.2329.
+            BackboneConfig::with_mixer(2, lstm)
         }
         // Jamba has one layer of attention in eight; here there are fewer layers, and one of them is that.
         Kind::Hybrid => {

@@ -1,9 +1,11 @@
 //! A panel for each of what was measured.
 
 use std::error::Error;
+use std::ops::Range;
 use std::path::Path;
 
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::prelude::*;
 
 use crate::measure::Row;
@@ -26,12 +28,12 @@ pub fn draw(path: &Path, rows: &[Row]) -> Result<(), Box<dyn Error>> {
     ];
     for (area, (title, unit, value)) in areas[1..].iter().zip(panels) {
         let label: &dyn Fn(f64) -> String = match unit {
-            "bytes" => &|y| size(y as usize),
-            _ => &|y| format!("{y:.0}"),
+            "bytes" => &|y| size(y.round() as usize),
+            _ => &|y| thousands(y),
         };
         lines(area, title, unit, rows, value, label)?;
     }
-    legend(&areas[5])?;
+    legend(&areas[5], rows)?;
     root.present()?;
     Ok(())
 }
@@ -54,6 +56,7 @@ fn bits(area: &DrawingArea<SVGBackend, Shift>, rows: &[Row]) -> Result<(), Box<d
     chart
         .configure_mesh()
         .disable_x_mesh()
+        .max_light_lines(0)
         .x_labels(9)
         .x_label_formatter(&name)
         .label_style(("sans-serif", 14))
@@ -61,14 +64,14 @@ fn bits(area: &DrawingArea<SVGBackend, Shift>, rows: &[Row]) -> Result<(), Box<d
     for (i, (bits, color)) in all.iter().zip(COLORS).enumerate() {
         let x = i as f64;
         let bar = Rectangle::new([(x + 0.2, 0.0), (x + 0.8, *bits)], color.filled());
-        let text = Text::new(format!("{bits:.3}"), (x + 0.3, bits + 0.08 * most), ("sans-serif", 15));
+        let text = Text::new(format!("{bits:.3}"), (x + 0.33, bits + 0.06 * most), ("sans-serif", 15));
         chart.draw_series([bar])?;
         chart.draw_series([text])?;
     }
     Ok(())
 }
 
-/// A line of each model by the length, both scales logarithmic.
+/// A line of each model by the length, both scales logarithmic: what is drawn are logarithms.
 fn lines(
     area: &DrawingArea<SVGBackend, Shift>,
     title: &str,
@@ -79,27 +82,34 @@ fn lines(
 ) -> Result<(), Box<dyn Error>> {
     let of = |kind: Kind| -> Vec<(f64, f64)> {
         let rows = rows.iter().filter(|row| row.model == kind.name());
-        rows.filter_map(|row| Some((row.length as f64, value(row)?))).collect()
+        rows.filter_map(|row| Some(((row.length as f64).log2(), value(row)?.log10()))).collect()
     };
-    let points = || Kind::ALL.into_iter().flat_map(of);
     let bounds = |values: &mut dyn Iterator<Item = f64>| {
-        values.fold((f64::INFINITY, 0.0f64), |(low, high), value| (low.min(value), high.max(value)))
+        values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)))
     };
-    let (x, y) = (bounds(&mut points().map(|p| p.0)), bounds(&mut points().map(|p| p.1)));
+    // All panels have the lengths of all rows, so that one can be held beside another.
+    let mut lengths: Vec<_> = rows.iter().map(|row| (row.length as f64).log2()).collect();
+    lengths.sort_by(f64::total_cmp);
+    lengths.dedup();
+    let x = bounds(&mut lengths.iter().copied());
+    let y = bounds(&mut Kind::ALL.into_iter().flat_map(of).map(|point| point.1));
+    let y = y.0 - 0.15..y.1 + 0.15;
+    let x_axis = Axis { range: x.0 - 0.3..x.1 + 0.3, labels: lengths };
+    let y_axis = Axis { labels: round_numbers(y.clone()), range: y };
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 22))
         .margin(12)
         .x_label_area_size(48)
         .y_label_area_size(96)
-        .build_cartesian_2d((x.0 / 1.2..x.1 * 1.2).log_scale().base(4.0), (y.0 / 1.5..y.1 * 1.5).log_scale())?;
+        .build_cartesian_2d(x_axis, y_axis)?;
     chart
         .configure_mesh()
-        .light_line_style(TRANSPARENT)
+        .max_light_lines(0)
         .label_style(("sans-serif", 14))
         .x_desc("length")
-        .x_label_formatter(&|x| format!("{x:.0}"))
+        .x_label_formatter(&|x| thousands(x.exp2()))
         .y_desc(unit)
-        .y_label_formatter(&|y| label(*y))
+        .y_label_formatter(&|y| label(10f64.powf(*y)))
         .draw()?;
     for (kind, color) in Kind::ALL.into_iter().zip(COLORS) {
         chart.draw_series(LineSeries::new(of(kind), color.stroke_width(2)).point_size(3))?;
@@ -107,11 +117,60 @@ fn lines(
     Ok(())
 }
 
-fn legend(area: &DrawingArea<SVGBackend, Shift>) -> Result<(), Box<dyn Error>> {
+/// An axis with labels at these numbers alone.
+struct Axis {
+    range: Range<f64>,
+    labels: Vec<f64>,
+}
+
+impl Ranged for Axis {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, (low, high): (i32, i32)) -> i32 {
+        let share = (value - self.range.start) / (self.range.end - self.range.start);
+        low + (f64::from(high - low) * share).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        self.labels.clone()
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.range.clone()
+    }
+}
+
+/// The logarithms of 1, 2 and 5 times the powers of ten in a range, or of these powers alone where there are many.
+fn round_numbers(range: Range<f64>) -> Vec<f64> {
+    let factors = if range.end - range.start < 2.5 { &[1.0, 2.0, 5.0][..] } else { &[1.0] };
+    let decades = range.start.floor() as i32..=range.end.ceil() as i32;
+    let all = decades.flat_map(|decade| factors.iter().map(move |factor: &f64| factor.log10() + f64::from(decade)));
+    all.filter(|number| range.contains(number)).collect()
+}
+
+/// A whole number, with commas.
+fn thousands(number: f64) -> String {
+    let digits = format!("{number:.0}");
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// What the colours stand for.
+fn legend(area: &DrawingArea<SVGBackend, Shift>, rows: &[Row]) -> Result<(), Box<dyn Error>> {
     for (i, (kind, color)) in Kind::ALL.into_iter().zip(COLORS).enumerate() {
-        let y = 80 + 36 * i as i32;
+        let Some(row) = rows.iter().find(|row| row.model == kind.name()) else { continue };
+        let y = 70 + 64 * i as i32;
         area.draw(&PathElement::new([(60, y), (100, y)], color.stroke_width(3)))?;
-        area.draw(&Text::new(kind.name(), (116, y - 9), ("sans-serif", 20)))?;
+        area.draw(&Text::new(kind.name(), (116, y - 10), ("sans-serif", 20)))?;
+        let more = format!("{} parameters, learning rate {}", thousands(row.parameters as f64), row.learning_rate);
+        area.draw(&Text::new(more, (116, y + 14), ("sans-serif", 14)))?;
     }
     Ok(())
 }

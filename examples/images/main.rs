@@ -7,15 +7,13 @@
 //! cargo run --release --features nn,candle-cuda --example images -- --data MNIST --patch 4 --device cuda
 //! ```
 //!
-//! Attention compares each patch with every other, and takes time that grows with the square of their number; here in
-//! candle's own operators, a block of rows at a time, so that its memory does not. `--json` prints
-//! `{accuracy: [...], cost: [...]}` and nothing else.
+//! Attention compares each patch with every other, and takes time that grows with the square of their number; its memory does
+//! not, as this crate computes it in blocks. `--json` prints `{accuracy: [...], cost: [...]}` and nothing else.
 
 mod cost;
 #[path = "../digits/mod.rs"]
 mod digits;
 mod model;
-mod transformer;
 
 use std::error::Error;
 use std::process::ExitCode;

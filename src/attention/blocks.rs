@@ -2,6 +2,8 @@
 //!
 //! Everything is `f32`. Queries stand as `(kv_heads, group · steps, d_head)`, so that one product serves all heads.
 
+use std::cell::OnceCell;
+
 use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::check::Part;
@@ -10,6 +12,10 @@ use super::tensors::Sizes;
 /// The steps of a block of queries, and of keys: a block of scores takes 2 MB for each head.
 const QUERIES: usize = 256;
 const KEYS: usize = 2048;
+
+/// What is taken from the score of a hidden key, for each step that it is away from the last that is seen: more than any
+/// score, and times a block's steps less than the largest `f32`.
+const HIDDEN: f64 = 1e34;
 
 /// A checked call.
 pub(super) struct Blocks<'a> {
@@ -20,6 +26,8 @@ pub(super) struct Blocks<'a> {
     pub parts: Vec<Part>,
     pub scale: f32,
     pub device: &'a Device,
+    /// See [`distances`](Self::distances).
+    pub distances: OnceCell<Tensor>,
 }
 
 /// A block of queries and the keys that it sees.
@@ -168,19 +176,31 @@ impl Blocks<'_> {
         row.transpose(0, 1)?.to_dtype(DType::F32)?.contiguous()
     }
 
-    /// The scores of queries that are scaled already, `(kv_heads, group · steps, keys)`: minus infinity for what is not seen.
+    /// `j - i` for query `i` and key `j` of a block, `(QUERIES, KEYS)` at most. It is made on the device, once in a call, so that
+    /// nothing is copied there for each block.
+    fn distances(&self) -> Result<Tensor> {
+        if let Some(distances) = self.distances.get() {
+            return Ok(distances.clone());
+        }
+        let most = |of: &dyn Fn(&Part) -> usize| self.parts.iter().map(of).max().unwrap_or(0);
+        let [rows, columns] = [most(&|part| part.queries.len).min(QUERIES), most(&|part| part.keys.length).min(KEYS)];
+        let count = |to: usize| Tensor::arange(0f32, to as f32, self.device);
+        let distances = count(columns)?.unsqueeze(0)?.broadcast_sub(&count(rows)?.unsqueeze(1)?)?;
+        Ok(self.distances.get_or_init(|| distances).clone())
+    }
+
+    /// The scores of queries that are scaled already, `(kv_heads, group · steps, keys)`: so low for what is not seen that its
+    /// weight is 0.
     fn scores(&self, q: &Tensor, block: QueryBlock, keys: (usize, usize)) -> Result<Tensor> {
         let scores = q.matmul(&self.keys(&self.k, block.part, keys)?.transpose(1, 2)?.contiguous()?)?;
         let (first, count) = keys;
         if first + count <= block.part.seen(block.start) {
             return Ok(scores);
         }
-        let hidden = |i: usize| {
-            let seen = block.part.seen(block.start + i);
-            (first..first + count).map(move |j| if j < seen { 0.0 } else { f32::NEG_INFINITY })
-        };
-        let mask: Vec<f32> = (0..block.steps).flat_map(hidden).collect();
-        let mask = Tensor::from_vec(mask, (1, 1, block.steps, count), self.device)?;
+        // Query i sees the keys of the block whose j is less than `seen + i`, which may be none.
+        let seen = block.part.seen(block.start) as f64 - first as f64;
+        let distances = self.distances()?.narrow(0, 0, block.steps)?.narrow(1, 0, count)?;
+        let mask = (distances.affine(1.0, 1.0 - seen)?.relu()? * -HIDDEN)?.reshape((1, 1, block.steps, count))?;
         let (kv_heads, rows, _) = scores.dims3()?;
         let by_heads = scores.reshape((kv_heads, self.sizes.group(), block.steps, count))?;
         by_heads.broadcast_add(&mask)?.reshape((kv_heads, rows, count))

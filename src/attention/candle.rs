@@ -1,5 +1,6 @@
 //! Attention on candle's tensors.
 
+use std::cell::OnceCell;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{Result, Shape, Tensor};
@@ -41,6 +42,7 @@ impl Attention<'_> {
             scale: self.scale,
             cu_seqlens: self.cu_seqlens.map(<[usize]>::to_vec),
             keys: self.keys.map(<[KeyRange]>::to_vec),
+            causal: self.causal,
             out: stored.clone(),
             lse: lse.untracked(),
         };
@@ -74,7 +76,7 @@ impl Attention<'_> {
 
     fn compute_on_cpu<T: Value>(&self, reader: Reader) -> Result<(Computed, Computed)> {
         let views = self.tensors().map(&mut reader.views::<Cpu, T>())?;
-        let inputs = Inputs::of(views, self.scale, self.cu_seqlens, self.keys);
+        let inputs = Inputs::of(views, self.scale, self.cu_seqlens, self.keys, self.causal);
         let (shape, [batch, length, heads, _]) = (inputs.q.shape, inputs.q.shape);
         inputs.check()?;
         let (mut out, mut lse) = (Cpu.allocate::<T>("q", &shape)?, Cpu.allocate::<f32>("q", &shape[..3])?);
@@ -116,7 +118,7 @@ impl Attention<'_> {
         d_out: &Tensor,
     ) -> Result<AttentionGradients> {
         let views = self.tensors().map(&mut reader.views::<Cpu, T>())?;
-        let inputs = Inputs::of(views, self.scale, self.cu_seqlens, self.keys);
+        let inputs = Inputs::of(views, self.scale, self.cu_seqlens, self.keys, self.causal);
         let outputs = OutputGradients {
             out: reader.view::<Cpu, T, 4>("out", QUERY_NAMES, out)?,
             lse: reader.view::<Cpu, f32, 3>("lse", LSE_NAMES, lse)?,
@@ -137,7 +139,7 @@ impl Attention<'_> {
         };
         let q_shape = shape("q", QUERY_NAMES, self.q)?;
         let k_shape = shape("k", KEY_NAMES, self.k)?;
-        let (sizes, sequences) = check_shapes(q_shape, k_shape, self.scale, self.cu_seqlens, self.keys)?;
+        let (sizes, sequences) = check_shapes(q_shape, k_shape, self.scale, self.cu_seqlens, self.keys, self.causal)?;
         check_like("k", KEY_NAMES, self.k, &[sizes.rows, sizes.steps, sizes.kv_heads, sizes.d_head])?;
         check_like("v", KEY_NAMES, self.v, self.k.dims())?;
         let dtype = self.q.dtype();
@@ -150,10 +152,10 @@ impl Attention<'_> {
                 return Err(Error::argument(name, format_args!("dtype {dtype:?}"), got).into());
             }
         }
-        let parts = parts(&sequences, sizes.length, self.keys);
+        let parts = parts(&sequences, sizes.length, self.keys, self.causal);
         let scale = self.scale.unwrap_or_else(|| default_scale(sizes.d_head));
         let [q, k, v] = [self.q, self.k, self.v].map(Tensor::detach);
-        Ok(blocks::Blocks { q, k, v, sizes, parts, scale, device: self.q.device() })
+        Ok(blocks::Blocks { q, k, v, sizes, parts, scale, device: self.q.device(), distances: OnceCell::new() })
     }
 }
 
@@ -171,6 +173,7 @@ struct Kept {
     scale: Option<f32>,
     cu_seqlens: Option<Vec<usize>>,
     keys: Option<Vec<KeyRange>>,
+    causal: bool,
     /// Set as soon as it is there.
     out: Arc<OnceLock<Tensor>>,
     lse: Tensor,
@@ -179,7 +182,8 @@ struct Kept {
 impl Backward for Kept {
     fn backward(&self, d_out: &Tensor, _: Option<&Tensor>) -> Result<Vec<Option<Tensor>>> {
         let Some(out) = self.out.get() else { unreachable!("nothing is differentiated before it is there") };
-        let operator = Attention::over(&self.tensors, self.scale, self.cu_seqlens.as_deref(), self.keys.as_deref());
+        let (cu_seqlens, keys) = (self.cu_seqlens.as_deref(), self.keys.as_deref());
+        let operator = Attention::over(&self.tensors, self.scale, cu_seqlens, keys, self.causal);
         let mut list = List::default();
         let Ok(_) = operator.backward(out, &self.lse, d_out)?.map(&mut list);
         Ok(list.0)
@@ -197,15 +201,17 @@ mod tests {
     fn blocks_of_candles_operators_give_the_same() -> Result<()> {
         let random = |shape: [usize; 4]| Tensor::randn(0f32, 1.0, &shape, &Device::Cpu);
         let cu_seqlens = [0, 300, 300, 301, 620];
-        let keys = [(1, 0, 700), (0, 9, 0), (0, 0, 1), (0, 2, 319)].map(|(row, start, length)| KeyRange {
-            row,
-            start,
-            length,
-        });
-        for (keys, shape) in [(None, [1, 620, 2, 24]), (Some(&keys[..]), [2, 700, 2, 24])] {
+        let range = |(row, start, length)| KeyRange { row, start, length };
+        let keys = [(1, 0, 700), (0, 9, 0), (0, 0, 1), (0, 2, 319)].map(range);
+        // Of all keys a query may have fewer than there are queries.
+        let few = [(1, 5, 90), (0, 9, 0), (0, 0, 1), (0, 2, 319)].map(range);
+        let cases = [(None, 620, true), (Some(&keys), 700, true), (None, 620, false), (Some(&few), 700, false)];
+        for (keys, steps, causal) in cases {
+            let shape = [if keys.is_some() { 2 } else { 1 }, steps, 2, 24];
             let [q, k, v, d_out] = [random([1, 620, 6, 24])?, random(shape)?, random(shape)?, random([1, 620, 6, 24])?];
-            let operator =
-                Attention { cu_seqlens: Some(&cu_seqlens), keys, scale: Some(0.3), ..Attention::new(&q, &k, &v) };
+            let keys = keys.map(|keys| &keys[..]);
+            let cu_seqlens = Some(&cu_seqlens[..]);
+            let operator = Attention { cu_seqlens, keys, scale: Some(0.3), causal, ..Attention::new(&q, &k, &v) };
             let (out, lse) = operator.forward_with_lse()?;
             let gradients = operator.backward(&out, &lse, &d_out)?;
             let blocks = operator.blocks()?;

@@ -15,12 +15,16 @@ pub(super) const LSE_NAMES: &str = "(batch, length, heads)";
 pub(crate) struct Part {
     pub queries: Sequence,
     pub keys: KeyRange,
+    pub causal: bool,
 }
 
 impl Part {
     /// The number of keys that the query of step `i` sees.
     pub fn seen(&self, i: usize) -> usize {
-        self.keys.length - self.queries.len + i + 1
+        match self.causal {
+            true => self.keys.length - self.queries.len + i + 1,
+            false => self.keys.length,
+        }
     }
 }
 
@@ -31,6 +35,7 @@ pub(crate) fn check_shapes<'a>(
     scale: Option<f32>,
     cu_seqlens: Option<&'a [usize]>,
     keys: Option<&'a [KeyRange]>,
+    causal: bool,
 ) -> Result<(Sizes, Sequences<'a>)> {
     let ([batch, length, heads, d_head], [rows, steps, kv_heads, _]) = (q, k);
     if !(1..=MAX_D_HEAD).contains(&d_head) {
@@ -64,8 +69,9 @@ pub(crate) fn check_shapes<'a>(
             }
             for (queries, range) in sequences.iter().zip(ranges) {
                 let end = range.start.checked_add(range.length);
-                if range.row >= rows || end.is_none_or(|end| end > steps) || range.length < queries.len {
-                    let least = queries.len;
+                // A query has one key at least.
+                let least = if causal { queries.len } else { queries.len.min(1) };
+                if range.row >= rows || end.is_none_or(|end| end > steps) || range.length < least {
                     let expected = format_args!("at least {least} of {steps} steps in a row below {rows}").to_string();
                     return Err(Error::argument("keys", expected, format_args!("{range:?}")));
                 }
@@ -92,7 +98,8 @@ pub(crate) fn check_apart(keys: &[KeyRange]) -> Result<()> {
 impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
     /// Checks every argument. This is the only place that does; all implementations read what it returns.
     pub(crate) fn check(&self) -> Result<Problem<'a, T, M>> {
-        let (sizes, sequences) = check_shapes(self.q.shape, self.k.shape, self.scale, self.cu_seqlens, self.keys)?;
+        let (sizes, sequences) =
+            check_shapes(self.q.shape, self.k.shape, self.scale, self.cu_seqlens, self.keys, self.causal)?;
         self.tensors().shaped(sizes).map(&mut CheckViews)?;
         let scale = self.scale.unwrap_or_else(|| default_scale(sizes.d_head));
         Ok(Problem { inputs: *self, sizes, sequences, scale })
@@ -115,19 +122,19 @@ pub(crate) struct Problem<'a, T: Element, M: Memory = Host> {
 impl<T: Element, M: Memory> Problem<'_, T, M> {
     /// The sequences that have queries, with their keys.
     pub fn parts(&self) -> Vec<Part> {
-        parts(&self.sequences, self.sizes.length, self.inputs.keys)
+        parts(&self.sequences, self.sizes.length, self.inputs.keys, self.inputs.causal)
     }
 }
 
 /// The sequences that have queries, with their keys.
-pub(super) fn parts(sequences: &Sequences, length: usize, keys: Option<&[KeyRange]>) -> Vec<Part> {
+pub(super) fn parts(sequences: &Sequences, length: usize, keys: Option<&[KeyRange]>, causal: bool) -> Vec<Part> {
     // Batch rows without a step could be more than can be counted through.
     if length == 0 {
         return Vec::new();
     }
     let part = |queries: Sequence| {
         let own = KeyRange { row: queries.batch, start: queries.start, length: queries.len };
-        Part { queries, keys: keys.map_or(own, |keys| keys[queries.index]) }
+        Part { queries, keys: keys.map_or(own, |keys| keys[queries.index]), causal }
     };
     sequences.iter().filter(|queries| queries.len > 0).map(part).collect()
 }

@@ -1,4 +1,4 @@
-//! Causal attention (Vaswani et al. 2017, arXiv 1706.03762) with grouped heads (Ainslie et al. 2023, arXiv 2305.13245):
+//! Attention (Vaswani et al. 2017, arXiv 1706.03762) with grouped heads (Ainslie et al. 2023, arXiv 2305.13245):
 //! forward and backward, in memory that grows with the length and not with its square.
 //!
 //! ```text
@@ -7,9 +7,9 @@
 //! ```
 //!
 //! Query head `h` reads the keys and values of head `h / (heads / kv_heads)`. Of a sequence of `n` queries and `m` keys, the
-//! last query sees all keys and each one before it one key less, so that query `i` sees the keys from 0 to `m - n + i`. By
-//! default there are as many keys as queries, each at its own step; [`KeyRange`] says where the keys of a sequence lie if
-//! they are more, as those of a cache are.
+//! last query sees all keys and each one before it one key less, so that query `i` sees the keys from 0 to `m - n + i`; or,
+//! where attention is not causal, each sees all `m`. By default there are as many keys as queries, each at its own step;
+//! [`KeyRange`] says where the keys of a sequence lie if they are more, as those of a cache are, or another sequence's.
 //!
 //! The scores are there a block at a time only, by the sums of a softmax that go on from block to block (Milakov and
 //! Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135). A forward pass keeps `lse` for the backward pass,
@@ -49,7 +49,7 @@ pub struct KeyRange {
     pub row: usize,
     /// The first step.
     pub start: usize,
-    /// The number of steps: at least as many as the sequence has queries.
+    /// The number of steps: at least as many as the sequence has queries, or one where attention is not causal.
     pub length: usize,
 }
 

@@ -43,10 +43,12 @@ tensors! {
         cu_seqlens: Option<&'a [usize]> = None,
         /// Where the keys of each sequence lie; if absent, where its queries do.
         keys: Option<&'a [KeyRange]> = None,
+        /// Whether a query sees no keys after its own; if not, it sees all keys of its sequence.
+        causal: bool = true,
     }
     /// What attention reads. `T` is the type of the tensors.
     views Inputs;
-    /// Causal attention over tensors; see [`attention`](crate::attention) for what it computes.
+    /// Attention over tensors; see [`attention`](crate::attention) for what it computes.
     ///
     /// `T` stands for the element type of `q`: `f32`, `f16` or `bf16`. On the processor tensors may have any strides and are
     /// not copied. On a GPU it is made of candle's operators, a block of scores at a time.

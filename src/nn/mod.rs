@@ -3,7 +3,7 @@
 //! | | |
 //! |---|---|
 //! | [`Mamba`] | the block: for whole sequences, packed ones, prompts in chunks, and token by token on a [`MambaState`] |
-//! | [`Attention`], [`Mlp`], [`Experts`] | causal attention with a cache of keys and values; what stands after a mixer |
+//! | [`Attention`], [`Mlp`], [`Experts`] | attention with a cache of keys and values; what stands after a mixer |
 //! | [`Recurrent`] | an LSTM or a GRU, by candle-nn's cells |
 //! | [`Backbone`] | norms, mixers and feed-forward parts around a residual stream, for sequences of anything |
 //! | [`LanguageModel`] | a backbone between embeddings and a head, initialised as in the paper; trains on candle-nn's `VarMap` |
@@ -12,11 +12,11 @@
 //! | [`Checkpoint`] | the files of Hugging Face and of state-spaces/mamba, read and written |
 //! | [`train`] | a trainer with checkpoints, an optimizer whose state can be saved, learning rates, losses, what a pass leaves out at random |
 //! | [`S4Model`], [`S4Layer`] | S4 and S4D, deep, with an encoder and a pooled or per-step head; on processors |
-//! | [`VisionModel`] | Vision Mamba: patches of images, a token in their middle, two directions |
+//! | [`VisionModel`] | Vision Mamba: patches of images, a token in their middle, two directions; or a Transformer on them |
 //! | [`RmsNorm`] | the norm between layers, with gradients, for models of your own |
 //!
-//! Layers may differ: [`BackboneConfig`] has one mixer and one feed-forward part for all, and others by index, a
-//! [`LayerConfig`] each. [`Mixer`] and [`LayerState`] are enums; a hybrid such as Jamba has several of their variants, in one
+//! Layers may differ: a hybrid is a list of [`LayerConfig`]s, see there. [`BackboneConfig`] has one mixer and one feed-forward
+//! part for all, and others by index. [`Mixer`] and [`LayerState`] are enums; a hybrid such as Jamba has several of their variants, in one
 //! [`Cache`].
 //!
 //! ```
@@ -123,7 +123,7 @@ mod s4;
 pub mod train;
 mod vision;
 
-pub use attention::{Attention, AttentionConfig, AttentionState};
+pub use attention::{Attention, AttentionConfig, AttentionState, RopeScaling};
 pub use checkpoint::{Checkpoint, CheckpointFormat, FileFormat, SaveOptions};
 pub use decode::{Cache, Sampler, Sampling};
 pub use feed_forward::{Experts, ExpertsConfig, FeedForward, FeedForwardConfig, Mlp, MlpConfig};

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from generate import Case, save
 
-# name: batch, queries, keys, heads, kv_heads, d_head, scale, cu_seqlens, size of the inputs
+# name: batch, queries, keys, heads, kv_heads, d_head, scale, cu_seqlens, size of the inputs, and whether it is causal
 CASES = {
     "one step": (1, 1, 1, 1, 1, 4, None, None, 1.0),
     "heads of their own": (2, 5, 5, 3, 3, 4, None, None, 1.0),
@@ -29,16 +29,22 @@ CASES = {
     "packed": (1, 30, 30, 2, 1, 4, None, [0, 7, 7, 8, 30], 1.0),
     "more keys than queries": (2, 5, 21, 4, 2, 4, None, None, 1.0),
     "one query": (3, 1, 13, 4, 2, 4, None, None, 1.0),
+    "all keys": (2, 19, 19, 4, 2, 4, None, None, 1.0, False),
+    "all keys, packed": (1, 30, 30, 2, 1, 4, 0.3, [0, 7, 7, 8, 30], 1.0, False),
+    "all of fewer keys": (1, 20, 7, 2, 2, 4, None, None, 1.0, False),
+    "all keys, beyond a block and a tile": (1, 36, 70, 2, 1, 4, None, None, 1.0, False),
 }
 
 
-def case(name, batch, queries, keys, heads, kv_heads, d_head, scale, cu_seqlens, size):
-    case = Case(name, scale=scale, cu_seqlens=cu_seqlens)
+def case(name, batch, queries, keys, heads, kv_heads, d_head, scale, cu_seqlens, size, causal=True):
+    case = Case(name, scale=scale, cu_seqlens=cu_seqlens, causal=causal)
     q = case.normal("q", batch, queries, heads, d_head, deviation=size)
     k = case.normal("k", batch, keys, kv_heads, d_head, deviation=size)
     v = case.normal("v", batch, keys, kv_heads, d_head)
-    # Query i of n sees the keys from 0 to m - n + i of its own sequence.
-    mask = torch.ones(queries, keys).tril(keys - queries).bool()
+    # Query i of n sees the keys from 0 to m - n + i of its own sequence, or all of them.
+    mask = torch.ones(queries, keys).bool()
+    if causal:
+        mask = mask.tril(keys - queries)
     if cu_seqlens is not None:
         sequence = torch.bucketize(torch.arange(queries), torch.tensor(cu_seqlens[1:]), right=True)
         mask &= sequence[:, None] == sequence[None, :]

@@ -22,7 +22,7 @@ A folder has the checkpoint as it is published, and `expected.safetensors` with
     generated      (batch, length)
 
 or for the layer of Jamba alone, `jamba`: `x`, `out`, `d_out`, `grad/x`, `grad/NAME`. `jamba_model` is a model with attention
-and experts, and `llama` a plain Transformer; gradients have the names of the checkpoint's tensors.
+and experts, `llama` a plain Transformer, and `llama_linear` and `llama3` are such of stretched positions; gradients have the names of the checkpoint's tensors.
 
 `state_spaces` holds the weights of `mamba` under the names of the repository state-spaces/mamba, with its config.json;
 what is expected of `mamba` is expected of it.
@@ -47,6 +47,7 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 
 FOLDER = Path(__file__).parent / "models"
@@ -137,9 +138,14 @@ def results_of_transformer(model, random, vocab):
     # Otherwise it multiplies by an operator that knows no float64.
     model.config._experts_implementation = "eager"
     if hasattr(model.model, "rotary_emb"):  # made in float32 with the model
-        rotary = model.model.rotary_emb
-        steps = torch.arange(0, 2 * len(rotary.inv_freq), 2, dtype=torch.float64)
-        rotary.inv_freq = model.config.rope_parameters["rope_theta"] ** (-steps / (2 * len(rotary.inv_freq)))
+        rotary, rope_type = model.model.rotary_emb, model.config.rope_parameters["rope_type"]
+        if rope_type == "default":
+            steps = torch.arange(0, 2 * len(rotary.inv_freq), 2, dtype=torch.float64)
+            rotary.inv_freq = model.config.rope_parameters["rope_theta"] ** (-steps / (2 * len(rotary.inv_freq)))
+        else:
+            rotary.inv_freq, factor = ROPE_INIT_FUNCTIONS[rope_type](model.config, rotary.inv_freq.device)
+            assert factor == 1.0
+        assert rotary.inv_freq.dtype == torch.float64
     left = {}
 
     def keep(index):
@@ -274,6 +280,29 @@ def jamba_model():
 
 def llama():
     """All that is optional: biases, a width of heads of their own, another base."""
+    llama_of("llama", {"rope_type": "default", "rope_theta": 500.0}, draw=17, attention_bias=True, mlp_bias=True)
+
+
+def llama_linear():
+    """Positions of which four are one."""
+    llama_of("llama_linear", {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}, draw=6)
+
+
+def llama3():
+    """Of the four pairs of a head's numbers, which turn 10, 2.2, 0.46 and 0.1 times in 64 steps, the first stays as it is, the
+    second is between, and the others are slowed down wholly."""
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    llama_of("llama3", rope, draw=22, max_position_embeddings=256)
+
+
+def llama_of(name, rope, draw=0, **options):
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=24,
@@ -283,13 +312,12 @@ def llama():
         num_key_value_heads=2,
         head_dim=8,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-        attention_bias=True,
-        mlp_bias=True,
+        rope_parameters=rope,
         tie_word_embeddings=True,
+        **options,
         **COMMON,
     )
-    language_model("llama", LlamaForCausalLM, config, draw=17, results=results_of_transformer)
+    language_model(name, LlamaForCausalLM, config, draw=draw, results=results_of_transformer)
 
 
 def state_spaces():
@@ -317,7 +345,7 @@ def state_spaces():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     shutil.rmtree(FOLDER, ignore_errors=True)
-    for case in (mamba, mamba_untied, falcon_mamba, jamba, jamba_model, llama, state_spaces):
+    for case in (mamba, mamba_untied, falcon_mamba, jamba, jamba_model, llama, llama_linear, llama3, state_spaces):
         case()
     files = sorted(path for path in FOLDER.rglob("*") if path.is_file())
     for path in files:

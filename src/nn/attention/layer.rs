@@ -11,7 +11,7 @@ use crate::count_sequences;
 use crate::nn::layers::{Change, Linear, ParameterList, Parameters};
 use crate::nn::{NewTokens, argument, check_room};
 
-/// Causal attention with grouped heads:
+/// Attention with grouped heads, causal unless its configuration says otherwise:
 ///
 /// ```text
 /// q, k, v = q_proj(input), k_proj(input), v_proj(input)      q and k turned to their positions
@@ -122,7 +122,9 @@ impl Attention {
             None => (0..batch).flat_map(|_| 0..length).collect(),
         };
         let Projected { q, k, v } = self.project(x, &positions)?;
-        let out = crate::candle::Attention { cu_seqlens, ..crate::candle::Attention::new(&q, &k, &v) }.forward()?;
+        let causal = self.config.causal;
+        let operator = crate::candle::Attention { cu_seqlens, causal, ..crate::candle::Attention::new(&q, &k, &v) };
+        let out = operator.forward()?;
         self.o_proj.forward(&self.joined(&out)?)
     }
 
@@ -136,7 +138,8 @@ impl Attention {
     /// Not differentiable, since the states are written in place.
     ///
     /// # Errors
-    /// A state of another layer, or slots that do not fit; a slot without room for the tokens. Nothing is written then.
+    /// A layer that is not causal; a state of another layer, or slots that do not fit; a slot without room for the tokens.
+    /// Nothing is written then.
     pub fn prefill<'s>(&self, x: &Tensor, state: &AttentionState, slots: impl Into<Slots<'s>>) -> Result<Tensor> {
         self.extend(x, None, state, slots.into())
     }
@@ -324,8 +327,8 @@ impl Attention {
         let q = heads(self.q_proj.forward(&x)?, self.config.n_head)?;
         let k = heads(self.k_proj.forward(&x)?, self.config.n_kv_head)?;
         let v = heads(self.v_proj.forward(&x)?, self.config.n_kv_head)?;
-        let Some(theta) = self.config.rope_theta else { return Ok(Projected { q, k, v }) };
-        let rotary = Rotary::new(theta, self.config.d_head, positions, batch, x.device())?;
+        let Some(rates) = self.config.rope_rates() else { return Ok(Projected { q, k, v }) };
+        let rotary = Rotary::new(&rates, positions, batch, x.device())?;
         Ok(Projected { q: rotary.apply(&q)?, k: rotary.apply(&k)?, v })
     }
 

@@ -5,6 +5,6 @@ mod layer;
 mod rotary;
 mod state;
 
-pub use config::AttentionConfig;
+pub use config::{AttentionConfig, RopeScaling};
 pub use layer::Attention;
 pub use state::AttentionState;

@@ -12,14 +12,13 @@ pub(super) struct Rotary {
 }
 
 impl Rotary {
-    /// Those of these positions, `batch · length` of them.
-    pub fn new(theta: f64, d_head: usize, positions: &[usize], batch: usize, device: &Device) -> Result<Self> {
-        let rates: Vec<f64> = (0..d_head / 2).map(|i| theta.powf(-2.0 * i as f64 / d_head as f64)).collect();
+    /// Those of these positions, `batch · length` of them, for pairs that are turned so much from one to the next.
+    pub fn new(rates: &[f64], positions: &[usize], batch: usize, device: &Device) -> Result<Self> {
         // In f64, as in f32 a position of some ten thousand turns is off by more than the rounding of the result.
         let angles = || positions.iter().flat_map(|&position| rates.iter().map(move |rate| position as f64 * rate));
         let table = |f: fn(f64) -> f64| {
             let numbers: Vec<f32> = angles().map(|angle| f(angle) as f32).collect();
-            Tensor::from_vec(numbers, (batch, positions.len() / batch.max(1), d_head / 2), device)
+            Tensor::from_vec(numbers, (batch, positions.len() / batch.max(1), rates.len()), device)
         };
         Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
     }

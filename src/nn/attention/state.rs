@@ -116,6 +116,7 @@ impl AttentionState {
         slots: Slots,
         new: NewTokens,
     ) -> Result<()> {
+        config.check_causal()?;
         let [_, capacity, width] = self.check_pools()?;
         if width != config.n_kv_head * config.d_head {
             let expected = format_args!("keys of {} heads of {}", config.n_kv_head, config.d_head);

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config_json::{Keys, from_keys, others, to_keys};
 use super::hugging_face::{HuggingFace, MIXER_KEYS};
+use super::llama::Rope;
 use crate::nn::{
     AttentionConfig, BackboneConfig, ExpertsConfig, FeedForwardConfig, LanguageModelConfig, LayerConfig, MixerConfig,
     MlpConfig, RecurrentCell, RecurrentConfig, argument,
@@ -54,6 +55,14 @@ pub(super) struct Hybrid {
     layers: BTreeMap<usize, Layer>,
 }
 
+fn yes() -> bool {
+    true
+}
+
+fn is_yes(yes: &bool) -> bool {
+    *yes
+}
+
 fn one() -> usize {
     1
 }
@@ -87,6 +96,12 @@ enum MixerKeys {
         /// Absent if there are no positions.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         rope_theta: Option<f64>,
+        /// As transformers has it in Llama's config.json.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rope_scaling: Option<Rope>,
+        /// Absent if it is.
+        #[serde(default = "yes", skip_serializing_if = "is_yes")]
+        causal: bool,
         capacity: usize,
     },
     Recurrent {
@@ -112,8 +127,8 @@ impl Layer {
                 MixerKeys::Mamba { keys }
             }
             MixerConfig::Attention(attention) => {
-                let &AttentionConfig { n_head, n_kv_head, d_head, qkv_bias, out_bias, rope_theta, capacity, .. } =
-                    attention;
+                let &AttentionConfig { n_head, n_kv_head, d_head, qkv_bias, out_bias, rope_theta, .. } = attention;
+                let &AttentionConfig { rope_scaling, causal, capacity, .. } = attention;
                 MixerKeys::Attention {
                     num_attention_heads: n_head,
                     num_key_value_heads: n_kv_head,
@@ -121,6 +136,8 @@ impl Layer {
                     qkv_bias,
                     out_bias,
                     rope_theta,
+                    rope_scaling: rope_scaling.map(|scaling| Rope::of(None, Some(scaling))),
+                    causal,
                     capacity,
                 }
             }
@@ -153,6 +170,8 @@ impl Layer {
                 qkv_bias,
                 out_bias,
                 rope_theta,
+                ref rope_scaling,
+                causal,
                 capacity,
             } => MixerConfig::Attention(AttentionConfig {
                 n_kv_head: num_key_value_heads,
@@ -160,6 +179,11 @@ impl Layer {
                 qkv_bias,
                 out_bias,
                 rope_theta,
+                rope_scaling: match rope_scaling {
+                    Some(rope) => rope.scaling("rope_scaling", None)?,
+                    None => None,
+                },
+                causal,
                 capacity,
                 ..AttentionConfig::new(d_model, num_attention_heads)
             }),

@@ -7,7 +7,7 @@ use super::config_json::{Keys, from_keys, others, to_keys};
 use super::jamba::same_layer;
 use crate::nn::{
     AttentionConfig, BackboneConfig, FeedForwardConfig, LanguageModelConfig, LayerConfig, MixerConfig, MlpConfig,
-    argument,
+    RopeScaling, argument,
 };
 
 pub(super) const TYPE: &str = "llama";
@@ -63,8 +63,8 @@ pub(super) struct Llama {
     /// In newer ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     rope_parameters: Option<Rope>,
-    /// What older ones say of other positions.
-    #[serde(skip_serializing)]
+    /// What older ones say of stretched positions.
+    #[serde(skip_serializing_if = "Option::is_none")]
     rope_scaling: Option<Rope>,
     attention_bias: bool,
     mlp_bias: bool,
@@ -73,16 +73,71 @@ pub(super) struct Llama {
 }
 
 /// How positions turn heads.
-#[derive(Debug, Clone, Deserialize, Serialize)]
-struct Rope {
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+pub(super) struct Rope {
     #[serde(alias = "type", default = "plain")]
     rope_type: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     rope_theta: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    factor: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    low_freq_factor: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    high_freq_factor: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    original_max_position_embeddings: Option<usize>,
 }
 
 fn plain() -> String {
     "default".into()
+}
+
+impl Rope {
+    /// Positions of this base.
+    pub fn of(rope_theta: Option<f64>, scaling: Option<RopeScaling>) -> Self {
+        let rope = Self {
+            rope_type: plain(),
+            rope_theta,
+            factor: None,
+            low_freq_factor: None,
+            high_freq_factor: None,
+            original_max_position_embeddings: None,
+        };
+        match scaling {
+            None => rope,
+            Some(RopeScaling::Linear { factor }) => Self { rope_type: "linear".into(), factor: Some(factor), ..rope },
+            Some(RopeScaling::Llama3 { factor, low_turns, high_turns, original_length }) => Self {
+                rope_type: "llama3".into(),
+                factor: Some(factor),
+                low_freq_factor: Some(low_turns),
+                high_freq_factor: Some(high_turns),
+                original_max_position_embeddings: Some(original_length),
+                ..rope
+            },
+        }
+    }
+
+    /// What the key `name` says of stretched positions, in a model of texts of this length where it does not say the original
+    /// one.
+    pub fn scaling(&self, name: &'static str, length: Option<usize>) -> Result<Option<RopeScaling>> {
+        let absent = |key: &str| argument(name, format_args!("a number `{key}` beside {}", self.rope_type), "none");
+        let number = |key, number: Option<f64>| number.ok_or_else(|| absent(key));
+        match self.rope_type.as_str() {
+            "default" => Ok(None),
+            "linear" => Ok(Some(RopeScaling::Linear { factor: number("factor", self.factor)? })),
+            "llama3" => Ok(Some(RopeScaling::Llama3 {
+                factor: number("factor", self.factor)?,
+                low_turns: number("low_freq_factor", self.low_freq_factor)?,
+                high_turns: number("high_freq_factor", self.high_freq_factor)?,
+                original_length: self
+                    .original_max_position_embeddings
+                    .or(length)
+                    .ok_or_else(|| absent("original_max_position_embeddings"))?,
+            })),
+            other => Err(argument(name, "rotary positions of the type default, linear or llama3", other)),
+        }
+    }
 }
 
 impl Default for Llama {
@@ -121,11 +176,7 @@ impl Llama {
         if self.hidden_act != "silu" {
             return Err(argument("hidden_act", "silu", &self.hidden_act));
         }
-        for (name, rope) in [("rope_parameters", &self.rope_parameters), ("rope_scaling", &self.rope_scaling)] {
-            if let Some(rope) = rope.as_ref().filter(|rope| rope.rope_type != plain()) {
-                return Err(argument(name, "plain rotary positions, `default`", &rope.rope_type));
-            }
-        }
+        let rope_scaling = self.scaling()?;
         let theta = self.rope_parameters.as_ref().and_then(|rope| rope.rope_theta).or(self.rope_theta);
         let heads = AttentionConfig::new(self.hidden_size, self.num_attention_heads);
         let attention = AttentionConfig {
@@ -134,6 +185,7 @@ impl Llama {
             qkv_bias: self.attention_bias,
             out_bias: self.attention_bias,
             rope_theta: Some(theta.unwrap_or(10_000.0)),
+            rope_scaling,
             capacity: heads.capacity.min(self.max_position_embeddings),
             ..heads
         };
@@ -151,6 +203,19 @@ impl Llama {
         })
     }
 
+    /// How positions are stretched, which new and old versions of transformers say in different places.
+    fn scaling(&self) -> Result<Option<RopeScaling>> {
+        let length = Some(self.max_position_embeddings);
+        let of = |name, rope: &Option<Rope>| rope.as_ref().map(|rope| rope.scaling(name, length)).transpose();
+        match (of("rope_parameters", &self.rope_parameters)?, of("rope_scaling", &self.rope_scaling)?) {
+            (Some(new), Some(old)) if new != old => {
+                let expected = format_args!("the same as rope_parameters, {new:?}");
+                Err(argument("rope_scaling", expected, format_args!("{old:?}")))
+            }
+            (new, old) => Ok(new.or(old).flatten()),
+        }
+    }
+
     /// The keys of a model that is such a Transformer; none of another.
     pub fn of(config: &LanguageModelConfig) -> Option<Self> {
         let backbone = &config.backbone;
@@ -159,7 +224,7 @@ impl Llama {
         };
         let Some(FeedForwardConfig::Mlp(mlp)) = feed_forward else { return None };
         let d_model = config.d_model();
-        let rope = Rope { rope_type: plain(), rope_theta: attention.rope_theta };
+        let AttentionConfig { rope_theta, rope_scaling, .. } = attention;
         let llama = Self {
             vocab_size: config.vocab_size,
             hidden_size: d_model,
@@ -170,8 +235,9 @@ impl Llama {
             head_dim: Some(attention.d_head),
             rms_norm_eps: backbone.norm_eps,
             tie_word_embeddings: config.tie_embeddings,
-            rope_theta: attention.rope_theta,
-            rope_parameters: Some(rope),
+            rope_theta,
+            rope_parameters: Some(Rope::of(rope_theta, rope_scaling)),
+            rope_scaling: rope_scaling.map(|scaling| Rope::of(None, Some(scaling))),
             attention_bias: attention.qkv_bias,
             mlp_bias: mlp.bias,
             ..Self::default()

@@ -90,7 +90,7 @@ impl Decoder {
     /// Makes a model ready; it shares its parameters. Where training goes on, make a new one afterwards.
     ///
     /// # Errors
-    /// A bidirectional model; no slots, or more than fit in memory; a type that states cannot have.
+    /// A bidirectional model, or attention that is not causal; no slots, or more than fit in memory; a type that states cannot have.
     pub fn new(model: &LanguageModel, options: &DecoderOptions) -> Result<Self> {
         if options.slots == 0 {
             return Err(argument("slots", "at least 1", 0));

@@ -32,7 +32,8 @@ impl MlpConfig {
     }
 }
 
-/// A mixture of experts: MLPs without biases, of which the likeliest few are taken for each step.
+/// A mixture of experts: MLPs without biases, of which the likeliest few are taken for each step. Nothing is added to a loss so
+/// that all are taken as often.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExpertsConfig {
     /// The width of the input and output.

@@ -11,6 +11,30 @@ use crate::nn::{
 };
 
 /// A layer: what it mixes its sequence with, and what follows for every step by itself. Each has a norm before it.
+///
+/// A hybrid is a list of them, whose widths are one:
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_nn::{VarBuilder, VarMap};
+/// use selective_scan::nn::{AttentionConfig, ExpertsConfig, LanguageModel, LanguageModelConfig, LayerConfig};
+/// use selective_scan::nn::{MambaConfig, MlpConfig};
+///
+/// // Mamba with an MLP after it, and between two of these attention, four heads of which share two of keys, with four experts
+/// // of which each token goes through two.
+/// let mamba = LayerConfig::new(MambaConfig::new(32), MlpConfig::new(32, 64));
+/// let attention = AttentionConfig { n_kv_head: 2, ..AttentionConfig::new(32, 4) };
+/// let attention = LayerConfig::new(attention, ExpertsConfig::new(32, 48, 4, 2));
+/// let config = LanguageModelConfig::with_layers(16, [mamba.clone(), attention, mamba]);
+///
+/// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+/// let model = LanguageModel::new(&config, vb)?;
+/// let logits = model.forward(&Tensor::new(&[[3u32, 1, 4, 1, 5]], &Device::Cpu)?)?;
+/// assert_eq!(logits.dims(), [1, 5, 16]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// A layer without a feed-forward part comes [`from`](From) a mixer's configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerConfig {
     /// The mixer.
@@ -117,6 +141,17 @@ impl BackboneConfig {
             residual_in_f32: true,
             rescale_prenorm_residual: true,
         }
+    }
+
+    /// These layers one after the other: [`mixer`](Self::mixer) and [`feed_forward`](Self::feed_forward) are the first's, and
+    /// [`layers`](Self::layers) has those that differ from it.
+    pub fn with_layers(layers: impl IntoIterator<Item = LayerConfig>) -> Self {
+        let layers: Vec<_> = layers.into_iter().collect();
+        // A model of no layers is refused when it is made, whatever they would have been.
+        let first = layers.first().cloned().unwrap_or_else(|| MambaConfig::new(1).into());
+        let n_layer = layers.len();
+        let others = layers.into_iter().enumerate().filter(|(_, layer)| *layer != first).collect();
+        Self { feed_forward: first.feed_forward, layers: others, ..Self::with_mixer(n_layer, first.mixer) }
     }
 
     /// The width of the residual stream.
@@ -230,6 +265,12 @@ impl LanguageModelConfig {
             tie_embeddings: true,
             extra: Map::new(),
         }
+    }
+
+    /// A model of these layers, see [`LayerConfig`].
+    pub fn with_layers(vocab_size: usize, layers: impl IntoIterator<Item = LayerConfig>) -> Self {
+        let backbone = BackboneConfig::with_layers(layers);
+        Self { backbone, ..Self::new(vocab_size, 1, 1) }
     }
 
     /// The width of the residual stream.

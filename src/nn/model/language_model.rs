@@ -272,7 +272,8 @@ impl LanguageModel {
     /// for long is best [detached](Self::detach) once, or else every call does that.
     ///
     /// # Errors
-    /// A bidirectional model; a row without tokens; ids beyond the vocabulary; a cache or slots that do not fit. Nothing is
+    /// A bidirectional model, or attention that is not causal; a row without tokens; ids beyond the vocabulary; a cache or
+    /// slots that do not fit, or without room for the tokens, see [`new_cache_for`](Self::new_cache_for). Nothing is
     /// written then.
     pub fn prefill<'s>(&self, ids: &Tensor, cache: &Cache, slots: impl Into<Slots<'s>>) -> Result<Tensor> {
         let slots = slots.into();

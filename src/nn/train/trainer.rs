@@ -361,8 +361,9 @@ impl Trainer {
         Self::new(model, &variables, config)
     }
 
-    /// Takes a step on a batch in parts, each `(ids, targets)` of `(batch, length)`, by [`next_token_loss`]. Where nothing
-    /// stands in the way the gradients come without candle's graph, see [`LanguageModel::loss_and_gradients`].
+    /// Takes a step on a batch in parts, each `(ids, targets)` of `(batch, length)`, by [`next_token_loss`]: integers of any type,
+    /// of which targets of -100 are left out. On a GPU, ids and targets on the processor save a wait for the device. Where
+    /// nothing stands in the way the gradients come without candle's graph, see [`LanguageModel::loss_and_gradients`].
     ///
     /// # Errors
     /// As [`Trainer::step`].

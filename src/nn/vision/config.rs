@@ -21,7 +21,8 @@ pub struct VisionConfig {
     /// Whether a learnt token in the middle of the patches gathers what is seen, of which the head reads. If not, the head
     /// reads the mean over the patches.
     pub class_token: bool,
-    /// The layers. Vision Mamba's mixers have two directions, whose outputs are halved.
+    /// The layers. Vision Mamba's mixers have two directions, whose outputs are halved; those of a vision Transformer are
+    /// attention that is not [causal](crate::nn::AttentionConfig::causal), with a feed-forward part each.
     pub backbone: BackboneConfig,
 }
 
@@ -80,7 +81,7 @@ impl VisionConfig {
     ///
     /// # Errors
     /// More than can be counted.
-    pub(super) fn parameter_count(&self) -> Result<usize> {
+    pub fn parameter_count(&self) -> Result<usize> {
         let d_model = self.backbone.d_model();
         let ends = sum(&[
             [self.patch_size(), d_model, 1],

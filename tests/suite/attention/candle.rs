@@ -26,8 +26,8 @@ fn gradients_flow_to_what_is_tracked() {
         let device = Device::Cpu;
         let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|view| Var::from_tensor(&tensor(view, &device)).unwrap());
         let d_out = tensor(&case.d_out.view(), &device);
-        let Inputs { scale, cu_seqlens, keys, .. } = inputs;
-        let operator = Attention { scale, cu_seqlens, keys, ..Attention::new(&q, &k, &v) };
+        let Inputs { scale, cu_seqlens, keys, causal, .. } = inputs;
+        let operator = Attention { scale, cu_seqlens, keys, causal, ..Attention::new(&q, &k, &v) };
         let out = operator.forward().unwrap();
         assert!(error(&values(&out), &reference::forward(&inputs).unwrap().out) < FORWARD, "SEED={seed}");
         let gradients = (&out * &d_out).unwrap().sum_all().unwrap().backward().unwrap();
@@ -35,7 +35,7 @@ fn gradients_flow_to_what_is_tracked() {
             assert!(error(&values(gradients.get(variable).unwrap()), exact) < GRADIENTS, "SEED={seed}");
         }
         let (q, v) = (q.detach(), v.detach());
-        let operator = Attention { scale, cu_seqlens, keys, ..Attention::new(&q, &k, &v) };
+        let operator = Attention { scale, cu_seqlens, keys, causal, ..Attention::new(&q, &k, &v) };
         let loss = (operator.forward().unwrap() * &d_out).unwrap().sum_all().unwrap();
         assert!(error(&values(loss.backward().unwrap().get(&k).unwrap()), &exact.k) < GRADIENTS, "SEED={seed}");
     }

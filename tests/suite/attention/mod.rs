@@ -70,16 +70,19 @@ struct Case<T> {
     scale: Option<f32>,
     cu_seqlens: Option<Vec<usize>>,
     keys: Option<Vec<KeyRange>>,
+    causal: bool,
 }
 
 impl<T: Element> Case<T> {
-    /// `length` queries of a sequence, in batch rows or packed in any way, some of them with keys before theirs.
+    /// `length` queries of a sequence, in batch rows or packed in any way, some of them with keys before theirs, or with any
+    /// number of keys where all are seen.
     fn draw(rng: &mut StdRng, length: usize) -> Self {
         let mut draw = Draw::new(rng.random());
         let (kv_heads, group) = (draw.one_of(&[1, 2, 3]), draw.one_of(&[1, 2, 5]));
         let d_head = draw.one_of(&[1, 4, 8, 20, 64]);
         let is_packed = draw.flag();
         let batch = if is_packed { 1 } else { draw.one_of(&[1, 2]) };
+        let causal = draw.flag();
         let cut = rng.random_range(0..=length);
         let cu_seqlens = is_packed.then(|| vec![0, cut, cut, length]);
         let lens = match &cu_seqlens {
@@ -93,7 +96,10 @@ impl<T: Element> Case<T> {
                 if rng.random() {
                     (row, start) = (row + 1, rng.random_range(0..3));
                 }
-                let length = len + rng.random_range(0..80);
+                let length = match causal || len == 0 {
+                    true => len + rng.random_range(0..80),
+                    false => rng.random_range(1..len + 80),
+                };
                 let range = KeyRange { row, start, length };
                 start += length;
                 range
@@ -118,6 +124,7 @@ impl<T: Element> Case<T> {
             scale: draw.flag().then_some(0.3),
             cu_seqlens,
             keys,
+            causal,
         }
     }
 
@@ -126,6 +133,7 @@ impl<T: Element> Case<T> {
             scale: self.scale,
             cu_seqlens: self.cu_seqlens.as_deref(),
             keys: self.keys.as_deref(),
+            causal: self.causal,
             ..Inputs::new(self.q.view(), self.k.view(), self.v.view())
         }
     }
@@ -194,6 +202,7 @@ fn long_contexts_and_scores_far_apart() {
             scale: None,
             cu_seqlens: None,
             keys: Some(vec![KeyRange { row: 0, start: 0, length: steps }]),
+            causal: true,
         };
         let inputs = case.inputs();
         let (output, gradients) = run(Isa::best(), &inputs, case.d_out.view());
@@ -262,6 +271,7 @@ fn pytorch_computes_the_same() {
             scale: scale.map(|scale| scale as f32),
             cu_seqlens: cu_seqlens.as_deref(),
             keys: (q.shape[1] != k.shape[1]).then_some(&keys[..]),
+            causal: case.options["causal"].as_bool().unwrap(),
             ..Inputs::new(q, k, case.view("v"))
         };
         let d_out = case.view("d_out");
@@ -354,6 +364,55 @@ fn it_is_causal() {
     assert_ne!(bits(&before.out[at * 16..]), bits(&after.out[at * 16..]), "step {at}, SEED={seed}");
 }
 
+/// Where it is not, all keys reach all queries of their sequence and no others; and the order of the keys means nothing but
+/// that of a sum: of 150 terms, in tiles of 64, it moves a mean by a few times 1e-7.
+#[test]
+fn it_is_not_causal_where_it_is_told_so() {
+    let (mut rng, seed) = seeded();
+    let mut draw = Draw::new(rng.random());
+    let (heads, d_head) = (2, 8);
+    let shape = [1, 150, heads, d_head];
+    let [q, k, v] = [(); 3].map(|()| dense(&mut draw, shape));
+    let ends = [0, 90, 150];
+    let run = |k: &Heads<f32>, v: &Heads<f32>| {
+        let inputs = Inputs { cu_seqlens: Some(&ends), causal: false, ..Inputs::new(q.view(), k.view(), v.view()) };
+        inputs.forward().unwrap().out
+    };
+    let (before, per_step) = (run(&k, &v), heads * d_head);
+    // The last step of the first sequence.
+    let mut changed = v.clone();
+    changed.data[89 * per_step..90 * per_step].iter_mut().for_each(|x| *x += 1.0);
+    let after = run(&k, &changed);
+    for step in 0..150 {
+        let [before, after] = [&before, &after].map(|out| bits(&out[step * per_step..(step + 1) * per_step]));
+        assert_eq!(before != after, step < 90, "step {step}, SEED={seed}");
+    }
+    let reversed = |tensor: &Heads<f32>| {
+        let mut other = tensor.clone();
+        let (first, second) = tensor.data.split_at(90 * per_step);
+        let backwards = |steps: &[f32]| steps.chunks(per_step).rev().flatten().copied().collect::<Vec<_>>();
+        other.data = [backwards(first), backwards(second)].concat();
+        other
+    };
+    let [other, whole] = [run(&reversed(&k), &reversed(&v)), before.clone()]
+        .map(|out| out.into_iter().map(f64::from).collect::<Vec<_>>());
+    assert!(error(&other, &whole) < 1e-6, "SEED={seed}");
+    let alone = |tensor: &Heads<f32>| Heads {
+        data: tensor.data[90 * per_step..].to_vec(),
+        shape: [1, 60, heads, d_head],
+        ..tensor.clone()
+    };
+    let [q, k, v] = [&q, &k, &v].map(alone);
+    let alone = Inputs { causal: false, ..Inputs::new(q.view(), k.view(), v.view()) }.forward().unwrap().out;
+    assert_eq!(bits(&alone), bits(&before[90 * per_step..]), "SEED={seed}");
+}
+
+/// A dense tensor.
+fn dense(draw: &mut Draw, shape: [usize; 4]) -> Heads<f32> {
+    let data = draw.uniform(shape.iter().product(), -1.0, 1.0);
+    Heads { data, shape, strides: [shape[2] * shape[3], shape[3]], offset: 0 }
+}
+
 #[test]
 fn bad_arguments_are_named() {
     let data = vec![0.0f32; 4 * MAX_D_HEAD * 4];
@@ -384,6 +443,13 @@ fn bad_arguments_are_named() {
     refused(
         Inputs { keys: Some(&[KeyRange { row: 0, start: 2, length: 2 }]), ..plain },
         "`keys`: expected at least 3 of 3 steps in a row below 1, got KeyRange { row: 0, start: 2, length: 2 }",
+    );
+    // Where all keys are seen, one is enough.
+    let few = Inputs { keys: Some(&[KeyRange { row: 0, start: 2, length: 1 }]), causal: false, ..plain };
+    assert!(few.forward().is_ok());
+    refused(
+        Inputs { keys: Some(&[KeyRange { row: 0, start: 2, length: 0 }]), ..few },
+        "`keys`: expected at least 1 of 3 steps in a row below 1, got KeyRange { row: 0, start: 2, length: 0 }",
     );
     refused(Inputs { keys: Some(&[]), ..plain }, "`keys`: expected 1, one for each sequence, got 0");
     let error = cpu::forward(&plain, OutputMut { out: &mut [0.0; 23], lse: &mut [0.0; 12] }).unwrap_err().to_string();

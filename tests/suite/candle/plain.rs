@@ -58,7 +58,7 @@ pub fn scan(scan: &Scan) -> Result<(Tensor, Tensor)> {
             let weight = match scan.options.discretization {
                 Discretization::Euler => delta.broadcast_mul(&b?)?,
                 Discretization::ZeroOrderHold => ((&decay - 1.0)?.broadcast_div(&a)? * b?)?,
-                other => unimplemented!("{other:?}"),
+                other => return Err(candle_core::Error::msg(format_args!("{other:?}: none of this yardstick's"))),
             };
             state = ((decay * state)? + weight.broadcast_mul(&u)?)?;
             outs.push((&state * c?)?.sum(D::Minus1)?.unsqueeze(1)?);

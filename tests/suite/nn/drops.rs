@@ -226,3 +226,57 @@ fn all_parts_of_hybrids_are_left_out() {
     half.iter().zip(states(0.5)).for_each(|(stream, again)| assert_eq!(bits(stream), bits(&again)));
     assert_ne!(bits(&half[2]), bits(&states(0.0)[2]));
 }
+
+/// What mixers add and what feed-forward parts add is left out by choices of their own: half of the time the same is chosen for
+/// both. What a mixer added is seen where the feed-forward parts are nothing, and what a part added beside that.
+#[test]
+fn mixers_and_feed_forward_parts_are_left_out_by_themselves() {
+    let mut random = random();
+    let mamba = MambaConfig { seed: random.random(), ..MambaConfig::new(12) };
+    let attention = AttentionConfig { seed: random.random(), ..AttentionConfig::new(12, 3) };
+    for mixer in [mamba.into(), attention.into()] {
+        let config = BackboneConfig {
+            feed_forward: Some(MlpConfig::new(12, 9).into()),
+            ..BackboneConfig::with_mixer(2, MambaConfig::new(12))
+        };
+        let config = BackboneConfig { mixer, ..config };
+        let (backbone, variables) = backbone(&config, &mut random);
+        let x = tensor(&mut random, &[400, 3, 12], 1.0);
+        let dropout = Drops { dropout: 0.5, seed: random.random(), ..Drops::default() };
+        let depth = Drops { stochastic_depth: 0.5, seed: random.random(), ..Drops::default() };
+        let states = || [dropout, depth].map(|drops| backbone.with_drops(drops).unwrap().hidden_states(&x).unwrap());
+        let set = |name: &str, change: &dyn Fn(&Tensor) -> Tensor| {
+            let variables = variables.data().lock().unwrap();
+            variables[name].set(&change(variables[name].as_tensor())).unwrap();
+        };
+        let zero = |weight: &Tensor| weight.zeros_like().unwrap();
+        let last = "layers.1.feed_forward.down_proj.weight";
+        let weight = variables.data().lock().unwrap()[last].as_tensor().copy().unwrap();
+        set("layers.0.feed_forward.down_proj.weight", &zero);
+        set(last, &zero);
+        let without = states();
+        set(last, &|_| weight.clone());
+        let with = states();
+        // Of a layer in whose place depth 0.5 is reached, whether each number was kept.
+        let kept = |after: &Tensor, before: &Tensor| -> Vec<bool> {
+            values(after).iter().zip(values(before)).map(|(after, before)| *after != before).collect()
+        };
+        for (index, step) in [(0, 1), (1, 36)] {
+            let of_mixer = kept(&without[index][1], &without[index][0]);
+            let of_part = kept(&with[index][1], &without[index][1]);
+            let any = |kept: &[bool]| kept.chunks(step).map(|chunk| chunk.contains(&true)).collect::<Vec<_>>();
+            let (of_mixer, of_part) = (any(&of_mixer), any(&of_part));
+            let count = of_mixer.len() as f64;
+            let share = |chosen: &mut dyn Iterator<Item = bool>| chosen.filter(|chosen| *chosen).count() as f64 / count;
+            // Six deviations of a share of so many choices.
+            let bound = 6.0 * 0.5 / count.sqrt();
+            for (what, share) in [
+                ("of mixers", share(&mut of_mixer.iter().copied())),
+                ("of parts", share(&mut of_part.iter().copied())),
+                ("of both the same", share(&mut of_mixer.iter().zip(&of_part).map(|(a, b)| a == b))),
+            ] {
+                assert!((share - 0.5).abs() < bound, "{what}, {index}: {share}");
+            }
+        }
+    }
+}

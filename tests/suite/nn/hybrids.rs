@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::{RNN, VarBuilder, VarMap};
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -11,7 +11,7 @@ use selective_scan::nn::train::{LossOptions, Trainer, TrainerConfig};
 use selective_scan::nn::{
     Attention, AttentionConfig, AttentionState, BackboneConfig, Cache, CheckpointFormat, Experts, ExpertsConfig,
     LanguageModel, LanguageModelConfig, LayerConfig, MambaConfig, MixerConfig, Mlp, MlpConfig, Recurrent,
-    RecurrentCell, RecurrentConfig,
+    RecurrentCell, RecurrentConfig, RopeScaling,
 };
 use selective_scan::sampling::Settings;
 
@@ -42,8 +42,12 @@ fn config(random: &mut StdRng) -> LanguageModelConfig {
 }
 
 fn model(random: &mut StdRng) -> (LanguageModel, VarMap) {
-    let (config, variables) = (config(random), VarMap::new());
-    let build = || LanguageModel::new(&config, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu)).unwrap();
+    drawn(&config(random), random)
+}
+
+fn drawn(config: &LanguageModelConfig, random: &mut StdRng) -> (LanguageModel, VarMap) {
+    let variables = VarMap::new();
+    let build = || LanguageModel::new(config, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu)).unwrap();
     build();
     shake(&variables, random);
     (build(), variables)
@@ -305,7 +309,18 @@ fn generators_write_with_hybrids() {
 #[test]
 fn hybrids_are_saved() {
     let random = &mut random();
-    let (model, _) = model(random);
+    let mut config = config(random);
+    let stretched = RopeScaling::Llama3 { factor: 8.0, low_turns: 1.0, high_turns: 4.0, original_length: 8192 };
+    for (index, rope_scaling, causal) in [(1, Some(stretched), true), (3, None, false)] {
+        if let Some(LayerConfig { mixer: MixerConfig::Attention(attention), .. }) =
+            config.backbone.layers.get_mut(&index)
+        {
+            *attention = AttentionConfig { rope_scaling, causal, ..attention.clone() };
+        }
+    }
+    let (model, _) = drawn(&config, random);
+    let refused = refusal(model.prefill(&ids(random, 1, 3), &model.new_cache(1, DType::F32).unwrap(), None));
+    assert!(refused.contains("`causal`: expected true, for prompts and steps of decoding, got false"), "{refused}");
     let folder = std::env::temp_dir().join(format!("selective-scan-own-hybrid-{}", random.random::<u64>()));
     model.save(&folder, CheckpointFormat::HuggingFace).unwrap();
     let again = LanguageModel::load(&folder, DType::F32, &Device::Cpu).unwrap();
@@ -419,6 +434,83 @@ fn recurrent_layers_are_candles() {
     }
 }
 
+/// A list of layers is the same model as the first of them with the others by index.
+#[test]
+fn a_list_of_layers_is_a_backbone() {
+    let config = config(&mut random()).backbone;
+    let layers: Vec<_> = (0..config.n_layer).map(|index| config.layer(index)).collect();
+    let listed = BackboneConfig::with_layers(layers.clone());
+    assert_eq!(listed, config);
+    // Another first one.
+    let listed = BackboneConfig::with_layers(layers.iter().rev().cloned());
+    assert_eq!(listed.n_layer, 7);
+    assert!((0..7).all(|index| listed.layer(index) == layers[6 - index]));
+    let none = LanguageModelConfig::with_layers(VOCAB, []);
+    let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+    assert!(refusal(LanguageModel::new(&none, vb)).contains("`n_layer`: expected at least 1, got 0"));
+}
+
+/// A layer that sees all steps, of heads that share keys, in candle's operators: results, and the gradients of the input and of
+/// each parameter. Packed, each sequence has what it has alone.
+#[test]
+fn attention_that_is_not_causal() {
+    let random = &mut random();
+    let (batch, length, heads, d_head) = (2, 9, 4, 3);
+    let config = AttentionConfig {
+        n_kv_head: 2,
+        d_head,
+        qkv_bias: true,
+        out_bias: true,
+        rope_theta: None,
+        causal: false,
+        ..AttentionConfig::new(10, heads)
+    };
+    let variables = VarMap::new();
+    let build = || Attention::new(&config, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu)).unwrap();
+    build();
+    shake(&variables, random);
+    let layer = build();
+    let x = Var::from_tensor(&tensor(random, &[batch, length, 10], 1.0)).unwrap();
+    let plain = || -> candle_core::Result<Tensor> {
+        let data = variables.data().lock().unwrap();
+        let linear = |name: &str, x: &Tensor| {
+            let [weight, bias] = ["weight", "bias"].map(|part| data[&format!("{name}.{part}")].as_tensor().clone());
+            x.broadcast_matmul(&weight.t()?)?.broadcast_add(&bias)
+        };
+        let by_heads = |name, count: usize| {
+            let rows = linear(name, &x)?.reshape((batch, length, count, d_head))?.transpose(1, 2)?;
+            // Each head of keys and values is read by as many heads of queries as are its share.
+            let shared = rows.unsqueeze(2)?.broadcast_as((batch, count, heads / count, length, d_head))?;
+            shared.reshape((batch, heads, length, d_head))
+        };
+        let (q, k, v) = (by_heads("q_proj", 4)?, by_heads("k_proj", 2)?, by_heads("v_proj", 2)?);
+        let scores = (q.matmul(&k.t()?)? / (d_head as f64).sqrt())?;
+        let out = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v)?;
+        linear("o_proj", &out.transpose(1, 2)?.reshape((batch, length, heads * d_head))?)
+    };
+    let (got, want) = (layer.forward(&x).unwrap(), plain().unwrap());
+    assert_close(&got, &want, SAME, "out");
+    let packed = x.as_tensor().reshape((1, batch * length, 10)).unwrap();
+    let packed = layer.forward_packed(&packed, &[0, length, 2 * length]).unwrap();
+    assert_close(&packed.reshape(got.shape()).unwrap(), &want, SAME, "packed");
+    let weights = tensor(random, &[batch, length, 10], 1.0);
+    let gradients = |out: &Tensor| (out * &weights).unwrap().sum_all().unwrap().backward().unwrap();
+    let (got, want) = (gradients(&got), gradients(&want));
+    assert_close(got.get(&x).unwrap(), want.get(&x).unwrap(), SAME_GRADIENTS, "the input");
+    for (name, variable) in variables.data().lock().unwrap().iter() {
+        // The same is added to the scores of all keys, so that nothing depends on it: what is there is rounding.
+        if name != "k_proj.bias" {
+            assert_close(got.get(variable).unwrap(), want.get(variable).unwrap(), SAME_GRADIENTS, name);
+        }
+    }
+    let state = AttentionState::new(&config, 2, 20, DType::F32, &Device::Cpu).unwrap();
+    for refused in [layer.prefill(&x, &state, None), layer.step(&x.narrow(1, 0, 1).unwrap(), &state, None)] {
+        let error = refusal(refused);
+        assert!(error.contains("`causal`: expected true, for prompts and steps of decoding, got false"), "{error}");
+    }
+    assert_eq!(state.lengths().unwrap(), [0, 0]);
+}
+
 #[test]
 fn what_makes_no_hybrid_is_named() {
     let random = &mut random();
@@ -444,6 +536,23 @@ fn what_makes_no_hybrid_is_named() {
     refused(
         &put(attention(&|a| a.d_head = 3)),
         "`d_head`: expected an even number, for rotary positions, got 3",
+        random,
+    );
+    let linear = |factor| Some(RopeScaling::Linear { factor });
+    refused(
+        &put(attention(&|a| (a.d_head, a.rope_scaling) = (4, linear(0.0)))),
+        "`rope_scaling`: expected a factor above 0, got 0",
+        random,
+    );
+    refused(
+        &put(attention(&|a| (a.rope_theta, a.rope_scaling) = (None, linear(2.0)))),
+        "`rope_scaling`: expected none where there is no rope_theta, got Linear { factor: 2.0 }",
+        random,
+    );
+    let turns = RopeScaling::Llama3 { factor: 2.0, low_turns: 4.0, high_turns: 4.0, original_length: 8 };
+    refused(
+        &put(attention(&|a| (a.d_head, a.rope_scaling) = (4, Some(turns)))),
+        "`rope_scaling`: expected 0 <= low_turns < high_turns, and an original_length of at least 1, got Llama3",
         random,
     );
     refused(&put(attention(&|a| a.rope_theta = Some(0.0))), "`rope_theta`: expected a base above 0, got 0", random);

@@ -17,13 +17,15 @@ const FORWARD: f64 = 1e-5;
 const GRADIENTS: f64 = 1e-4;
 
 /// The checkpoints, and where what is expected of them stands.
-const MODELS: [(&str, &str); 6] = [
+const MODELS: [(&str, &str); 8] = [
     ("mamba", "mamba"),
     ("mamba_untied", "mamba_untied"),
     ("falcon_mamba", "falcon_mamba"),
     ("state_spaces", "mamba"),
     ("jamba_model", "jamba_model"),
     ("llama", "llama"),
+    ("llama_linear", "llama_linear"),
+    ("llama3", "llama3"),
 ];
 
 /// What a parameter is called in a checkpoint of transformers.
@@ -36,7 +38,7 @@ fn stored_name(model: &str, name: &str) -> String {
             [".1.mixer.", ".1.self_attn."],
             [".mixer.", ".mamba."],
         ],
-        "llama" => &[
+        "llama" | "llama_linear" | "llama3" => &[
             ["norm_f", "norm"],
             [".norm.weight", ".input_layernorm.weight"],
             [".norm_ff.", ".post_attention_layernorm."],
@@ -177,7 +179,7 @@ fn a_jamba_layer() {
 /// What is saved has transformers' names and keys, and is the same model again.
 #[test]
 fn jamba_and_llama_are_saved_as_such() {
-    for name in ["jamba_model", "llama"] {
+    for name in ["jamba_model", "llama", "llama_linear", "llama3"] {
         let model = LanguageModel::load(checkpoint(name), DType::F32, &Device::Cpu).unwrap();
         let folder = std::env::temp_dir().join(format!("selective-scan-{}-{name}", std::process::id()));
         model.save(&folder, CheckpointFormat::HuggingFace).unwrap();

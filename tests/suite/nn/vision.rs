@@ -6,7 +6,9 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use rand::Rng;
 use rand::rngs::StdRng;
-use selective_scan::nn::{Backbone, BackboneConfig, MambaConfig, VisionConfig, VisionModel};
+use selective_scan::nn::{
+    AttentionConfig, Backbone, BackboneConfig, MambaConfig, MlpConfig, VisionConfig, VisionModel,
+};
 
 use super::{SAME, SAME_GRADIENTS, assert_close, bits, random, refusal, shake, tensor, values};
 
@@ -163,4 +165,38 @@ fn half_types_compute_nearly_the_same() {
     let logits = half.forward(&images).unwrap();
     assert_eq!(logits.dtype(), DType::F32);
     assert_close(&logits, &model.forward(&images).unwrap(), 10.0 / 256.0, "bf16");
+}
+
+/// A Transformer on patches: the token in their middle sees all of them, before it and after it, and every parameter learns.
+#[test]
+fn layers_of_attention_see_all_patches() {
+    let mut random = random();
+    let attention = AttentionConfig { causal: false, rope_theta: None, ..AttentionConfig::new(12, 3) };
+    let config = VisionConfig {
+        backbone: BackboneConfig {
+            feed_forward: Some(MlpConfig::new(12, 10).into()),
+            ..BackboneConfig::with_mixer(1, attention)
+        },
+        ..config([4, 6], 2, 2, 1)
+    };
+    let variables = VarMap::new();
+    let build = || VisionModel::new(&config, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu)).unwrap();
+    build();
+    shake(&variables, &mut random);
+    let model = build();
+    let count: usize = model.named_tensors().iter().map(|(_, tensor)| tensor.elem_count()).sum();
+    assert_eq!(config.parameter_count().unwrap(), count);
+    let images = Var::from_tensor(&tensor(&mut random, &[2, 1, 4, 6], 1.0)).unwrap();
+    let logits = model.forward(&images).unwrap();
+    let gradients = logits.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    for (name, variable) in variables.data().lock().unwrap().iter() {
+        assert!(gradients.get(variable).is_some(), "{name}");
+    }
+    // Of each of the two rows and three columns of patches.
+    let slopes = values(gradients.get(&images).unwrap());
+    for patch in 0..6 {
+        let (top, left) = (patch / 3 * 2, patch % 3 * 2);
+        let pixels = [(top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)];
+        assert!(pixels.iter().all(|(row, column)| slopes[row * 6 + column] != 0.0), "patch {patch}");
+    }
 }

@@ -5,8 +5,8 @@ use std::fs;
 use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 use selective_scan::nn::{
-    Checkpoint, CheckpointFormat, LanguageModel, LanguageModelConfig, MambaConfig, Norms, Sampler, Sampling,
-    SaveOptions,
+    Checkpoint, CheckpointFormat, LanguageModel, LanguageModelConfig, MambaConfig, Norms, RopeScaling, Sampler,
+    Sampling, SaveOptions,
 };
 use serde_json::{Map, Value};
 
@@ -235,6 +235,60 @@ fn nothing_is_said() {
     assert_eq!(*mamba(&theirs.unwrap()), MambaConfig::new(32));
     let jamba = MambaConfig::from_json(r#"{"model_type": "jamba", "hidden_size": 64}"#).unwrap();
     assert_eq!(jamba, MambaConfig { norms: Norms::Weighted { eps: 1e-6 }, ..MambaConfig::new(64) });
+}
+
+/// Stretched positions as newer versions of transformers write them, as older ones do, and as the oldest.
+#[test]
+fn stretched_positions_are_read() {
+    let read = |keys: &str| {
+        let sizes = r#""num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4"#;
+        let text = format!(r#"{{"model_type": "llama", {sizes}, {keys}}}"#);
+        let config = LanguageModelConfig::from_json(&text)?;
+        let attention = config.backbone.mixer.as_attention().unwrap();
+        Ok((attention.rope_theta.unwrap(), attention.rope_scaling))
+    };
+    // As Llama 3.1 has them.
+    let numbers = r#""factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0"#;
+    let original = r#""original_max_position_embeddings": 8192"#;
+    let llama3 = RopeScaling::Llama3 { factor: 8.0, low_turns: 1.0, high_turns: 4.0, original_length: 8192 };
+    let linear = RopeScaling::Linear { factor: 2.5 };
+    for (keys, theta, scaling) in [
+        (
+            format!(r#""rope_theta": 5e5, "rope_scaling": {{"rope_type": "llama3", {numbers}, {original}}}"#),
+            5e5,
+            Some(llama3),
+        ),
+        (
+            format!(r#""rope_parameters": {{"rope_theta": 5e5, "rope_type": "llama3", {numbers}, {original}}}"#),
+            5e5,
+            Some(llama3),
+        ),
+        (
+            format!(r#""max_position_embeddings": 8192, "rope_scaling": {{"rope_type": "llama3", {numbers}}}"#),
+            1e4,
+            Some(llama3),
+        ),
+        (r#""rope_scaling": {"type": "linear", "factor": 2.5}"#.into(), 1e4, Some(linear)),
+        (r#""rope_scaling": null, "rope_theta": 3e4"#.into(), 3e4, None),
+        (r#""rope_scaling": {"rope_type": "default"}"#.into(), 1e4, None),
+    ] {
+        assert_eq!(read(&keys).unwrap(), (theta, scaling), "{keys}");
+    }
+    for (keys, text) in [
+        (r#""rope_scaling": {"rope_type": "yarn", "factor": 2.0}"#, "of the type default, linear or llama3, got yarn"),
+        (r#""rope_scaling": {"type": "linear"}"#, "`rope_scaling`: expected a number `factor` beside linear, got none"),
+        (
+            r#""rope_parameters": {"rope_type": "llama3", "factor": 2.0, "high_freq_factor": 4.0}"#,
+            "`rope_parameters`: expected a number `low_freq_factor` beside llama3, got none",
+        ),
+        (
+            r#""rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}"#,
+            "`rope_scaling`: expected the same as rope_parameters",
+        ),
+    ] {
+        let message = refusal(read(keys));
+        assert!(message.contains(text), "{message}");
+    }
 }
 
 #[test]
