@@ -78,10 +78,12 @@ const CASES: &[&str] = &[
     "prefill 130m bf16 64,1 512",
     "decode 130m bf16 1,64 1",
     "decode 370m,1.4b,2.8b bf16 1 1",
+    "serve 130m bf16 64 256",
 ];
 
 /// What takes seconds without a GPU.
-const CASES_ON_CPU: &[&str] = &["train tiny f32 4 256", "prefill tiny f32 4 256", "decode tiny f32 1,4 1"];
+const CASES_ON_CPU: &[&str] =
+    &["train tiny f32 4 256", "prefill tiny f32 4 256", "decode tiny f32 1,4 1", "serve tiny f32 4 32"];
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();

@@ -28,6 +28,8 @@ pub enum What {
     Prefill,
     /// A token of each sequence.
     Decode,
+    /// The same of sequences that come and go, the time for their prompts taken off; `length` tokens in each prompt and in each text.
+    Serve,
 }
 
 /// The sizes that Mamba's paper trains, and one that a test can.
@@ -113,6 +115,9 @@ impl Case {
         };
         if case.what == What::Decode && case.length != 1 {
             return Err(format!("decoding reads one token of each sequence at a time, got `{text}`").into());
+        }
+        if case.what == What::Serve && case.length < 2 {
+            return Err(format!("texts are timed from their second token on, got `{text}`").into());
         }
         Ok(case)
     }

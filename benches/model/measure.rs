@@ -5,7 +5,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::case::{Case, name};
+use crate::case::{Case, What, name};
 use crate::machine::Machine;
 use crate::work::{Training, Work};
 
@@ -39,8 +39,10 @@ impl Prepared {
         let mut prepared = Self { case: case.clone(), work: Work::new(&config, case, &machine.device)?, calls: 1 };
         // The first loads kernels and asks the driver for memory.
         prepared.timed(machine)?;
-        let first = prepared.timed(machine)?;
-        prepared.calls = ((Self::TOGETHER / first).ceil() as usize).clamp(2, 512);
+        if !matches!(prepared.work, Work::Serve(_)) {
+            let first = prepared.timed(machine)?;
+            prepared.calls = ((Self::TOGETHER / first).ceil() as usize).clamp(2, 512);
+        }
         Ok(prepared)
     }
 
@@ -50,11 +52,15 @@ impl Prepared {
 
     /// Milliseconds of a call, by a clock that starts and stops when the device has nothing to do.
     fn timed(&mut self, machine: &Machine) -> Result<f64> {
-        machine.synchronize()?;
-        let start = Instant::now();
-        (0..self.calls).try_for_each(|_| self.work.run())?;
-        machine.synchronize()?;
-        Ok(start.elapsed().as_secs_f64() * 1e3 / self.calls as f64)
+        match &mut self.work {
+            // Of texts of one token nothing but their prompts takes time.
+            Work::Serve(serving) => {
+                let length = serving.length;
+                let prompts = clocked(machine, || serving.run(1))?;
+                Ok((clocked(machine, || serving.run(length))? - prompts) / serving.steps())
+            }
+            work => Ok(clocked(machine, || (0..self.calls).try_for_each(|_| work.run()))? / self.calls as f64),
+        }
     }
 
     pub fn measure(&mut self, machine: &Machine, repeats: usize) -> Result<Measured> {
@@ -68,7 +74,7 @@ impl Prepared {
                 let phase = |i: usize| median(laps.iter().map(|laps| laps[i]).collect());
                 Some([phase(0), phase(1), phase(2)])
             }
-            Work::Prefill(_) | Work::Decode(_) => None,
+            Work::Prefill(_) | Work::Decode(_) | Work::Serve(_) => None,
         };
         let min = times.iter().copied().fold(f64::INFINITY, f64::min);
         let parameters = self.work.parameters();
@@ -76,9 +82,19 @@ impl Prepared {
     }
 }
 
+/// Milliseconds of what is done, from an idle device to an idle device.
+fn clocked(machine: &Machine, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
+    machine.synchronize()?;
+    let start = Instant::now();
+    run()?;
+    machine.synchronize()?;
+    Ok(start.elapsed().as_secs_f64() * 1e3)
+}
+
 impl Measured {
     pub fn tokens_per_second(&self) -> f64 {
-        self.case.tokens() as f64 / self.median * 1e3
+        let tokens = if self.case.what == What::Serve { self.case.batch } else { self.case.tokens() };
+        tokens as f64 / self.median * 1e3
     }
 
     /// A line for programs.

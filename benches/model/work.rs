@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result as CandleResult, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use selective_scan::nn::decode::{Decoder, DecoderOptions};
+use selective_scan::nn::decode::{Decoder, DecoderOptions, Generator, GeneratorOptions, Request};
 use selective_scan::nn::train::{AdamW, AdamWConfig, LossOptions};
 use selective_scan::nn::{Cache, LanguageModel, LanguageModelConfig};
 use selective_scan::sampling::Settings;
@@ -23,6 +23,7 @@ pub enum Work {
     Train(Box<Training>),
     Prefill(Prefill),
     Decode(Decoding),
+    Serve(Box<Serving>),
 }
 
 impl Work {
@@ -31,6 +32,7 @@ impl Work {
             What::Train => Self::Train(Box::new(Training::new(config, case, device)?)),
             What::Prefill => Self::Prefill(Prefill::new(config, case, device)?),
             What::Decode => Self::Decode(Decoding::new(config, case, device)?),
+            What::Serve => Self::Serve(Box::new(Serving::new(config, case, device)?)),
         })
     }
 
@@ -40,6 +42,7 @@ impl Work {
             Self::Train(training) => &training.model,
             Self::Prefill(prefill) => &prefill.model,
             Self::Decode(decoding) => decoding.decoder.model(),
+            Self::Serve(serving) => serving.generator.decoder().model(),
         };
         let mut count = 0;
         model.visit(&mut |_, tensor| count += tensor.elem_count());
@@ -51,6 +54,7 @@ impl Work {
             Self::Train(training) => training.step(),
             Self::Prefill(prefill) => prefill.run(),
             Self::Decode(decoding) => decoding.run(),
+            Self::Serve(serving) => serving.run(serving.length),
         }
     }
 }
@@ -136,6 +140,43 @@ impl Decoding {
     fn run(&mut self) -> Result<()> {
         self.decoder.step_chosen(&self.slots)?;
         Ok(())
+    }
+}
+
+/// Texts that come and go: each slot has several, one after the other.
+pub struct Serving {
+    generator: Generator,
+    prompts: Vec<Vec<u32>>,
+    pub length: usize,
+}
+
+impl Serving {
+    /// Texts of each slot.
+    const WAVES: usize = 4;
+
+    fn new(config: &LanguageModelConfig, case: &Case, device: &Device) -> Result<Self> {
+        let &Case { batch: slots, length, .. } = case;
+        let model = random_model(config, case.mode, device)?.0;
+        let generator = Generator::new(&model, &GeneratorOptions { slots, ..Default::default() })?;
+        let prompts = random_tokens(config, [Self::WAVES * slots, length])?.to_vec2()?;
+        Ok(Self { generator, prompts, length })
+    }
+
+    /// All prompts, and texts of so many tokens.
+    pub fn run(&mut self, max_tokens: usize) -> Result<()> {
+        for prompt in &self.prompts {
+            let settings = Settings::greedy();
+            self.generator.submit(Request { settings, max_tokens, ..Request::new(prompt.clone()) })?;
+        }
+        while !self.generator.is_idle() {
+            self.generator.turn()?;
+        }
+        Ok(())
+    }
+
+    /// Steps that all slots together would take for the texts of a run but for their first tokens, which come of the prompts.
+    pub fn steps(&self) -> f64 {
+        (Self::WAVES * (self.length - 1)) as f64
     }
 }
 

@@ -1,5 +1,6 @@
 // How a block goes through segments forward.
 #pragma once
+#include "halves.cuh"
 #include "tile.cuh"
 
 namespace s4d::forward {
@@ -12,39 +13,42 @@ struct Shared {
 static_assert(sizeof(Shared) == SMEM, "as it is launched");
 
 // The matrices of a warp, in registers.
-template <bool OUTPUT> struct Matrices {
-    ToState enter[STATE_TILES];
-    FromState read[OUTPUT ? STATE_TILES : 1];
-    WithinChunk within;
+template <typename T, bool OUTPUT> struct Matrices {
+    using Types = Products<T>;
+    typename Types::ToState enter[STATE_TILES];
+    typename Types::FromState read[OUTPUT ? STATE_TILES / Types::FROM_TILES : 1];
+    typename Types::WithinChunk within;
 
     __device__ __forceinline__ Matrices(const Inputs &p, const Warp &warp, Lane lane) {
 #pragma unroll
-        for (int i = 0; i < STATE_TILES; i++) {
-            enter[i] = ToState(p.enter + warp.table(p), lane, i);
-            if (OUTPUT) read[i] = FromState(p.read + warp.table(p), lane, i);
+        for (int i = 0; i < STATE_TILES; i++) enter[i] = typename Types::ToState(p.enter + warp.table(p), lane, i);
+        if (!OUTPUT) return;
+#pragma unroll
+        for (int i = 0; i < STATE_TILES / Types::FROM_TILES; i++) {
+            read[i] = typename Types::FromState(p.read + warp.table(p), lane, i);
         }
-        if (OUTPUT) within = WithinChunk::of<false>(p.kernel + warp.channel * CHUNK, lane, warp.is_first);
+        within = Types::WithinChunk::template of<false>(p.kernel + warp.channel * CHUNK, lane, warp.is_first);
     }
 };
 
 // Carries a warp's states through the `steps` steps of a tile, and leaves what it adds to the outputs, if these are wanted.
 template <typename T, bool OUTPUT, typename R>
-__device__ __forceinline__ void advance(const Inputs &p, const Warp &warp, const Matrices<OUTPUT> &matrices, const Power<R> &power,
+__device__ __forceinline__ void advance(const Inputs &p, const Warp &warp, const Matrices<T, OUTPUT> &matrices, const Power<R> &power,
                                         Number<R> &x, const float *inputs, float *outputs, float *exchange, int steps) {
-    constexpr bool EXACT = Precision<T>::EXACT;
+    using OfSteps = typename Products<T>::OfSteps;
     const Lane lane;
-    OfSteps<EXACT> of_steps(inputs, lane);
+    OfSteps of_steps(inputs, lane);
     int chunks = steps / CHUNK, products = chunks * CHUNK;
     if constexpr (OUTPUT) {
         if (!of_steps.are_finite()) {
             // The products give what comes before.
             products = min(products, not_finite<false>(inputs));
             chunks = products / CHUNK;
-            of_steps = OfSteps<EXACT>(inputs, lane, 0, products);
+            of_steps = OfSteps(inputs, lane, 0, products);
         }
     }
     if (products > 0) {
-        to_states(exchange, lane, of_steps, [&](int i) -> const ToState & { return matrices.enter[i]; });
+        Products<T>::to_states(exchange, lane, of_steps, [&](int i) -> const auto & { return matrices.enter[i]; });
         __syncwarp();
         carry<false>(exchange, power, x, 0, chunks, [](int) {});
         if constexpr (OUTPUT) {
@@ -52,7 +56,7 @@ __device__ __forceinline__ void advance(const Inputs &p, const Warp &warp, const
             __syncwarp();
             TwoSums sums[STEP_TILES];
             within_chunks(sums, of_steps, matrices.within);
-            from_states(sums, lane, exchange, [&](int i) -> const FromState & { return matrices.read[i]; });
+            Products<T>::from_states(sums, lane, exchange, [&](int i) -> const auto & { return matrices.read[i]; });
             write_steps(outputs, lane, sums, 0, products);
         }
         __syncwarp();
@@ -70,7 +74,7 @@ template <typename T, bool OUTPUT> __device__ __forceinline__ void run(const For
     const Inputs &p = params.inputs;
     const Block block(p);
     const Warp warp(p, block);
-    const Matrices<OUTPUT> matrices(p, warp, Lane());
+    const Matrices<T, OUTPUT> matrices(p, warp, Lane());
     const Power<R> power(Number<double>{warp.powers(p)[2], warp.powers(p)[3]});
 
     for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {

@@ -81,6 +81,11 @@ template <bool EXACT> struct OfSteps {
     // Zero but from step `from` to step `to` of the tile.
     __device__ __forceinline__ OfSteps(const float *row, Lane lane, int from, int to) {
         float values[2][4];
+        read_between(values, row, lane, from, to);
+        set(values[0], values[1]);
+    }
+    // A lane's steps of both of its rows, zero but from step `from` to step `to` of the tile.
+    static __device__ __forceinline__ void read_between(float (&values)[2][4], const float *row, Lane lane, int from, int to) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
@@ -89,7 +94,6 @@ template <bool EXACT> struct OfSteps {
                 values[half][i] = step >= from && step < to ? row[step] : 0.0f;
             }
         }
-        set(values[0], values[1]);
     }
     // Whether there is no infinity and no NaN in any of the warp's lanes.
     __device__ __forceinline__ bool are_finite() const {
@@ -233,5 +237,25 @@ __device__ __forceinline__ void within_chunks(TwoSums (&sums)[STEP_TILES], const
         for (int j = 0; j < STEP_TILES; j++) sums[j].add(steps.tiles[k], matrix.tiles[k][j]);
     }
 }
+
+// What products are made of, by the type of activations.
+template <typename T> struct Products {
+    using OfSteps = s4d::OfSteps<Precision<T>::EXACT>;
+    using ToState = s4d::ToState;
+    using FromState = s4d::FromState;
+    using WithinChunk = s4d::WithinChunk;
+    // Tiles of a state that a `FromState` is of.
+    static constexpr int FROM_TILES = 1;
+
+    template <typename Table>
+    static __device__ __forceinline__ void to_states(float *exchange, Lane lane, const OfSteps &steps, const Table &table) {
+        s4d::to_states(exchange, lane, steps, table);
+    }
+    template <typename Table>
+    static __device__ __forceinline__ void from_states(TwoSums (&sums)[STEP_TILES], Lane lane, const float *exchange,
+                                                       const Table &table) {
+        s4d::from_states(sums, lane, exchange, table);
+    }
+};
 
 }
