@@ -9,6 +9,7 @@
 // The last line is summed up over all chunks. A block keeps the states before each tile of its segment from a pass over them, and
 // then takes the tiles from the last.
 #pragma once
+#include "halves.cuh"
 #include "tile.cuh"
 
 namespace s4d::backward {
@@ -49,40 +50,45 @@ template <bool EXACT> struct OverChunks {
             tiles[i] = Parts<4, EXACT>({values[0][0], values[0][1], values[1][0], values[1][1]});
         }
     }
+    // Adds the product with what `value` gives of a chunk in the lane's column.
+    template <typename Value> __device__ __forceinline__ void add_states(Sum &sum, Lane lane, const Value &value) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) sum.add(tiles[i], Parts<2>({value(8 * i + lane.t), value(8 * i + lane.t + 4)}));
+    }
+    template <typename Value> __device__ __forceinline__ void add_steps(Sum &sum, Lane lane, const Value &value) const {
+        add_states(sum, lane, value);
+    }
 };
+
+// That for the products of a type of activations.
+template <typename T> struct OverChunksOf { using Type = OverChunks<Precision<T>::EXACT>; };
+template <> struct OverChunksOf<__nv_bfloat16> { using Type = halves::OverChunks; };
 
 // The slopes by K, G and H, as results of such products: of a tile of states, or of steps.
 struct MatrixSlopes {
     float of_read[STATE_TILES][4] = {}, of_enter[STATE_TILES][4] = {}, of_kernel[2][4] = {};
 
     // Adds the products of steps with what is in the exchange.
-    template <bool EXACT>
-    static __device__ __forceinline__ void add(float (&to)[STATE_TILES][4], Lane lane, const OverChunks<EXACT> &steps, const float *exchange) {
+    template <typename Steps>
+    static __device__ __forceinline__ void add(float (&to)[STATE_TILES][4], Lane lane, const Steps &steps, const float *exchange) {
 #pragma unroll
         for (int n = 0; n < STATE_TILES; n++) {
             Sum sums;
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float *const at = exchange + (8 * i + lane.t) * EXCHANGE + 8 * n + lane.g;
-                sums.add(steps.tiles[i], Parts<2>({at[0], at[4 * EXCHANGE]}));
-            }
+            steps.add_states(sums, lane, [&](int chunk) { return exchange[chunk * EXCHANGE + 8 * n + lane.g]; });
             // The tensor cores round towards zero, which would add up.
 #pragma unroll
             for (int k = 0; k < 4; k++) to[n][k] += sums[k];
         }
     }
     // Those by K: of inputs and of the slopes by outputs.
-    template <bool EXACT>
-    __device__ __forceinline__ void add_within(Lane lane, const OverChunks<EXACT> &inputs, const float *d_out, int from, int to) {
+    template <typename Steps>
+    __device__ __forceinline__ void add_within(Lane lane, const Steps &inputs, const float *d_out, int from, int to) {
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             Sum sums;
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int chunk = 8 * i + lane.t, step = 8 * n + lane.g;
-                const auto value = [&](int chunk) { return chunk >= from && chunk < to ? d_out[chunk * CHUNK + step] : 0.0f; };
-                sums.add(inputs.tiles[i], Parts<2>({value(chunk), value(chunk + 4)}));
-            }
+            inputs.add_steps(sums, lane, [&](int chunk) {
+                return chunk >= from && chunk < to ? d_out[chunk * CHUNK + 8 * n + lane.g] : 0.0f;
+            });
 #pragma unroll
             for (int k = 0; k < 4; k++) of_kernel[n][k] += sums[k];
         }
@@ -197,15 +203,17 @@ template <typename T, typename R>
 __device__ __forceinline__ void differentiate(const Backward &params, const Warp &warp, const Power<R> &power, Number<R> x,
                                               Number<R> &d_state, MatrixSlopes &matrices, Number<R> &of_chunk, const Rows &rows,
                                               int steps) {
-    constexpr bool EXACT = Precision<T>::EXACT;
+    using Types = Products<T>;
+    using OfSteps = typename Types::OfSteps;
+    using OverChunks = typename OverChunksOf<T>::Type;
     const Inputs &p = params.inputs;
     const float *const enter = p.enter + warp.table(p), *const read = p.read + warp.table(p);
     const Lane lane;
     const int chunks = steps / CHUNK;
     Number<R> now = x;
     if (chunks > 0) {
-        const OfSteps<EXACT> inputs(rows.inputs, lane);
-        to_states(rows.states, lane, inputs, [&](int i) { return ToState(enter, lane, i); });
+        const OfSteps inputs(rows.inputs, lane);
+        Types::to_states(rows.states, lane, inputs, [&](int i) { return typename Types::ToState(enter, lane, i); });
         __syncwarp();
         carry<false>(rows.states, power, now, 0, chunks, [](int) {});
     }
@@ -215,15 +223,15 @@ __device__ __forceinline__ void differentiate(const Backward &params, const Warp
         if (chunks == 0) return;
         __syncwarp();
     }
-    OfSteps<EXACT> d_out(rows.d_out, lane);
+    OfSteps d_out(rows.d_out, lane);
     int first = 0, products = 0;
     if (!d_out.are_finite()) {
         // The products give what comes after. (Of the chunks before, nothing is summed up: the sums are not finite either.)
         products = not_finite<true>(rows.d_out) + 1;
         first = min((products + CHUNK - 1) / CHUNK, chunks);
-        d_out = OfSteps<EXACT>(rows.d_out, lane, products, TILE);
+        d_out = OfSteps(rows.d_out, lane, products, TILE);
     }
-    to_states(rows.slopes, lane, d_out, [&](int i) { return ToState(read, lane, i); });
+    Types::to_states(rows.slopes, lane, d_out, [&](int i) { return typename Types::ToState(read, lane, i); });
     __syncwarp();
     carry_back(rows.slopes, rows.states, power, d_state, of_chunk, first, chunks);
     // What stands in the rows of no chunk is multiplied by zeros.
@@ -236,12 +244,13 @@ __device__ __forceinline__ void differentiate(const Backward &params, const Warp
     __syncwarp();
     {
         TwoSums sums[STEP_TILES];
-        within_chunks(sums, d_out, WithinChunk::of<true>(p.kernel + warp.channel * CHUNK, lane, warp.is_first));
-        from_states(sums, lane, rows.slopes, [&](int i) { return FromState(enter, lane, i); });
+        const float *const kernel = p.kernel + warp.channel * CHUNK;
+        within_chunks(sums, d_out, Types::WithinChunk::template of<true>(kernel, lane, warp.is_first));
+        Types::from_states(sums, lane, rows.slopes, [&](int i) { return typename Types::FromState(enter, lane, i); });
         write_steps(rows.d_inputs, lane, sums, products, chunks * CHUNK);
     }
-    MatrixSlopes::add(matrices.of_read, lane, OverChunks<EXACT>(rows.d_out, lane, first, chunks), rows.states);
-    const OverChunks<EXACT> inputs(rows.inputs, lane, first, chunks);
+    MatrixSlopes::add(matrices.of_read, lane, OverChunks(rows.d_out, lane, first, chunks), rows.states);
+    const OverChunks inputs(rows.inputs, lane, first, chunks);
     MatrixSlopes::add(matrices.of_enter, lane, inputs, rows.slopes);
     if (warp.is_first) matrices.add_within(lane, inputs, rows.d_out, first, chunks);
     if (first > 0) {
@@ -254,9 +263,9 @@ __device__ __forceinline__ void differentiate(const Backward &params, const Warp
 template <typename T, typename R>
 __device__ __forceinline__ void advance(const Inputs &p, const Warp &warp, const Power<R> &power, Number<R> &x, const Rows &rows) {
     const Lane lane;
-    const OfSteps<Precision<T>::EXACT> inputs(rows.inputs, lane);
+    const typename Products<T>::OfSteps inputs(rows.inputs, lane);
     const float *const enter = p.enter + warp.table(p);
-    to_states(rows.states, lane, inputs, [&](int i) { return ToState(enter, lane, i); });
+    Products<T>::to_states(rows.states, lane, inputs, [&](int i) { return typename Products<T>::ToState(enter, lane, i); });
     __syncwarp();
     carry<false>(rows.states, power, x, 0, CHUNKS, [](int) {});
 }
@@ -266,7 +275,7 @@ template <typename T, typename R>
 __device__ __forceinline__ void retreat(const Inputs &p, const Warp &warp, const Power<R> &power, Number<R> &d_state,
                                         const Rows &rows, int steps) {
     const Lane lane;
-    const OfSteps<Precision<T>::EXACT> d_out(rows.d_out, lane);
+    const typename Products<T>::OfSteps d_out(rows.d_out, lane);
     const int chunks = steps / CHUNK;
     if (chunks * CHUNK < steps) {
         const Step<R> step(p, warp);
@@ -276,7 +285,7 @@ __device__ __forceinline__ void retreat(const Inputs &p, const Warp &warp, const
     }
     if (chunks > 0) {
         const float *const read = p.read + warp.table(p);
-        to_states(rows.slopes, lane, d_out, [&](int i) { return ToState(read, lane, i); });
+        Products<T>::to_states(rows.slopes, lane, d_out, [&](int i) { return typename Products<T>::ToState(read, lane, i); });
         __syncwarp();
         carry<true>(rows.slopes, power.conj(), d_state, 0, chunks, [](int) {});
     }
@@ -321,25 +330,29 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
         const Segment segment = segment_at(p.segments, at);
         const int64_t tiles = (segment.steps + TILE - 1) / TILE;
         Number<R> x = incoming_state<R>(p, segment, warp);
+        // What is staged of a tile is asked for a tile ahead.
+        Staged<T> inputs, d_out;
+        inputs.load(p.u, p, segment, block, threadIdx.x);
         for (int64_t tile = 0; tile < tiles; tile++) {
             write_shared(checkpoints + tile * THREADS * 2, {static_cast<float>(x.re), static_cast<float>(x.im)});
             if (tile + 1 == tiles) break;
-            Staged<T> staged;
-            staged.load(p.u, p, segment, block, tile * TILE + threadIdx.x);
             __syncthreads();
-            staged.write(shared.inputs[0]);
+            inputs.write(shared.inputs[0]);
+            inputs.load(p.u, p, segment, block, (tile + 1) * TILE + threadIdx.x);
             __syncthreads();
             if (warp.exists) advance<T>(p, warp, power, x, rows);
         }
         Number<R> d_state = incoming_slope<R>(params, segment, warp);
+        if (tiles > 0) d_out.load(params.d_out, p, segment, block, (tiles - 1) * TILE + threadIdx.x);
         for (int64_t tile = tiles - 1; tile >= 0; tile--) {
             const int64_t first = tile * TILE;
-            Staged<T> inputs, d_out;
-            inputs.load(p.u, p, segment, block, first + threadIdx.x);
-            d_out.load(params.d_out, p, segment, block, first + threadIdx.x);
             __syncthreads();
             inputs.write(shared.inputs[0]);
             d_out.write(shared.d_out[0]);
+            if (tile > 0) {
+                inputs.load(p.u, p, segment, block, first - TILE + threadIdx.x);
+                d_out.load(params.d_out, p, segment, block, first - TILE + threadIdx.x);
+            }
             float before[2];
             read_shared(before, checkpoints + tile * THREADS * 2);
             __syncthreads();
@@ -373,12 +386,14 @@ template <typename T> __device__ __forceinline__ void run_chunk_state(const Back
         const Segment segment = segment_at(p.segments, at);
         if (segment.first == 0) continue;
         Number<R> d_state = {0, 0};
-        for (int64_t tile = (segment.steps - 1) / TILE; tile >= 0; tile--) {
+        int64_t tile = (segment.steps - 1) / TILE;
+        Staged<T> d_out;
+        d_out.load(params.d_out, p, segment, block, tile * TILE + threadIdx.x);
+        for (; tile >= 0; tile--) {
             const int64_t first = tile * TILE;
-            Staged<T> d_out;
-            d_out.load(params.d_out, p, segment, block, first + threadIdx.x);
             __syncthreads();
             d_out.write(shared.d_out[0]);
+            if (tile > 0) d_out.load(params.d_out, p, segment, block, first - TILE + threadIdx.x);
             __syncthreads();
             const int steps = static_cast<int>(min(segment.steps - first, int64_t(TILE)));
             if (warp.exists) retreat<T>(p, warp, power, d_state, rows, steps);

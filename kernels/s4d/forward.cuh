@@ -22,12 +22,13 @@ template <typename T, bool OUTPUT> struct Matrices {
     __device__ __forceinline__ Matrices(const Inputs &p, const Warp &warp, Lane lane) {
 #pragma unroll
         for (int i = 0; i < STATE_TILES; i++) enter[i] = typename Types::ToState(p.enter + warp.table(p), lane, i);
-        if (!OUTPUT) return;
+        if constexpr (OUTPUT) {
 #pragma unroll
-        for (int i = 0; i < STATE_TILES / Types::FROM_TILES; i++) {
-            read[i] = typename Types::FromState(p.read + warp.table(p), lane, i);
+            for (int i = 0; i < STATE_TILES / Types::FROM_TILES; i++) {
+                read[i] = typename Types::FromState(p.read + warp.table(p), lane, i);
+            }
+            within = Types::WithinChunk::template of<false>(p.kernel + warp.channel * CHUNK, lane, warp.is_first);
         }
-        within = Types::WithinChunk::template of<false>(p.kernel + warp.channel * CHUNK, lane, warp.is_first);
     }
 };
 

@@ -15,18 +15,26 @@
 
 namespace s4d::halves {
 
-// Pairs of numbers in two parts, each a bf16.
+// Pairs of numbers in two parts, each a bf16: what is left out is 2^-17 of a number at most, so that states, which are f32, stay
+// within 1e-5. (A first part that is cut off rather than rounded would leave out 2^-16.)
 struct TwoParts {
     uint32_t upper, lower;
 
     TwoParts() = default;
     __device__ __forceinline__ TwoParts(float x, float y) {
-        const uint32_t first = __float_as_uint(x) & 0xffff0000u, second = __float_as_uint(y) & 0xffff0000u;
-        upper = __byte_perm(first, second, 0x7632);
-        const __nv_bfloat162 rest = __floats2bfloat162_rn(x - __uint_as_float(first), y - __uint_as_float(second));
-        lower = reinterpret_cast<const uint32_t &>(rest);
+        upper = nearest(x, y);
+        lower = nearest(x - __uint_as_float(upper << 16), y - __uint_as_float(upper & 0xffff0000u));
+    }
+
+  private:
+    static __device__ __forceinline__ uint32_t nearest(float x, float y) {
+        const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+        return reinterpret_cast<const uint32_t &>(both);
     }
 };
+
+// Two that are bf16: their lower halves are zero.
+__device__ __forceinline__ uint32_t join(float x, float y) { return __byte_perm(__float_as_uint(x), __float_as_uint(y), 0x7632); }
 
 // B, in two parts.
 struct Operand {
@@ -79,12 +87,10 @@ struct OfSteps {
     }
 
   private:
-    // As they are bf16, their lower halves are zero.
     __device__ __forceinline__ void set(const float (&first)[4], const float (&second)[4]) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            columns[2 * i] = __byte_perm(__float_as_uint(first[2 * i]), __float_as_uint(first[2 * i + 1]), 0x7632);
-            columns[2 * i + 1] = __byte_perm(__float_as_uint(second[2 * i]), __float_as_uint(second[2 * i + 1]), 0x7632);
+            columns[2 * i] = join(first[2 * i], first[2 * i + 1]), columns[2 * i + 1] = join(second[2 * i], second[2 * i + 1]);
         }
     }
 };
@@ -173,6 +179,32 @@ __device__ __forceinline__ void from_states(TwoSums (&sums)[STEP_TILES], Lane la
         for (int j = 0; j < STEP_TILES; j++) add(sums[j], states, matrix.tiles[j]);
     }
 }
+
+// As s4d::backward::OverChunks: columns 2t, 2t + 1 are chunks t and t + 4, and 2t + 8, 2t + 9 are chunks t + 8 and t + 12.
+struct OverChunks {
+    uint32_t columns[4];
+
+    __device__ __forceinline__ OverChunks(const float *row, Lane lane, int from, int to) {
+        float values[4][2];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int chunk = 4 * i + lane.t;
+            read_shared(values[i], row + chunk * CHUNK + 2 * lane.g);
+            if (chunk < from || chunk >= to) values[i][0] = values[i][1] = 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) columns[i] = join(values[i / 2 * 2][i % 2], values[i / 2 * 2 + 1][i % 2]);
+    }
+    // Adds the product with what `value` gives of a chunk in the lane's column.
+    template <typename Value> __device__ __forceinline__ void add_states(Sum &sum, Lane lane, const Value &value) const {
+        add(sum, columns, {TwoParts(value(lane.t), value(lane.t + 4)), TwoParts(value(lane.t + 8), value(lane.t + 12))});
+    }
+    // The same of activations, which have one part.
+    template <typename Value> __device__ __forceinline__ void add_steps(Sum &sum, Lane lane, const Value &value) const {
+        const uint32_t first = join(value(lane.t), value(lane.t + 4)), second = join(value(lane.t + 8), value(lane.t + 12));
+        mma(sum.values, columns, first, second, __nv_bfloat16());
+    }
+};
 
 __device__ __forceinline__ void within_chunks(TwoSums (&sums)[STEP_TILES], const OfSteps &steps, const WithinChunk &matrix) {
 #pragma unroll
