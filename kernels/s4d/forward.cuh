@@ -1,7 +1,5 @@
 // How a block goes through segments forward.
 #pragma once
-#include <type_traits>
-
 #include "halves.cuh"
 #include "tile.cuh"
 
@@ -11,52 +9,25 @@ struct Shared {
     // By tile, even and odd ones: the channels' inputs, and what each warp adds to the outputs.
     float inputs[2][WARPS][TILE], outputs[2][WARPS][TILE];
     float exchange[WARPS][CHUNKS * EXCHANGE];
-    // Parts of matrices for which registers are too few.
-    uint32_t parts[WARPS][STATE_TILES][3][32];
 };
 static_assert(sizeof(Shared) == SMEM, "as it is launched");
 
 // The matrices of a warp, in registers.
 template <typename T, bool OUTPUT> struct Matrices {
     using Types = Products<T>;
-    static constexpr bool IN_SHARED = !std::is_same<typename Types::WholeToState, s4d::ToState>::value;
-    using Enter = typename std::conditional<IN_SHARED, uint3, s4d::ToState>::type;
-    Enter enter[STATE_TILES];
+    typename Types::ToState enter[STATE_TILES];
     typename Types::FromState read[OUTPUT ? STATE_TILES / Types::FROM_TILES : 1];
     typename Types::WithinChunk within;
-    uint32_t (&parts)[STATE_TILES][3][32];
 
-    __device__ __forceinline__ Matrices(const Inputs &p, const Warp &warp, Lane lane, uint32_t (&parts)[STATE_TILES][3][32])
-        : parts(parts) {
+    __device__ __forceinline__ Matrices(const Inputs &p, const Warp &warp, Lane lane) {
 #pragma unroll
-        for (int i = 0; i < STATE_TILES; i++) {
-            const typename Types::WholeToState matrix(p.enter + warp.table(p), lane, i);
-            if constexpr (IN_SHARED) {
-                enter[i] = {matrix.upper[0], matrix.upper[1], matrix.lower};
-                const int at = threadIdx.x % 32;
-                parts[i][0][at] = matrix.lower_of_others, parts[i][1][at] = matrix.rest[0], parts[i][2][at] = matrix.rest[1];
-            } else {
-                enter[i] = matrix;
-            }
-        }
+        for (int i = 0; i < STATE_TILES; i++) enter[i] = typename Types::ToState(p.enter + warp.table(p), lane, i);
         if constexpr (OUTPUT) {
 #pragma unroll
             for (int i = 0; i < STATE_TILES / Types::FROM_TILES; i++) {
                 read[i] = typename Types::FromState(p.read + warp.table(p), lane, i);
             }
             within = Types::WithinChunk::template of<false>(p.kernel + warp.channel * CHUNK, lane, warp.is_first);
-        }
-    }
-    // G of a tile of a state.
-    __device__ __forceinline__ auto entering(int i) const {
-        if constexpr (IN_SHARED) {
-            halves::WholeToState matrix;
-            const int at = threadIdx.x % 32;
-            matrix.upper[0] = enter[i].x, matrix.upper[1] = enter[i].y, matrix.lower = enter[i].z;
-            matrix.lower_of_others = parts[i][0][at], matrix.rest[0] = parts[i][1][at], matrix.rest[1] = parts[i][2][at];
-            return matrix;
-        } else {
-            return enter[i];
         }
     }
 };
@@ -78,7 +49,7 @@ __device__ __forceinline__ void advance(const Inputs &p, const Warp &warp, const
         }
     }
     if (products > 0) {
-        Products<T>::to_states(exchange, lane, of_steps, [&](int i) { return matrices.entering(i); });
+        Products<T>::to_states(exchange, lane, of_steps, [&](int i) -> const auto & { return matrices.enter[i]; });
         __syncwarp();
         carry<false>(exchange, power, x, 0, chunks, [](int) {});
         if constexpr (OUTPUT) {
@@ -104,7 +75,7 @@ template <typename T, bool OUTPUT> __device__ __forceinline__ void run(const For
     const Inputs &p = params.inputs;
     const Block block(p);
     const Warp warp(p, block);
-    const Matrices<T, OUTPUT> matrices(p, warp, Lane(), shared.parts[warp.index]);
+    const Matrices<T, OUTPUT> matrices(p, warp, Lane());
     const Power<R> power(Number<double>{warp.powers(p)[2], warp.powers(p)[3]});
 
     for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {

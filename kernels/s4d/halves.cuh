@@ -15,23 +15,18 @@
 
 namespace s4d::halves {
 
-// Pairs of numbers in two parts, each a bf16: what is left out is 2^-17 of a number at most.
+// Pairs of numbers in two parts, each a bf16: what is left out is 2^-17 of a number at most, so that states, which are f32, stay
+// within 1e-5. (A first part that is cut off rather than rounded would leave out 2^-16.)
 struct TwoParts {
     uint32_t upper, lower;
 
     TwoParts() = default;
     __device__ __forceinline__ TwoParts(float x, float y) {
         upper = nearest(x, y);
-        lower = nearest(x - first(upper), y - second(upper));
-    }
-    // What they leave out of these numbers, to 2^-25.
-    __device__ __forceinline__ uint32_t rest(float x, float y) const {
-        return nearest(x - first(upper) - first(lower), y - second(upper) - second(lower));
+        lower = nearest(x - __uint_as_float(upper << 16), y - __uint_as_float(upper & 0xffff0000u));
     }
 
   private:
-    static __device__ __forceinline__ float first(uint32_t both) { return __uint_as_float(both << 16); }
-    static __device__ __forceinline__ float second(uint32_t both) { return __uint_as_float(both & 0xffff0000u); }
     static __device__ __forceinline__ uint32_t nearest(float x, float y) {
         const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
         return reinterpret_cast<const uint32_t &>(both);
@@ -111,27 +106,6 @@ struct ToState {
         steps = {TwoParts(four[0], four[1]), TwoParts(four[2], four[3])};
     }
 };
-// The same in three parts: states are f32, and may be small differences of what enters them. Half of them stand in registers, which
-// are too few for all, and half in shared memory.
-struct WholeToState {
-    uint32_t upper[2], lower, lower_of_others, rest[2];
-
-    WholeToState() = default;
-    __device__ __forceinline__ WholeToState(const float *table, Lane lane, int tile) {
-        float four[4];
-        read_shared(four, table + (8 * tile + lane.g) * CHUNK + 4 * lane.t);
-        const TwoParts first(four[0], four[1]), second(four[2], four[3]);
-        upper[0] = first.upper, upper[1] = second.upper;
-        lower = first.lower, lower_of_others = second.lower;
-        rest[0] = first.rest(four[0], four[1]), rest[1] = second.rest(four[2], four[3]);
-    }
-};
-__device__ __forceinline__ void add(Sum &sum, const OfSteps &steps, const ToState &matrix) { add(sum, steps.columns, matrix.steps); }
-__device__ __forceinline__ void add(Sum &sum, const OfSteps &steps, const WholeToState &matrix) {
-    mma(sum.values, steps.columns, matrix.rest[0], matrix.rest[1], __nv_bfloat16());
-    mma(sum.values, steps.columns, matrix.lower, matrix.lower_of_others, __nv_bfloat16());
-    mma(sum.values, steps.columns, matrix.upper[0], matrix.upper[1], __nv_bfloat16());
-}
 
 // From states to steps, as B, of two tiles of a state: for both tiles of steps.
 struct FromState {
@@ -179,8 +153,9 @@ template <typename Table>
 __device__ __forceinline__ void to_states(float *exchange, Lane lane, const OfSteps &steps, const Table &table) {
 #pragma unroll
     for (int i = 0; i < STATE_TILES; i++) {
+        const ToState &matrix = table(i);
         Sum sums;
-        add(sums, steps, table(i));
+        add(sums, steps.columns, matrix.steps);
         write_shared(exchange + lane.g * EXCHANGE + 2 * (4 * i + lane.t), {sums[0], sums[1]});
         write_shared(exchange + (lane.g + 8) * EXCHANGE + 2 * (4 * i + lane.t), {sums[2], sums[3]});
     }
@@ -246,7 +221,6 @@ template <> struct Products<__nv_bfloat16> {
     using FromState = halves::FromState;
     using WithinChunk = halves::WithinChunk;
     static constexpr int FROM_TILES = 2;
-    using WholeToState = halves::WholeToState;
 
     template <typename Table>
     static __device__ __forceinline__ void to_states(float *exchange, Lane lane, const OfSteps &steps, const Table &table) {

@@ -246,8 +246,6 @@ template <typename T> struct Products {
     using WithinChunk = s4d::WithinChunk;
     // Tiles of a state that a `FromState` is of.
     static constexpr int FROM_TILES = 1;
-    // What makes states in full.
-    using WholeToState = s4d::ToState;
 
     template <typename Table>
     static __device__ __forceinline__ void to_states(float *exchange, Lane lane, const OfSteps &steps, const Table &table) {
