@@ -192,9 +192,10 @@ impl S4Kernel<'_> {
         let complex = "(d_inner, 2 * d_state)";
         let mut views = Vec::with_capacity(N);
         for (name, tensor) in others {
-            views.push(reader.view::<Cpu, f32, 3>(name, "of three dimensions", tensor)?);
+            let names = if name == "u" { "(batch, length, d_inner)" } else { "(batch, d_inner, 2 * d_state)" };
+            views.push(reader.view::<Cpu, f32, 3>(name, names, tensor)?);
         }
-        let views = views.try_into().unwrap_or_else(|_| unreachable!("there are as many"));
+        let views: [View<f32, 3>; N] = views.try_into().unwrap_or_else(|_| unreachable!("there are as many"));
         let kernel = Kernel {
             log_delta: reader.view::<Cpu, f32, 1>("log_delta", "(d_inner)", self.log_delta)?,
             a: reader.view::<Cpu, f32, 2>("a", complex, self.a)?,
