@@ -267,8 +267,8 @@ fn what_makes_no_model_is_named() {
     let text = "`x`: expected at least one step, to take the mean of, got 0";
     assert_eq!(refusal(model.forward(&zeros(&[1, 0, 2]))), text);
     let mut state = model.new_state(2).unwrap();
-    let text = "`x`: expected a batch of 2, as the state has, got 3";
-    assert_eq!(refusal(model.step(&zeros(&[3, 2]), &mut state)), text);
+    let text = "`state`: expected one slot for each of 3 batch rows, since no `slots` are given, got 2 slots";
+    assert_eq!(refusal(model.step(&zeros(&[3, 2]), &mut state, None)), text);
     let layer = S4Layer::new(&good.layer, vb()).unwrap();
     let text = "`x`: expected shape (batch, length, d_model) with d_model = 8, got [1, 8, 2]";
     assert_eq!(refusal(layer.forward(&zeros(&[1, 8, 2]))), text);
