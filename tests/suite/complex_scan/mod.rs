@@ -127,6 +127,8 @@ fn the_reference_is_differentiated_rightly() {
         shape.options.delta_softplus = draw.flag();
         shape.options.reverse = draw.flag();
         let mut case = Case::<f32>::new(shape, &mut draw);
+        // Of turns of up to 20 a third derivative by Δ would be 8000 of a term.
+        case.a.iter_mut().skip(1).step_by(2).for_each(|turn| *turn /= 5.0);
         (case.u, case.delta, case.z, case.d_out) =
             (case.u.dense(), case.delta.dense(), case.z.dense(), case.d_out.dense());
         let want = reference::backward(&case.inputs(), case.d_outputs()).unwrap();
