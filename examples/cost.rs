@@ -233,8 +233,8 @@ impl Complex {
                 View::on_device(&tensors.u, ACTIVATION),
                 View::on_device(&tensors.delta, ACTIVATION),
                 View::on_device(&self.a, COMPLEX),
-                projection.into(),
-                projection.into(),
+                projection,
+                projection,
             )
         }
     }
@@ -250,7 +250,7 @@ fn s4d_backward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
     let (tensors, complex) = (Tensors::new(stream)?, Complex::new(stream)?);
     let mut u = stream.alloc_zeros(COUNT)?;
     let (mut log_delta, mut d) = (stream.alloc_zeros(CHANNELS)?, stream.alloc_zeros(CHANNELS)?);
-    let mut zeros = || stream.alloc_zeros(COMPLEX_COUNT);
+    let zeros = || stream.alloc_zeros(COMPLEX_COUNT);
     let (mut a, mut b, mut c) = (zeros()?, zeros()?, zeros()?);
     let gradients = s4d::GradientsMut {
         u: &mut u,
@@ -322,8 +322,8 @@ fn complex_update(stream: &Arc<CudaStream>) -> Result<(), Failure> {
             View::on_device(&tensors.u, activation),
             View::on_device(&tensors.delta, activation),
             all.a,
-            projection.into(),
-            projection.into(),
+            projection,
+            projection,
         )
     };
     let mut pool = uniform::<f32>(stream, &mut Random::new(3), ROWS * COMPLEX_COUNT, -1.0, 1.0)?;

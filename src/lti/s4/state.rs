@@ -275,7 +275,8 @@ mod tests {
             all[1].iter_mut().step_by(2).for_each(|re| *re = -0.5 - re.abs());
             let d_final = draw(batch * d_inner * 2 * pairs, -1.0, 1.0);
             let states = [batch, d_inner, 2 * pairs];
-            let with = |all: &[Vec<f32>; 6], work: &mut dyn FnMut(Kernel, View<f32, 3>, View<f32, 3>)| {
+            type Work<'w> = &'w mut dyn FnMut(Kernel, View<f32, 3>, View<f32, 3>);
+            let with = |all: &[Vec<f32>; 6], work: Work| {
                 let complex = View::new(&all[1], [d_inner, 2 * pairs]);
                 let kernel = Kernel {
                     log_delta: View::new(&all[0], [d_inner]),
