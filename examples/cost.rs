@@ -197,8 +197,9 @@ impl Complex {
     fn new(stream: &Arc<CudaStream>) -> Result<Self, Failure> {
         let mut random = Random::new(8);
         // S4D-Lin.
-        let numbers: Vec<f32> =
-            (0..COMPLEX_COUNT).map(|i| if i % 2 == 0 { -0.5 } else { 3.14 * (i / 2 % STATES) as f32 }).collect();
+        let numbers: Vec<f32> = (0..COMPLEX_COUNT)
+            .map(|i| if i % 2 == 0 { -0.5 } else { std::f32::consts::PI * (i / 2 % STATES) as f32 })
+            .collect();
         Ok(Self {
             log_delta: uniform(stream, &mut random, CHANNELS, -6.9, -2.3)?,
             a: stream.clone_htod(&numbers)?,
