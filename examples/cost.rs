@@ -7,11 +7,13 @@ use cudarc::driver::{CudaSlice, CudaStream};
 use half::bf16;
 use rand::Rng;
 use selective_scan::cuda::{self, Cuda};
+use selective_scan::lti::{Rule, s4d};
 use selective_scan::sampling::Settings;
 use selective_scan::scan::cuda::{PerLane, Plan};
 use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut};
 use selective_scan::{
-    DType, Element, ProjectionOf, View, ViewMut, conv, embedding, loss, norm, optimizer, sampling, state_update,
+    DType, Element, ProjectionOf, View, ViewMut, complex_scan, conv, embedding, loss, norm, optimizer, sampling,
+    state_update,
 };
 
 use crate::common::Random;
@@ -39,6 +41,12 @@ const OPERATORS: &[(&str, Run)] = &[
     ("scan forward, split", |stream| scan_forward(stream, Plan { segment_steps: Some(64), ..Plan::default() })),
     ("scan backward, unsplit", |stream| scan_backward(stream, unsplit(PerLane::One))),
     ("scan backward, as planned", |stream| scan_backward(stream, Plan::default())),
+    ("S4D forward", s4d_forward),
+    ("S4D backward", s4d_backward),
+    ("S4D update", s4d_update),
+    ("complex states, forward", complex_forward),
+    ("complex states, backward", complex_backward),
+    ("complex states, update", complex_update),
     ("convolution forward", conv_forward),
     ("convolution backward", conv_backward),
     ("convolution update", conv_update),
@@ -170,6 +178,159 @@ fn scan_backward(stream: &Arc<CudaStream>, plan: Plan) -> Result<(), Failure> {
     };
     let d_out = View::on_device(&out, ACTIVATION);
     Ok(scan::cuda::backward_with(plan, stream, &inputs, &checkpoints, d_out.into(), gradients)?)
+}
+
+/// Inputs of S4D, and of a scan with complex states beside [`Tensors`]: complex numbers are two neighbours.
+struct Complex {
+    log_delta: CudaSlice<f32>,
+    a: CudaSlice<f32>,
+    b: CudaSlice<f32>,
+    c: CudaSlice<f32>,
+    /// Of the activations' type, for each step.
+    projections: CudaSlice<bf16>,
+}
+
+const COMPLEX: [usize; 2] = [CHANNELS, 2 * STATES];
+const COMPLEX_COUNT: usize = CHANNELS * 2 * STATES;
+
+impl Complex {
+    fn new(stream: &Arc<CudaStream>) -> Result<Self, Failure> {
+        let mut random = Random::new(8);
+        // S4D-Lin.
+        let numbers: Vec<f32> = (0..COMPLEX_COUNT)
+            .map(|i| if i % 2 == 0 { -0.5 } else { std::f32::consts::PI * (i / 2 % STATES) as f32 })
+            .collect();
+        Ok(Self {
+            log_delta: uniform(stream, &mut random, CHANNELS, -6.9, -2.3)?,
+            a: stream.clone_htod(&numbers)?,
+            b: uniform(stream, &mut random, COMPLEX_COUNT, -1.0, 1.0)?,
+            c: uniform(stream, &mut random, COMPLEX_COUNT, -1.0, 1.0)?,
+            projections: uniform(stream, &mut random, BATCH * LENGTH * 2 * STATES, -1.0, 1.0)?,
+        })
+    }
+
+    fn s4d<'a>(&'a self, tensors: &'a Tensors) -> s4d::Inputs<'a, bf16, Cuda> {
+        let complex = |numbers| View::on_device(numbers, COMPLEX);
+        s4d::Inputs {
+            d: Some(View::on_device(&tensors.d, [CHANNELS])),
+            ..s4d::Inputs::new(
+                View::on_device(&tensors.u, ACTIVATION),
+                View::on_device(&self.log_delta, [CHANNELS]),
+                complex(&self.a),
+                complex(&self.b),
+                complex(&self.c),
+            )
+        }
+    }
+
+    fn scan<'a>(&'a self, tensors: &'a Tensors) -> complex_scan::Inputs<'a, bf16, Cuda> {
+        let projection = View::on_device(&self.projections, [BATCH, LENGTH, 1, 2 * STATES]);
+        complex_scan::Inputs {
+            z: Some(View::on_device(&tensors.z, ACTIVATION)),
+            d: Some(View::on_device(&tensors.d, [CHANNELS])),
+            delta_bias: Some(View::on_device(&tensors.bias, [CHANNELS])),
+            options: complex_scan::Options { delta_softplus: true, ..Default::default() },
+            ..complex_scan::Inputs::new(
+                View::on_device(&tensors.u, ACTIVATION),
+                View::on_device(&tensors.delta, ACTIVATION),
+                View::on_device(&self.a, COMPLEX),
+                projection,
+                projection,
+            )
+        }
+    }
+}
+
+fn s4d_forward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let (tensors, complex) = (Tensors::new(stream)?, Complex::new(stream)?);
+    let mut out = stream.alloc_zeros(COUNT)?;
+    Ok(s4d::cuda::forward(stream, &complex.s4d(&tensors), s4d::OutputMut::new(&mut out))?)
+}
+
+fn s4d_backward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let (tensors, complex) = (Tensors::new(stream)?, Complex::new(stream)?);
+    let mut u = stream.alloc_zeros(COUNT)?;
+    let (mut log_delta, mut d) = (stream.alloc_zeros(CHANNELS)?, stream.alloc_zeros(CHANNELS)?);
+    let zeros = || stream.alloc_zeros(COMPLEX_COUNT);
+    let (mut a, mut b, mut c) = (zeros()?, zeros()?, zeros()?);
+    let gradients = s4d::GradientsMut {
+        u: &mut u,
+        log_delta: &mut log_delta,
+        a: &mut a,
+        b: &mut b,
+        c: &mut c,
+        d: Some(&mut d),
+        initial_state: None,
+    };
+    let d_out = View::on_device(&tensors.z, ACTIVATION);
+    Ok(s4d::cuda::backward(stream, &complex.s4d(&tensors), d_out.into(), gradients)?)
+}
+
+fn s4d_update(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let (tensors, complex) = (Tensors::new(stream)?, Complex::new(stream)?);
+    let all = complex.s4d(&tensors);
+    let mut recurrence = stream.alloc_zeros(CHANNELS * 6 * STATES)?;
+    s4d::cuda::recurrence(stream, all.log_delta, all.a, all.b, Rule::ZeroOrderHold, &mut recurrence)?;
+    let u = View::on_device(&tensors.u, [ROWS, 1, CHANNELS]);
+    let recurrence = View::on_device(&recurrence, [CHANNELS, 6, STATES]);
+    let inputs = s4d::UpdateInputs { d: all.d, ..s4d::UpdateInputs::new(u, recurrence, all.c) };
+    let mut pool = uniform::<f32>(stream, &mut Random::new(3), ROWS * COMPLEX_COUNT, -1.0, 1.0)?;
+    let mut out = stream.alloc_zeros(ROWS * CHANNELS)?;
+    let state = ViewMut::on_device(&mut pool, [ROWS, CHANNELS, 2 * STATES]);
+    Ok(s4d::cuda::update(stream, &inputs, s4d::UpdateMut::new(state, &mut out))?)
+}
+
+fn complex_forward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let (tensors, complex) = (Tensors::new(stream)?, Complex::new(stream)?);
+    let mut out = stream.alloc_zeros(COUNT)?;
+    Ok(complex_scan::cuda::forward(stream, &complex.scan(&tensors), complex_scan::OutputMut::new(&mut out))?)
+}
+
+fn complex_backward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let (tensors, complex) = (Tensors::new(stream)?, Complex::new(stream)?);
+    let (mut u, mut delta, mut z) =
+        (stream.alloc_zeros(COUNT)?, stream.alloc_zeros(COUNT)?, stream.alloc_zeros(COUNT)?);
+    let (mut b, mut c) =
+        (stream.alloc_zeros(complex.projections.len())?, stream.alloc_zeros(complex.projections.len())?);
+    let mut a = stream.alloc_zeros(COMPLEX_COUNT)?;
+    let (mut d, mut delta_bias) = (stream.alloc_zeros(CHANNELS)?, stream.alloc_zeros(CHANNELS)?);
+    let gradients = complex_scan::GradientsMut {
+        u: &mut u,
+        delta: &mut delta,
+        a: &mut a,
+        b: ProjectionOf::Varying(&mut b),
+        c: ProjectionOf::Varying(&mut c),
+        z: Some(&mut z),
+        d: Some(&mut d),
+        delta_bias: Some(&mut delta_bias),
+        initial_state: None,
+    };
+    let d_out = View::on_device(&tensors.z, ACTIVATION);
+    Ok(complex_scan::cuda::backward(stream, &complex.scan(&tensors), d_out.into(), gradients)?)
+}
+
+fn complex_update(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let (tensors, complex) = (Tensors::new(stream)?, Complex::new(stream)?);
+    let activation = [ROWS, 1, CHANNELS];
+    let projection = View::on_device(&complex.projections, [ROWS, 1, 1, 2 * STATES]);
+    let all = complex.scan(&tensors);
+    let inputs = complex_scan::UpdateInputs {
+        z: Some(View::on_device(&tensors.z, activation)),
+        d: all.d,
+        delta_bias: all.delta_bias,
+        delta_softplus: true,
+        ..complex_scan::UpdateInputs::new(
+            View::on_device(&tensors.u, activation),
+            View::on_device(&tensors.delta, activation),
+            all.a,
+            projection,
+            projection,
+        )
+    };
+    let mut pool = uniform::<f32>(stream, &mut Random::new(3), ROWS * COMPLEX_COUNT, -1.0, 1.0)?;
+    let mut out = stream.alloc_zeros(ROWS * CHANNELS)?;
+    let state = ViewMut::on_device(&mut pool, [ROWS, CHANNELS, 2 * STATES]);
+    Ok(complex_scan::cuda::update(stream, &inputs, complex_scan::UpdateMut::new(state, &mut out))?)
 }
 
 /// Inputs of a convolution.

@@ -3,7 +3,7 @@
 //! | operator | module | what it does |
 //! |---|---|---|
 //! | selective scan | [`scan`] | runs the recurrence over whole sequences, dense or packed, with gradients |
-//! | scan with complex states | [`complex_scan`] | the same with complex `A`, `B` and `C`, with gradients and in place, on processors |
+//! | scan with complex states | [`complex_scan`] | the same with complex `A`, `B` and `C`, with gradients and in place |
 //! | state update | [`state_update`] | advances a pool of states by one token or a few, in place |
 //! | attention | [`attention`] | causal attention with grouped heads, in blocks, with gradients |
 //! | causal convolution | [`conv`] | the short depthwise convolution in front of the scan, with gradients |
@@ -18,7 +18,8 @@
 //!
 //! Each has a CPU path that is vectorised for AVX-512, AVX2, NEON or plain code, chosen at run time, and runs on the
 //! threads of the current rayon pool; and a `float64` reference that is the equations written down, which the rest is
-//! tested against. Activations are `f32`, `f16` or `bf16`; parameters and states are `f32`, and so is all arithmetic.
+//! tested against. Activations are `f32`, `f16` or `bf16`; parameters and states are `f32`, and so is all arithmetic
+//! but that of complex states, which is `f64`.
 //!
 //! Tensors are [`View`]s: strides over storage that stays the caller's. Channels-last, as projections produce it, is the
 //! fast layout; a column slice of a projection's output is such a view and is not copied.

@@ -7,4 +7,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # The thread pool lives until the end of the program (ignore-leaks), reads the number of processors (isolation), and its
 # queues need the newer aliasing model (tree-borrows).
 export MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-ignore-leaks -Zmiri-tree-borrows"
-cargo +nightly miri test --locked --test suite -- interpreted::
+cargo +nightly miri test --locked --features lti --test suite -- interpreted::

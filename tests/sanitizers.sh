@@ -12,7 +12,7 @@ sanitized() {
   local sanitizer=$1
   shift
   RUSTFLAGS="-Zsanitizer=$sanitizer" CARGO_TARGET_DIR="target/sanitizer-$sanitizer" CARGO_PROFILE_TEST_OPT_LEVEL=1 \
-    cargo +nightly test --locked --target x86_64-unknown-linux-gnu --test suite "$@"
+    cargo +nightly test --locked --features lti --target x86_64-unknown-linux-gnu --test suite "$@"
 }
 
 # Leaks are not looked for: the thread pool lives until the end of the program. Wild arguments ask for allocations that

@@ -13,9 +13,9 @@ It needs nvcc, cuobjdump and nvdisasm, in $CUDA_HOME/bin or on the PATH, and no 
   are not whole or not finite and for more than 32 pairs (inner loops, too), and ways for a warp that has come apart;
 - the number of kernels, and how long nvcc takes on two cores.
 
-Exit code 1 if a rule is broken: a fast kernel (all but the `general` ones, and those that make S4D's tables in f64 and its
-gradients of parameters) spills or uses local memory, or a kernel has an
-atomic on floating-point numbers. Instruction and time budgets are reported, and fail with --strict only.
+Exit code 1 if a rule is broken: a fast kernel (all but the `general` ones, and those that compute in f64: S4D's tables and
+gradients of parameters, and the scan with complex states, whose sines of large angles take local memory) spills or uses local
+memory, or a kernel has an atomic on floating-point numbers. Instruction and time budgets are reported, and fail with --strict only.
 """
 import argparse
 import collections
@@ -54,7 +54,7 @@ def constants(folder):
         for name, value in re.findall(r"(\w+) = ([^,]+)", listed):
             within = "::".join(spaces[1:])
             known = {key.rpartition("::")[2]: one for key, one in values.items() if key.rpartition("::")[0] in ("", within)}
-            values[f"{within}::{name}".removeprefix("::")] = eval(value.replace("/", "//"), {"QUAD": 4} | known)
+            values[f"{within}::{name}".removeprefix("::")] = eval(f"({value})".replace("/", "//"), {"QUAD": 4} | known)
     return values
 
 
@@ -64,6 +64,7 @@ SCAN = constants("scan")
 TILES = {"one": (SCAN["forward::ONE_TILE"], 1), "four": (SCAN["forward::FOUR_TILE"], 4)}
 STATES, CHUNK = SCAN["STATE_VEC"], SCAN["CHECKPOINT_STEPS"]
 BACKWARD_TILE, BACKWARD_CHANNELS = SCAN["backward::TILE"], SCAN["backward::CHANNELS_PER_LANE"]
+COMPLEX_SCAN = constants("complex_scan")
 # A warp of S4D has a tile of one channel.
 S4D = constants("s4d")
 S4D_UNITS = S4D["TILE"] * S4D["PAIRS"] // 32
@@ -99,7 +100,8 @@ class Kernel:
 
     @property
     def is_fast(self):
-        return "general" not in self.name and self.name not in ("s4d_tables", "s4d_gradients", "s4d_recurrence")
+        of_f64 = self.name.startswith("complex_scan") or self.name in ("s4d_tables", "s4d_gradients", "s4d_recurrence")
+        return "general" not in self.name and not of_f64
 
     def instructions(self):
         return [one for one in self.code if not isinstance(one, str)]
@@ -108,8 +110,8 @@ class Kernel:
         """Bytes of a kernel whose dynamic shared memory is one struct."""
         size = 4 if self.name.endswith("_f32") else 2
         kernel, prefix = self.source.stem, ""
-        if self.source.parent.name == "s4d":
-            return S4D.get(f"{kernel}::SMEM", 0)
+        if self.source.parent.name in ("s4d", "complex_scan"):
+            return (S4D if self.source.parent.name == "s4d" else COMPLEX_SCAN).get(f"{kernel}::SMEM", 0)
         if match := re.match(r"scan_forward_few_channels_(one|two)_", self.name):
             prefix = match[1].upper() + "_"
         fixed = SCAN.get(f"{kernel}::{prefix}SMEM", 0) if self.source.parent.name == "scan" else 0

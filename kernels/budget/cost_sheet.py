@@ -38,6 +38,15 @@ REACHED = 4 * (SEGMENTS - 1) * CHANNELS * (STATES + 1)  # bytes of those
 # sums over channels of 32 each. For the step the forward's four, and the derivatives of softplus (a reciprocal). Bytes:
 # what forward reads, ∂out, three gradients, and the states kept each 64 steps.
 # Backward chunk state: Δ·A, exponential, C·∂y with what came, decay. Bytes: Δ, z, ∂out, and what each segment but the first hands on.
+# S4D, with a pair for each state: the recurrence's complex multiply-add of four and C's of two, without exponentials; backward
+# the states again, C̄·∂y, the decay's of four, two for ∂u, and the sums for Ā, B̄ and C, eight. For the step D's multiply-add,
+# and backward the gradients of D and u. (The kernels do neither: a chunk is products on the tensor cores.) Bytes: u and out;
+# backward u, ∂out and ∂u.
+# Complex states, all of it in f64, which is counted with the others: ΔA, 16 instructions for its exponential and 17 for sine and
+# cosine, their product, Δu·B, a multiply-add of four and C's of two; backward those but C's, C̄·∂y, two each for the terms of ∂B,
+# ∂C and ∂u, four for the slope through the decay and for that by it, three for ∂Δ and two for ∂A. For the step an exponential
+# and a logarithm of 20 each, and one of 20 with a quotient of 8 for the gate; backward the derivatives of both, a quotient
+# each. Bytes as of the scan, whose B and C are twice as large.
 # Convolution: a multiply-add for each tap and the five instructions of SiLU (two of them special functions); backward the
 # same again for the input's gradient and a multiply-add for each weight's. Bytes: x and out; backward ∂out and ∂x instead.
 # Optimizer, on bf16 with masters: a product and a sum in f64 for the norm; for the step four products and two sums of the
@@ -56,7 +65,16 @@ REACHED = 4 * (SEGMENTS - 1) * CHANNELS * (STATES + 1)  # bytes of those
 TAPS, ROWS = 4, 64
 VOCABULARY = 4 * BATCH * LENGTH
 ROW_PART = ROWS * CHANNELS / ELEMENTS
+PAIRS = 4 * CHANNELS * (6 * STATES + 2)  # bytes of S4D's step sizes, A, B, C and D
+COMPLEX_PARAMETERS = 4 * CHANNELS * (2 * STATES + 2)
 LEAST = {
+    "s4d_forward": (1, (6, 1), (0, 0), 4 * ELEMENTS + PAIRS),
+    "s4d_backward": (1, (20, 3), (0, 0), 6 * ELEMENTS + 2 * PAIRS),
+    "s4d_update": (ROW_PART, (6, 1), (0, 0), ROWS * CHANNELS * (4 + 2 * 8 * STATES) + 4 * CHANNELS * (8 * STATES + 1)),
+    "complex_scan_forward": (1, (45, 72), (0, 0), 8 * ELEMENTS + 2 * PROJECTIONS + COMPLEX_PARAMETERS),
+    "complex_scan_backward": (1, (64, 88), (0, 0), 14 * ELEMENTS + 4 * PROJECTIONS + 2 * COMPLEX_PARAMETERS),
+    "complex_scan_update": (ROW_PART, (45, 72), (0, 0),
+                            ROWS * CHANNELS * (8 + 2 * 8 * STATES) + 2 * 4 * ROWS * STATES + COMPLEX_PARAMETERS),
     "conv_forward": (1, (0, TAPS + 5), (0, 2), 4 * ELEMENTS + 4 * CHANNELS * (TAPS + 1)),
     "conv_backward": (1, (0, 3 * TAPS + 8), (0, 2), 6 * ELEMENTS + 8 * CHANNELS * (TAPS + 1)),
     "conv_update": (ROW_PART, (0, TAPS + 5), (0, 2),
@@ -78,6 +96,9 @@ LEAST = {
                                   SPLIT * (6 * ELEMENTS + PROJECTIONS / 2) + PARAMETERS + REACHED),
     "scan_backward": (1, (13.5, 5), (1, 5), 14 * ELEMENTS + 4 * ELEMENTS * STATES / 64 + PROJECTIONS + PARAMETERS),
 }
+
+# The kernels that go through all states of all steps.
+SEQUENCE_KERNELS = ("scan", "s4d_forward", "s4d_backward", "complex_scan_forward", "complex_scan_backward")
 
 # The classes of the simulator, as they are shown.
 UNITS = {
@@ -121,7 +142,7 @@ def rows(operator, kernel):
 
     units = [f"{sum(by_class[one] for one in parts) / 1000:,.0f}" for parts in UNITS.values()]
     work = [f"{issued / 1000:,.0f}",
-            f"{issued / per_32 / STATES:.2f}" if name.startswith("scan") else "-"]
+            f"{issued / per_32 / STATES:.2f}" if name.startswith(SEQUENCE_KERNELS) else "-"]
     memory = [f"{sectors / 1e6:.2f}", f"{sectors / ELEMENTS:.2f}", f"{moved / 1e6:.2f}",
               f"{kernel['shared_wavefronts'] / 1000:,.0f}", ratio(kernel["shared_wavefronts"], shared),
               f"{kernel['local_bytes']:,}"]
@@ -187,7 +208,7 @@ def main():
     target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
     cost = pathlib.Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else target / "release/examples/cost"
     if len(sys.argv) == 1:
-        build = ["cargo", "build", "--release", "--locked", "--features", "cuda", "--example", "cost"]
+        build = ["cargo", "build", "--release", "--locked", "--features", "cuda,lti", "--example", "cost"]
         subprocess.run(build, cwd=ROOT, check=True)
     operators = subprocess.run([cost, "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
     tables = ([], [], [])

@@ -1,4 +1,5 @@
-// How threads are dealt out over channels, states and steps: kernels have a struct for each such map, with a drawn table.
+// How threads are dealt out over channels, states and steps: kernels have a struct for each such map, with a drawn table; and
+// sums over neighbours.
 #pragma once
 #include <stdint.h>
 
@@ -36,6 +37,12 @@ template <int THREADS> constexpr bool is_bijection_in_rows() {
         if (!is_bijection<THREADS>(place)) return false;
     }
     return true;
+}
+
+// The sum over neighbouring lanes, the same in each of them.
+__device__ __forceinline__ double sum_lanes(double x, int lanes) {
+    for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
 }
 
 }

@@ -10,12 +10,6 @@ namespace s4d::update {
 
 static_assert(is_bijection_in_rows<THREADS>());
 
-// The sum over neighbouring lanes, the same in each of them.
-__device__ __forceinline__ double sum_lanes(double x, int lanes) {
-    for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
-    return x;
-}
-
 template <typename T, typename St> __device__ __forceinline__ void run(const Update &p) {
     const RowMap map(threadIdx.x, p.lane_shift);
     const int per_block = THREADS >> p.lane_shift;

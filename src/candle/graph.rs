@@ -165,7 +165,8 @@ impl Computed {
         let is_whole = tensor.is_contiguous() && tensor.layout().start_offset() == 0;
         let dense = if is_whole { tensor.detach() } else { tensor.detach().force_contiguous()? };
         let taken = Take(Mutex::new(None));
-        dense.inplace_op1(&taken)?;
+        // As a row: of a shape without elements candle takes the strides for those of repeated ones.
+        dense.flatten_all()?.inplace_op1(&taken)?;
         match lock(&taken.0).take() {
             Some(storage) => Ok(Self { storage, shape: dense.shape().clone() }),
             None => unreachable!("candle ran the operator"),

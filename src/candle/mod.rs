@@ -89,6 +89,7 @@ pub(crate) mod graph;
 pub(crate) mod host;
 pub(crate) mod in_place;
 mod repeat;
+pub(crate) mod sequences;
 pub(crate) mod tensors;
 pub(crate) mod write_all;
 

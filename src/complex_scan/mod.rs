@@ -16,16 +16,18 @@
 //! `(d_inner, 2 * d_state)`, a `B` or `C` that varies is `(batch, length, groups, 2 * d_state)`. (mamba_ssm has the two
 //! parts interleaved along its last dimension too, which there is that of steps: `(batch, groups, d_state, 2 * length)`.)
 //!
-//! On processors all arithmetic is `f64`, whatever the activations' type, so that errors do not add up over the steps. There are no
-//! kernels for GPUs.
+//! All arithmetic is `f64`, whatever the activations' type, so that errors do not add up over the steps.
 //!
-//! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, [`reference`](mod@reference) is the same written plainly.
+//! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, `cuda` (with the feature `cuda`) on a GPU, and
+//! [`reference`](mod@reference) is the same written plainly.
 //! [`UpdateInputs`] are those of the step of decoding, on a pool of states in place.
 
 #[cfg(feature = "candle")]
 pub(crate) mod candle;
 mod check;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod number;
 pub mod reference;
 pub(crate) mod tensors;

@@ -60,7 +60,6 @@ tensors! {
     /// complex numbers two neighbours, the real and the imaginary part.
     views Inputs;
     /// A selective scan with complex states over tensors; see [`complex_scan`](crate::complex_scan) for what it computes.
-    /// On the processor only: on another device it gives an error.
     ///
     /// `T` stands for the element type of `u`: `f32`, `f16` or `bf16`. Tensors may have any strides and are not copied.
     /// Complex numbers are two neighbours, the real and the imaginary part. A projection of one group may leave the
@@ -68,6 +67,7 @@ tensors! {
     ///
     /// Gradients flow to every tensor here, from the output and from the final state.
     candle ComplexScan;
+    params complex_scan::Inputs;
 }
 
 /// Where a backward pass writes the gradient of each input: a dense buffer of the input's shape, overwritten whole.
@@ -114,11 +114,11 @@ tensors! {
     /// one update give the same bits as `K` updates of one token.
     views UpdateInputs;
     /// An update of a pool of complex states by one token or a few, in place; see
-    /// [`complex_scan::UpdateInputs`](crate::complex_scan::UpdateInputs) for what it computes. On the processor only: on
-    /// another device it gives an error.
+    /// [`complex_scan::UpdateInputs`](crate::complex_scan::UpdateInputs) for what it computes.
     ///
     /// `T` stands for the element type of `u`: `f32`, `f16` or `bf16`. Tensors may have any strides and are not copied. A
     /// projection of one group may leave the dimension of groups out. No gradients flow: results are not part of candle's
     /// graph, whatever the tensors here are.
     candle ComplexUpdate;
+    params complex_scan::Update;
 }

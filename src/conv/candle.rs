@@ -8,13 +8,11 @@ use super::update::{POOL_NAMES, UpdateProblem};
 use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, UpdateInputs, UpdateMut, cpu};
 use crate::ViewMut;
 use crate::candle::CausalConvGradients;
-use crate::candle::device::{Backend, Cpu, Value, for_dtype, on_device};
-use crate::candle::graph::{self, Backward, Computed};
+use crate::candle::device::{Backend, Cpu, Value, for_dtype};
 use crate::candle::in_place::{InPlace, RunsOn, Updated, in_place, updated};
-use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, List, Owned, Reader, Store, both};
+use crate::candle::sequences::over_sequences;
+use crate::candle::tensors::{Arguments, Reader, both};
 use crate::simd::Isa;
-
-const NAME: &str = "causal-conv";
 
 /// A device that runs convolutions.
 pub(crate) trait ConvBackend: Backend {
@@ -112,42 +110,10 @@ impl CausalConv<'_> {
     }
 
     fn run(&self, with_state: bool) -> Result<(Tensor, Option<Tensor>)> {
-        if let Some(weight) = without_middle(self.weight)? {
-            return CausalConv { weight: &weight, ..*self }.run(with_state);
+        match without_middle(self.weight)? {
+            Some(weight) => CausalConv { weight: &weight, ..*self }.run(with_state),
+            None => self.run_forward(with_state),
         }
-        let mut arguments = Arguments::default();
-        let Ok(_) = self.tensors().map(&mut arguments);
-        let tensors = arguments.tensors();
-        let (out, final_state) = {
-            let locked = arguments.lock()?;
-            on_device!("x", self.x, |backend| for_dtype!("x", self.x.dtype(), |T| {
-                self.compute::<_, T>(backend, locked.reader(), with_state)
-            }))
-        }?;
-        if !graph::is_tracked(&tensors) {
-            return Ok((out.untracked(), final_state.map(Computed::untracked)));
-        }
-        let Ok(kept) = self.tensors().map(&mut Keep);
-        let cu_seqlens = self.cu_seqlens.map(<[usize]>::to_vec);
-        let kept = Kept { tensors: kept, cu_seqlens, options: self.options };
-        graph::attach(NAME, &tensors, out, final_state, kept)
-    }
-
-    fn compute<B: ConvBackend, T: Value>(
-        &self,
-        backend: &B,
-        reader: Reader,
-        with_state: bool,
-    ) -> Result<(Computed, Option<Computed>)> {
-        let views = self.tensors().map(&mut reader.views::<B, T>())?;
-        let problem = Inputs::of(views, self.cu_seqlens, self.options).check()?;
-        let (activation, state) = (problem.inputs.x.shape, problem.state_shape());
-        let mut out = backend.allocate::<T>("x", &activation)?;
-        let mut final_state = with_state.then(|| backend.allocate::<f32>("initial_state", &state)).transpose()?;
-        let outputs = OutputMut { out: B::borrow(&mut out), final_state: final_state.as_mut().map(B::borrow) };
-        backend.forward(&problem, outputs)?;
-        let out = Computed::new(backend.store(out), activation);
-        Ok((out, final_state.map(|data| Computed::new(backend.store(data), state))))
     }
 
     /// The gradients of all tensors that were given, from the gradients of the output and of the final state. This is what candle's backward pass
@@ -161,56 +127,11 @@ impl CausalConv<'_> {
             gradients.weight = gradients.weight.reshape(self.weight.shape())?;
             return Ok(gradients);
         }
-        let mut arguments = Arguments::default();
-        let Ok(_) = self.tensors().map(&mut arguments);
-        arguments.add("d_out", d_out);
-        if let Some(tensor) = d_final_state {
-            arguments.add("d_final_state", tensor);
-        }
-        let locked = arguments.lock()?;
-        let reader = locked.reader();
-        on_device!("x", self.x, |backend| for_dtype!("x", self.x.dtype(), |T| {
-            self.gradients::<_, T>(backend, reader, d_out, d_final_state)
-        }))
-    }
-
-    fn gradients<B: ConvBackend, T: Value>(
-        &self,
-        backend: &B,
-        reader: Reader,
-        d_out: &Tensor,
-        d_final_state: Option<&Tensor>,
-    ) -> Result<CausalConvGradients> {
-        let views = self.tensors().map(&mut reader.views::<B, T>())?;
-        let problem = Inputs::of(views, self.cu_seqlens, self.options).check()?;
-        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE_NAMES, tensor);
-        let d_outputs = OutputGradients {
-            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION_NAMES, d_out)?,
-            d_final_state: d_final_state.map(final_state).transpose()?,
-        };
-        let mut gradients: Tensors<Owned<B, T>> = self.tensors().map(&mut Allocate(backend))?;
-        let Ok(buffers) = gradients.by_mut().map(&mut Lend);
-        backend.backward(&problem, d_outputs, buffers)?;
-        let Ok(gradients) = gradients.zip(self.tensors())?.map(&mut Store(backend));
-        Ok(gradients)
+        self.run_backward(d_out, d_final_state)
     }
 }
 
-/// What a backward pass needs: the inputs.
-struct Kept {
-    tensors: Tensors<CandleTensors>,
-    cu_seqlens: Option<Vec<usize>>,
-    options: Options,
-}
-
-impl Backward for Kept {
-    fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Option<Tensor>>> {
-        let operator = CausalConv::over(&self.tensors, self.cu_seqlens.as_deref(), self.options);
-        let mut list = List::default();
-        let Ok(_) = operator.backward(d_out, d_final_state)?.map(&mut list);
-        Ok(list.0)
-    }
-}
+over_sequences!(CausalConv on ConvBackend, "causal-conv", x = "x");
 
 /// The filters may also be of shape `(d_inner, 1, width)`, as checkpoints have them.
 impl ConvUpdate<'_> {

@@ -648,6 +648,23 @@ fn pair_product(q: &[Complex64], state: &[f64]) -> f64 {
     2.0 * q.iter().zip(numbers(state)).map(|(q, x)| q.re * x.re + q.im * x.im).sum::<f64>()
 }
 
+/// `(D⁻¹ + P Q*)⁻¹ v` for a diagonal matrix, whose numbers are `inverse`, and `small`, `(I + Q* D P)⁻¹`.
+fn woodbury(inverse: &[Complex64], small: &DMatrix<f64>, [p, q]: [&[Vec<Complex64>]; 2], v: &[f64]) -> Vec<f64> {
+    let mut solved: Vec<f64> = Vec::with_capacity(v.len());
+    for (inverse, v) in inverse.iter().zip(numbers(v)) {
+        let value = inverse * v;
+        solved.extend([value.re, value.im]);
+    }
+    let along = small * DVector::from_iterator(q.len(), q.iter().map(|q| pair_product(q, &solved)));
+    for (p, along) in p.iter().zip(along.iter()) {
+        for ((p, inverse), to) in p.iter().zip(inverse).zip(solved.as_chunks_mut().0) {
+            let part = p * inverse * *along;
+            *to = [to[0] - part.re, to[1] - part.im];
+        }
+    }
+    solved
+}
+
 /// A [`LowRank`] system's recurrence.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LowRankSteps {
@@ -686,20 +703,15 @@ impl LowRankSteps {
 
     /// `(2/Δ - A)⁻¹ v` by Woodbury's identity.
     fn solve(&self, v: &[f64]) -> Vec<f64> {
-        let mut solved: Vec<f64> = Vec::with_capacity(v.len());
-        for (inverse, v) in self.inverse.iter().zip(numbers(v)) {
-            let value = inverse * v;
-            solved.extend([value.re, value.im]);
-        }
-        let along = DVector::from_iterator(self.system.q.len(), self.system.q.iter().map(|q| pair_product(q, &solved)));
-        let along = &self.small * along;
-        for (p, along) in self.system.p.iter().zip(along.iter()) {
-            for ((p, inverse), to) in p.iter().zip(&self.inverse).zip(solved.as_chunks_mut().0) {
-                let part = p * inverse * *along;
-                *to = [to[0] - part.re, to[1] - part.im];
-            }
-        }
-        solved
+        let system = &self.system;
+        woodbury(&self.inverse, &self.small, [&system.p, &system.q], v)
+    }
+
+    /// `(2/Δ - A)⁻* v`, of the adjoint: in which the conjugates of the eigenvalues stand, and `P` and `Q` for each other.
+    pub(super) fn solve_adjoint(&self, v: &[f64]) -> Vec<f64> {
+        let system = &self.system;
+        let inverse: Vec<_> = self.inverse.iter().map(Complex64::conj).collect();
+        woodbury(&inverse, &self.small.transpose(), [&system.q, &system.p], v)
     }
 
     pub(super) fn system(&self) -> &LowRank {

@@ -11,7 +11,7 @@
 //! | [`Cache`], [`Sampler`] | the states of all layers in slots, which are reset, copied, taken and put back; the choice of tokens from logits on the host |
 //! | [`Checkpoint`] | the files of Hugging Face and of state-spaces/mamba, read and written |
 //! | [`train`] | a trainer with checkpoints, an optimizer whose state can be saved, learning rates, losses, what a pass leaves out at random |
-//! | [`S4Model`], [`S4Layer`] | S4 and S4D, deep, with an encoder and a pooled or per-step head; on processors |
+//! | [`S4Model`], [`S4Layer`] | S4 and S4D, deep, with an encoder and a pooled or per-step head, in parts and step by step; S4 on processors |
 //! | [`VisionModel`] | Vision Mamba: patches of images, a token in their middle, two directions; or a Transformer on them |
 //! | [`RmsNorm`] | the norm between layers, with gradients, for models of your own |
 //!
@@ -133,7 +133,7 @@ pub use model::{
     Backbone, BackboneConfig, LanguageModel, LanguageModelConfig, LayerConfig, LayerState, Mixer, MixerConfig,
 };
 pub use recurrent::{Recurrent, RecurrentCell, RecurrentConfig, RecurrentState};
-pub use s4::{S4Config, S4Head, S4Layer, S4Model, S4ModelConfig, S4State, S4System, s4_group};
+pub use s4::{S4Carry, S4Config, S4Head, S4Layer, S4Model, S4ModelConfig, S4State, S4System, s4_group};
 pub use vision::{VisionConfig, VisionModel};
 
 use checks::{COUNTABLE, NewTokens, argument, check_eps, check_model_dtype, check_once, check_room, sum};

@@ -5,7 +5,7 @@
 use half::{bf16, f16};
 use selective_scan::sampling::{Settings, StateMut};
 use selective_scan::{
-    Discretization, Isa, Projection, Slots, View, ViewMut, conv, decode, loss, sampling, state_update,
+    Discretization, Isa, Projection, Slots, View, ViewMut, complex_scan, conv, decode, loss, sampling, state_update,
 };
 
 use crate::scan::case::{Case, Flags, Shape};
@@ -83,6 +83,87 @@ fn state_updates() {
         let apart = ViewMut::new(&mut apart, [3, d, n]).with_layout(0, [d * (n + 1), n + 1, 1]);
         let options = state_update::Options { discretization: Discretization::ZeroOrderHold, ..inputs.options };
         state_update::Inputs { options, ..inputs }.update_with_token_states(apart).expect("valid");
+    });
+}
+
+/// Complex states from two threads: packed sequences, one of them empty, with gradients, and an update with a row of padding.
+/// What comes out is for `complex_scan` to judge.
+#[test]
+fn complex_scan() {
+    use crate::complex_scan::case::{Case, Shape};
+    use crate::complex_scan::device::{On, backward, forward};
+    on_two_threads(|| {
+        let length = if cfg!(miri) { 3 } else { 66 };
+        for varying in [true, false] {
+            let cu_seqlens = Some(vec![0, 1, 1, length]);
+            let (d_inner, d_state, groups) = (18, 1, 2);
+            let shape = Shape {
+                batch: 1,
+                length,
+                d_inner,
+                d_state,
+                groups,
+                varying: [varying; 2],
+                cu_seqlens,
+                ..Shape::default()
+            };
+            let case = Case::<bf16>::new(shape, &mut Draw::new(1));
+            let on = On::Processor(Isa::Portable);
+            forward(on, &case.inputs());
+            backward(on, &case.inputs(), case.d_outputs());
+        }
+        let shape = Shape { length: 2, d_inner: 18, d_state: 1, ..Shape::default() };
+        let case = Case::<bf16>::new(shape, &mut Draw::new(1));
+        let inputs = complex_scan::UpdateInputs { slots: Slots::Host(&[2, -1]), ..case.update_inputs() };
+        let mut apart = vec![f16::ONE; 3 * 18 * 3];
+        let apart = ViewMut::new(&mut apart, [3, 18, 2]).with_layout(0, [18 * 3, 3, 1]);
+        inputs.update_with_token_states(apart).expect("valid");
+    });
+}
+
+/// S4D from two threads: packed sequences, one of them empty and one of a chunk and more, with gradients, and an update with a
+/// row of padding. What comes out is for `lti` to judge.
+#[cfg(feature = "lti")]
+#[test]
+fn s4d() {
+    use selective_scan::lti::s4d;
+
+    use crate::lti::s4d::case::{Case, Shape};
+    use crate::lti::s4d::device::{On, backward, forward};
+    on_two_threads(|| {
+        let length = if cfg!(miri) { 18 } else { 300 };
+        let cu_seqlens = Some(vec![0, 1, 1, length]);
+        let shape = Shape { batch: 1, length, d_inner: 18, d_state: 1, cu_seqlens, ..Shape::default() };
+        let case = Case::<bf16>::new(shape, &mut Draw::new(1));
+        let on = On::Processor(Isa::Portable);
+        forward(on, &case);
+        backward(on, &case);
+        let shape = Shape { length: 2, d_inner: 18, d_state: 1, ..Shape::default() };
+        let case = Case::<bf16>::new(shape, &mut Draw::new(1));
+        let all = case.inputs();
+        let steps = s4d::recurrence(all.log_delta, all.a, all.b, all.options.rule).expect("valid");
+        let steps = View::new(&steps, [18, 6, 1]);
+        let slots = Slots::Host(&[2, -1]);
+        let inputs = s4d::UpdateInputs { d: all.d, slots, ..s4d::UpdateInputs::new(all.u, steps, all.c) };
+        let mut apart = vec![f16::ONE; 3 * 18 * 3];
+        let apart = ViewMut::new(&mut apart, [3, 18, 2]).with_layout(0, [18 * 3, 3, 1]);
+        inputs.update_with_token_states(apart).expect("valid");
+    });
+}
+
+/// A convolution with kernels from two threads, and back.
+#[cfg(feature = "lti")]
+#[test]
+fn long_convolution() {
+    use selective_scan::lti::long_conv::{Gradients, Inputs};
+    on_two_threads(|| {
+        let (draw, [batch, length, d]) = (&mut Draw::new(1), [2, 5, 3]);
+        let (u, kernel) = (draw.uniform::<bf16>(batch * length * d, -1.0, 1.0), draw.uniform::<f32>(d * 4, -1.0, 1.0));
+        let (u, kernel) = (View::new(&u[..], [batch, length, d]), View::new(&kernel[..], [d, 4]));
+        let inputs = Inputs::new(u, kernel);
+        assert_eq!(inputs.forward().expect("valid").len(), batch * length * d);
+        let Gradients { kernel, .. } = inputs.backward(u).expect("valid");
+        assert_eq!(kernel.len(), d * 4);
     });
 }
 

@@ -3,7 +3,8 @@
 //! 2022, arXiv 2202.09729, have it).
 //!
 //! Training sees a system of this kind through its kernel alone, [`Kernel`], which
-//! [`long_conv`](crate::lti::long_conv) convolves with; decoding through its recurrence, [`Recurrence`].
+//! [`long_conv`](crate::lti::long_conv) convolves with, and the state that inputs lead to ([`Kernel::final_state`]); decoding
+//! through its recurrence, [`Recurrence`].
 //!
 //! The parameter that reads the state is not `C` but `C̃ = C (I + Ā^L)` for the kernel's length `L`, as in the paper
 //! but for the sign (`cauchy.rs` says why): so a kernel needs no power of a matrix. [`Kernel::truncate`] makes one of
@@ -12,6 +13,7 @@
 #[cfg(feature = "candle")]
 pub(crate) mod candle;
 mod cauchy;
+mod state;
 
 use num_complex::Complex64;
 use rayon::prelude::*;
@@ -25,6 +27,7 @@ use cauchy::Cauchy;
 
 pub use cauchy::MAX_RANK;
 pub(super) use cauchy::kernel_of;
+pub use state::StateGradients;
 
 /// The parameters of `d_inner` kernels of S4. Complex numbers are two neighbours, the real and the imaginary part, and
 /// of each conjugate pair of states one is stored.

@@ -7,14 +7,13 @@ use super::tensors::{S4d, S4dUpdate};
 use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, UpdateInputs, UpdateMut, cpu};
 use crate::candle::S4dGradients;
 use crate::candle::device::{Backend, Cpu, Value, for_dtype, on_device};
-use crate::candle::graph::{self, Backward, Computed};
+use crate::candle::graph;
 use crate::candle::in_place::{InPlace, RunsOn, Updated, in_place, updated};
-use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, List, Owned, Reader, Store, both};
+use crate::candle::sequences::over_sequences;
+use crate::candle::tensors::{Arguments, Reader, both};
 use crate::lti::Rule;
 use crate::simd::Isa;
 use crate::{View, ViewMut};
-
-const NAME: &str = "s4d";
 
 /// A device that runs S4D.
 pub(crate) trait S4dBackend: Backend {
@@ -122,7 +121,7 @@ impl S4d<'_> {
     /// # Errors
     /// An argument that does not fit, which the message names. What the device refuses.
     pub fn forward(&self) -> Result<Tensor> {
-        Ok(self.run(false)?.0)
+        Ok(self.run_forward(false)?.0)
     }
 
     /// Runs the operator and also gives the final state, `(sequences, d_inner, 2 * d_state)` of `f32`.
@@ -130,43 +129,7 @@ impl S4d<'_> {
     /// # Errors
     /// As [`S4d::forward`].
     pub fn forward_with_state(&self) -> Result<(Tensor, Tensor)> {
-        self.run(true).map(both)
-    }
-
-    fn run(&self, with_state: bool) -> Result<(Tensor, Option<Tensor>)> {
-        let mut arguments = Arguments::default();
-        let Ok(_) = self.tensors().map(&mut arguments);
-        let tensors = arguments.tensors();
-        let (out, final_state) = {
-            let locked = arguments.lock()?;
-            on_device!("u", self.u, |backend| for_dtype!("u", self.u.dtype(), |T| {
-                self.compute::<_, T>(backend, locked.reader(), with_state)
-            }))
-        }?;
-        if !graph::is_tracked(&tensors) {
-            return Ok((out.untracked(), final_state.map(Computed::untracked)));
-        }
-        let Ok(kept) = self.tensors().map(&mut Keep);
-        let cu_seqlens = self.cu_seqlens.map(<[usize]>::to_vec);
-        let kept = Kept { tensors: kept, cu_seqlens, options: self.options };
-        graph::attach(NAME, &tensors, out, final_state, kept)
-    }
-
-    fn compute<B: S4dBackend, T: Value>(
-        &self,
-        backend: &B,
-        reader: Reader,
-        with_state: bool,
-    ) -> Result<(Computed, Option<Computed>)> {
-        let views = self.tensors().map(&mut reader.views::<B, T>())?;
-        let problem = Inputs::of(views, self.cu_seqlens, self.options).check()?;
-        let (activation, state) = (problem.inputs.u.shape, problem.state_shape());
-        let mut out = backend.allocate::<T>("u", &activation)?;
-        let mut final_state = with_state.then(|| backend.allocate::<f32>("initial_state", &state)).transpose()?;
-        let outputs = OutputMut { out: B::borrow(&mut out), final_state: final_state.as_mut().map(B::borrow) };
-        backend.forward(&problem, outputs)?;
-        let out = Computed::new(backend.store(out), activation);
-        Ok((out, final_state.map(|data| Computed::new(backend.store(data), state))))
+        self.run_forward(true).map(both)
     }
 
     /// The gradients of all tensors that were given, from the gradients of the output and of the final state. This is
@@ -175,56 +138,11 @@ impl S4d<'_> {
     /// # Errors
     /// As [`S4d::forward`].
     pub fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<S4dGradients> {
-        let mut arguments = Arguments::default();
-        let Ok(_) = self.tensors().map(&mut arguments);
-        arguments.add("d_out", d_out);
-        if let Some(tensor) = d_final_state {
-            arguments.add("d_final_state", tensor);
-        }
-        let locked = arguments.lock()?;
-        let reader = locked.reader();
-        on_device!("u", self.u, |backend| for_dtype!("u", self.u.dtype(), |T| {
-            self.gradients::<_, T>(backend, reader, d_out, d_final_state)
-        }))
-    }
-
-    fn gradients<B: S4dBackend, T: Value>(
-        &self,
-        backend: &B,
-        reader: Reader,
-        d_out: &Tensor,
-        d_final_state: Option<&Tensor>,
-    ) -> Result<S4dGradients> {
-        let views = self.tensors().map(&mut reader.views::<B, T>())?;
-        let problem = Inputs::of(views, self.cu_seqlens, self.options).check()?;
-        let final_state = |tensor| reader.view::<B, f32, 3>("d_final_state", STATE_NAMES, tensor);
-        let d_outputs = OutputGradients {
-            d_out: reader.view::<B, T, 3>("d_out", ACTIVATION_NAMES, d_out)?,
-            d_final_state: d_final_state.map(final_state).transpose()?,
-        };
-        let mut gradients: Tensors<Owned<B, T>> = self.tensors().map(&mut Allocate(backend))?;
-        let Ok(buffers) = gradients.by_mut().map(&mut Lend);
-        backend.backward(&problem, d_outputs, buffers)?;
-        let Ok(gradients) = gradients.zip(self.tensors())?.map(&mut Store(backend));
-        Ok(gradients)
+        self.run_backward(d_out, d_final_state)
     }
 }
 
-/// What a backward pass needs: the inputs.
-struct Kept {
-    tensors: Tensors<CandleTensors>,
-    cu_seqlens: Option<Vec<usize>>,
-    options: Options,
-}
-
-impl Backward for Kept {
-    fn backward(&self, d_out: &Tensor, d_final_state: Option<&Tensor>) -> Result<Vec<Option<Tensor>>> {
-        let operator = S4d::over(&self.tensors, self.cu_seqlens.as_deref(), self.options);
-        let mut list = List::default();
-        let Ok(_) = operator.backward(d_out, d_final_state)?.map(&mut list);
-        Ok(list.0)
-    }
-}
+over_sequences!(S4d on S4dBackend, "s4d", u = "u");
 
 /// Makes of the parameters of an [`S4d`] what an [`S4dUpdate`] needs: `(d_inner, 6, d_state)` of `f32`, not part of
 /// candle's graph. See [`recurrence`](crate::lti::s4d::recurrence).

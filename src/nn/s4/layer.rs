@@ -5,9 +5,10 @@ use candle_nn::VarBuilder;
 use candle_nn::ops::sigmoid;
 
 use super::{S4Config, S4System};
-use crate::candle::{LongConv, S4Kernel, S4d, S4dUpdate, s4d_recurrence};
+use crate::candle::{LongConv, S4Kernel, S4d, S4dUpdate, Slots, s4d_recurrence};
 use crate::lti::s4::Recurrence;
 use crate::lti::s4d::Options;
+use crate::nn::decode::{put, take};
 use crate::nn::layers::{Initial, Linear, Parameter, ParameterList, Parameters, System, SystemRow};
 use crate::nn::{argument, check_model_dtype};
 
@@ -133,6 +134,40 @@ impl S4Layer {
         self.finish(&y)
     }
 
+    /// Runs the layer over a part of sequences, which begins where the part before it ended: from `state`, `(batch, d_model, 2 *
+    /// d_state)` of `f32`, or from zero, and gives the state after it too. Differentiable, by the state as well: a sequence in
+    /// parts has the gradients of the whole.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); two directions, of which the second begins at the end; a state of another shape; with low
+    /// rank, a system that has no recurrence.
+    pub fn forward_with_state(&self, x: &Tensor, state: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+        self.check(x, 3, "(batch, length, d_model)")?;
+        if self.config.bidirectional {
+            return Err(argument("bidirectional", "one direction, for parts of sequences", "two"));
+        }
+        let tensors = self.tensors()?;
+        let Tensors { log_delta, a, b, d, p } = &tensors;
+        let c = self.c(0)?;
+        let (y, after) = match (self.config.system, p) {
+            (S4System::LowRank { kernel_length, .. }, Some(p)) => {
+                let kernel = S4Kernel { log_delta, a, p, b, c: &c };
+                let mut y = self.direction(x, &tensors, 0)?;
+                if let Some(state) = state {
+                    let response = kernel.state_response(state, kernel_length, x.dim(1)?)?;
+                    y = (y + response.to_dtype(x.dtype())?)?;
+                }
+                (y, kernel.final_state(&x.to_dtype(DType::F32)?, state)?)
+            }
+            (system, _) => {
+                let options = Options { rule: rule(system), reverse: false };
+                let operator = S4d { d: Some(d), options, initial_state: state, ..S4d::new(x, log_delta, a, b, &c) };
+                operator.forward_with_state()?
+            }
+        };
+        Ok((self.finish(&y)?, after))
+    }
+
     fn direction(&self, u: &Tensor, tensors: &Tensors, direction: usize) -> Result<Tensor> {
         let Tensors { log_delta, a, b, d, p } = tensors;
         let (c, reverse) = (self.c(direction)?, direction == 1);
@@ -178,20 +213,31 @@ impl S4Layer {
         })
     }
 
-    /// One step of each sequence: `x` `(batch, d_model)`, and a state `(batch, d_model, 2 d_state)` of `f32` that is
-    /// brought up to date.
-    pub(super) fn step(&self, x: &Tensor, decoder: &Decoder, state: &mut Tensor) -> Result<Tensor> {
+    /// One step of each row of `x`, `(batch, d_model)`, which uses its slot of the pool `state`, `(slots, d_model, 2 d_state)` of
+    /// `f32`. Both have been checked.
+    pub(super) fn step(&self, x: &Tensor, decoder: &Decoder, state: &Tensor, slots: Slots) -> Result<Tensor> {
         self.check(x, 2, "(batch, d_model)")?;
         let y = match decoder {
             Decoder::Diagonal { recurrence, c, d } => {
                 let u = x.detach().unsqueeze(1)?;
-                S4dUpdate { d: Some(d), ..S4dUpdate::new(&u, recurrence, c) }.update(state)?.squeeze(1)?
+                S4dUpdate { d: Some(d), slots, ..S4dUpdate::new(&u, recurrence, c) }.update(state)?.squeeze(1)?
             }
             Decoder::LowRank { recurrence, d } => {
+                let width = self.config.d_model;
                 let u = x.detach().to_dtype(DType::F32)?;
-                let mut numbers = state.flatten_all()?.to_vec1::<f32>()?;
-                let y = recurrence.step(&u.flatten_all()?.to_vec1::<f32>()?, &mut numbers)?;
-                *state = Tensor::from_vec(numbers, state.shape(), state.device())?;
+                let all = u.flatten_all()?.to_vec1::<f32>()?;
+                let rows = slots.of_rows(x.dim(0)?, "state", state)?;
+                let used: Vec<usize> = (0..rows.len()).filter(|&row| rows[row].is_some()).collect();
+                let places: Vec<i32> = rows.iter().flatten().map(|&slot| slot as i32).collect();
+                let inputs: Vec<f32> = used.iter().flat_map(|row| &all[row * width..][..width]).copied().collect();
+                let mut numbers = take(state, &places)?.flatten_all()?.to_vec1::<f32>()?;
+                let outputs = recurrence.step(&inputs, &mut numbers)?;
+                let shape = (places.len(), width, 2 * self.config.d_state);
+                put(state, &Tensor::from_vec(numbers, shape, state.device())?, &places)?;
+                let mut y = vec![0.0; all.len()];
+                for (row, outputs) in used.into_iter().zip(outputs.chunks_exact(width)) {
+                    y[row * width..][..width].copy_from_slice(outputs);
+                }
                 let y = Tensor::from_vec(y, u.shape(), u.device())?;
                 (y + u.broadcast_mul(d)?)?.to_dtype(x.dtype())?
             }

@@ -6,7 +6,7 @@ mod model;
 
 pub use config::{S4Config, S4Head, S4ModelConfig, S4System};
 pub use layer::S4Layer;
-pub use model::{S4Model, S4State};
+pub use model::{S4Carry, S4Model, S4State};
 
 use crate::nn::train::Group;
 

@@ -1,7 +1,7 @@
 //! Problems of the scan with complex states, drawn.
 
-use selective_scan::complex_scan::{Gradients, Inputs, Options, Output, OutputGradients, OutputMut, UpdateInputs, cpu};
-use selective_scan::{Element, Isa, Projection, View};
+use selective_scan::complex_scan::{Inputs, Options, OutputGradients, UpdateInputs};
+use selective_scan::{Element, Projection, View};
 
 use crate::support::draw::Draw;
 use crate::support::strided::Strided;
@@ -165,22 +165,4 @@ impl<T: Element> Case<T> {
         let d_final_state = self.shape.with[3].then(|| View::new(&self.d_state, self.state_shape()));
         OutputGradients { d_out: self.d_out.view(), d_final_state }
     }
-}
-
-pub fn forward<T: Element>(isa: Isa, inputs: &Inputs<T>, states: usize) -> Output<T> {
-    let mut output = Output {
-        out: vec![T::from_f32(f32::NAN); inputs.u.shape.iter().product()],
-        final_state: vec![f32::NAN; states],
-    };
-    let to = OutputMut { final_state: Some(&mut output.final_state[..]), ..OutputMut::new(&mut output.out[..]) };
-    cpu::forward_with(isa, inputs, to).unwrap();
-    output
-}
-
-pub fn backward<T: Element>(isa: Isa, inputs: &Inputs<T>, d_outputs: OutputGradients<T>) -> Gradients<T> {
-    let mut gradients = Gradients::zeroed(inputs).unwrap();
-    gradients.u.fill(T::from_f32(f32::NAN));
-    gradients.a.fill(f32::NAN);
-    cpu::backward_with(isa, inputs, d_outputs, gradients.as_mut()).unwrap();
-    gradients
 }

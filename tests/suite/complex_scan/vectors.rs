@@ -3,7 +3,7 @@
 use selective_scan::Isa;
 use selective_scan::complex_scan::{Gradients, Inputs, Options, Output, OutputGradients, reference};
 
-use super::case::{backward, forward};
+use super::device::{On, backward, forward};
 use crate::support::vectors::{Case, Comparison, FORWARD, GRADIENTS, REFERENCE, widen};
 
 fn inputs<'a>(case: &'a Case, cu_seqlens: &'a Option<Vec<usize>>) -> Inputs<'a, f32> {
@@ -63,15 +63,29 @@ fn reference_agrees() {
     comparison.finish();
 }
 
+/// Holds the results of what a problem runs on to PyTorch's.
+fn agree(on: On) {
+    let mut comparison = Comparison::new(format!("{on:?}"));
+    for_each_case(|case, inputs| {
+        comparison.hold(case, FORWARD, &outputs(&forward(on, &inputs)));
+        comparison.hold(case, GRADIENTS, &gradients(&backward(on, &inputs, d_outputs(case))));
+    });
+    comparison.finish();
+}
+
 #[test]
 fn processors_agree() {
-    for isa in Isa::available() {
-        let mut comparison = Comparison::new(format!("{isa:?}"));
-        for_each_case(|case, inputs| {
-            let states = case.results["final_state"].len();
-            comparison.hold(case, FORWARD, &outputs(&forward(isa, &inputs, states)));
-            comparison.hold(case, GRADIENTS, &gradients(&backward(isa, &inputs, d_outputs(case))));
-        });
-        comparison.finish();
+    Isa::available().map(On::Processor).for_each(agree);
+}
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::*;
+
+    #[test]
+    fn gpus_agree() {
+        if crate::support::gpu::stream().is_some() {
+            agree(On::Gpu);
+        }
     }
 }

@@ -5,7 +5,7 @@ mod agreement;
 mod candle;
 mod hippo;
 mod long_conv;
-mod s4d;
+pub mod s4d;
 mod systems;
 mod vectors;
 

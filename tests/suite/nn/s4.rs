@@ -48,9 +48,9 @@ fn steps_are_the_sequence() {
             let x = tensor(&mut random, &[3, 33, 2], 1.0);
             let mut state = model.new_state(3).unwrap();
             let steps: Vec<Tensor> = (0..33)
-                .map(|t| model.step(&x.narrow(1, t, 1).unwrap().squeeze(1).unwrap(), &mut state).unwrap())
+                .map(|t| model.step(&x.narrow(1, t, 1).unwrap().squeeze(1).unwrap(), &mut state, None).unwrap())
                 .collect();
-            assert_eq!(state.steps(), 33);
+            assert_eq!(state.steps(), if head == S4Head::Pooled { [33; 3] } else { [0; 3] });
             let (got, want) = match head {
                 S4Head::PerStep => (Tensor::stack(&steps, 1).unwrap(), model.forward(&x).unwrap()),
                 _ => (steps[32].clone(), model.forward(&x).unwrap()),
@@ -59,6 +59,116 @@ fn steps_are_the_sequence() {
             assert!(error < 1e-4, "{system:?}, {head:?}: {error:e}");
         }
     }
+}
+
+/// Several sequences in a pool of slots, which begin at different times and come in any order, among padding: each gives the
+/// numbers of the same sequence alone, and the slots that a step does not name stay as they are. What is alone goes through
+/// products of other sizes, whose sums round elsewhere, by 1e-6 of them.
+#[test]
+fn sequences_in_slots_are_sequences_alone() {
+    let mut random = random();
+    for system in systems() {
+        for head in [S4Head::PerStep, S4Head::Pooled] {
+            let (model, _) = model(&config(system, head));
+            let what = format!("{system:?}, {head:?}");
+            let x = tensor(&mut random, &[3, 12, 2], 1.0);
+            let at = |row: usize, t: usize| x.narrow(0, row, 1).unwrap().narrow(1, t, 1).unwrap().squeeze(1).unwrap();
+            let mut alone = Vec::new();
+            for row in 0..3 {
+                let mut state = model.new_state(1).unwrap();
+                let steps: Vec<Tensor> = (0..12).map(|t| model.step(&at(row, t), &mut state, None).unwrap()).collect();
+                alone.push(steps);
+            }
+            let mut pool = model.new_state(5).unwrap();
+            assert_eq!(pool.slots(), 5);
+            // Something was there before.
+            model.step(&tensor(&mut random, &[5, 2], 1.0), &mut pool, None).unwrap();
+            pool.reset(Some(&[4, 0, -1, 2])).unwrap();
+            let untouched = |pool: &selective_scan::nn::S4State| -> Vec<Vec<f32>> {
+                let slot = |tensor: &Tensor| tensor.get(3).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+                pool.layers().iter().map(slot).collect()
+            };
+            let before = untouched(&pool);
+            // Sequence 1 begins two steps later, and sequence 2 ends before the others.
+            let slots = [4, 0, 2];
+            let mut done = [0; 3];
+            for t in 0..14 {
+                let rows: Vec<usize> =
+                    [2, 0, 1].into_iter().filter(|&row| (row != 1 || t >= 2) && done[row] < 12).collect();
+                let mut inputs: Vec<Tensor> = rows.iter().map(|&row| at(row, done[row])).collect();
+                let mut used: Vec<i32> = rows.iter().map(|&row| slots[row]).collect();
+                inputs.insert(1, tensor(&mut random, &[1, 2], 1.0));
+                used.insert(1, -1);
+                let out = model.step(&Tensor::cat(&inputs, 0).unwrap(), &mut pool, &used).unwrap();
+                for (i, &row) in rows.iter().enumerate() {
+                    let got = out.narrow(0, if i == 0 { 0 } else { i + 1 }, 1).unwrap();
+                    let error = relative_error(&got, &alone[row][done[row]]);
+                    assert!(error < 1e-5, "{what}: sequence {row} at {}: {error:e}", done[row]);
+                    done[row] += 1;
+                }
+            }
+            assert_eq!(untouched(&pool), before, "{what}");
+            let refused = |pool: &mut _, slots: &[i32]| {
+                refusal(model.step(&x.narrow(1, 0, 1).unwrap().squeeze(1).unwrap(), pool, slots))
+            };
+            assert!(refused(&mut pool, &[0, 5, 1]).starts_with("`slots`"), "{what}");
+            assert!(refused(&mut pool, &[0, 1]).starts_with("`slots`"), "{what}");
+            assert!(refused(&mut pool, &[0, 1, 1]).starts_with("`slots`"), "{what}");
+            assert!(refusal(pool.reset(Some(&[5]))).starts_with("`slots`"), "{what}");
+        }
+    }
+}
+
+/// A sequence in parts is the whole, with the gradients of a loss over all its outputs (or the last, of a pooled head) by every
+/// parameter and by the input. State and outputs are rounded to 2^-24 at each cut, and transforms of another length round
+/// elsewhere, at 1e-6 of the largest output.
+#[test]
+fn parts_are_the_whole_with_gradients() {
+    let mut random = random();
+    for system in systems() {
+        for head in [S4Head::PerStep, S4Head::Pooled] {
+            let (model, _) = model(&config(system, head));
+            let x = candle_core::Var::from_tensor(&tensor(&mut random, &[2, 30, 2], 1.0)).unwrap();
+            for cuts in [vec![0, 30], vec![0, 1, 30], vec![0, 11, 11, 24, 30]] {
+                let what = format!("{system:?}, {head:?}, {cuts:?}");
+                let mut carry = model.new_carry(2).unwrap();
+                let mut outs = Vec::new();
+                for part in cuts.windows(2) {
+                    let part = x.narrow(1, part[0], part[1] - part[0]).unwrap();
+                    let (out, after) = model.forward_from(&part, &carry).unwrap();
+                    outs.push(out);
+                    carry = after;
+                }
+                assert_eq!(carry.steps(), 30);
+                let (got, want) = match head {
+                    S4Head::PerStep => (Tensor::cat(&outs, 1).unwrap(), model.forward(&x).unwrap()),
+                    _ => (outs.pop().unwrap(), model.forward(&x).unwrap()),
+                };
+                let error = relative_error(&got, &want);
+                assert!(error < 1e-5, "{what}: {error:e}");
+                let slopes = tensor(&mut random, want.dims(), 1.0);
+                let gradients = |out: &Tensor| (out * &slopes).unwrap().sum_all().unwrap().backward().unwrap();
+                let (got, want) = (gradients(&got), gradients(&want));
+                let mut all = model.named_tensors();
+                all.push(("x".into(), x.as_tensor().clone()));
+                for (name, tensor) in all {
+                    let error = relative_error(got.get(&tensor).unwrap(), want.get(&tensor).unwrap());
+                    assert!(error < 1e-4, "{what}: {name}: {error:e}");
+                }
+                // And step by step from there on.
+                let next = tensor(&mut random, &[2, 1, 2], 1.0);
+                let mut state = model.state_from(&carry.detach()).unwrap();
+                let stepped = model.step(&next.squeeze(1).unwrap(), &mut state, None).unwrap();
+                let (out, _) = model.forward_from(&next, &carry).unwrap();
+                let out = if head == S4Head::PerStep { out.squeeze(1).unwrap() } else { out };
+                let error = relative_error(&stepped, &out);
+                assert!(error < 1e-4, "{what}: {error:e}");
+            }
+        }
+    }
+    let mut both = config(systems()[0], S4Head::PerStep);
+    both.layer.bidirectional = true;
+    assert!(refusal(model(&both).0.new_carry(1)).starts_with("`bidirectional`"));
 }
 
 /// One direction sees nothing of later steps, two directions do.
@@ -157,8 +267,8 @@ fn what_makes_no_model_is_named() {
     let text = "`x`: expected at least one step, to take the mean of, got 0";
     assert_eq!(refusal(model.forward(&zeros(&[1, 0, 2]))), text);
     let mut state = model.new_state(2).unwrap();
-    let text = "`x`: expected a batch of 2, as the state has, got 3";
-    assert_eq!(refusal(model.step(&zeros(&[3, 2]), &mut state)), text);
+    let text = "`state`: expected one slot for each of 3 batch rows, since no `slots` are given, got 2 slots";
+    assert_eq!(refusal(model.step(&zeros(&[3, 2]), &mut state, None)), text);
     let layer = S4Layer::new(&good.layer, vb()).unwrap();
     let text = "`x`: expected shape (batch, length, d_model) with d_model = 8, got [1, 8, 2]";
     assert_eq!(refusal(layer.forward(&zeros(&[1, 8, 2]))), text);

@@ -3,8 +3,9 @@
 use half::{bf16, f16};
 use rand::Rng;
 use selective_scan::cuda::Cuda;
+use selective_scan::lti::Rule;
 use selective_scan::lti::s4d::cuda::{self, Plan};
-use selective_scan::lti::s4d::{GradientsMut, Inputs, OutputGradients, OutputMut, UpdateInputs, UpdateMut};
+use selective_scan::lti::s4d::{GradientsMut, Inputs, OutputGradients, OutputMut, UpdateInputs, UpdateMut, recurrence};
 use selective_scan::{Element, ViewMut};
 
 use super::accuracy::hold;
@@ -216,6 +217,40 @@ fn updates_are_as_the_reference() {
         as_the_reference::<f32>(&[WHOLE], 8, 1e-6);
         as_the_reference::<bf16>(&[WHOLE], 4, 1e-2);
         with_slots_on_device(|| as_the_reference::<f32>(&[WHOLE], 4, 1e-6));
+    }
+}
+
+/// What an update reads is made on a GPU as on a processor: Ā in two parts, whose sum has 2^-48 of itself where exponentials are
+/// right to 2^-50, and B̄, rounded to 2^-24.
+#[test]
+fn a_recurrence_is_that_of_processors() {
+    let Some(stream) = stream() else { return };
+    let (mut rng, seed) = seeded();
+    for rule in [Rule::ZeroOrderHold, Rule::Bilinear, Rule::Euler] {
+        let case = Case::<f32>::new(Shape { d_state: 33, ..Shape::default() }, &mut Draw::new(rng.random()));
+        let all = case.inputs();
+        let want = recurrence(all.log_delta, all.a, all.b, rule).unwrap();
+        let copies = Copies::new(&stream);
+        let to = copies.poisoned::<f32>(want.len());
+        let [a, b] = [&all.a, &all.b].map(|view| copies.view(view));
+        cuda::recurrence(&stream, copies.view(&all.log_delta), a, b, rule, to).expect("the case is valid");
+        let mut got = vec![0.0; want.len()];
+        copies.download(to, &mut got);
+        for (i, (got, want)) in got.chunks(6 * 33).zip(want.chunks(6 * 33)).enumerate() {
+            for n in 0..33 {
+                let number = |of: &[f32], k: usize| f64::from(of[k * 33 + n]);
+                for k in [0, 2] {
+                    let [got, want] = [got, want].map(|of| number(of, k) + number(of, k + 1));
+                    let what = format!("{rule:?}, channel {i}, pair {n}, {k}, SEED={seed}");
+                    assert!((got - want).abs() <= 2f64.powi(-44) * want.abs().max(1.0), "{what}: {got} {want}");
+                }
+                let size = number(want, 4).hypot(number(want, 5));
+                for k in [4, 5] {
+                    let [got, want] = [got, want].map(|of| number(of, k));
+                    assert!((got - want).abs() <= 2f64.powi(-23) * size, "{rule:?}, SEED={seed}: {got} {want}");
+                }
+            }
+        }
     }
 }
 
