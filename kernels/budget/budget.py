@@ -62,7 +62,7 @@ def constants(folder):
 # each; one of the backward kernel of two channels, with tiles of 8 steps in chunks of 64.
 SCAN = constants("scan")
 TILES = {"one": (SCAN["forward::ONE_TILE"], 1), "four": (SCAN["forward::FOUR_TILE"], 4)}
-STATES, CHUNK = SCAN["STATE_VEC"], SCAN["CHECKPOINT_STEPS"]
+STATES, CHUNK = SCAN["STATE_VEC"], SCAN["CHUNK_STEPS"]
 BACKWARD_TILE, BACKWARD_CHANNELS = SCAN["backward::TILE"], SCAN["backward::CHANNELS_PER_LANE"]
 COMPLEX_SCAN = constants("complex_scan")
 # A warp of S4D has a tile of one channel.
@@ -191,15 +191,17 @@ def backward_loops(kernel):
     tile = min(tiles, key=lambda loop: len(loop.instructions))
     part = min((loop for loop in found if tile in sass.inside(loop, found)), key=lambda loop: len(loop.body))
 
-    def is_states(loop):
-        return loop.count(r"MUFU\.EX2") == units and not loop.count("SHFL.*")
+    # One goes through a tile at a time, and where more states are kept another through two.
+    def going_through(tiles):
+        within = [loop for loop in found if loop is not tile and loop.header in part.body]
+        return [loop for loop in within if loop.count(r"MUFU\.EX2") == tiles * units and not loop.count("SHFL.*")]
 
-    states = [loop for loop in sass.inside(part, found) if loop is not tile and is_states(loop)]
+    states, of_two = going_through(1), going_through(2)
     if len(states) != 1:
         raise ValueError(f"{kernel.name}: {len(states)} loops look like that which finds states")
     # The loop within sums each step alone, and is rarely gone around.
     within = sass.cost(tile, found, lambda loop: None)
-    around = sass.cost(part, found, lambda loop: 0 if loop in (tile, *states) else 1)
+    around = sass.cost(part, found, lambda loop: 0 if loop in (tile, *states, *of_two) else 1)
     return {
         "tiles, back": per_unit(within, units),
         "tiles, states": per_unit(sass.cost(states[0], found, lambda loop: 1), units * CHUNK / (CHUNK - BACKWARD_TILE)),

@@ -10,7 +10,8 @@
 //! A warp has a channel and 32 of its pairs (more are shared out over warps). It goes through 16 chunks at a time, which
 //! are the rows of products on the tensor cores; the states from chunk to chunk are carried outside of these, each by a
 //! lane. The operands of the products are 10-bit mantissas: what is more than that (states, matrices, activations of
-//! `f32`) is taken in two parts, so that 21 bits count. States are carried in `f64` where activations are `f32`, and
+//! `f32`) is taken in two parts, so that 21 bits count. With activations of `bf16` the operands are `bf16` themselves, and
+//! states and matrices are taken in two parts of 8 bits: 2^-17 of each term is left out. States are carried in `f64` where activations are `f32`, and
 //! else in `f32` by powers of twice its digits, so that errors do not add up over the steps.
 //!
 //! Steps after the last whole chunk are gone through one by one, and so is what comes after something that is not finite in

@@ -1,6 +1,8 @@
 //! What a problem of S4D runs on.
 
 #[cfg(feature = "cuda")]
+use selective_scan::DType;
+#[cfg(feature = "cuda")]
 use selective_scan::lti::s4d::cuda::Plan;
 use selective_scan::lti::s4d::{
     Gradients, GradientsMut, Inputs, Output, OutputGradients, OutputMut, UpdateInputs, UpdateMut, UpdateOutput, cpu,
@@ -8,6 +10,7 @@ use selective_scan::lti::s4d::{
 use selective_scan::{Element, Isa, ViewMut};
 
 use super::case::Case;
+use crate::support::vectors::FORWARD;
 
 #[derive(Debug, Clone, Copy)]
 pub enum On {
@@ -17,6 +20,16 @@ pub enum On {
 }
 
 impl On {
+    /// What states may be off by, of the size of their terms. On GPUs inputs of bf16 enter them by matrices of two parts, which leave
+    /// out 2^-17 of each term, 7.6e-6; terms may be a few times as large as what is left of them.
+    pub fn state_tolerance<T: Element>(self) -> f64 {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) if T::DTYPE == DType::Bf16 => 4.0 * 2f64.powi(-17),
+            _ => FORWARD,
+        }
+    }
+
     pub fn best() -> Self {
         Self::Processor(Isa::best())
     }
