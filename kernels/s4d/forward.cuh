@@ -1,5 +1,7 @@
 // How a block goes through segments forward.
 #pragma once
+#include <type_traits>
+
 #include "halves.cuh"
 #include "tile.cuh"
 
@@ -9,6 +11,8 @@ struct Shared {
     // By tile, even and odd ones: the channels' inputs, and what each warp adds to the outputs.
     float inputs[2][WARPS][TILE], outputs[2][WARPS][TILE];
     float exchange[WARPS][CHUNKS * EXCHANGE];
+    // A lane's part of K, where registers are too few for it.
+    float4 within[WARPS][32][2];
 };
 static_assert(sizeof(Shared) == SMEM, "as it is launched");
 
@@ -17,9 +21,12 @@ template <typename T, bool OUTPUT> struct Matrices {
     using Types = Products<T>;
     typename Types::ToState enter[STATE_TILES];
     typename Types::FromState read[OUTPUT ? STATE_TILES / Types::FROM_TILES : 1];
-    typename Types::WithinChunk within;
+    using Within = typename Types::WithinChunk;
+    // In shared memory or not.
+    typename std::conditional<Types::WITHIN_IN_SHARED, Within &, Within>::type within;
 
-    __device__ __forceinline__ Matrices(const Inputs &p, const Warp &warp, Lane lane) {
+    __device__ __forceinline__ Matrices(const Inputs &p, const Warp &warp, Lane lane, float4 (&in_shared)[2])
+        : within(place(in_shared)) {
 #pragma unroll
         for (int i = 0; i < STATE_TILES; i++) enter[i] = typename Types::ToState(p.enter + warp.table(p), lane, i);
         if constexpr (OUTPUT) {
@@ -27,7 +34,17 @@ template <typename T, bool OUTPUT> struct Matrices {
             for (int i = 0; i < STATE_TILES / Types::FROM_TILES; i++) {
                 read[i] = typename Types::FromState(p.read + warp.table(p), lane, i);
             }
-            within = Types::WithinChunk::template of<false>(p.kernel + warp.channel * CHUNK, lane, warp.is_first);
+            within = Within::template of<false>(p.kernel + warp.channel * CHUNK, lane, warp.is_first);
+        }
+    }
+
+  private:
+    static __device__ __forceinline__ decltype(auto) place(float4 (&in_shared)[2]) {
+        if constexpr (Types::WITHIN_IN_SHARED) {
+            static_assert(sizeof(Within) <= sizeof(in_shared), "room for it");
+            return reinterpret_cast<Within &>(in_shared);
+        } else {
+            return Within();
         }
     }
 };
@@ -75,7 +92,7 @@ template <typename T, bool OUTPUT> __device__ __forceinline__ void run(const For
     const Inputs &p = params.inputs;
     const Block block(p);
     const Warp warp(p, block);
-    const Matrices<T, OUTPUT> matrices(p, warp, Lane());
+    const Matrices<T, OUTPUT> matrices(p, warp, Lane(), shared.within[warp.index][threadIdx.x % 32]);
     const Power<R> power(Number<double>{warp.powers(p)[2], warp.powers(p)[3]});
 
     for (SegmentIndex at(p.segments.per_row); at.index < p.segments.count; at.next(p.segments.per_row)) {

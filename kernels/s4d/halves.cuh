@@ -221,6 +221,7 @@ template <> struct Products<__nv_bfloat16> {
     using FromState = halves::FromState;
     using WithinChunk = halves::WithinChunk;
     static constexpr int FROM_TILES = 2;
+    static constexpr bool WITHIN_IN_SHARED = true;
 
     template <typename Table>
     static __device__ __forceinline__ void to_states(float *exchange, Lane lane, const OfSteps &steps, const Table &table) {

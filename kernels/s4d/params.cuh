@@ -105,7 +105,7 @@ constexpr int OF_KERNEL = CHUNK + 1;
 constexpr int EXCHANGE = 2 * PAIRS + 8;
 // Bytes of dynamic shared memory.
 namespace forward {
-constexpr int SMEM = 4 * WARPS * (4 * TILE + CHUNKS * EXCHANGE);
+constexpr int SMEM = 4 * WARPS * (4 * TILE + CHUNKS * EXCHANGE + 8 * PAIRS);
 }
 namespace backward {
 constexpr int SMEM = 4 * WARPS * (3 * TILE + 2 * CHUNKS * EXCHANGE);

@@ -246,6 +246,8 @@ template <typename T> struct Products {
     using WithinChunk = s4d::WithinChunk;
     // Tiles of a state that a `FromState` is of.
     static constexpr int FROM_TILES = 1;
+    // Where forward has the `WithinChunk`.
+    static constexpr bool WITHIN_IN_SHARED = false;
 
     template <typename Table>
     static __device__ __forceinline__ void to_states(float *exchange, Lane lane, const OfSteps &steps, const Table &table) {
