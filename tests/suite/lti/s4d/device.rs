@@ -1,13 +1,11 @@
 //! What a problem of S4D runs on.
 
 #[cfg(feature = "cuda")]
-use selective_scan::DType;
-#[cfg(feature = "cuda")]
 use selective_scan::lti::s4d::cuda::Plan;
 use selective_scan::lti::s4d::{
     Gradients, GradientsMut, Inputs, Output, OutputGradients, OutputMut, UpdateInputs, UpdateMut, UpdateOutput, cpu,
 };
-use selective_scan::{Element, Isa, ViewMut};
+use selective_scan::{DType, Element, Isa, ViewMut};
 
 use super::case::Case;
 use crate::support::vectors::FORWARD;
@@ -22,12 +20,9 @@ pub enum On {
 impl On {
     /// What states may be off by, of the size of their terms. On GPUs inputs of bf16 enter them by matrices of two parts, which leave
     /// out 2^-17 of each term, 7.6e-6; terms may be a few times as large as what is left of them.
-    pub fn state_tolerance<T: Element>(self) -> f64 {
-        match self {
-            #[cfg(feature = "cuda")]
-            Self::Gpu(_) if T::DTYPE == DType::Bf16 => 4.0 * 2f64.powi(-17),
-            _ => FORWARD,
-        }
+    pub fn state_tolerance(self, inputs: DType) -> f64 {
+        let is_on_processor = matches!(self, Self::Processor(_));
+        if is_on_processor || inputs != DType::Bf16 { FORWARD } else { 4.0 * 2f64.powi(-17) }
     }
 
     pub fn best() -> Self {
