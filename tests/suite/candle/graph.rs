@@ -182,7 +182,8 @@ fn tracking_changes_no_value() {
 fn what_is_kept() {
     let shape = Shape { batch: 2, len: 640, d_inner: 32, d_state: 16 };
     let case = Case::<f32>::new(&mut seeded().0, shape, everything());
-    let (results, checkpoints) = (4 * (2 * 640 * 32 + 2 * 32 * 16), 4 * 2 * 640 / case.checkpoint_steps.get() * 32 * 16);
+    let (results, checkpoints) =
+        (4 * (2 * 640 * 32 + 2 * 32 * 16), 4 * 2 * 640 / case.checkpoint_steps.get() * 32 * 16);
     let nodes = 8 << 10;
     let check = || {
         for (tracked, kept) in [(false, results), (true, results + checkpoints)] {
