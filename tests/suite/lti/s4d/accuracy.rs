@@ -61,7 +61,7 @@ pub fn hold<T: Element>(on: On, case: &Case<T>, draw: &mut Draw, what: &str) {
         match *name {
             "out" => assert_close_to(&output.out, want, FORWARD, sizes[i], &what),
             "u" => assert_close_to(&gradients.u, want, GRADIENTS, sizes[i], &what),
-            "final_state" => assert_close_to(got[i], want, on.state_tolerance::<T>(), sizes[i], &what),
+            "final_state" => assert_close_to(got[i], want, on.state_tolerance(T::DTYPE), sizes[i], &what),
             _ => assert_close_to(got[i], want, GRADIENTS, sizes[i], &what),
         }
     }
