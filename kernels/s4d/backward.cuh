@@ -213,7 +213,7 @@ __device__ __forceinline__ void differentiate(const Backward &params, const Warp
     Number<R> now = x;
     if (chunks > 0) {
         const OfSteps inputs(rows.inputs, lane);
-        Types::to_states(rows.states, lane, inputs, [&](int i) { return typename Types::ToState(enter, lane, i); });
+        to_states(rows.states, lane, inputs, [&](int i) { return typename Types::ToState(enter, lane, i); });
         __syncwarp();
         carry<false>(rows.states, power, now, 0, chunks, [](int) {});
     }
@@ -231,7 +231,7 @@ __device__ __forceinline__ void differentiate(const Backward &params, const Warp
         first = min((products + CHUNK - 1) / CHUNK, chunks);
         d_out = OfSteps(rows.d_out, lane, products, TILE);
     }
-    Types::to_states(rows.slopes, lane, d_out, [&](int i) { return typename Types::ToState(read, lane, i); });
+    to_states(rows.slopes, lane, d_out, [&](int i) { return typename Types::ToState(read, lane, i); });
     __syncwarp();
     carry_back(rows.slopes, rows.states, power, d_state, of_chunk, first, chunks);
     // What stands in the rows of no chunk is multiplied by zeros.
@@ -265,7 +265,7 @@ __device__ __forceinline__ void advance(const Inputs &p, const Warp &warp, const
     const Lane lane;
     const typename Products<T>::OfSteps inputs(rows.inputs, lane);
     const float *const enter = p.enter + warp.table(p);
-    Products<T>::to_states(rows.states, lane, inputs, [&](int i) { return typename Products<T>::ToState(enter, lane, i); });
+    to_states(rows.states, lane, inputs, [&](int i) { return typename Products<T>::ToState(enter, lane, i); });
     __syncwarp();
     carry<false>(rows.states, power, x, 0, CHUNKS, [](int) {});
 }
@@ -285,7 +285,7 @@ __device__ __forceinline__ void retreat(const Inputs &p, const Warp &warp, const
     }
     if (chunks > 0) {
         const float *const read = p.read + warp.table(p);
-        Products<T>::to_states(rows.slopes, lane, d_out, [&](int i) { return typename Products<T>::ToState(read, lane, i); });
+        to_states(rows.slopes, lane, d_out, [&](int i) { return typename Products<T>::ToState(read, lane, i); });
         __syncwarp();
         carry<true>(rows.slopes, power.conj(), d_state, 0, chunks, [](int) {});
     }

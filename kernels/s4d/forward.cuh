@@ -66,7 +66,7 @@ __device__ __forceinline__ void advance(const Inputs &p, const Warp &warp, const
         }
     }
     if (products > 0) {
-        Products<T>::to_states(exchange, lane, of_steps, [&](int i) -> const auto & { return matrices.enter[i]; });
+        to_states(exchange, lane, of_steps, [&](int i) -> const auto & { return matrices.enter[i]; });
         __syncwarp();
         carry<false>(exchange, power, x, 0, chunks, [](int) {});
         if constexpr (OUTPUT) {

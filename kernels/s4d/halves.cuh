@@ -224,10 +224,6 @@ template <> struct Products<__nv_bfloat16> {
     static constexpr bool WITHIN_IN_SHARED = true;
 
     template <typename Table>
-    static __device__ __forceinline__ void to_states(float *exchange, Lane lane, const OfSteps &steps, const Table &table) {
-        halves::to_states(exchange, lane, steps, table);
-    }
-    template <typename Table>
     static __device__ __forceinline__ void from_states(TwoSums (&sums)[STEP_TILES], Lane lane, const float *exchange,
                                                        const Table &table) {
         halves::from_states(sums, lane, exchange, table);

@@ -250,10 +250,6 @@ template <typename T> struct Products {
     static constexpr bool WITHIN_IN_SHARED = false;
 
     template <typename Table>
-    static __device__ __forceinline__ void to_states(float *exchange, Lane lane, const OfSteps &steps, const Table &table) {
-        s4d::to_states(exchange, lane, steps, table);
-    }
-    template <typename Table>
     static __device__ __forceinline__ void from_states(TwoSums (&sums)[STEP_TILES], Lane lane, const float *exchange,
                                                        const Table &table) {
         s4d::from_states(sums, lane, exchange, table);
