@@ -170,3 +170,77 @@ pub(crate) fn updated<B: Backend, T: Value, St: Value>(
     let token_states = token_states.map(|data| graph::untracked(backend.store(data), &shapes.1));
     Ok((graph::untracked(backend.store(out), &shapes.0), token_states))
 }
+
+/// Implements [`InPlace`] and [`RunsOn`] for the struct `$Operator` of candle's tensors, in whose module `$Inputs`, the `$Problem`
+/// that checking them gives, `UpdateMut` and `cpu` are in scope. `$names` are those of the pool's shape, `$first` is the activation
+/// whose shape is the output's, `$argument` its name, `$setting` what `$Inputs` has beside tensors and slots, and `$isa` what the
+/// update on processors takes first, if it takes something.
+macro_rules! updates_in_place {
+    (
+        $Operator:ident, $name:literal, $names:expr, $first:ident = $argument:literal,
+        $Inputs:ident($($setting:ident)?) -> $Problem:ident, cpu($($isa:expr)?)
+    ) => {
+        /// A device that runs the update.
+        trait UpdateBackend: $crate::candle::device::Backend {
+            fn update<T: $crate::candle::device::Value, St: $crate::candle::device::Value>(
+                &self,
+                problem: &$Problem<T, Self::Memory>,
+                outputs: UpdateMut<T, St, Self::Memory>,
+            ) -> $crate::Result<()>;
+        }
+
+        impl UpdateBackend for $crate::candle::device::Cpu {
+            fn update<T: $crate::candle::device::Value, St: $crate::candle::device::Value>(
+                &self,
+                problem: &$Problem<T>,
+                outputs: UpdateMut<T, St>,
+            ) -> $crate::Result<()> {
+                cpu::update_checked($($isa,)? problem, outputs)
+            }
+        }
+
+        #[cfg(feature = "candle-cuda")]
+        impl UpdateBackend for $crate::candle::cuda::Gpu {
+            fn update<T: $crate::candle::device::Value, St: $crate::candle::device::Value>(
+                &self,
+                problem: &$Problem<T, Self::Memory>,
+                outputs: UpdateMut<T, St, Self::Memory>,
+            ) -> $crate::Result<()> {
+                super::cuda::update_checked(&self.stream, problem, outputs)
+            }
+        }
+
+        impl $crate::candle::in_place::InPlace for $Operator<'_> {
+            const NAME: &'static str = $name;
+            const STATE: &'static str = $names[0];
+
+            fn arguments(&self) -> $crate::candle::tensors::Arguments<'_> {
+                let mut arguments = $crate::candle::tensors::Arguments::default();
+                let Ok(_) = self.tensors().map(&mut arguments);
+                arguments.add_slots(self.slots);
+                arguments
+            }
+        }
+
+        impl<B: UpdateBackend> $crate::candle::in_place::RunsOn<B> for $Operator<'_> {
+            fn run<St: $crate::candle::device::Value>(
+                &self,
+                backend: &B,
+                reader: $crate::candle::tensors::Reader,
+                state: $crate::ViewMut<St, 3, B::Memory>,
+                with_token_states: bool,
+            ) -> candle_core::Result<$crate::candle::in_place::Updated> {
+                $crate::candle::device::for_dtype!($argument, self.$first.dtype(), |T| {
+                    let views = self.tensors().map(&mut reader.views::<B, T>())?;
+                    let slots = reader.slots::<B>(self.slots)?;
+                    let problem = $Inputs::of(views, slots $(, self.$setting)?).check()?;
+                    let shapes = (problem.inputs.$first.shape, problem.token_state_shape());
+                    let update = |outputs: UpdateMut<T, St, B::Memory>| backend.update(&problem, outputs);
+                    $crate::candle::in_place::updated(backend, $argument, shapes, state, with_token_states, update)
+                })
+            }
+        }
+    };
+}
+
+pub(crate) use updates_in_place;

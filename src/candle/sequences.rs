@@ -2,14 +2,70 @@
 //! backward the gradients of all tensors from the tensors alone.
 
 /// Implements for the struct `$Operator` of candle's tensors, in whose module the operator's `Inputs`, `Options`, `OutputMut`,
-/// `OutputGradients`, `Tensors` and the names of its shapes are in scope, on the devices that are a `$Backend`:
+/// `OutputGradients`, `GradientsMut`, `Tensors`, `Problem`, `cpu` and the names of its shapes are in scope:
 ///
 /// - `run_forward`, the output and, if it is asked for, the final state, in candle's graph where one of the tensors is tracked;
 /// - `run_backward`, the gradients, which are not recorded in the graph.
 ///
-/// `$first` is the activation whose shape is the output's, `$argument` its name.
+/// `$first` is the activation whose shape is the output's, `$argument` its name, and `$plan` what the operator's launches on GPUs
+/// take first, if they take something.
 macro_rules! over_sequences {
-    ($Operator:ident on $Backend:ident, $name:literal, $first:ident = $argument:literal) => {
+    ($Operator:ident, $name:literal, $first:ident = $argument:literal, cuda($($plan:expr)?)) => {
+        /// A device that runs the operator.
+        trait SequenceBackend: $crate::candle::device::Backend {
+            fn forward<T: $crate::candle::device::Value>(
+                &self,
+                problem: &Problem<T, Self::Memory>,
+                outputs: OutputMut<T, Self::Memory>,
+            ) -> $crate::Result<()>;
+
+            fn backward<T: $crate::candle::device::Value>(
+                &self,
+                problem: &Problem<T, Self::Memory>,
+                d_outputs: OutputGradients<T, Self::Memory>,
+                gradients: GradientsMut<T, Self::Memory>,
+            ) -> $crate::Result<()>;
+        }
+
+        impl SequenceBackend for $crate::candle::device::Cpu {
+            fn forward<T: $crate::candle::device::Value>(
+                &self,
+                problem: &Problem<T>,
+                outputs: OutputMut<T>,
+            ) -> $crate::Result<()> {
+                cpu::forward_checked($crate::simd::Isa::best(), problem, outputs)
+            }
+
+            fn backward<T: $crate::candle::device::Value>(
+                &self,
+                problem: &Problem<T>,
+                d_outputs: OutputGradients<T>,
+                gradients: GradientsMut<T>,
+            ) -> $crate::Result<()> {
+                cpu::backward_checked($crate::simd::Isa::best(), problem, d_outputs, gradients)
+            }
+        }
+
+        #[cfg(feature = "candle-cuda")]
+        impl SequenceBackend for $crate::candle::cuda::Gpu {
+            fn forward<T: $crate::candle::device::Value>(
+                &self,
+                problem: &Problem<T, Self::Memory>,
+                outputs: OutputMut<T, Self::Memory>,
+            ) -> $crate::Result<()> {
+                super::cuda::forward_checked($($plan,)? &self.stream, problem, outputs)
+            }
+
+            fn backward<T: $crate::candle::device::Value>(
+                &self,
+                problem: &Problem<T, Self::Memory>,
+                d_outputs: OutputGradients<T, Self::Memory>,
+                gradients: GradientsMut<T, Self::Memory>,
+            ) -> $crate::Result<()> {
+                super::cuda::backward_checked($($plan,)? &self.stream, problem, d_outputs, gradients)
+            }
+        }
+
         impl $Operator<'_> {
             fn run_forward(
                 &self,
@@ -37,7 +93,7 @@ macro_rules! over_sequences {
                 graph::attach($name, &tensors, out, final_state, kept)
             }
 
-            fn compute<B: $Backend, T: $crate::candle::device::Value>(
+            fn compute<B: SequenceBackend, T: $crate::candle::device::Value>(
                 &self,
                 backend: &B,
                 reader: $crate::candle::tensors::Reader,
@@ -77,7 +133,7 @@ macro_rules! over_sequences {
                 }))
             }
 
-            fn gradients<B: $Backend, T: $crate::candle::device::Value>(
+            fn gradients<B: SequenceBackend, T: $crate::candle::device::Value>(
                 &self,
                 backend: &B,
                 reader: $crate::candle::tensors::Reader,

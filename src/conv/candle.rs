@@ -6,82 +6,11 @@ use super::check::{ACTIVATION_NAMES, Problem, STATE_NAMES};
 use super::tensors::{CausalConv, ConvUpdate};
 use super::update::{POOL_NAMES, UpdateProblem};
 use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, UpdateInputs, UpdateMut, cpu};
-use crate::ViewMut;
 use crate::candle::CausalConvGradients;
-use crate::candle::device::{Backend, Cpu, Value, for_dtype};
-use crate::candle::in_place::{InPlace, RunsOn, Updated, in_place, updated};
+use crate::candle::in_place::{Updated, in_place, updates_in_place};
 use crate::candle::sequences::over_sequences;
-use crate::candle::tensors::{Arguments, Reader, both};
+use crate::candle::tensors::both;
 use crate::simd::Isa;
-
-/// A device that runs convolutions.
-pub(crate) trait ConvBackend: Backend {
-    fn forward<T: Value>(
-        &self,
-        problem: &Problem<T, Self::Memory>,
-        outputs: OutputMut<T, Self::Memory>,
-    ) -> crate::Result<()>;
-
-    fn backward<T: Value>(
-        &self,
-        problem: &Problem<T, Self::Memory>,
-        d_outputs: OutputGradients<T, Self::Memory>,
-        gradients: GradientsMut<T, Self::Memory>,
-    ) -> crate::Result<()>;
-
-    fn update<T: Value, St: Value>(
-        &self,
-        problem: &UpdateProblem<T, Self::Memory>,
-        outputs: UpdateMut<T, St, Self::Memory>,
-    ) -> crate::Result<()>;
-}
-
-impl ConvBackend for Cpu {
-    fn forward<T: Value>(&self, problem: &Problem<T>, outputs: OutputMut<T>) -> crate::Result<()> {
-        cpu::forward_checked(Isa::best(), problem, outputs)
-    }
-
-    fn backward<T: Value>(
-        &self,
-        problem: &Problem<T>,
-        d_outputs: OutputGradients<T>,
-        gradients: GradientsMut<T>,
-    ) -> crate::Result<()> {
-        cpu::backward_checked(Isa::best(), problem, d_outputs, gradients)
-    }
-
-    fn update<T: Value, St: Value>(&self, problem: &UpdateProblem<T>, outputs: UpdateMut<T, St>) -> crate::Result<()> {
-        cpu::update_checked(Isa::best(), problem, outputs)
-    }
-}
-
-#[cfg(feature = "candle-cuda")]
-impl ConvBackend for crate::candle::cuda::Gpu {
-    fn forward<T: Value>(
-        &self,
-        problem: &Problem<T, Self::Memory>,
-        outputs: OutputMut<T, Self::Memory>,
-    ) -> crate::Result<()> {
-        super::cuda::forward_checked(&self.stream, problem, outputs)
-    }
-
-    fn backward<T: Value>(
-        &self,
-        problem: &Problem<T, Self::Memory>,
-        d_outputs: OutputGradients<T, Self::Memory>,
-        gradients: GradientsMut<T, Self::Memory>,
-    ) -> crate::Result<()> {
-        super::cuda::backward_checked(&self.stream, problem, d_outputs, gradients)
-    }
-
-    fn update<T: Value, St: Value>(
-        &self,
-        problem: &UpdateProblem<T, Self::Memory>,
-        outputs: UpdateMut<T, St, Self::Memory>,
-    ) -> crate::Result<()> {
-        super::cuda::update_checked(&self.stream, problem, outputs)
-    }
-}
 
 /// Filters of shape `(d_inner, 1, width)`, as checkpoints have them, as `(d_inner, width)`; none if they have another.
 fn without_middle(weight: &Tensor) -> Result<Option<Tensor>> {
@@ -131,7 +60,7 @@ impl CausalConv<'_> {
     }
 }
 
-over_sequences!(CausalConv on ConvBackend, "causal-conv", x = "x");
+over_sequences!(CausalConv, "causal-conv", x = "x", cuda());
 
 /// The filters may also be of shape `(d_inner, 1, width)`, as checkpoints have them.
 impl ConvUpdate<'_> {
@@ -163,33 +92,4 @@ impl ConvUpdate<'_> {
     }
 }
 
-impl InPlace for ConvUpdate<'_> {
-    const NAME: &'static str = "causal-conv-update";
-    const STATE: &'static str = POOL_NAMES[0];
-
-    fn arguments(&self) -> Arguments<'_> {
-        let mut arguments = Arguments::default();
-        let Ok(_) = self.tensors().map(&mut arguments);
-        arguments.add_slots(self.slots);
-        arguments
-    }
-}
-
-impl<B: ConvBackend> RunsOn<B> for ConvUpdate<'_> {
-    fn run<St: Value>(
-        &self,
-        backend: &B,
-        reader: Reader,
-        state: ViewMut<St, 3, B::Memory>,
-        with_token_states: bool,
-    ) -> Result<Updated> {
-        for_dtype!("x", self.x.dtype(), |T| {
-            let views = self.tensors().map(&mut reader.views::<B, T>())?;
-            let problem = UpdateInputs::of(views, reader.slots::<B>(self.slots)?, self.silu).check()?;
-            let shapes = (problem.inputs.x.shape, problem.token_state_shape());
-            updated::<B, T, St>(backend, "x", shapes, state, with_token_states, |outputs| {
-                backend.update(&problem, outputs)
-            })
-        })
-    }
-}
+updates_in_place!(ConvUpdate, "causal-conv-update", POOL_NAMES, x = "x", UpdateInputs(silu) -> UpdateProblem, cpu(Isa::best()));

@@ -5,115 +5,15 @@ use candle_core::{Result, Tensor};
 use super::check::{ACTIVATION_NAMES, POOL_NAMES, Problem, STATE_NAMES, UpdateProblem, check_recurrence};
 use super::tensors::{S4d, S4dUpdate};
 use super::{GradientsMut, Inputs, Options, OutputGradients, OutputMut, Tensors, UpdateInputs, UpdateMut, cpu};
+use crate::View;
 use crate::candle::S4dGradients;
-use crate::candle::device::{Backend, Cpu, Value, for_dtype, on_device};
+use crate::candle::device::{Backend, Cpu, on_device};
 use crate::candle::graph;
-use crate::candle::in_place::{InPlace, RunsOn, Updated, in_place, updated};
+use crate::candle::in_place::{Updated, in_place, updates_in_place};
 use crate::candle::sequences::over_sequences;
 use crate::candle::tensors::{Arguments, Reader, both};
 use crate::lti::Rule;
 use crate::simd::Isa;
-use crate::{View, ViewMut};
-
-/// A device that runs S4D.
-pub(crate) trait S4dBackend: Backend {
-    fn forward<T: Value>(
-        &self,
-        problem: &Problem<T, Self::Memory>,
-        outputs: OutputMut<T, Self::Memory>,
-    ) -> crate::Result<()>;
-
-    fn backward<T: Value>(
-        &self,
-        problem: &Problem<T, Self::Memory>,
-        d_outputs: OutputGradients<T, Self::Memory>,
-        gradients: GradientsMut<T, Self::Memory>,
-    ) -> crate::Result<()>;
-
-    fn update<T: Value, St: Value>(
-        &self,
-        problem: &UpdateProblem<T, Self::Memory>,
-        outputs: UpdateMut<T, St, Self::Memory>,
-    ) -> crate::Result<()>;
-
-    /// [`recurrence`](super::recurrence) of the step sizes and of `A` and `B`, which have been checked; it has this shape.
-    fn recurrence(
-        &self,
-        shape: [usize; 3],
-        log_delta: View<f32, 1, Self::Memory>,
-        complex: [View<f32, 2, Self::Memory>; 2],
-        rule: Rule,
-    ) -> crate::Result<Self::Owned<f32>>;
-}
-
-impl S4dBackend for Cpu {
-    fn forward<T: Value>(&self, problem: &Problem<T>, outputs: OutputMut<T>) -> crate::Result<()> {
-        cpu::forward_checked(Isa::best(), problem, outputs)
-    }
-
-    fn backward<T: Value>(
-        &self,
-        problem: &Problem<T>,
-        d_outputs: OutputGradients<T>,
-        gradients: GradientsMut<T>,
-    ) -> crate::Result<()> {
-        cpu::backward_checked(Isa::best(), problem, d_outputs, gradients)
-    }
-
-    fn update<T: Value, St: Value>(&self, problem: &UpdateProblem<T>, outputs: UpdateMut<T, St>) -> crate::Result<()> {
-        cpu::update_checked(Isa::best(), problem, outputs)
-    }
-
-    fn recurrence(
-        &self,
-        _: [usize; 3],
-        log_delta: View<f32, 1>,
-        [a, b]: [View<f32, 2>; 2],
-        rule: Rule,
-    ) -> crate::Result<Vec<f32>> {
-        super::recurrence(log_delta, a, b, rule)
-    }
-}
-
-#[cfg(feature = "candle-cuda")]
-impl S4dBackend for crate::candle::cuda::Gpu {
-    fn forward<T: Value>(
-        &self,
-        problem: &Problem<T, Self::Memory>,
-        outputs: OutputMut<T, Self::Memory>,
-    ) -> crate::Result<()> {
-        super::cuda::forward_checked(super::cuda::Plan::default(), &self.stream, problem, outputs)
-    }
-
-    fn backward<T: Value>(
-        &self,
-        problem: &Problem<T, Self::Memory>,
-        d_outputs: OutputGradients<T, Self::Memory>,
-        gradients: GradientsMut<T, Self::Memory>,
-    ) -> crate::Result<()> {
-        super::cuda::backward_checked(super::cuda::Plan::default(), &self.stream, problem, d_outputs, gradients)
-    }
-
-    fn update<T: Value, St: Value>(
-        &self,
-        problem: &UpdateProblem<T, Self::Memory>,
-        outputs: UpdateMut<T, St, Self::Memory>,
-    ) -> crate::Result<()> {
-        super::cuda::update_checked(&self.stream, problem, outputs)
-    }
-
-    fn recurrence(
-        &self,
-        shape: [usize; 3],
-        log_delta: View<f32, 1, Self::Memory>,
-        [a, b]: [View<f32, 2, Self::Memory>; 2],
-        rule: Rule,
-    ) -> crate::Result<Self::Owned<f32>> {
-        let mut to = self.allocate::<f32>("a", &shape)?;
-        super::cuda::recurrence(&self.stream, log_delta, a, b, rule, &mut to)?;
-        Ok(to)
-    }
-}
 
 impl S4d<'_> {
     /// Runs the operator: `(batch, length, d_inner)` of `T`.
@@ -142,7 +42,46 @@ impl S4d<'_> {
     }
 }
 
-over_sequences!(S4d on S4dBackend, "s4d", u = "u");
+over_sequences!(S4d, "s4d", u = "u", cuda(super::cuda::Plan::default()));
+
+/// A device that makes recurrences.
+trait RecurrenceBackend: Backend {
+    /// [`recurrence`](super::recurrence) of the step sizes and of `A` and `B`, which have been checked; it has this shape.
+    fn recurrence(
+        &self,
+        shape: [usize; 3],
+        log_delta: View<f32, 1, Self::Memory>,
+        complex: [View<f32, 2, Self::Memory>; 2],
+        rule: Rule,
+    ) -> crate::Result<Self::Owned<f32>>;
+}
+
+impl RecurrenceBackend for Cpu {
+    fn recurrence(
+        &self,
+        _: [usize; 3],
+        log_delta: View<f32, 1>,
+        [a, b]: [View<f32, 2>; 2],
+        rule: Rule,
+    ) -> crate::Result<Vec<f32>> {
+        super::recurrence(log_delta, a, b, rule)
+    }
+}
+
+#[cfg(feature = "candle-cuda")]
+impl RecurrenceBackend for crate::candle::cuda::Gpu {
+    fn recurrence(
+        &self,
+        shape: [usize; 3],
+        log_delta: View<f32, 1, Self::Memory>,
+        [a, b]: [View<f32, 2, Self::Memory>; 2],
+        rule: Rule,
+    ) -> crate::Result<Self::Owned<f32>> {
+        let mut to = self.allocate::<f32>("a", &shape)?;
+        super::cuda::recurrence(&self.stream, log_delta, a, b, rule, &mut to)?;
+        Ok(to)
+    }
+}
 
 /// Makes of the parameters of an [`S4d`] what an [`S4dUpdate`] needs: `(d_inner, 6, d_state)` of `f32`, not part of
 /// candle's graph. See [`recurrence`](crate::lti::s4d::recurrence).
@@ -158,7 +97,12 @@ pub fn s4d_recurrence(log_delta: &Tensor, a: &Tensor, b: &Tensor, rule: Rule) ->
     on_device!("a", a, |backend| made_of(backend, locked.reader(), [log_delta, a, b], rule))
 }
 
-fn made_of<B: S4dBackend>(backend: &B, reader: Reader, [log_delta, a, b]: [&Tensor; 3], rule: Rule) -> Result<Tensor> {
+fn made_of<B: RecurrenceBackend>(
+    backend: &B,
+    reader: Reader,
+    [log_delta, a, b]: [&Tensor; 3],
+    rule: Rule,
+) -> Result<Tensor> {
     let complex = "(d_inner, 2 * d_state)";
     let log_delta: View<f32, 1, B::Memory> = reader.view::<B, f32, 1>("log_delta", "(d_inner)", log_delta)?;
     let a = reader.view::<B, f32, 2>("a", complex, a)?;
@@ -194,33 +138,4 @@ impl S4dUpdate<'_> {
     }
 }
 
-impl InPlace for S4dUpdate<'_> {
-    const NAME: &'static str = "s4d-update";
-    const STATE: &'static str = POOL_NAMES[0];
-
-    fn arguments(&self) -> Arguments<'_> {
-        let mut arguments = Arguments::default();
-        let Ok(_) = self.tensors().map(&mut arguments);
-        arguments.add_slots(self.slots);
-        arguments
-    }
-}
-
-impl<B: S4dBackend> RunsOn<B> for S4dUpdate<'_> {
-    fn run<St: Value>(
-        &self,
-        backend: &B,
-        reader: Reader,
-        state: ViewMut<St, 3, B::Memory>,
-        with_token_states: bool,
-    ) -> Result<Updated> {
-        for_dtype!("u", self.u.dtype(), |T| {
-            let views = self.tensors().map(&mut reader.views::<B, T>())?;
-            let problem = UpdateInputs::of(views, reader.slots::<B>(self.slots)?).check()?;
-            let shapes = (problem.inputs.u.shape, problem.token_state_shape());
-            updated::<B, T, St>(backend, "u", shapes, state, with_token_states, |outputs| {
-                backend.update(&problem, outputs)
-            })
-        })
-    }
-}
+updates_in_place!(S4dUpdate, "s4d-update", POOL_NAMES, u = "u", UpdateInputs() -> UpdateProblem, cpu(Isa::best()));
