@@ -10,6 +10,9 @@ namespace common {
 // Neighbouring elements that a thread loads and stores at a time.
 constexpr int QUAD = 4;
 
+// The types of elements of what a kernel is not made for one type of.
+constexpr int64_t TYPE_F32 = 0, TYPE_F16 = 1, TYPE_BF16 = 2;
+
 // (batch, length, d_inner) of the activations' type.
 struct Activation {
     const void *data;
@@ -21,6 +24,12 @@ struct Projection {
     const void *data;
     int64_t batch, step, group, channel, state;
     int64_t constant;
+};
+
+// (rows, columns) of any type.
+struct Rows {
+    const void *data;
+    int64_t row, column;
 };
 
 // (d_inner, d_state) f32.
@@ -125,6 +134,27 @@ struct Upload {
     uint64_t *to;
     uint64_t count;
     uint64_t values[UPLOAD_VALUES];
+};
+
+// Elements of one tensor that become another's, of any type: contiguous ones, or zeros if `from` is null. `first_block` is the
+// first block of the launch that works on them.
+struct Conversion {
+    void *to;
+    const void *from;
+    int64_t count, to_type, from_type, first_block;
+};
+namespace convert {
+constexpr int THREADS = 256;
+// Elements that a block converts: a thread has four quads in flight.
+constexpr int AHEAD = 4;
+constexpr int CHUNK = AHEAD * QUAD * THREADS;
+}
+
+// As many as a launch of 4 KiB has room for.
+constexpr int MOST_CONVERSIONS = 84;
+struct Conversions {
+    int64_t count;
+    Conversion conversions[MOST_CONVERSIONS];
 };
 
 }

@@ -6,15 +6,6 @@ namespace decode {
 
 using namespace common;
 
-// (rows, columns)
-struct Rows {
-    const void *data;
-    int64_t row, column;
-};
-
-// The element types of what a kernel is not made for one type of.
-constexpr int64_t TYPE_F32 = 0, TYPE_F16 = 1, TYPE_BF16 = 2;
-
 namespace linear {
 constexpr int WARPS = 8, THREADS = 256;
 // Columns of the product that a block gives, and the rows of a tile of it.

@@ -13,12 +13,6 @@ constexpr int THREADS = 256, MOST_THREADS = 512;
 // FLAG_NORM_FIRST: the gate is multiplied on after the norm, not before it.
 constexpr uint64_t FLAG_NORM_FIRST = 1;
 
-// (rows, width)
-struct Rows {
-    const void *data;
-    int64_t row, column;
-};
-
 // What both passes read.
 struct Inputs {
     // Of the type of x.

@@ -5,9 +5,6 @@
 namespace optimizer {
 using namespace common;
 
-// Element types.
-constexpr int TYPE_F32 = 0, TYPE_F16 = 1, TYPE_BF16 = 2;
-
 // Threads of a block.
 constexpr int THREADS = 256;
 // Elements of one gradient whose squares a block sums.

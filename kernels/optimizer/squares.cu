@@ -1,6 +1,7 @@
 // The squares of many gradients, summed: each block leaves a partial sum, which `begin` adds up, all in a fixed order.
 // Sums are f64, in which no square of a finite gradient overflows or vanishes.
-#include "blocks.cuh"
+#include "../common/entries.cuh"
+#include "params.cuh"
 
 namespace optimizer::squares {
 

@@ -1,6 +1,7 @@
 // A step of AdamW on many parameters. Every element is read and written once, and that is what the time goes to; a thread
 // loads all of its quads before it computes.
-#include "blocks.cuh"
+#include "../common/entries.cuh"
+#include "params.cuh"
 
 namespace optimizer::update {
 

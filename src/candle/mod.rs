@@ -13,6 +13,7 @@
 //! | cross entropy, its gradient in place | [`CrossEntropy`] | [`loss`](crate::loss) |
 //! | choosing tokens | [`SamplingState`] | [`sampling`](crate::sampling) |
 //! | AdamW, in place | [`AdamWState`] | [`optimizer`](crate::optimizer) |
+//! | conversion of many tensors, also in place | [`to_dtype_all`], [`write_each`] | |
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -81,6 +82,7 @@
 //! [`Error::of`](crate::Error::of) finds it there, so that a server can tell a request that does not fit from a device that
 //! fails. The models of the module `nn` give the same.
 
+mod convert;
 #[cfg(feature = "candle-cuda")]
 pub(crate) mod cuda;
 pub(crate) mod device;
@@ -115,6 +117,7 @@ pub use crate::pool::candle::{Slots, rollback};
 pub use crate::sampling::candle::SamplingState;
 pub use crate::scan::tensors::Scan;
 pub use crate::state_update::tensors::StateUpdate;
+pub use convert::{to_dtype_all, write_each};
 pub use gemm::gemm;
 pub use graph::node;
 pub use host::{HostCopy, Number, copy_from_host, copy_from_host_at};

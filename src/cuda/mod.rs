@@ -37,6 +37,9 @@
 //! last 16 of its tables are kept for the next call.
 
 mod context;
+#[cfg(feature = "candle-cuda")]
+mod convert;
+mod entries;
 mod launch;
 mod module;
 pub(crate) mod params;
@@ -53,6 +56,9 @@ use crate::view::dense_strides;
 use crate::{DeviceSlots, Element, Error, Memory, Result, View, ViewMut};
 
 pub(crate) use context::{Context, Kernel, Properties};
+#[cfg(feature = "candle-cuda")]
+pub(crate) use convert::convert_all;
+pub(crate) use entries::launches;
 pub(crate) use launch::{
     Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, is_vectorizable, storage, suffix,
 };

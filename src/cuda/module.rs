@@ -53,6 +53,7 @@ modules! {
 
 modules! {
     UPLOAD = "common/upload",
+    CONVERT = "common/convert",
     REDUCE_PARTIALS = "common/reduce_partials",
     ROLLBACK = "common/rollback",
     SCAN_FORWARD = "scan/forward",

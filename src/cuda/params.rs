@@ -2,7 +2,7 @@
 //! structs and constants for Rust, a module for each namespace. Addresses are in bytes, strides in elements.
 
 use super::{Arguments, Cuda};
-use crate::{Element, Result, ViewMut};
+use crate::{DType, Element, Result, ViewMut};
 
 #[allow(dead_code, reason = "some constants are for the kernels alone")]
 mod generated {
@@ -20,6 +20,15 @@ pub(crate) use generated::{
 #[cfg(test)]
 #[path = "../../kernels/params.rs"]
 mod reader;
+
+/// The type of elements, for a kernel that is not made for one.
+pub(crate) fn type_code(dtype: DType) -> i64 {
+    match dtype {
+        DType::F32 => TYPE_F32,
+        DType::F16 => TYPE_F16,
+        DType::Bf16 => TYPE_BF16,
+    }
+}
 
 /// The flags that are set.
 pub(crate) fn flags<const N: usize>(flags: [(bool, u64); N]) -> u64 {

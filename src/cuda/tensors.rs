@@ -74,14 +74,7 @@ impl From<Strided<2>> for params::Matrix {
     }
 }
 
-impl From<Strided<2>> for params::rms_norm::Rows {
-    fn from(tensor: Strided<2>) -> Self {
-        let [row, column] = tensor.strides;
-        Self { data: tensor.data, row, column }
-    }
-}
-
-impl From<Strided<2>> for params::decode::Rows {
+impl From<Strided<2>> for params::Rows {
     fn from(tensor: Strided<2>) -> Self {
         let [row, column] = tensor.strides;
         Self { data: tensor.data, row, column }

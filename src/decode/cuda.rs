@@ -49,12 +49,12 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
     let (device, mut arguments) = (Device::new(stream)?, Arguments::new(stream));
     let (inputs, sizes) = (&problem.inputs, problem.sizes);
     let LinearSizes { rows, features, out_features, conv: [d_inner, width] } = sizes;
-    let weight = kernels::Rows::from(arguments.view("weight", &inputs.weight)?);
+    let weight = params::Rows::from(arguments.view("weight", &inputs.weight)?);
     let matrix = storage(&inputs.weight, weight.data);
     let is_whole = weight.column == 1
         && features.is_multiple_of(8)
         && is_vectorizable::<T>(weight.data, &[weight.row], 16 / size_of::<T>());
-    let x = kernels::Rows::from(arguments.view("x", &inputs.x)?);
+    let x = params::Rows::from(arguments.view("x", &inputs.x)?);
     let norm_weight = match &inputs.norm {
         Some(norm) => or_null(arguments.optional_view("norm.weight", &norm.weight)?),
         None => params::Vector::zeroed(),
@@ -73,8 +73,8 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
         rows: rows as i64,
         features: features as i64,
         out_features: out_features as i64,
-        x_type: type_code(X::DTYPE),
-        out_type: type_code(O::DTYPE),
+        x_type: params::type_code(X::DTYPE),
+        out_type: params::type_code(O::DTYPE),
         slice: tile.slice as i64,
         partials: tile.partials as i64,
         squares: tile.squares as i64,
@@ -99,7 +99,7 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
         params.conv_bias = or_null(arguments.optional_view("conv.bias", &conv.bias)?);
         let slots = state.shape[0];
         params.conv_state = arguments.pool("conv_state", state)?;
-        params.state_type = type_code(St::DTYPE);
+        params.state_type = params::type_code(St::DTYPE);
         params.slots = list.insert(SlotList::new(&device, &mut arguments, conv.slots, slots)?).params;
     }
     if rows == 0 || out_features == 0 {
@@ -122,15 +122,6 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
     // kernel; each element of the output and of the states of a slot is written by one thread. (Where a caller has put a slot on
     // the device twice, two write one state: whatever they leave there is numbers of the state's type.)
     unsafe { device.launch_overlapping(&kernel, grid, kernels::linear::THREADS, tile.shared, &params, &[matrix]) }
-}
-
-/// The types of what a kernel is not made for one type of.
-fn type_code(dtype: DType) -> i64 {
-    match dtype {
-        DType::F32 => kernels::TYPE_F32,
-        DType::F16 => kernels::TYPE_F16,
-        DType::Bf16 => kernels::TYPE_BF16,
-    }
 }
 
 /// The part of a product that a block gives at a time, and how its rows are staged.

@@ -10,8 +10,8 @@ use cudarc::driver::{CudaSlice, CudaStream};
 
 use super::{Gradient, Moments, Options, Parameter, Values, check, for_view};
 use crate::cuda::params::optimizer::{self as kernels, COUNTS};
-use crate::cuda::{Arguments, Cuda, Device, GRID_COLUMNS, Kernel, Module, blocks};
-use crate::{DType, Error, Result};
+use crate::cuda::{Arguments, Cuda, Device, Kernel, Module, blocks, launches, params};
+use crate::{Error, Result};
 
 /// What a step multiplies by, and whether it is taken, in device memory.
 #[derive(Debug)]
@@ -51,7 +51,7 @@ pub fn begin(
     let mut entries = Vec::with_capacity(gradients.len());
     for gradient in gradients.iter().filter(|gradient| gradient.elements() > 0) {
         let data = read(&mut arguments, gradient)?;
-        let (count, dtype) = (gradient.elements(), type_of(gradient.dtype()));
+        let (count, dtype) = (gradient.elements(), params::type_code(gradient.dtype()) as i32);
         entries.push((count, kernels::Gradient { data, count: count as i64, first_block: 0, dtype }));
     }
     let launches = launches(&entries, kernels::SUM_CHUNK, kernels::MOST_GRADIENTS);
@@ -124,7 +124,7 @@ pub fn update<'a>(
     let mut entries = Vec::with_capacity(parameters.len());
     for parameter in parameters.into_iter().filter(|parameter| parameter.place.len > 0) {
         let Parameter { values, gradient, place, group } = parameter;
-        let (dtype, rate) = (type_of(values.dtype()), learning_rate * group.learning_rate);
+        let (dtype, rate) = (params::type_code(values.dtype()) as i32, learning_rate * group.learning_rate);
         let entry = kernels::Parameter {
             data: write(&mut arguments, values)?,
             gradient: read(&mut arguments, &gradient)?,
@@ -135,7 +135,7 @@ pub fn update<'a>(
             kept: (1.0 - rate * group.weight_decay) as f32,
             first_block: 0,
             dtype,
-            gradient_dtype: type_of(gradient.dtype()),
+            gradient_dtype: params::type_code(gradient.dtype()) as i32,
         };
         entries.push((place.len, entry));
     }
@@ -155,60 +155,10 @@ pub fn update<'a>(
     Ok(())
 }
 
-/// The entries of each launch and its blocks: as few launches as there is room for all entries in, and for their blocks in a
-/// grid.
-fn launches<E>(entries: &[(usize, E)], chunk: usize, most: usize) -> Vec<(&[(usize, E)], usize)> {
-    let (mut launches, mut from, mut grid) = (Vec::new(), 0, 0usize);
-    for (at, &(count, _)) in entries.iter().enumerate() {
-        let own = blocks(count, chunk);
-        if at - from == most || (at > from && grid.saturating_add(own) > GRID_COLUMNS) {
-            launches.push((&entries[from..at], grid));
-            (from, grid) = (at, 0);
-        }
-        grid += own;
-    }
-    if from < entries.len() {
-        launches.push((&entries[from..], grid));
-    }
-    launches
-}
-
-fn type_of(dtype: DType) -> i32 {
-    let number = match dtype {
-        DType::F32 => kernels::TYPE_F32,
-        DType::F16 => kernels::TYPE_F16,
-        DType::Bf16 => kernels::TYPE_BF16,
-    };
-    number as i32
-}
-
 fn read<'a>(arguments: &mut Arguments<'a>, gradient: &Gradient<'a, Cuda>) -> Result<u64> {
     for_view!(Gradient, gradient, |view| Ok(arguments.view("gradient", view)?.data))
 }
 
 fn write<'a>(arguments: &mut Arguments<'a>, values: Values<'a, Cuda>) -> Result<u64> {
     for_view!(Values, values, |view| arguments.write_from("values", view.data, view.offset))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::launches;
-
-    #[test]
-    fn every_entry_is_in_one_launch() {
-        let entries: Vec<_> = (0..23).map(|i| (i * 100 + 1, i)).collect();
-        for most in [1, 5, 22, 23, 60] {
-            let launches = launches(&entries, 128, most);
-            assert_eq!(launches.len(), 23usize.div_ceil(most));
-            let all: Vec<_> = launches.iter().flat_map(|(part, _)| part.iter().map(|&(_, i)| i)).collect();
-            assert_eq!(all, (0..23).collect::<Vec<_>>());
-            for (part, grid) in launches {
-                assert_eq!(grid, part.iter().map(|(count, _)| count.div_ceil(128)).sum::<usize>());
-            }
-        }
-        // More blocks than a grid has: each gets its own.
-        let huge = [(1usize << 41, ()), (1 << 41, ()), (5, ())];
-        assert_eq!(launches(&huge, 2048, 60).len(), 2);
-        assert!(launches::<()>(&[], 128, 4).is_empty());
-    }
 }

@@ -8,7 +8,7 @@ use super::{AttentionConfig, AttentionState};
 use crate::attention::KeyRange;
 use crate::candle::Slots;
 use crate::count_sequences;
-use crate::nn::layers::{Change, Linear, ParameterList, Parameters};
+use crate::nn::layers::{Change, Converted, Linear, ParameterList, Parameters};
 use crate::nn::{NewTokens, argument, check_room};
 
 /// Attention with grouped heads, causal unless its configuration says otherwise:
@@ -175,7 +175,7 @@ impl Attention {
             return x.zeros_like();
         }
         let (y, _) = self.untracked()?.cached(&x.detach(), cu_seqlens, state, slots)?;
-        self.o_proj.leave_graph()?.apply(&y)?.reshape(x.shape())
+        self.o_proj.leave_graph(&Converted::default())?.apply(&y)?.reshape(x.shape())
     }
 
     /// The layer itself where candle tracks nothing, else the same without gradients.

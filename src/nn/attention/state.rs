@@ -72,7 +72,7 @@ impl AttentionState {
     pub fn reset(&self, slots: Option<&[i32]>) -> Result<()> {
         self.check_pools()?;
         check_slots("slots", slots.unwrap_or_default(), self.slots(), true)?;
-        crate::nn::decode::reset(&self.length, slots)
+        crate::nn::decode::reset(&[&self.length], slots)
     }
 
     /// Its tensors, whose first dimension is the slots'.

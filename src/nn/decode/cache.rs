@@ -48,7 +48,7 @@ impl Cache {
     /// A slot that there is not. Nothing is written then.
     pub fn reset(&self, slots: Option<&[i32]>) -> Result<()> {
         self.check("slots", slots.unwrap_or_default(), true)?;
-        self.layers.iter().flat_map(LayerState::beginnings).try_for_each(|pool| reset(pool, slots))
+        reset(&self.layers.iter().flat_map(LayerState::beginnings).collect::<Vec<_>>(), slots)
     }
 
     /// Copies the states of slot `from[i]` onto slot `to[i]`, for each `i`, as a search with beams does when it has chosen.

@@ -13,7 +13,7 @@ pub use cache::Cache;
 pub use decoder::{Decoder, DecoderOptions};
 pub use draft::Draft;
 pub use generator::{Event, FinishReason, Generator, GeneratorOptions, Request};
-pub(crate) use pool::{check_pools, check_slots, copy, grow, put, reset, take};
+pub(crate) use pool::{PoolWrites, check_pools, check_slots, copy, grow, put, reset, take};
 pub use sampler::{Sampler, Sampling};
 
 use candle_core::Result;

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::candle::check_pool;
+use crate::candle::{check_pool, write_each};
 use crate::nn::{argument, check_room};
 
 /// Checks that all pools of a layer can be written, before one is, and gives their shapes. Each comes with the name of the
@@ -40,11 +40,39 @@ pub(crate) fn check_slots(name: &'static str, slots: &[i32], count: usize, paddi
     }
 }
 
-/// Zeroes slots that have been checked, or all. Negative ones are passed over.
-pub(crate) fn reset(pool: &Tensor, slots: Option<&[i32]>) -> Result<()> {
-    let Some(slots) = slots else { return pool.zero_set() };
-    let zero = pool.narrow(0, 0, slots.len().min(1).min(pool.dim(0)?))?.zeros_like()?;
-    slots.iter().filter_map(|&slot| usize::try_from(slot).ok()).try_for_each(|slot| pool.slice_set(&zero, 0, slot))
+/// Zeroes slots of pools that have been checked, or all. Negative ones are passed over.
+pub(crate) fn reset(pools: &[&Tensor], slots: Option<&[i32]>) -> Result<()> {
+    let zero = |pools: &[&Tensor]| write_each(&pools.iter().map(|&pool| (pool, None)).collect::<Vec<_>>());
+    let Some(slots) = slots else { return zero(pools) };
+    for slot in slots.iter().filter_map(|&slot| usize::try_from(slot).ok()) {
+        let of_slot: Vec<_> = pools.iter().map(|pool| pool.narrow(0, slot, 1)).collect::<Result<_>>()?;
+        zero(&of_slot.iter().collect::<Vec<_>>())?;
+    }
+    Ok(())
+}
+
+/// What is to be written to pools, which is done for some dozens of them at once.
+#[derive(Default)]
+pub(crate) struct PoolWrites(Vec<(Tensor, Tensor)>);
+
+impl PoolWrites {
+    /// How many elements wait at most: beside so many, launches are short.
+    const MOST_WAITING: usize = 1 << 24;
+
+    /// Will write `from` to `to`, a contiguous part of a pool. Nothing may write there before, nor read what is to be there.
+    pub fn add(&mut self, to: Tensor, from: Tensor) -> Result<()> {
+        self.0.push((to, from));
+        let waiting: usize = self.0.iter().map(|(to, _)| to.elem_count()).sum();
+        if waiting > Self::MOST_WAITING { self.write() } else { Ok(()) }
+    }
+
+    /// Writes what waits.
+    pub fn write(&mut self) -> Result<()> {
+        let pairs: Vec<_> = self.0.iter().map(|(to, from)| (to, Some(from))).collect();
+        write_each(&pairs)?;
+        self.0.clear();
+        Ok(())
+    }
 }
 
 /// Copies of slots that have been checked, one after another.

@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::{Gradients, Initial, Parameter, Parameters, node_over};
+use super::{Converted, Gradients, Initial, Parameter, Parameters, node_over};
 use crate::candle::gemm;
 
 /// A linear layer.
@@ -57,7 +57,7 @@ impl Linear {
     /// Applies the layer to the last dimension of `x`, which is dense or has two dimensions. Differentiable.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (rest, features) = (&x.dims()[..x.rank() - 1], x.dim(D::Minus1)?);
-        let layer = self.leave_graph()?;
+        let layer = self.leave_graph(&Converted::default())?;
         let matrix = match x.rank() {
             2 => x.detach(),
             _ => x.detach().reshape((rest.iter().product::<usize>(), features))?,
@@ -76,9 +76,9 @@ impl Linear {
     }
 
     /// The layer outside of candle's graph.
-    pub fn leave_graph(&self) -> Result<Self> {
-        let bias = self.bias.as_ref().map(Parameter::leave_graph).transpose()?;
-        Ok(Self { weight: self.weight.leave_graph()?, bias })
+    pub fn leave_graph(&self, converted: &Converted) -> Result<Self> {
+        let bias = self.bias.as_ref().map(|bias| bias.leave_graph(converted)).transpose()?;
+        Ok(Self { weight: self.weight.leave_graph(converted)?, bias })
     }
 
     /// Outside of candle's graph: `(rows, in)` to `(rows, out)`, in the type of `x`.

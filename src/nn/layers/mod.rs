@@ -8,7 +8,8 @@ mod rms_norm;
 pub(crate) use embedding::{Tokens, read_ids};
 pub(crate) use linear::Linear;
 pub(crate) use parameters::{
-    Change, Gradients, Initial, Parameter, ParameterList, Parameters, System, SystemRow, each_once, node_over,
+    Change, Converted, Gradients, Initial, Parameter, ParameterList, Parameters, System, SystemRow, each_once,
+    node_over,
 };
 pub use rms_norm::RmsNorm;
 pub(crate) use rms_norm::rms_norm;

@@ -1,7 +1,7 @@
 //! How parameters come to be, and in which type they are computed with.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
 use std::rc::Rc;
 
@@ -10,7 +10,7 @@ use candle_nn::VarBuilder;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::candle::node;
+use crate::candle::{node, to_dtype_all};
 use crate::lti::Complex64;
 use crate::lti::hippo::Measure;
 use crate::nn::{argument, check_once, check_room};
@@ -45,6 +45,10 @@ impl Form {
             Self::Plain(dtype) => dtype,
             Self::NegativeExp => DType::F32,
         }
+    }
+
+    fn is_plain(self) -> bool {
+        matches!(self, Self::Plain(_))
     }
 
     fn of(self, stored: &Tensor) -> Result<Tensor> {
@@ -89,12 +93,18 @@ impl Parameter {
         Self::new(self.stored.detach(), self.form)
     }
 
-    /// The same values, of which candle records nothing, for a pass whose [`Gradients`] come to what this was.
-    pub fn leave_graph(&self) -> Result<Self> {
-        match self.is_tracked() {
-            true => Ok(Self { origin: Some(self.stored.id()), ..self.detach()? }),
-            false => Ok(self.clone()),
+    /// The same values, of which candle records nothing, for a pass whose [`Gradients`] come to what this was. Its form is taken
+    /// from `converted` if it is there.
+    pub fn leave_graph(&self, converted: &Converted) -> Result<Self> {
+        if !self.is_tracked() {
+            return Ok(self.clone());
         }
+        let stored = self.stored.detach();
+        let ready = match converted.0.get(&(self.stored.id(), self.dtype())) {
+            Some(tensor) if self.form.is_plain() => tensor.clone(),
+            _ => self.form.of(&stored)?,
+        };
+        Ok(Self { stored, form: self.form, ready: Some(ready), origin: Some(self.stored.id()) })
     }
 
     /// Another tensor in its place, of the same shape and on the same device. An error says what `name` should be.
@@ -106,6 +116,31 @@ impl Parameter {
         }
         check_float("f", name, tensor.dtype())?;
         Self::new(tensor, self.form)
+    }
+}
+
+/// Parameters that were brought into the type in which they are computed with, all at once, for a pass in which they
+/// [leave](Parameter::leave_graph) candle's graph.
+#[derive(Default)]
+pub(crate) struct Converted(HashMap<(TensorId, DType), Tensor>);
+
+impl Converted {
+    /// Of those of `parameters` that candle tracks and that are stored in another type.
+    pub fn of<'a>(parameters: impl IntoIterator<Item = &'a Parameter>) -> Result<Self> {
+        let mut by_type: HashMap<DType, Vec<&Tensor>> = HashMap::new();
+        let mut keys = HashSet::new();
+        for Parameter { stored, form, .. } in parameters {
+            let dtype = form.dtype();
+            if form.is_plain() && stored.track_op() && stored.dtype() != dtype && keys.insert((stored.id(), dtype)) {
+                by_type.entry(dtype).or_default().push(stored);
+            }
+        }
+        let mut converted = HashMap::new();
+        for (dtype, stored) in by_type {
+            let keys = stored.iter().map(|tensor| (tensor.id(), dtype));
+            converted.extend(keys.zip(to_dtype_all(&stored, dtype)?));
+        }
+        Ok(Self(converted))
     }
 }
 
@@ -215,6 +250,11 @@ impl ParameterList {
     /// Whether a backward pass could reach one of them.
     pub fn is_tracked(&self) -> bool {
         self.tracked
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Parameter> {
+        self.parameters.iter().map(|(_, parameter)| parameter)
     }
 
     /// The tensors that a backward pass could reach, each once.

@@ -27,6 +27,8 @@ use crate::norm;
 pub struct RmsNorm {
     /// `(size)`.
     weight: Parameter,
+    /// The weight in `f32`, as the norm computes with it, where nothing changes it.
+    wide: Option<Tensor>,
     eps: f64,
 }
 
@@ -46,7 +48,9 @@ impl RmsNorm {
     }
 
     pub(crate) fn build(size: usize, eps: f64, parameters: &Parameters) -> Result<Self> {
-        Ok(Self { weight: parameters.get(&[size], "weight", Initial::Constant(1.0))?, eps })
+        let weight = parameters.get(&[size], "weight", Initial::Constant(1.0))?;
+        let wide = (!weight.is_tracked()).then(|| weight.tensor()?.to_dtype(DType::F32)).transpose()?;
+        Ok(Self { weight, wide, eps })
     }
 
     /// The weight, `(size)`, as the norm was built on it.
@@ -73,7 +77,11 @@ impl RmsNorm {
         if !matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16) {
             return Err(argument("x", "f32, f16 or bf16", x.dtype().as_str()));
         }
-        rms_norm(x, Some(&self.weight.tensor()?), self.eps, self.weight.dtype())
+        let weight = match &self.wide {
+            Some(wide) => wide.clone(),
+            None => self.weight.tensor()?,
+        };
+        rms_norm(x, Some(&weight), self.eps, self.weight.dtype())
     }
 }
 

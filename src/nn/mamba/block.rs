@@ -9,7 +9,8 @@ use super::parts::{Parts, rows};
 use super::{MambaConfig, MambaState, TokenStates};
 use crate::candle::Slots;
 use crate::count_sequences;
-use crate::nn::layers::{Change, Gradients, ParameterList, Parameters, node_over};
+use crate::nn::decode::PoolWrites;
+use crate::nn::layers::{Change, Converted, Gradients, ParameterList, Parameters, node_over};
 use crate::nn::{argument, check_room};
 
 /// The Mamba block of Gu and Dao, *Mamba* (2023), arXiv 2312.00752, figure 3:
@@ -66,6 +67,10 @@ impl Mamba {
         &self.parts
     }
 
+    pub(crate) fn parameters(&self) -> &ParameterList {
+        &self.parameters
+    }
+
     /// The parameters that a backward pass could reach.
     pub(crate) fn tracked(&self) -> Vec<Tensor> {
         self.parameters.tracked()
@@ -100,7 +105,7 @@ impl Mamba {
         if !x.track_op() && !self.parameters.is_tracked() {
             return self.parts.out_proj.apply(&self.parts.forward(x, cu_seqlens)?)?.reshape(x.shape());
         }
-        let (parts, shape) = (self.parts.leave_graph()?, x.shape().clone());
+        let (parts, shape) = (self.parts.leave_graph(&Converted::of(self.parameters.iter())?)?, x.shape().clone());
         let kept = parts.forward_kept(&x.detach(), cu_seqlens)?;
         let out = parts.out_proj.apply(&kept.y)?.reshape(x.shape())?;
         let is_x_tracked = x.track_op();
@@ -151,18 +156,22 @@ impl Mamba {
         let parts = self.untracked()?;
         let (y, states) = parts.extend(&x.detach(), cu_seqlens, &state.load(&slots)?)?;
         let out = parts.out_proj.apply(&y)?.reshape(x.shape())?;
-        state.store(&states, &slots)?;
+        let mut writes = PoolWrites::default();
+        state.store(states, &slots, &mut writes)?;
+        writes.write()?;
         Ok(out)
     }
 
     /// Runs the rows of a residual stream, `x` being their norm, on from the states of a cache, and adds what comes out to them. All
-    /// has been checked, and there is at least one row. Of a draft it gives the states after each token.
+    /// has been checked, and there is at least one row. Of a draft it gives the states after each token; states after sequences may
+    /// wait for `writes`.
     pub(crate) fn extend_onto(
         &self,
         stream: &Tensor,
         x: &Tensor,
         pass: CachePass,
         state: &MambaState,
+        writes: &mut PoolWrites,
     ) -> Result<Option<TokenStates>> {
         let parts = self.untracked()?;
         let rows = rows(stream)?;
@@ -172,7 +181,7 @@ impl Mamba {
                 let slots = state.slots_of(sequences, slots)?;
                 let (y, states) = parts.extend(x, cu_seqlens, &state.load(&slots)?)?;
                 parts.out_proj.apply_onto(&rows, &y)?;
-                state.store(&states, &slots)?;
+                state.store(states, &slots, writes)?;
                 return Ok(None);
             }
             CachePass::Step { slots } => (slots, false),
@@ -205,7 +214,7 @@ impl Mamba {
     /// The layers themselves where candle tracks nothing, else the same without gradients.
     fn untracked(&self) -> Result<Cow<'_, Parts>> {
         Ok(if self.parameters.is_tracked() {
-            Cow::Owned(self.parts.leave_graph()?)
+            Cow::Owned(self.parts.leave_graph(&Converted::of(self.parameters.iter())?)?)
         } else {
             Cow::Borrowed(&self.parts)
         })

@@ -6,7 +6,8 @@ use super::ssm_path::{self, SsmPath};
 use super::state::{States, TokenStates};
 use super::{MambaConfig, MambaState};
 use crate::candle::Slots;
-use crate::nn::layers::{Gradients, Linear, Parameters};
+use crate::nn::decode::PoolWrites;
+use crate::nn::layers::{Converted, Gradients, Linear, Parameters};
 
 /// The layers of a block.
 #[derive(Debug, Clone)]
@@ -47,12 +48,12 @@ impl Parts {
     }
 
     /// The same layers, whose parameters candle does not track.
-    pub fn leave_graph(&self) -> Result<Self> {
+    pub fn leave_graph(&self, converted: &Converted) -> Result<Self> {
         Ok(Self {
-            in_proj: self.in_proj.leave_graph()?,
-            causal: self.causal.leave_graph()?,
-            anticausal: self.anticausal.as_ref().map(SsmPath::leave_graph).transpose()?,
-            out_proj: self.out_proj.leave_graph()?,
+            in_proj: self.in_proj.leave_graph(converted)?,
+            causal: self.causal.leave_graph(converted)?,
+            anticausal: self.anticausal.as_ref().map(|path| path.leave_graph(converted)).transpose()?,
+            out_proj: self.out_proj.leave_graph(converted)?,
             ..*self
         })
     }
@@ -148,7 +149,11 @@ impl Parts {
         let initial = States { conv: conv.copy()?, ssm: ssm.copy()? };
         let (kept, after) = self.forward_kept_from(x, None, Some(initial))?;
         match after {
-            Some(after) => state.store(&after, &slots)?,
+            Some(after) => {
+                let mut writes = PoolWrites::default();
+                state.store(after, &slots, &mut writes)?;
+                writes.write()?;
+            }
             None => return Err(candle_core::Error::Msg("a pass from states that gives none".into())),
         }
         Ok(kept)

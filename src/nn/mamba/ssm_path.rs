@@ -10,7 +10,7 @@ use super::parts::rows;
 use super::state::{States, TokenStates};
 use super::{MambaConfig, MambaState, Norms};
 use crate::candle::{CausalConv, ConvUpdate, RmsNorm, RmsNormGradients, Scan, Slots, StateUpdate};
-use crate::nn::layers::{Gradients, Initial, Linear, Parameter, Parameters, rms_norm};
+use crate::nn::layers::{Converted, Gradients, Initial, Linear, Parameter, Parameters, rms_norm};
 use crate::scan::CheckpointSteps;
 use crate::{conv, norm, scan, state_update};
 
@@ -126,22 +126,24 @@ impl SsmPath {
     }
 
     /// The same path outside of candle's graph.
-    pub fn leave_graph(&self) -> Result<Self> {
+    pub fn leave_graph(&self, converted: &Converted) -> Result<Self> {
         let dynamics = match &self.dynamics {
             Dynamics::Selective(selective) => {
                 let Selective { x_proj, dt_proj, norms } = &**selective;
-                let norms = norms.as_ref().map(ProjectionNorms::leave_graph).transpose()?;
-                let (x_proj, dt_proj) = (x_proj.leave_graph()?, dt_proj.leave_graph()?);
+                let norms = norms.as_ref().map(|norms| norms.leave_graph(converted)).transpose()?;
+                let (x_proj, dt_proj) = (x_proj.leave_graph(converted)?, dt_proj.leave_graph(converted)?);
                 Dynamics::Selective(Box::new(Selective { x_proj, dt_proj, norms }))
             }
-            Dynamics::Invariant { b, c } => Dynamics::Invariant { b: b.leave_graph()?, c: c.leave_graph()? },
+            Dynamics::Invariant { b, c } => {
+                Dynamics::Invariant { b: b.leave_graph(converted)?, c: c.leave_graph(converted)? }
+            }
         };
         Ok(Self {
-            conv_weight: self.conv_weight.leave_graph()?,
-            conv_bias: self.conv_bias.as_ref().map(Parameter::leave_graph).transpose()?,
-            a: self.a.leave_graph()?,
-            d: self.d.leave_graph()?,
-            delta_bias: self.delta_bias.leave_graph()?,
+            conv_weight: self.conv_weight.leave_graph(converted)?,
+            conv_bias: self.conv_bias.as_ref().map(|bias| bias.leave_graph(converted)).transpose()?,
+            a: self.a.leave_graph(converted)?,
+            d: self.d.leave_graph(converted)?,
+            delta_bias: self.delta_bias.leave_graph(converted)?,
             dynamics,
             ..*self
         })
@@ -465,9 +467,13 @@ impl ProjectionNorms {
         Ok(Some(Self { weights: weighted.then(weights).transpose()?, eps }))
     }
 
-    fn leave_graph(&self) -> Result<Self> {
+    fn leave_graph(&self, converted: &Converted) -> Result<Self> {
         let detach = |[dt, b, c]: &[Parameter; 3]| {
-            Ok::<_, candle_core::Error>([dt.leave_graph()?, b.leave_graph()?, c.leave_graph()?])
+            Ok::<_, candle_core::Error>([
+                dt.leave_graph(converted)?,
+                b.leave_graph(converted)?,
+                c.leave_graph(converted)?,
+            ])
         };
         Ok(Self { weights: self.weights.as_ref().map(detach).transpose()?, eps: self.eps })
     }

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::MambaConfig;
 use crate::candle::{Slots, rollback};
-use crate::nn::decode::{check_pools, check_slots, reset};
+use crate::nn::decode::{PoolWrites, check_pools, check_slots, reset};
 use crate::nn::{argument, check_room};
 
 /// The states of one block for a number of sequences, each in a slot of its own.
@@ -48,7 +48,7 @@ impl MambaState {
     pub fn reset(&self, slots: Option<&[i32]>) -> Result<()> {
         self.check_pools()?;
         check_slots("slots", slots.unwrap_or_default(), self.slots(), true)?;
-        self.pools().into_iter().try_for_each(|pool| reset(pool, slots))
+        reset(&self.pools(), slots)
     }
 
     /// Its tensors, whose first dimension is the slots'.
@@ -109,16 +109,16 @@ impl MambaState {
         Ok(States { conv: load(&self.conv)?, ssm: load(&self.ssm)? })
     }
 
-    /// Keeps the states after sequences in these slots, but for those of padding.
-    pub(super) fn store(&self, states: &States, slots: &[Option<usize>]) -> Result<()> {
+    /// Keeps the states after sequences in these slots, but for those of padding. Where the slots follow each other, that waits for
+    /// `writes` to be written.
+    pub(super) fn store(&self, states: States, slots: &[Option<usize>], writes: &mut PoolWrites) -> Result<()> {
         // As after the first token of a draft that is all accepted.
         let (list, accepted): (Vec<i32>, Vec<usize>) =
             slots.iter().map(|slot| (slot.map_or(-1, |slot| slot as i32), 1)).unzip();
-        for (pool, states) in [(&self.conv, &states.conv), (&self.ssm, &states.ssm)] {
-            let states = states.to_dtype(pool.dtype())?;
+        for (pool, states) in [(&self.conv, states.conv), (&self.ssm, states.ssm)] {
             match run_of(slots) {
-                Some(first) => pool.slice_set(&states.contiguous()?, 0, first)?,
-                None => rollback(pool, &states.unsqueeze(1)?, &list, &accepted)?,
+                Some(first) => writes.add(pool.narrow(0, first, slots.len())?, states)?,
+                None => rollback(pool, &states.to_dtype(pool.dtype())?.unsqueeze(1)?, &list, &accepted)?,
             }
         }
         Ok(())

@@ -10,7 +10,8 @@ use super::stack::{self, WayBack};
 use super::{BackboneConfig, Drops, LayerConfig, LayerDraft, Mixer};
 use crate::candle::Slots;
 use crate::count_sequences;
-use crate::nn::layers::{Change, ParameterList, Parameters};
+use crate::nn::decode::PoolWrites;
+use crate::nn::layers::{Change, Converted, ParameterList, Parameters};
 use crate::nn::mamba::{CachePass, JoinedLayer, Mamba};
 use crate::nn::{Cache, FeedForward, NewTokens, RmsNorm, argument, check_model_dtype, check_room};
 
@@ -333,10 +334,11 @@ impl Backbone {
         x: &Tensor,
         cu_seqlens: Option<&[usize]>,
         is_input_wanted: bool,
+        converted: &Converted,
     ) -> Result<(Tensor, WayBack)> {
         let (batch, length) = self.check_input(x)?;
         count_sequences(batch, length, cu_seqlens)?;
-        stack::pass(&self.layers, &self.begin(x)?, cu_seqlens, is_input_wanted, self.left_out(0))
+        stack::pass(&self.layers, &self.begin(x)?, cu_seqlens, is_input_wanted, self.left_out(0), converted)
     }
 
     /// The layers as a joined step of decoding takes them, first to last; none if there is one that it does not take.
@@ -366,13 +368,16 @@ impl Backbone {
         }
         // What the layers add is added in place, which must not be seen in the input.
         let stream = begin.detach().force_contiguous()?;
+        let mut writes = PoolWrites::default();
         for (layer, state) in self.layers.iter().zip(&cache.layers) {
-            drafts.extend(layer.mixer.extend_onto(&stream, &layer.norm.forward(&stream)?, pass, state)?);
+            let normed = layer.norm.forward(&stream)?;
+            drafts.extend(layer.mixer.extend_onto(&stream, &normed, pass, state, &mut writes)?);
             if let Some(y) = layer.feed_forward(&stream)? {
                 // In place, as mixers add theirs: the sum is a tensor of its own.
                 stream.slice_set(&(&stream + y.to_dtype(stream.dtype())?)?, 0, 0)?;
             }
         }
+        writes.write()?;
         Ok((stream, drafts))
     }
 

@@ -6,7 +6,7 @@ use candle_core::{DType, Result, Tensor};
 use super::LanguageModel;
 use super::language_model::check_ids;
 use crate::candle::{RmsNorm, embedding_gradient};
-use crate::nn::layers::{Gradients, Linear, Tokens};
+use crate::nn::layers::{Converted, Gradients, Linear, Tokens};
 use crate::nn::train::{LossOptions, Targets};
 use crate::norm;
 
@@ -56,13 +56,15 @@ impl LanguageModel {
         let vocab_size = self.config().padded_vocab_size();
         let targets = Targets::read(targets, &[batch, length], vocab_size, options)?;
         let tokens = Tokens::read(ids, vocab_size)?;
-        let table = self.embeddings().leave_graph()?;
+        let converted = Converted::of(self.parameters())?;
+        let table = self.embeddings().leave_graph(&converted)?;
         let shape = (batch, length, self.config().d_model());
         let embedded = tokens.embed(&table)?.reshape(shape)?;
-        let (stream, way_back) = self.backbone().pass(&embedded, cu_seqlens, self.embeddings().is_tracked())?;
+        let (stream, way_back) =
+            self.backbone().pass(&embedded, cu_seqlens, self.embeddings().is_tracked(), &converted)?;
 
         let last = self.backbone().last_norm();
-        let weight = last.parameter().leave_graph()?;
+        let weight = last.parameter().leave_graph(&converted)?;
         let norm_weight = weight.tensor()?.to_dtype(DType::F32)?;
         let norm = RmsNorm {
             weight: Some(&norm_weight),
@@ -71,7 +73,7 @@ impl LanguageModel {
             ..RmsNorm::new(&stream)
         };
         let head = match self.head() {
-            Some(head) => Linear::weight(head).leave_graph()?,
+            Some(head) => Linear::weight(head).leave_graph(&converted)?,
             None => table.clone(),
         };
         let (loss, d_hidden, d_head) = targets.loss_and_gradients(&norm.forward()?, &head.tensor()?)?;

@@ -122,6 +122,11 @@ impl LanguageModel {
         self.head.as_ref()
     }
 
+    /// The parameters.
+    pub(super) fn parameters(&self) -> impl Iterator<Item = &Parameter> {
+        self.parameters.iter()
+    }
+
     /// The parameters that a backward pass could reach.
     pub(super) fn tracked(&self) -> Vec<Tensor> {
         self.parameters.tracked()

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::candle::Slots;
+use crate::nn::decode::PoolWrites;
 use crate::nn::layers::Parameters;
 use crate::nn::mamba::{CachePass, TokenStates};
 use crate::nn::recurrent::StepStates;
@@ -183,9 +184,12 @@ impl Mixer {
         x: &Tensor,
         pass: CachePass,
         state: &LayerState,
+        writes: &mut PoolWrites,
     ) -> Result<Option<LayerDraft>> {
         match self {
-            Self::Mamba(block) => Ok(block.extend_onto(stream, x, pass, state.mamba()?)?.map(LayerDraft::Mamba)),
+            Self::Mamba(block) => {
+                Ok(block.extend_onto(stream, x, pass, state.mamba()?, writes)?.map(LayerDraft::Mamba))
+            }
             Self::Attention(layer) => {
                 let before = layer.extend_onto(stream, x, pass.cu_seqlens(), state.attention()?, pass.slots())?;
                 Ok(matches!(pass, CachePass::Draft { .. }).then_some(LayerDraft::Attention { before }))

@@ -9,7 +9,7 @@ use super::backbone::Layer;
 use super::drops::{Keep, LeftOut};
 use super::mixer::LayerState;
 use crate::candle::{RmsNorm, Slots};
-use crate::nn::layers::{Gradients, Parameter, each_once, node_over};
+use crate::nn::layers::{Converted, Gradients, Parameter, each_once, node_over};
 use crate::nn::mamba::{Kept, Parts, rows};
 use crate::nn::{Cache, Mamba, argument};
 use crate::norm;
@@ -88,7 +88,7 @@ fn add_last_feed_forward(
 /// [`forward`] through the Mamba blocks of layers as one node.
 fn joined(layers: &[Layer], stream: &Tensor, cu_seqlens: Option<&[usize]>, left_out: LeftOut) -> Result<Tensor> {
     let tracked: Vec<_> = layers.iter().flat_map(tracked).collect();
-    let (out, way_back) = pass(layers, stream, cu_seqlens, stream.track_op(), left_out)?;
+    let (out, way_back) = pass(layers, stream, cu_seqlens, stream.track_op(), left_out, &converted(layers)?)?;
     let backward = move |d_stream: &Tensor, gradients: &mut Gradients| way_back.backward(d_stream, gradients);
     // SAFETY: the stream after the last layer is a tensor of its own, of which no other handle is left.
     unsafe { node_over("layers", stream, &each_once(&tracked), out, backward) }
@@ -127,11 +127,12 @@ fn joined_carried(
     left_out: LeftOut,
 ) -> Result<Tensor> {
     let tracked: Vec<_> = layers.iter().flat_map(tracked).collect();
+    let converted = converted(layers)?;
     let mut current = stream.detach().contiguous()?;
     let mut kept = Vec::new();
     for (i, (layer, state)) in layers.iter().zip(states).enumerate() {
         let keep = left_out.keep(i, &current, None)?;
-        let (next, layer) = Detached::new(layer)?.run_carried(current, state, slots, keep)?;
+        let (next, layer) = Detached::new(layer, &converted)?.run_carried(current, state, slots, keep)?;
         kept.push(layer);
         current = next;
     }
@@ -146,6 +147,14 @@ fn tracked(layer: &Layer) -> Vec<Tensor> {
     let norm = layer.norm.weight();
     let block = layer.mixer.as_mamba().map(Mamba::tracked).unwrap_or_default();
     norm.track_op().then(|| norm.clone()).into_iter().chain(block).collect()
+}
+
+/// Those of the layers' parameters that have another type than they are computed with in.
+fn converted(layers: &[Layer]) -> Result<Converted> {
+    Converted::of(layers.iter().flat_map(|layer| {
+        let block = layer.mixer.as_mamba().into_iter().flat_map(|block| block.parameters().iter());
+        block.chain([layer.norm.parameter()])
+    }))
 }
 
 /// The way back through layers.
@@ -173,6 +182,7 @@ pub(super) fn pass(
     cu_seqlens: Option<&[usize]>,
     is_stream_wanted: bool,
     left_out: LeftOut,
+    converted: &Converted,
 ) -> Result<(Tensor, WayBack)> {
     let first = match is_stream_wanted {
         true => 0,
@@ -184,12 +194,12 @@ pub(super) fn pass(
     }
     for (i, layer) in layers[..first].iter().enumerate() {
         let keep = left_out.keep(i, &current, cu_seqlens)?;
-        current = Detached::new(layer)?.run(current, cu_seqlens, keep)?;
+        current = Detached::new(layer, converted)?.run(current, cu_seqlens, keep)?;
     }
     let mut kept = Vec::new();
     for (i, layer) in layers.iter().enumerate().skip(first) {
         let keep = left_out.keep(i, &current, cu_seqlens)?;
-        let (next, layer) = Detached::new(layer)?.run_kept(current, cu_seqlens, keep)?;
+        let (next, layer) = Detached::new(layer, converted)?.run_kept(current, cu_seqlens, keep)?;
         kept.push(layer);
         current = next;
     }
@@ -197,12 +207,12 @@ pub(super) fn pass(
 }
 
 impl Detached {
-    fn new(layer: &Layer) -> Result<Self> {
+    fn new(layer: &Layer, converted: &Converted) -> Result<Self> {
         let block = layer.mixer.as_mamba();
         let block = block.ok_or_else(|| argument("layers", "Mamba blocks, of one node", "others"))?;
-        let norm = layer.norm.parameter().leave_graph()?;
+        let norm = layer.norm.parameter().leave_graph(converted)?;
         let norm_weight = norm.tensor()?.to_dtype(DType::F32)?;
-        Ok(Self { norm, norm_weight, eps: layer.norm.eps(), parts: block.parts().leave_graph()? })
+        Ok(Self { norm, norm_weight, eps: layer.norm.eps(), parts: block.parts().leave_graph(converted)? })
     }
 
     /// The norm of the stream, in the type in which the layer computes.

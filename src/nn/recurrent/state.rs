@@ -51,7 +51,7 @@ impl RecurrentState {
     pub fn reset(&self, slots: Option<&[i32]>) -> Result<()> {
         self.check_pools()?;
         check_slots("slots", slots.unwrap_or_default(), self.slots(), true)?;
-        self.pools().into_iter().try_for_each(|pool| reset(pool, slots))
+        reset(&self.pools(), slots)
     }
 
     /// Its tensors, whose first dimension is the slots'.

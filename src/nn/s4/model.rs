@@ -102,7 +102,7 @@ impl S4State {
     /// A slot that there is not; then nothing is written.
     pub fn reset(&mut self, slots: Option<&[i32]>) -> Result<()> {
         check_slots("slots", slots.unwrap_or_default(), self.slots(), true)?;
-        self.states.iter().chain([&self.sum]).try_for_each(|pool| reset(pool, slots))?;
+        reset(&self.states.iter().chain([&self.sum]).collect::<Vec<_>>(), slots)?;
         match slots {
             None => self.steps.fill(0),
             Some(slots) => {

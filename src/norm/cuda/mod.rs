@@ -14,7 +14,8 @@ use cudarc::driver::CudaStream;
 
 use super::check::{BackwardProblem, Problem, Sizes};
 use super::{BackwardInputs, GradientsMut, Inputs, Options, OutputMut};
-use crate::cuda::params::rms_norm::{self as kernels, MOST_THREADS, Rows, THREADS};
+use crate::cuda::params::Rows;
+use crate::cuda::params::rms_norm::{self as kernels, MOST_THREADS, THREADS};
 use crate::cuda::params::{self, QUAD, Vector};
 use crate::cuda::{
     Arguments, Cuda, Device, GRID_COLUMNS, Kernel, Module, Sum, blocks, grid_rows, is_vectorizable, or_null,

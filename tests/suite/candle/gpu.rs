@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use selective_scan::candle::Scan;
 
-use super::{conv, embedding, graph, host, norm, optimizer, scan, slots, update, vectors, views};
+use super::{conv, convert, embedding, graph, host, norm, optimizer, scan, slots, update, vectors, views};
 use crate::scan::case::Shape;
 
 pub fn device() -> Option<Device> {
@@ -63,6 +63,9 @@ on_the_device! {
         conv::agrees_with_the_reference::<f16>(device, 4);
         conv::agrees_with_the_reference::<bf16>(device, 4);
     };
+    types_of_many_tensors: |device| convert::all_types(device);
+    many_pools_are_written: |device| convert::parts_of_pools(device);
+    what_is_written_is_checked: |device| convert::refusals(device);
     numbers_go_there_and_back: |device| host::all_types(device);
     work_is_repeated: |device| host::work_is_repeated(device);
     embedding_gradient: |device| embedding::has_the_values_of_a_loop(device);

@@ -1,6 +1,7 @@
 //! The operators on candle's tensors. Each test is a function of the device; `gpu` calls them with another.
 
 mod conv;
+mod convert;
 mod embedding;
 mod errors;
 #[cfg(feature = "candle-cuda")]

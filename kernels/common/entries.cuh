@@ -1,9 +1,9 @@
-// Which part of which of a launch's tensors a block works on.
+// Launches over many tensors: which of them a block works on.
 #pragma once
-#include "../common/vector_io.cuh"
+#include "vector_io.cuh"
 #include "params.cuh"
 
-namespace optimizer {
+namespace common {
 
 // The entry whose blocks this one is among: the last that begins at this block or before.
 template <typename Entry> __device__ __forceinline__ const Entry &entry_of_block(const Entry *entries, int64_t count) {
