@@ -4,8 +4,6 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::tensors::storage_of;
-#[cfg(feature = "candle-cuda")]
-use super::write_all::MOST_WRITTEN;
 use crate::Error;
 
 /// What [`Tensor::to_dtype`] gives of each tensor, outside of candle's graph.
@@ -34,7 +32,7 @@ pub fn to_dtype_all(tensors: &[&Tensor], dtype: DType) -> Result<Vec<Tensor>> {
 }
 
 /// Overwrites each tensor of `to` with the values of its partner, brought into its type, or with zeros where there is none. They
-/// may be narrowed tensors, such as slots of a pool, as long as they are contiguous.
+/// may be parts of others, such as slots of a pool and several of one, as long as each is contiguous and none overlaps another.
 ///
 /// On a GPU tensors of `f32`, `f16` and `bf16` are written in one launch for some dozens; others one by one.
 ///
@@ -52,16 +50,14 @@ pub fn to_dtype_all(tensors: &[&Tensor], dtype: DType) -> Result<Vec<Tensor>> {
 /// ```
 ///
 /// # Errors
-/// A tensor that is not contiguous, that candle tracks, whose storage is that of another argument, or whose partner has another
-/// shape or device; then nothing is written. What the device refuses.
+/// A tensor that is not contiguous, that candle tracks, that overlaps another, whose storage is also read, or whose partner has
+/// another shape or device; then nothing is written. What the device refuses.
 pub fn write_each(pairs: &[(&Tensor, Option<&Tensor>)]) -> Result<()> {
     check(pairs)?;
     #[cfg(feature = "candle-cuda")]
     let (joined, single): (Vec<_>, Vec<_>) = pairs.iter().copied().partition(|(to, from)| gpu::is_joined(to, *from));
     #[cfg(feature = "candle-cuda")]
-    for part in joined.chunks(MOST_WRITTEN) {
-        gpu::write(part)?;
-    }
+    gpu::write_joined(&joined)?;
     #[cfg(not(feature = "candle-cuda"))]
     let single = pairs;
     for (to, from) in single.iter().filter(|(to, _)| to.elem_count() > 0) {
@@ -93,13 +89,22 @@ fn check(pairs: &[(&Tensor, Option<&Tensor>)]) -> Result<()> {
             return Err(Error::argument("from", format_args!("{}, as `to`", describe(to)), describe(from)).into());
         }
     }
-    let mut written: Vec<_> = pairs.iter().map(|(to, _)| storage_of(to)).collect();
+    let place = |to: &Tensor| (storage_of(to), to.layout().start_offset());
+    let parts = pairs.iter().filter(|(to, _)| to.elem_count() > 0);
+    let mut written: Vec<_> = parts.map(|(to, _)| (place(to), to.elem_count())).collect();
     written.sort_unstable();
-    let is_twice = written.windows(2).any(|pair| pair[0] == pair[1]);
+    let overlap = |pair: &[((usize, usize), usize)]| {
+        let [((storage, start), count), ((next, next_start), _)] = [pair[0], pair[1]];
+        storage == next && next_start < start + count
+    };
+    if written.windows(2).any(overlap) {
+        let expected = "parts that do not overlap, as they are written";
+        return Err(Error::argument("to", expected, "a part that is written twice").into());
+    }
     let mut read = pairs.iter().filter_map(|(_, from)| from.map(storage_of));
-    if is_twice || read.any(|storage| written.binary_search(&storage).is_ok()) {
-        let got = "one that another argument reads or that is written twice";
-        return Err(Error::argument("to", "storages of their own, as they are written", got).into());
+    if read.any(|storage| written.binary_search_by_key(&storage, |((storage, _), _)| *storage).is_ok()) {
+        let expected = "storages that are not read, as they are written";
+        return Err(Error::argument("to", expected, "one that a tensor of `from` reads").into());
     }
     Ok(())
 }
@@ -114,8 +119,8 @@ mod gpu {
     use super::super::cuda::Gpu;
     use super::super::device::{Backend, Value, for_dtype};
     use super::super::graph;
-    use super::super::tensors::Arguments as Read;
-    use super::super::write_all::{open_one, write_all};
+    use super::super::tensors::{Arguments as Read, storage_of};
+    use super::super::write_all::{MOST_WRITTEN, open_one, write_all};
     use crate::Error;
     use crate::cuda::params::{self, Conversion};
     use crate::cuda::{Arguments, convert_all};
@@ -196,37 +201,64 @@ mod gpu {
     }
 
     /// Writes pairs that are [joined](is_joined) and checked.
-    pub fn write(pairs: &[(&Tensor, Option<&Tensor>)]) -> Result<()> {
+    pub fn write_joined(pairs: &[(&Tensor, Option<&Tensor>)]) -> Result<()> {
+        // Storages are locked a number of them at a time; of one there may be many parts.
+        let mut rest = pairs;
+        while !rest.is_empty() {
+            let (mut storages, mut count) = (Vec::new(), 0);
+            while let Some((to, _)) = rest.get(count) {
+                let storage = storage_of(to);
+                if !storages.contains(&storage) {
+                    if storages.len() == MOST_WRITTEN {
+                        break;
+                    }
+                    storages.push(storage);
+                }
+                count += 1;
+            }
+            write(&rest[..count], &storages)?;
+            rest = &rest[count..];
+        }
+        Ok(())
+    }
+
+    /// Writes pairs to these storages.
+    fn write(pairs: &[(&Tensor, Option<&Tensor>)], storages: &[usize]) -> Result<()> {
         let Some(Device::Cuda(device)) = pairs.first().map(|(to, _)| to.device()) else { return Ok(()) };
         let gpu = Gpu::new(device);
-        let written: Vec<_> = pairs.iter().map(|(to, _)| *to).collect();
+        let places: Vec<_> = pairs.iter().map(|(to, _)| storages.iter().position(|&at| at == storage_of(to))).collect();
+        let first = |place| places.iter().position(|&other| other == Some(place)).map(|pair| pairs[pair].0);
+        let written: Vec<_> = (0..storages.len()).filter_map(first).collect();
         let read: Vec<_> = pairs.iter().filter_map(|(_, from)| *from).collect();
-        write_all("to", &written, &read, |storages, read| {
+        write_all("to", &written, &read, |opened, read| {
             let elsewhere = || Error::argument("from", "tensors where `to` lies", "one elsewhere");
             let mut arguments = Arguments::new(&gpu.stream);
-            let (mut conversions, mut place) = (Vec::with_capacity(pairs.len()), 0);
-            for ((to, from), storage) in pairs.iter().zip(storages) {
+            let mut beginnings = Vec::with_capacity(storages.len());
+            for (storage, to) in opened.into_iter().zip(&written) {
                 let storage = open_one::<Gpu>("to", storage)?;
-                let offset = to.layout().start_offset();
+                beginnings.push(for_dtype!("to", to.dtype(), |T| {
+                    Ok::<_, candle_core::Error>(arguments.write("to", Gpu::elements_mut::<T>(storage)?)?)
+                })?);
+            }
+            let (mut conversions, mut from_place) = (Vec::with_capacity(pairs.len()), 0);
+            for ((to, from), place) in pairs.iter().zip(&places) {
+                let beginning = place.map_or(0, |place| beginnings[place]);
                 let mut conversion = Conversion {
+                    to: beginning + (to.layout().start_offset() * to.dtype().size_in_bytes()) as u64,
                     count: to.elem_count() as i64,
                     to_type: type_code(to.dtype())?,
-                    to: for_dtype!("to", to.dtype(), |T| {
-                        let elements = Gpu::elements_mut::<T>(storage)?;
-                        Ok::<_, candle_core::Error>(arguments.write_from("to", elements, offset)?)
-                    })?,
                     ..Conversion::zeroed()
                 };
                 if let Some(from) = from {
-                    let storage = Gpu::open(read.storage(place)).ok_or_else(elsewhere)?;
+                    let storage = Gpu::open(read.storage(from_place)).ok_or_else(elsewhere)?;
                     conversion.from = address(&mut arguments, storage, from)?;
                     conversion.from_type = type_code(from.dtype())?;
-                    place += 1;
+                    from_place += 1;
                 }
                 conversions.push(conversion);
             }
             let device = crate::cuda::Device::new(&gpu.stream)?;
-            // SAFETY: pairs are contiguous and of one shape, and each of those that are written has a storage of its own.
+            // SAFETY: pairs are contiguous and of one shape, the parts that are written do not overlap, and none is read.
             unsafe { convert_all(&device, &conversions) }?;
             Ok(())
         })

@@ -288,13 +288,11 @@ impl Attention {
     /// Adds the keys and values of sequences, `(1, rows, heads, d_head)`, to their slots.
     fn store(&self, sequences: &[Sequence], state: &AttentionState, k: &Tensor, v: &Tensor) -> Result<()> {
         let (k, v) = (k.flatten_from(2)?.squeeze(0)?, v.flatten_from(2)?.squeeze(0)?);
-        for sequence in sequences.iter().filter(|sequence| sequence.tokens > 0) {
-            if let Some(slot) = sequence.slot {
-                let [k, v] = [&k, &v].map(|rows| rows.narrow(0, sequence.start, sequence.tokens));
-                state.extend(slot, sequence.there, &k?, &v?)?;
-            }
-        }
-        Ok(())
+        let added = sequences.iter().filter(|sequence| sequence.tokens > 0);
+        let additions: Vec<_> = added
+            .filter_map(|&Sequence { slot, start, tokens, there }| slot.map(|slot| (slot, there, start, tokens)))
+            .collect();
+        state.extend(&k, &v, &additions)
     }
 
     /// The sequences of a call that has been checked.

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::AttentionConfig;
-use crate::candle::Slots;
+use crate::candle::{Slots, write_each};
 use crate::nn::decode::{check_pools, check_slots};
 use crate::nn::{NewTokens, argument, check_room};
 
@@ -138,13 +138,19 @@ impl AttentionState {
         Ok(())
     }
 
-    /// Writes keys and values, `(tokens, n_kv_head · d_head)` each, after those that are in a slot, and says that they are there.
-    pub(super) fn extend(&self, slot: usize, there: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+    /// Writes rows of keys and values, `(rows, n_kv_head · d_head)` each, after those that are in slots, and says that they are there.
+    /// Each addition is a slot, how many tokens are in it, and the first of its rows and their number.
+    pub(super) fn extend(&self, k: &Tensor, v: &Tensor, additions: &[(usize, usize, usize, usize)]) -> Result<()> {
+        let mut parts = Vec::with_capacity(2 * additions.len());
         for (pool, rows) in [(&self.k, k), (&self.v, v)] {
-            let rows = rows.to_dtype(pool.dtype())?.contiguous()?.unsqueeze(0)?;
-            pool.narrow(0, slot, 1)?.slice_set(&rows, 1, there)?;
+            let rows = rows.contiguous()?;
+            for &(slot, there, first, count) in additions {
+                let to = pool.narrow(0, slot, 1)?.narrow(1, there, count)?.squeeze(0)?;
+                parts.push((to, rows.narrow(0, first, count)?));
+            }
         }
-        self.set_length(slot, there + k.dim(0)?)
+        write_each(&parts.iter().map(|(to, from)| (to, Some(from))).collect::<Vec<_>>())?;
+        additions.iter().try_for_each(|&(slot, there, _, count)| self.set_length(slot, there + count))
     }
 
     /// Says how many tokens are in a slot.

@@ -73,6 +73,25 @@ pub fn parts_of_pools(device: &Device) {
             assert_same(&row(pool), &row(before), &format!("the rest of pool {i}"));
         }
     }
+    // Several parts of one.
+    let (pool, rows) =
+        (numbers(40, 0, DType::F16, device).reshape((10, 4)).unwrap(), numbers(12, 0, DType::F32, device));
+    let rows = rows.reshape((3, 4)).unwrap();
+    let parts: Vec<_> =
+        [(7, 0), (0, 1), (6, 2)].map(|(to, from)| (pool.narrow(0, to, 1), rows.narrow(0, from, 1))).into();
+    let parts: Vec<_> = parts.into_iter().map(|(to, from)| (to.unwrap(), from.unwrap())).collect();
+    write_each(&parts.iter().map(|(to, from)| (to, Some(from))).collect::<Vec<_>>()).unwrap();
+    let before = numbers(40, 0, DType::F16, device).reshape((10, 4)).unwrap();
+    for row in 0..10 {
+        let of = |tensor: &Tensor, row| tensor.narrow(0, row, 1).unwrap();
+        let expected = match row {
+            7 => of(&rows, 0),
+            0 => of(&rows, 1),
+            6 => of(&rows, 2),
+            _ => of(&before, row),
+        };
+        assert_same(&of(&pool, row), &expected.to_dtype(DType::F16).unwrap(), &format!("row {row}"));
+    }
     // Of other types, of strided values, and a scalar.
     let (counts, scalar) =
         (Tensor::new(&[7u32, 8], device).unwrap(), Tensor::new(2f32, device).unwrap().to_device(device).unwrap());
@@ -95,8 +114,9 @@ pub fn refusals(device: &Device) {
     let of_two = (&two, None);
     assert!(refusal(&[of_two, (&pool.t().unwrap(), None)]).contains("contiguous"));
     assert!(refusal(&[of_two, (variable.as_tensor(), None)]).contains("candle's graph"));
-    assert!(refusal(&[of_two, (&rows, None), (&other, None)]).contains("written twice"));
-    assert!(refusal(&[of_two, (&rows, Some(&other))]).contains("another argument reads"));
+    let both = pool.narrow(0, 0, 2).unwrap();
+    assert!(refusal(&[of_two, (&both, None), (&other, None)]).contains("written twice"));
+    assert!(refusal(&[of_two, (&rows, Some(&other))]).contains("reads"));
     let three = Tensor::ones((3, 3), DType::F32, device).unwrap();
     let error = refusal(&[of_two, (&pool, Some(&three))]);
     assert!(error.starts_with("`from`") && error.contains("[3, 2]") && error.contains("[3, 3]"), "{error}");
