@@ -27,8 +27,13 @@ pub fn to_dtype_all(tensors: &[&Tensor], dtype: DType) -> Result<Vec<Tensor>> {
     let mut converted = gpu::converted(tensors, dtype)?;
     #[cfg(not(feature = "candle-cuda"))]
     let mut converted = std::collections::HashMap::<usize, Tensor>::new();
+    let alone = |tensor: &Tensor| match tensor.elem_count() {
+        // candle launches no kernel over nothing.
+        0 => Tensor::zeros(tensor.shape(), dtype, tensor.device()),
+        _ => tensor.detach().to_dtype(dtype),
+    };
     let given = tensors.iter().enumerate();
-    given.map(|(i, tensor)| converted.remove(&i).map_or_else(|| tensor.detach().to_dtype(dtype), Ok)).collect()
+    given.map(|(i, tensor)| converted.remove(&i).map_or_else(|| alone(tensor), Ok)).collect()
 }
 
 /// Overwrites each tensor of `to` with the values of its partner, brought into its type, or with zeros where there is none. They
@@ -142,14 +147,14 @@ mod gpu {
 
     /// The tensors that are converted in one launch, by their places.
     pub fn converted(tensors: &[&Tensor], dtype: DType) -> Result<HashMap<usize, Tensor>> {
-        let Some(Device::Cuda(device)) = tensors.iter().map(|tensor| tensor.device()).find(|device| device.is_cuda())
-        else {
+        let mut devices = tensors.iter().map(|tensor| tensor.device());
+        let Some(Device::Cuda(device)) = devices.find(|device| device.is_cuda() && is_float(dtype)) else {
             return Ok(HashMap::new());
         };
         let is_there = |tensor: &Tensor| matches!(tensor.device(), Device::Cuda(other) if device.id() == other.id());
         let is_joined = |tensor: &Tensor| {
-            let is_float = is_float(dtype) && is_float(tensor.dtype());
-            is_float && tensor.dtype() != dtype && tensor.is_contiguous() && tensor.elem_count() > 0 && is_there(tensor)
+            let is_other = is_float(tensor.dtype()) && tensor.dtype() != dtype;
+            is_other && tensor.is_contiguous() && tensor.elem_count() > 0 && is_there(tensor)
         };
         let joined: Vec<_> = tensors.iter().enumerate().filter(|(_, tensor)| is_joined(tensor)).collect();
         for_dtype!("dtype", dtype, |T| convert::<T>(&Gpu::new(device), &joined))
@@ -177,7 +182,7 @@ mod gpu {
                 to: arguments.write("tensors", buffer)?,
                 from: address(&mut arguments, storage, tensor)?,
                 count: tensor.elem_count() as i64,
-                to_type: params::type_code(T::DTYPE),
+                to_type: params::type_code(<T as crate::Element>::DTYPE),
                 from_type: type_code(tensor.dtype())?,
                 ..Conversion::zeroed()
             });

@@ -23,7 +23,10 @@ fn sizes() -> Vec<(usize, usize)> {
 #[track_caller]
 fn assert_same(got: &Tensor, expected: &Tensor, what: &str) {
     assert_eq!((got.dims(), got.dtype()), (expected.dims(), expected.dtype()), "{what}");
-    assert_eq!(values(got), values(expected), "{what}");
+    // candle reads no tensor of nothing on a GPU.
+    if expected.elem_count() > 0 {
+        assert_eq!(values(got), values(expected), "{what}");
+    }
 }
 
 pub fn all_types(device: &Device) {
@@ -42,7 +45,11 @@ pub fn all_types(device: &Device) {
         assert_eq!(got.len(), all.len());
         for (i, (got, from)) in got.iter().zip(&all).enumerate() {
             assert!(!got.track_op());
-            assert_same(got, &from.to_dtype(dtype).unwrap(), &format!("tensor {i}, {:?} to {dtype:?}", from.dtype()));
+            let what = format!("tensor {i}, {:?} to {dtype:?}", from.dtype());
+            match from.elem_count() {
+                0 => assert_eq!((got.dims(), got.dtype()), (from.dims(), dtype), "{what}"),
+                _ => assert_same(got, &from.to_dtype(dtype).unwrap(), &what),
+            }
         }
     }
     assert!(to_dtype_all(&[], DType::F16).unwrap().is_empty());
