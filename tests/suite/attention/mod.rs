@@ -2,6 +2,8 @@
 
 #[cfg(feature = "candle")]
 mod candle;
+#[cfg(feature = "cuda")]
+mod gpu;
 
 use half::{bf16, f16};
 use rand::Rng;
