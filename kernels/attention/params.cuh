@@ -37,7 +37,7 @@ struct Inputs {
     int64_t length, steps;
     int64_t kv_heads, group, d_head;
     uint64_t flags;
-    // What scores are multiplied by, and that times log2(e).
+    // What scores are multiplied by, and that times log2(e); forward the latter is positive, see QuerySign.
     float scale, exponent;
 };
 

@@ -44,7 +44,9 @@ pub(crate) fn forward_checked<T: Element>(
     let device = Device::new(stream)?;
     let mut arguments = Arguments::new(stream);
     let (out, lse) = (arguments.write("out", outputs.out)?, arguments.write("lse", outputs.lse)?);
-    let inputs = inputs(problem, &mut arguments, &[out])?;
+    let mut inputs = inputs(problem, &mut arguments, &[out])?;
+    // The greatest score is the greatest product: the kernels exchange the sign of the queries, or make them zero.
+    inputs.exponent = if problem.scale == 0.0 { 1.0 } else { inputs.exponent.abs() };
     let mut params = kernels::Forward { inputs, out, lse, sums: 0, weights: 0 };
     if let Some(tiles) = &plan.whole {
         let _table = set_parts(&device, tiles, &mut params.inputs)?;
