@@ -39,7 +39,8 @@ __device__ __forceinline__ void run(const Backward &params) {
         if (!has_keys || start + STEPS <= begin_of_warp) return;
         Scores<COLUMNS> weights = {}, slopes = {};
         add_scores_of(weights, memory.rows[0], of_warp, q);
-        const bool is_cut = start < seen_from || start + STEPS > sequence.rows;
+        // Rows after the last are zeros, and so is what they add.
+        const bool is_cut = start < seen_from;
         const float *of_rows = memory.numbers() + 2 * stage * STEPS;
         // lse and mean of two neighbouring queries.
         const auto read_pair = [&](float (&pair)[4], int column) { read_shared(pair, of_rows + 2 * (8 * column + lane % 4 * 2)); };
@@ -52,7 +53,7 @@ __device__ __forceinline__ void run(const Backward &params) {
             for (int j = 0; j < 4; j++) {
                 float &weight = weights[0][column][j];
                 weight = exp2_fast(fmaf(weight, p.exponent, -pair[j % 2 * 2]));
-                if (is_cut && (row + j % 2 < begins[j / 2] || row + j % 2 >= sequence.rows)) weight = 0.0f;
+                if (is_cut && row + j % 2 < begins[j / 2]) weight = 0.0f;
             }
         }
         add_weighted<true>(d_v, weights, d_out, 0, of_part);

@@ -51,27 +51,76 @@ template <typename T> __device__ __forceinline__ Chunk<T> gather(const T *from, 
 
 // Begins to fill tiles with the rows from `first` on of as many tensors: zeros after the last of `rows`, and beyond `d_head`. What
 // cannot be copied asynchronously is there when the next barrier has been passed.
-template <typename T, int D, int ROWS, int THREADS, int COUNT>
-__device__ __forceinline__ void load_rows(const Tile<T, D> (&to)[COUNT], const RowsOf<T> (&from)[COUNT], int first, int rows,
-                                          int group, int d_head) {
-    constexpr int CHUNKS = Tile<T, D>::CHUNKS;
-    static_assert(ROWS * CHUNKS % THREADS == 0 || ROWS * CHUNKS < THREADS, "as many chunks for each thread, or one");
-#pragma unroll 4
-    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-        const int row = i / CHUNKS, chunk = i % CHUNKS, d = chunk * PER_CHUNK<T>;
-        const bool exists = first + row < rows && d < d_head;
-        const RowPlace place(exists ? first + row : 0, group);
+template <typename T, int D, int ROWS, int THREADS, int COUNT> struct Loader {
+    static constexpr int CHUNKS = Tile<T, D>::CHUNKS;
+    // A thread has the same chunk of rows that are so many apart.
+    static constexpr int APART = THREADS / CHUNKS, TIMES = (ROWS + APART - 1) / APART;
+    static_assert(THREADS % CHUNKS == 0, "whole rows");
+
+    const Tile<T, D> (&to)[COUNT];
+    const RowsOf<T> (&from)[COUNT];
+    int first, rows, group, d_head, chunk, row;
+
+    __device__ __forceinline__ Loader(const Tile<T, D> (&to)[COUNT], const RowsOf<T> (&from)[COUNT], int first, int rows, int group,
+                                      int d_head)
+        : to(to), from(from), first(first), rows(rows), group(group), d_head(d_head), chunk(threadIdx.x % CHUNKS),
+          row(threadIdx.x / CHUNKS) {}
+
+    __device__ __forceinline__ bool is_in_tile(int row) const { return ROWS % APART == 0 || row < ROWS; }
+    __device__ __forceinline__ Chunk<T> &place(int one, int row) const { return to[one].chunks[Tile<T, D>::place(row, chunk)]; }
+
+    // Rows that are as far apart as steps, which is what keys are; nothing is read where there is no row.
+    __device__ __forceinline__ void copy_steps() const {
+        const bool within = chunk * PER_CHUNK<T> < d_head;
 #pragma unroll
         for (int one = 0; one < COUNT; one++) {
-            const T *at = from[one].row(place) + (exists ? d * from[one].column : 0);
-            Chunk<T> &chunk_to = to[one].chunks[Tile<T, D>::place(row, chunk)];
-            if (from[one].vector) {
-                copy_async(chunk_to, at, exists);
-            } else {
-                chunk_to = gather(at, from[one].column, exists ? d_head - d : 0);
+            const T *at = from[one].data + (first + row) * from[one].step + chunk * PER_CHUNK<T>;
+            const int64_t leap = APART * from[one].step;
+#pragma unroll
+            for (int i = 0; i < TIMES; i++, at += leap) {
+                const int other = row + i * APART;
+                if (is_in_tile(other)) copy_async(place(one, other), at, within && first + other < rows);
             }
         }
     }
+
+    template <bool VECTOR> __device__ __forceinline__ void copy_rows() const {
+        const int d = chunk * PER_CHUNK<T>;
+#pragma unroll(VECTOR ? TIMES : 1)
+        for (int i = 0; i < TIMES; i++) {
+            const int other = row + i * APART;
+            if (!is_in_tile(other)) break;
+            const bool exists = first + other < rows && d < d_head;
+            const RowPlace of(exists ? first + other : 0, group);
+#pragma unroll
+            for (int one = 0; one < COUNT; one++) {
+                const T *at = from[one].row(of) + (exists ? d * from[one].column : 0);
+                if constexpr (VECTOR) {
+                    copy_async(place(one, other), at, exists);
+                } else {
+                    place(one, other) = gather(at, from[one].column, exists ? d_head - d : 0);
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void operator()() const {
+        bool vector = true;
+#pragma unroll
+        for (int one = 0; one < COUNT; one++) vector = vector && from[one].vector;
+        if (!vector) {
+            copy_rows<false>();
+        } else if (group == 1) {
+            copy_steps();
+        } else {
+            copy_rows<true>();
+        }
+    }
+};
+template <typename T, int D, int ROWS, int THREADS, int COUNT>
+__device__ __forceinline__ void load_rows(const Tile<T, D> (&to)[COUNT], const RowsOf<T> (&from)[COUNT], int first, int rows,
+                                          int group, int d_head) {
+    Loader<T, D, ROWS, THREADS, COUNT>(to, from, first, rows, group, d_head)();
 }
 
 }

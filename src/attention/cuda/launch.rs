@@ -8,9 +8,7 @@ use super::plan::{Tiles, grid};
 use crate::attention::check::Problem;
 use crate::attention::tensors::{Sizes, Tensors};
 use crate::cuda::params::{self, attention as kernels};
-use crate::cuda::{
-    Arguments, Cuda, Device, DeviceViews, Kernel, Module, Strided, is_vectorizable, suffix,
-};
+use crate::cuda::{Arguments, Cuda, Device, DeviceViews, Kernel, Module, Strided, is_vectorizable, suffix};
 use crate::{DType, Element, Result};
 use bytemuck::{Pod, Zeroable};
 

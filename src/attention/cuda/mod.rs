@@ -21,9 +21,9 @@ mod forward;
 mod launch;
 mod plan;
 
-#[cfg(feature = "candle-cuda")]
-pub(crate) use backward::backward_checked;
 pub use backward::backward;
 #[cfg(feature = "candle-cuda")]
-pub(crate) use forward::forward_checked;
+pub(crate) use backward::backward_checked;
 pub use forward::forward;
+#[cfg(feature = "candle-cuda")]
+pub(crate) use forward::forward_checked;

@@ -2,10 +2,10 @@
 //! packed or batched with.
 
 use crate::attention::check::{Part, Problem};
+use crate::cuda::GRID_COLUMNS;
 use crate::cuda::params::attention as kernels;
 use crate::cuda::params::attention::split::{PIECE, ROWS as FEW_ROWS};
-use crate::cuda::{Cuda, GRID_COLUMNS};
-use crate::{Element, Error, Result};
+use crate::{Element, Error, Memory, Result};
 
 /// The most rows, and keys, of a sequence: kernels count them, and tiles beyond them, in 32 bits.
 const MOST: usize = 1 << 30;
@@ -81,7 +81,7 @@ pub(super) struct Forward {
 
 impl Forward {
     /// With tiles of so many rows where keys are not split.
-    pub fn of<T: Element>(problem: &Problem<T, Cuda>, rows: usize) -> Result<Self> {
+    pub fn of<T: Element, M: Memory>(problem: &Problem<T, M>, rows: usize) -> Result<Self> {
         check(problem)?;
         let group = problem.sizes.group();
         let whole = |part: &Part| [(part.queries.len * group).div_ceil(rows), 0];
@@ -95,7 +95,11 @@ impl Forward {
             // What is joined is listed.
             if tiles_of[1] == 0 {
                 let tiles = Some(Tiles::Rows { count, length: part.queries.len, tiles: tiles_of[0] });
-                return Ok(if is_split { Self { whole: None, split: tiles } } else { Self { whole: tiles, split: None } });
+                return Ok(if is_split {
+                    Self { whole: None, split: tiles }
+                } else {
+                    Self { whole: tiles, split: None }
+                });
             }
         }
         let (few, many): (Vec<_>, Vec<_>) = problem.parts().into_iter().partition(|part| is_split(part, group));
@@ -113,7 +117,7 @@ fn is_split(part: &Part, group: usize) -> bool {
 }
 
 /// Batch rows that are all alike: how many, and the first. None if there is nothing to do.
-fn alike<T: Element>(problem: &Problem<T, Cuda>) -> Option<(usize, Part)> {
+fn alike<T: Element, M: Memory>(problem: &Problem<T, M>) -> Option<(usize, Part)> {
     let is_dense = problem.inputs.keys.is_none() && problem.inputs.cu_seqlens.is_none();
     let first = (is_dense && problem.sizes.length > 0 && problem.sizes.batch > 0).then(|| problem.part(0))?;
     Some((problem.sizes.batch, first))
@@ -130,7 +134,7 @@ pub(super) struct Backward {
 
 impl Backward {
     /// With tiles of so many rows.
-    pub fn of<T: Element>(problem: &Problem<T, Cuda>, rows: usize) -> Result<Self> {
+    pub fn of<T: Element, M: Memory>(problem: &Problem<T, M>, rows: usize) -> Result<Self> {
         check(problem)?;
         let sizes = problem.sizes;
         let of_queries = |part: &Part| [(part.queries.len * sizes.group()).div_ceil(rows), 0];
@@ -152,7 +156,7 @@ impl Backward {
 }
 
 /// Checks that the kernels can count what there is.
-fn check<T: Element>(problem: &Problem<T, Cuda>) -> Result<()> {
+fn check<T: Element, M: Memory>(problem: &Problem<T, M>) -> Result<()> {
     let group = problem.sizes.group();
     let check = |part: &Part| {
         if part.queries.len.checked_mul(group).is_none_or(|rows| rows > MOST) {
@@ -186,5 +190,81 @@ impl From<Listed> for kernels::Part {
         let [batch, start, length] = listed.queries.map(|n| n as i64);
         let [row, first, keys] = listed.keys.map(|n| n as i64);
         Self { batch, start, length, row, first, keys, tile: listed.tile as i64, joined: listed.joined as i64 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::View;
+    use crate::attention::{Inputs, KeyRange};
+
+    /// Heads of 8, of which two read one head of keys; what is not there is one element that is repeated.
+    fn inputs<'a>(
+        batch: usize,
+        length: usize,
+        keys: Option<&'a [KeyRange]>,
+        ends: Option<&'a [usize]>,
+    ) -> Inputs<'a, f32> {
+        let view = |shape| View::new(&[0.0][..], shape).with_layout(0, [0; 4]);
+        let [rows, steps] = if keys.is_some() { [4, 1 << 31] } else { [batch, length] };
+        let k = view([rows, steps, 2, 8]);
+        Inputs { keys, cu_seqlens: ends, ..Inputs::new(view([batch, length, 4, 8]), k, k) }
+    }
+
+    fn forward(inputs: Inputs<f32>) -> Result<Forward> {
+        Forward::of(&inputs.check().expect("the arguments fit"), 64)
+    }
+
+    #[test]
+    fn batch_rows_need_no_table() {
+        let rows = |count, length, tiles| Some(Tiles::Rows { count, length, tiles });
+        assert_eq!(forward(inputs(3, 100, None, None)).unwrap(), Forward { whole: rows(3, 100, 4), split: None });
+        assert_eq!(forward(inputs(3, 8, None, None)).unwrap(), Forward { whole: None, split: rows(3, 8, 1) });
+        for nothing in [inputs(3, 0, None, None), inputs(0, 9, None, None)] {
+            assert_eq!(forward(nothing).unwrap(), Forward { whole: None, split: None });
+        }
+    }
+
+    /// Each by its own size, those with most keys first, and only those of several pieces are joined.
+    #[test]
+    fn sequences_are_divided_each_by_itself() {
+        let ends = [0, 1, 1, 71, 74, 104];
+        let range = |(row, length)| KeyRange { row, start: 5, length };
+        let keys = [(0, 256), (1, 7), (1, 300), (2, 257), (3, 1000)].map(range);
+        let Forward { whole: Some(Tiles::Listed { parts: whole, tiles: 3, joined: 0 }), split: Some(split) } =
+            forward(inputs(1, 104, Some(&keys), Some(&ends))).unwrap()
+        else {
+            panic!("70 queries of two heads take three tiles of 64")
+        };
+        assert_eq!(whole, [Listed { queries: [0, 1, 70], keys: [1, 5, 300], tile: 0, joined: 0 }]);
+        let listed = |queries, row, length, tile, joined| Listed { queries, keys: [row, 5, length], tile, joined };
+        let parts = vec![
+            // 60 rows in four tiles, four pieces each.
+            listed([0, 74, 30], 3, 1000, 0, 0),
+            listed([0, 71, 3], 2, 257, 16, 4),
+            listed([0, 0, 1], 0, 256, 18, 5),
+        ];
+        assert_eq!(split, Tiles::Listed { parts, tiles: 19, joined: 5 });
+    }
+
+    #[test]
+    fn what_cannot_be_counted_is_refused() {
+        let error = forward(inputs(1, (1 << 29) + 1, None, None)).unwrap_err().to_string();
+        assert!(error.starts_with("`q`: expected sequences of at most 2^30 steps"), "{error}");
+        let keys = [KeyRange { row: 0, start: 0, length: (1 << 30) + 1 }];
+        let error = forward(inputs(1, 3, Some(&keys), None)).unwrap_err().to_string();
+        assert!(error.starts_with("`k`: expected at most 2^30 keys of a sequence"), "{error}");
+        assert!(grid(1 << 20, 1 << 11).unwrap_err().to_string().starts_with("`q`: "));
+        assert_eq!(grid(1 << 20, 2000).unwrap(), [2000 << 20, 1]);
+    }
+
+    #[test]
+    fn keys_that_no_query_has_are_known() {
+        let keys = [KeyRange { row: 1, start: 0, length: 9 }];
+        let of = |inputs: Inputs<f32>| Backward::of(&inputs.check().expect("the arguments fit"), 64).unwrap();
+        assert!(of(inputs(1, 3, Some(&keys), None)).leaves_keys);
+        assert!(!of(inputs(2, 3, None, None)).leaves_keys);
+        assert!(!of(inputs(1, 3, None, Some(&[0, 0, 3]))).leaves_keys);
     }
 }

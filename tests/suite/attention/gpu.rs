@@ -283,7 +283,14 @@ fn alone_is_packed<T: Element>(seed: u64) {
                 view.offset + batch * view.strides[0] + (start + i) * view.strides[1] + h * view.strides[2] + d
             };
             let place = |n: usize| [n / d_head / view.shape[2], n / d_head % view.shape[2], n % d_head];
-            (0..len * view.shape[2] * d_head).map(|n| view.data[{ let [i, h, d] = place(n); at(i, h, d) }]).collect()
+            (0..len * view.shape[2] * d_head)
+                .map(|n| {
+                    view.data[{
+                        let [i, h, d] = place(n);
+                        at(i, h, d)
+                    }]
+                })
+                .collect()
         };
         let of_queries = [0, ends[index], len];
         let KeyRange { row, start, length } = ranges[index];
@@ -332,7 +339,10 @@ fn batch_rows_give_the_bits_of_packed_ones() {
         let rows = Inputs::new(View::new(&q, shape), View::new(&k, shape), View::new(&v, shape));
         let all = [1, 3 * len, 2, 16];
         let ends = [0, len, 2 * len, 3 * len];
-        let packed = Inputs { cu_seqlens: Some(&ends), ..Inputs::new(View::new(&q, all), View::new(&k, all), View::new(&v, all)) };
+        let packed = Inputs {
+            cu_seqlens: Some(&ends),
+            ..Inputs::new(View::new(&q, all), View::new(&k, all), View::new(&v, all))
+        };
         assert_eq!(results(&rows, View::new(&d_out, shape)), results(&packed, View::new(&d_out, all)));
     }
 }
@@ -357,7 +367,8 @@ fn any_layout_gives_the_same_bits() {
                 let len = offset + (0..4).map(|dim| (shape[dim] - 1) * strides[dim]).sum::<usize>() + 1;
                 let mut data = vec![T::from_f32(f32::NAN); len];
                 for (n, &value) in values.iter().enumerate() {
-                    let index = [n / (steps * heads * d_head), n / (heads * d_head) % steps, n / d_head % heads, n % d_head];
+                    let index =
+                        [n / (steps * heads * d_head), n / (heads * d_head) % steps, n / d_head % heads, n % d_head];
                     data[offset + (0..4).map(|dim| index[dim] * strides[dim]).sum::<usize>()] = value;
                 }
                 data
@@ -383,7 +394,10 @@ fn what_is_not_finite_stays_where_it_is() {
         let draw = &mut Draw::new(8);
         let mut data = [(); 4].map(|()| draw.uniform::<f32>(shape.iter().product(), -1.0, 1.0));
         let run = |[q, k, v, d_out]: &[Vec<f32>; 4]| {
-            let inputs = Inputs { cu_seqlens: Some(&ends), ..Inputs::new(View::new(q, shape), View::new(k, shape), View::new(v, shape)) };
+            let inputs = Inputs {
+                cu_seqlens: Some(&ends),
+                ..Inputs::new(View::new(q, shape), View::new(k, shape), View::new(v, shape))
+            };
             results(&inputs, View::new(d_out, shape))
         };
         let before = run(&data);

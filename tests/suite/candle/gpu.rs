@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use selective_scan::candle::Scan;
 
 use super::{conv, embedding, graph, host, norm, optimizer, scan, slots, update, vectors, views};
+use crate::attention::candle as attention;
 use crate::scan::case::Shape;
 
 pub fn device() -> Option<Device> {
@@ -62,6 +63,11 @@ on_the_device! {
         conv::agrees_with_the_reference::<f32>(device, 32);
         conv::agrees_with_the_reference::<f16>(device, 4);
         conv::agrees_with_the_reference::<bf16>(device, 4);
+    };
+    attention_agrees_with_the_reference: |device| {
+        attention::gradients_flow(device);
+        attention::like_the_processor(device);
+        attention::bad_tensors(device);
     };
     numbers_go_there_and_back: |device| host::all_types(device);
     work_is_repeated: |device| host::work_is_repeated(device);
