@@ -12,8 +12,8 @@ use selective_scan::sampling::Settings;
 use selective_scan::scan::cuda::{PerLane, Plan};
 use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut};
 use selective_scan::{
-    DType, Element, ProjectionOf, View, ViewMut, complex_scan, conv, embedding, loss, norm, optimizer, sampling,
-    state_update,
+    DType, Element, ProjectionOf, View, ViewMut, attention, complex_scan, conv, embedding, loss, norm, optimizer,
+    sampling, state_update,
 };
 
 use crate::common::Random;
@@ -47,6 +47,9 @@ const OPERATORS: &[(&str, Run)] = &[
     ("complex states, forward", complex_forward),
     ("complex states, backward", complex_backward),
     ("complex states, update", complex_update),
+    ("attention forward", attention_forward),
+    ("attention backward", attention_backward),
+    ("attention decoding", attention_decoding),
     ("convolution forward", conv_forward),
     ("convolution backward", conv_backward),
     ("convolution update", conv_update),
@@ -331,6 +334,44 @@ fn complex_update(stream: &Arc<CudaStream>) -> Result<(), Failure> {
     let mut out = stream.alloc_zeros(ROWS * CHANNELS)?;
     let state = ViewMut::on_device(&mut pool, [ROWS, CHANNELS, 2 * STATES]);
     Ok(complex_scan::cuda::update(stream, &inputs, complex_scan::UpdateMut::new(state, &mut out))?)
+}
+
+/// Attention of the scan's shape: heads of 64, and in decoding four query heads to one of keys, of which each row has as many as
+/// there are steps.
+const D_HEAD: usize = 64;
+const HEADS: usize = CHANNELS / D_HEAD;
+const KV_HEADS: usize = HEADS / 4;
+
+fn attention_forward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let x = uniform::<bf16>(stream, &mut Random::new(5), COUNT, -1.0, 1.0)?;
+    let view = View::on_device(&x, [BATCH, LENGTH, HEADS, D_HEAD]);
+    let (mut out, mut lse) = (stream.alloc_zeros(COUNT)?, stream.alloc_zeros(BATCH * LENGTH * HEADS)?);
+    let to = attention::OutputMut { out: &mut out, lse: &mut lse };
+    Ok(attention::cuda::forward(stream, &attention::Inputs::new(view, view, view), to)?)
+}
+
+fn attention_backward(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let x = uniform::<bf16>(stream, &mut Random::new(5), COUNT, -1.0, 1.0)?;
+    let lse = uniform::<f32>(stream, &mut Random::new(6), BATCH * LENGTH * HEADS, 6.0, 7.0)?;
+    let view = View::on_device(&x, [BATCH, LENGTH, HEADS, D_HEAD]);
+    let [mut q, mut k, mut v] = [stream.alloc_zeros(COUNT)?, stream.alloc_zeros(COUNT)?, stream.alloc_zeros(COUNT)?];
+    let lse = View::on_device(&lse, [BATCH, LENGTH, HEADS]);
+    let outputs = attention::OutputGradients { out: view, lse, d_out: view };
+    let to = attention::GradientsMut { q: &mut q, k: &mut k, v: &mut v };
+    Ok(attention::cuda::backward(stream, &attention::Inputs::new(view, view, view), outputs, to)?)
+}
+
+fn attention_decoding(stream: &Arc<CudaStream>) -> Result<(), Failure> {
+    let q = uniform::<bf16>(stream, &mut Random::new(5), ROWS * CHANNELS, -1.0, 1.0)?;
+    let cache = uniform::<bf16>(stream, &mut Random::new(6), ROWS * LENGTH * KV_HEADS * D_HEAD, -1.0, 1.0)?;
+    let keys: Vec<_> = (0..ROWS).map(|row| attention::KeyRange { row, start: 0, length: LENGTH }).collect();
+    let cache = View::on_device(&cache, [ROWS, LENGTH, KV_HEADS, D_HEAD]);
+    let inputs = attention::Inputs {
+        keys: Some(&keys),
+        ..attention::Inputs::new(View::on_device(&q, [ROWS, 1, HEADS, D_HEAD]), cache, cache)
+    };
+    let (mut out, mut lse) = (stream.alloc_zeros(ROWS * CHANNELS)?, stream.alloc_zeros(ROWS * HEADS)?);
+    Ok(attention::cuda::forward(stream, &inputs, attention::OutputMut { out: &mut out, lse: &mut lse })?)
 }
 
 /// Inputs of a convolution.

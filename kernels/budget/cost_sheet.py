@@ -58,6 +58,12 @@ REACHED = 4 * (SEGMENTS - 1) * CHANNELS * (STATES + 1)  # bytes of those
 # Norm, of f32 sums and bf16 results: an addition, a multiply-add, two products; backward a product, two multiply-adds for the
 # sums, a product and a multiply-add for the weight's gradient, a multiply-add and a product, and what is added. Bytes: x,
 # residual, sum and out; backward the sum, its gradient, the result's gradient, and what is written.
+# Attention, with heads of 64 and each pair of a query and a key that it sees: its share in products of the tensor cores, of 2,048
+# terms each, of which forward has two, the backward kernel over queries five (two of them for the mean alone), that over keys four;
+# forward a multiply-add for what is to be an exponential, this, a comparison and a sum; backward the multiply-add, the exponential, a
+# difference and a product, and over queries the first two and a multiply-add once more. Decoding has 64 rows over as many keys as
+# there are steps, with four heads of queries to one of keys, whose rows fill a quarter of a product. Bytes: q, k, v and out; backward q,
+# k, v, ∂out and what is written; in decoding keys and values.
 # Embedding, of a vocabulary of four times as many tokens: an addition for each element. Bytes: the rows read, the matrix
 # written; of the sort, which has an instruction for each id, ids, positions and starts.
 # Sampling, of f32 logits: a comparison for the highest; a difference, a product, a polynomial of five products and sums, and a sum
@@ -65,6 +71,18 @@ REACHED = 4 * (SEGMENTS - 1) * CHANNELS * (STATES + 1)  # bytes of those
 TAPS, ROWS = 4, 64
 VOCABULARY = 4 * BATCH * LENGTH
 ROW_PART = ROWS * CHANNELS / ELEMENTS
+D_HEAD, GROUP = 64, 4
+HEADS = CHANNELS // D_HEAD
+SEEN = HEADS * LENGTH * (LENGTH + 1) / 2 / ELEMENTS  # keys that queries see, for each element
+SEEN_DECODING = ROWS * HEADS * LENGTH / ELEMENTS
+CACHE = 2 * 2 * ROWS * LENGTH * HEADS // GROUP * D_HEAD  # bytes of keys and values
+
+
+def attention(seen, products, others, exponentials, size):
+    """The least of a kernel of attention, which has so many of each for a pair of a query and a key."""
+    return (1, (0, seen * (products * D_HEAD * 32 / 2048 + others)), (0, seen * exponentials), size)
+
+
 PAIRS = 4 * CHANNELS * (6 * STATES + 2)  # bytes of S4D's step sizes, A, B, C and D
 COMPLEX_PARAMETERS = 4 * CHANNELS * (2 * STATES + 2)
 LEAST = {
@@ -75,6 +93,10 @@ LEAST = {
     "complex_scan_backward": (1, (64, 88), (0, 0), 14 * ELEMENTS + 4 * PROJECTIONS + 2 * COMPLEX_PARAMETERS),
     "complex_scan_update": (ROW_PART, (45, 72), (0, 0),
                             ROWS * CHANNELS * (8 + 2 * 8 * STATES) + 2 * 4 * ROWS * STATES + COMPLEX_PARAMETERS),
+    "attention_forward": attention(SEEN, 2, 4, 1, 8 * ELEMENTS + 4 * LENGTH * HEADS),
+    "attention_backward_queries": attention(SEEN, 5, 7, 2, 10 * ELEMENTS + 12 * LENGTH * HEADS),
+    "attention_backward_keys": attention(SEEN, 4, 4, 1, 12 * ELEMENTS + 8 * LENGTH * HEADS),
+    "attention_split": attention(SEEN_DECODING, 2 * 16 / GROUP, 4 * 16 / GROUP, 16 / GROUP, CACHE),
     "conv_forward": (1, (0, TAPS + 5), (0, 2), 4 * ELEMENTS + 4 * CHANNELS * (TAPS + 1)),
     "conv_backward": (1, (0, 3 * TAPS + 8), (0, 2), 6 * ELEMENTS + 8 * CHANNELS * (TAPS + 1)),
     "conv_update": (ROW_PART, (0, TAPS + 5), (0, 2),

@@ -1,21 +1,70 @@
 //! Attention on candle's tensors.
 
-use std::cell::OnceCell;
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{Result, Shape, Tensor};
+use candle_core::{Result, Tensor};
 
-use super::check::{LSE_NAMES, QUERY_NAMES, check_shapes, default_scale, parts};
+use super::check::{LSE_NAMES, Problem, QUERY_NAMES, check_apart};
 use super::tensors::Attention;
-use super::{Inputs, KeyRange, OutputGradients, OutputMut, Tensors, blocks, check, cpu};
-use crate::Error;
+use super::{GradientsMut, Inputs, KeyRange, OutputGradients, OutputMut, Tensors, cpu};
 use crate::candle::AttentionGradients;
-use crate::candle::device::{Backend as _, Cpu, Value, for_dtype, unsupported};
+use crate::candle::device::{Backend, Cpu, Value, for_dtype, on_device};
 use crate::candle::graph::{self, Backward, Computed};
 use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, List, Owned, Reader, Store};
+use crate::simd::Isa;
 
 const NAME: &str = "attention";
-const KEY_NAMES: &str = "(rows, steps, kv_heads, d_head)";
+
+/// A device that runs attention.
+pub(crate) trait AttentionBackend: Backend {
+    fn forward<T: Value>(
+        &self,
+        problem: &Problem<T, Self::Memory>,
+        outputs: OutputMut<T, Self::Memory>,
+    ) -> crate::Result<()>;
+
+    fn backward<T: Value>(
+        &self,
+        problem: &Problem<T, Self::Memory>,
+        outputs: OutputGradients<T, Self::Memory>,
+        gradients: GradientsMut<T, Self::Memory>,
+    ) -> crate::Result<()>;
+}
+
+impl AttentionBackend for Cpu {
+    fn forward<T: Value>(&self, problem: &Problem<T>, outputs: OutputMut<T>) -> crate::Result<()> {
+        cpu::forward_checked(Isa::best(), problem, outputs)
+    }
+
+    fn backward<T: Value>(
+        &self,
+        problem: &Problem<T>,
+        outputs: OutputGradients<T>,
+        gradients: GradientsMut<T>,
+    ) -> crate::Result<()> {
+        cpu::backward_checked(Isa::best(), problem, outputs, gradients)
+    }
+}
+
+#[cfg(feature = "candle-cuda")]
+impl AttentionBackend for crate::candle::cuda::Gpu {
+    fn forward<T: Value>(
+        &self,
+        problem: &Problem<T, Self::Memory>,
+        outputs: OutputMut<T, Self::Memory>,
+    ) -> crate::Result<()> {
+        super::cuda::forward_checked(&self.stream, problem, outputs)
+    }
+
+    fn backward<T: Value>(
+        &self,
+        problem: &Problem<T, Self::Memory>,
+        outputs: OutputGradients<T, Self::Memory>,
+        gradients: GradientsMut<T, Self::Memory>,
+    ) -> crate::Result<()> {
+        super::cuda::backward_checked(&self.stream, problem, outputs, gradients)
+    }
+}
 
 impl Attention<'_> {
     /// Runs attention: `(batch, length, heads, d_head)` of `T`.
@@ -29,7 +78,7 @@ impl Attention<'_> {
         let tensors = arguments.tensors();
         let is_tracked = graph::is_tracked(&tensors);
         if is_tracked {
-            check::check_apart(self.keys.unwrap_or_default())?;
+            check_apart(self.keys.unwrap_or_default())?;
         }
         let (out, lse) = self.compute(&arguments)?;
         if !is_tracked {
@@ -65,23 +114,19 @@ impl Attention<'_> {
     }
 
     fn compute(&self, arguments: &Arguments) -> Result<(Computed, Computed)> {
-        if !self.q.device().is_cpu() {
-            arguments.check_devices()?;
-            let (out, lse) = self.blocks()?.forward()?;
-            return Ok((Computed::of(&out)?, Computed::of(&lse)?));
-        }
         let locked = arguments.lock()?;
-        for_dtype!("q", self.q.dtype(), |T| self.compute_on_cpu::<T>(locked.reader()))
+        on_device!("q", self.q, |backend| for_dtype!("q", self.q.dtype(), |T| {
+            self.compute_on::<_, T>(backend, locked.reader())
+        }))
     }
 
-    fn compute_on_cpu<T: Value>(&self, reader: Reader) -> Result<(Computed, Computed)> {
-        let views = self.tensors().map(&mut reader.views::<Cpu, T>())?;
-        let inputs = Inputs::of(views, self.scale, self.cu_seqlens, self.keys, self.causal);
-        let (shape, [batch, length, heads, _]) = (inputs.q.shape, inputs.q.shape);
-        inputs.check()?;
-        let (mut out, mut lse) = (Cpu.allocate::<T>("q", &shape)?, Cpu.allocate::<f32>("q", &shape[..3])?);
-        cpu::forward(&inputs, OutputMut { out: &mut out, lse: &mut lse })?;
-        Ok((Computed::new(Cpu.store(out), shape), Computed::new(Cpu.store(lse), [batch, length, heads])))
+    fn compute_on<B: AttentionBackend, T: Value>(&self, backend: &B, reader: Reader) -> Result<(Computed, Computed)> {
+        let views = self.tensors().map(&mut reader.views::<B, T>())?;
+        let problem = Inputs::of(views, self.scale, self.cu_seqlens, self.keys, self.causal).check()?;
+        let (shape, [batch, length, heads, _]) = (problem.inputs.q.shape, problem.inputs.q.shape);
+        let (mut out, mut lse) = (backend.allocate::<T>("q", &shape)?, backend.allocate::<f32>("q", &shape[..3])?);
+        backend.forward(&problem, OutputMut { out: B::borrow(&mut out), lse: B::borrow(&mut lse) })?;
+        Ok((Computed::new(backend.store(out), shape), Computed::new(backend.store(lse), [batch, length, heads])))
     }
 
     /// The gradients of all tensors, from what [`forward_with_lse`](Self::forward_with_lse) gave for them and the gradient of
@@ -95,76 +140,33 @@ impl Attention<'_> {
         [("out", out), ("lse", lse), ("d_out", d_out)]
             .into_iter()
             .for_each(|(name, tensor)| arguments.add(name, tensor));
-        if !self.q.device().is_cpu() {
-            arguments.check_devices()?;
-            check::check_apart(self.keys.unwrap_or_default())?;
-            for (name, names, tensor, like) in
-                [("out", QUERY_NAMES, out, 4), ("d_out", QUERY_NAMES, d_out, 4), ("lse", LSE_NAMES, lse, 3)]
-            {
-                check_like(name, names, tensor, &self.q.dims()[..like])?;
-            }
-            let [q, k, v] = self.blocks()?.backward(out, lse, d_out)?;
-            return Ok(Tensors { q, k, v });
-        }
         let locked = arguments.lock()?;
-        for_dtype!("q", self.q.dtype(), |T| self.gradients::<T>(locked.reader(), out, lse, d_out))
+        on_device!("q", self.q, |backend| for_dtype!("q", self.q.dtype(), |T| {
+            self.gradients::<_, T>(backend, locked.reader(), out, lse, d_out)
+        }))
     }
 
-    fn gradients<T: Value>(
+    fn gradients<B: AttentionBackend, T: Value>(
         &self,
+        backend: &B,
         reader: Reader,
         out: &Tensor,
         lse: &Tensor,
         d_out: &Tensor,
     ) -> Result<AttentionGradients> {
-        let views = self.tensors().map(&mut reader.views::<Cpu, T>())?;
-        let inputs = Inputs::of(views, self.scale, self.cu_seqlens, self.keys, self.causal);
+        let views = self.tensors().map(&mut reader.views::<B, T>())?;
+        let problem = Inputs::of(views, self.scale, self.cu_seqlens, self.keys, self.causal).check()?;
         let outputs = OutputGradients {
-            out: reader.view::<Cpu, T, 4>("out", QUERY_NAMES, out)?,
-            lse: reader.view::<Cpu, f32, 3>("lse", LSE_NAMES, lse)?,
-            d_out: reader.view::<Cpu, T, 4>("d_out", QUERY_NAMES, d_out)?,
+            out: reader.view::<B, T, 4>("out", QUERY_NAMES, out)?,
+            lse: reader.view::<B, f32, 3>("lse", LSE_NAMES, lse)?,
+            d_out: reader.view::<B, T, 4>("d_out", QUERY_NAMES, d_out)?,
         };
-        let mut gradients: Tensors<Owned<Cpu, T>> = self.tensors().map(&mut Allocate(&Cpu))?;
+        let mut gradients: Tensors<Owned<B, T>> = self.tensors().map(&mut Allocate(backend))?;
         let Ok(buffers) = gradients.by_mut().map(&mut Lend);
-        cpu::backward(&inputs, outputs, buffers)?;
-        let Ok(gradients) = gradients.zip(self.tensors())?.map(&mut Store(&Cpu));
+        backend.backward(&problem, outputs, buffers)?;
+        let Ok(gradients) = gradients.zip(self.tensors())?.map(&mut Store(backend));
         Ok(gradients)
     }
-
-    /// The call in blocks of candle's operators, checked.
-    fn blocks(&self) -> Result<blocks::Blocks<'_>> {
-        let shape = |name, names: &str, tensor: &Tensor| -> Result<[usize; 4]> {
-            let rank = || Error::argument(name, format_args!("shape {names}"), format_args!("{:?}", tensor.dims()));
-            Ok(tensor.dims().try_into().map_err(|_| rank())?)
-        };
-        let q_shape = shape("q", QUERY_NAMES, self.q)?;
-        let k_shape = shape("k", KEY_NAMES, self.k)?;
-        let (sizes, sequences) = check_shapes(q_shape, k_shape, self.scale, self.cu_seqlens, self.keys, self.causal)?;
-        check_like("k", KEY_NAMES, self.k, &[sizes.rows, sizes.steps, sizes.kv_heads, sizes.d_head])?;
-        check_like("v", KEY_NAMES, self.v, self.k.dims())?;
-        let dtype = self.q.dtype();
-        if !matches!(dtype, candle_core::DType::F32 | candle_core::DType::F16 | candle_core::DType::BF16) {
-            return Err(unsupported("q", dtype).into());
-        }
-        for (name, tensor) in [("k", self.k), ("v", self.v)] {
-            if tensor.dtype() != dtype {
-                let got = format_args!("{:?}", tensor.dtype());
-                return Err(Error::argument(name, format_args!("dtype {dtype:?}"), got).into());
-            }
-        }
-        let parts = parts(&sequences, sizes.length, self.keys, self.causal);
-        let scale = self.scale.unwrap_or_else(|| default_scale(sizes.d_head));
-        let [q, k, v] = [self.q, self.k, self.v].map(Tensor::detach);
-        Ok(blocks::Blocks { q, k, v, sizes, parts, scale, device: self.q.device(), distances: OnceCell::new() })
-    }
-}
-
-fn check_like(name: &'static str, names: &str, tensor: &Tensor, shape: &[usize]) -> Result<()> {
-    if tensor.dims() == shape {
-        return Ok(());
-    }
-    let expected = format_args!("shape {names} = {shape:?}").to_string();
-    Err(Error::argument(name, expected, format_args!("{:?}", Shape::from(tensor.dims()))).into())
 }
 
 /// What a backward pass needs: the inputs and the results.
@@ -187,45 +189,5 @@ impl Backward for Kept {
         let mut list = List::default();
         let Ok(_) = operator.backward(out, &self.lse, d_out)?.map(&mut list);
         Ok(list.0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use candle_core::{DType, Device};
-
-    use super::*;
-
-    /// What runs on GPUs, run here: within what `f32` sums of some hundred terms differ by.
-    #[test]
-    fn blocks_of_candles_operators_give_the_same() -> Result<()> {
-        let random = |shape: [usize; 4]| Tensor::randn(0f32, 1.0, &shape, &Device::Cpu);
-        let cu_seqlens = [0, 300, 300, 301, 620];
-        let range = |(row, start, length)| KeyRange { row, start, length };
-        let keys = [(1, 0, 700), (0, 9, 0), (0, 0, 1), (0, 2, 319)].map(range);
-        // Of all keys a query may have fewer than there are queries.
-        let few = [(1, 5, 90), (0, 9, 0), (0, 0, 1), (0, 2, 319)].map(range);
-        let cases = [(None, 620, true), (Some(&keys), 700, true), (None, 620, false), (Some(&few), 700, false)];
-        for (keys, steps, causal) in cases {
-            let shape = [if keys.is_some() { 2 } else { 1 }, steps, 2, 24];
-            let [q, k, v, d_out] = [random([1, 620, 6, 24])?, random(shape)?, random(shape)?, random([1, 620, 6, 24])?];
-            let keys = keys.map(|keys| &keys[..]);
-            let cu_seqlens = Some(&cu_seqlens[..]);
-            let operator = Attention { cu_seqlens, keys, scale: Some(0.3), causal, ..Attention::new(&q, &k, &v) };
-            let (out, lse) = operator.forward_with_lse()?;
-            let gradients = operator.backward(&out, &lse, &d_out)?;
-            let blocks = operator.blocks()?;
-            let others = blocks.forward()?;
-            let [d_q, d_k, d_v] = blocks.backward(&out, &lse, &d_out)?;
-            for (ours, theirs) in
-                [(&out, &others.0), (&lse, &others.1), (&gradients.q, &d_q), (&gradients.k, &d_k), (&gradients.v, &d_v)]
-            {
-                assert_eq!((ours.dims(), ours.dtype()), (theirs.dims(), DType::F32));
-                let norm = |x: &Tensor| x.sqr()?.sum_all()?.to_scalar::<f32>();
-                let error = (norm(&(ours - theirs)?)? / norm(ours)?).sqrt();
-                assert!(error < 1e-5, "{error:.1e}");
-            }
-        }
-        Ok(())
     }
 }

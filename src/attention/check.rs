@@ -28,8 +28,8 @@ impl Part {
     }
 }
 
-/// Checks shapes and where keys lie, which are the same on any memory and for candle's tensors.
-pub(crate) fn check_shapes<'a>(
+/// Checks shapes and where keys lie.
+fn check_shapes<'a>(
     q: [usize; 4],
     k: [usize; 4],
     scale: Option<f32>,
@@ -106,7 +106,7 @@ impl<'a, T: Element, M: Memory> Inputs<'a, T, M> {
     }
 }
 
-pub(super) fn default_scale(d_head: usize) -> f32 {
+fn default_scale(d_head: usize) -> f32 {
     (1.0 / (d_head as f64).sqrt()) as f32
 }
 
@@ -122,35 +122,31 @@ pub(crate) struct Problem<'a, T: Element, M: Memory = Host> {
 impl<T: Element, M: Memory> Problem<'_, T, M> {
     /// The sequences that have queries, with their keys.
     pub fn parts(&self) -> Vec<Part> {
-        parts(&self.sequences, self.sizes.length, self.inputs.keys, self.inputs.causal)
+        // Batch rows without a step could be more than can be counted through.
+        if self.sizes.length == 0 {
+            return Vec::new();
+        }
+        (0..self.sequences.count()).map(|index| self.part(index)).filter(|part| part.queries.len > 0).collect()
     }
-}
 
-/// The sequences that have queries, with their keys.
-pub(super) fn parts(sequences: &Sequences, length: usize, keys: Option<&[KeyRange]>, causal: bool) -> Vec<Part> {
-    // Batch rows without a step could be more than can be counted through.
-    if length == 0 {
-        return Vec::new();
-    }
-    let part = |queries: Sequence| {
+    /// A sequence, with its keys.
+    pub fn part(&self, index: usize) -> Part {
+        let queries = self.sequences.get(index);
         let own = KeyRange { row: queries.batch, start: queries.start, length: queries.len };
-        Part { queries, keys: keys.map_or(own, |keys| keys[queries.index]), causal }
-    };
-    sequences.iter().filter(|queries| queries.len > 0).map(part).collect()
-}
+        Part { queries, keys: self.inputs.keys.map_or(own, |keys| keys[index]), causal: self.inputs.causal }
+    }
 
-impl<T: Element> Problem<'_, T> {
     /// Checks what a forward pass writes.
-    pub fn check_output(&self, outputs: &OutputMut<T>) -> Result<()> {
+    pub fn check_output(&self, outputs: &OutputMut<T, M>) -> Result<()> {
         let shape = self.inputs.q.shape;
-        check_len("out", QUERY_NAMES, &shape, outputs.out.len())?;
-        check_len("lse", LSE_NAMES, &shape[..3], outputs.lse.len())
+        check_len("out", QUERY_NAMES, &shape, M::len(outputs.out))?;
+        check_len("lse", LSE_NAMES, &shape[..3], M::len(outputs.lse))
     }
 
     /// Checks what a backward pass reads beside the inputs, and what it writes.
-    pub fn check_backward(&self, outputs: &OutputGradients<T>, gradients: &GradientsMut<T>) -> Result<()> {
+    pub fn check_backward(&self, outputs: &OutputGradients<T, M>, gradients: &GradientsMut<T, M>) -> Result<()> {
         let shape = self.inputs.q.shape;
-        let check = |name, view: &View<T, 4>| view.check(name, QUERY_NAMES, shape);
+        let check = |name, view: &View<T, 4, M>| view.check(name, QUERY_NAMES, shape);
         check("out", &outputs.out)?;
         check("d_out", &outputs.d_out)?;
         outputs.lse.check("lse", LSE_NAMES, [shape[0], shape[1], shape[2]])?;

@@ -15,18 +15,18 @@
 //! Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135). A forward pass keeps `lse` for the backward pass,
 //! which computes the scores again.
 //!
-//! All arithmetic is `f32`. An output does not depend on what its sequence is packed or batched with. What is not finite in a
+//! Sums are `f32`. An output does not depend on what its sequence is packed or batched with. What is not finite in a
 //! sequence may reach all of its steps of that head, those before it too.
 //!
-//! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, [`reference`](mod@reference) is the same written
-//! plainly in `f64`. [`Inputs::forward`] and [`Inputs::backward`] allocate their results.
+//! [`Inputs`] says what the operator reads; [`cpu`] runs it on slices, with the feature `cuda` a module of that name on GPUs, and
+//! [`reference`](mod@reference) is the same written plainly in `f64`. [`Inputs::forward`] and [`Inputs::backward`] allocate their results.
 
-#[cfg(feature = "candle")]
-mod blocks;
 #[cfg(feature = "candle")]
 pub(crate) mod candle;
 mod check;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod reference;
 pub(crate) mod tensors;
 
@@ -36,7 +36,7 @@ use bytemuck::Pod;
 
 use crate::arguments::zeroed;
 use crate::kinds::{Slices, Zeros};
-use crate::{Element, Result, View};
+use crate::{Element, Host, Memory, Result, View};
 use check::Problem;
 
 /// The largest `d_head` that the operator takes.
@@ -63,24 +63,31 @@ pub struct Output<T, P = f32> {
 }
 
 /// Where a forward pass writes: dense buffers, each overwritten whole.
-#[derive(Debug)]
-pub struct OutputMut<'a, T> {
+pub struct OutputMut<'a, T: Element, M: Memory = Host> {
     /// `(batch, length, heads, d_head)`.
-    pub out: &'a mut [T],
+    pub out: &'a mut M::Buffer<T>,
     /// `(batch, length, heads)`.
-    pub lse: &'a mut [f32],
+    pub lse: &'a mut M::Buffer<f32>,
 }
 
 /// What a backward pass reads beside the inputs.
-#[derive(Debug, Clone, Copy)]
-pub struct OutputGradients<'a, T: Element> {
+#[derive(Debug)]
+pub struct OutputGradients<'a, T: Element, M: Memory = Host> {
     /// What the forward pass gave, `(batch, length, heads, d_head)`.
-    pub out: View<'a, T, 4>,
+    pub out: View<'a, T, 4, M>,
     /// What the forward pass gave, `(batch, length, heads)`.
-    pub lse: View<'a, f32, 3>,
+    pub lse: View<'a, f32, 3, M>,
     /// The gradient of the output, `(batch, length, heads, d_head)`.
-    pub d_out: View<'a, T, 4>,
+    pub d_out: View<'a, T, 4, M>,
 }
+
+impl<T: Element, M: Memory> Clone for OutputGradients<'_, T, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T: Element, M: Memory> Copy for OutputGradients<'_, T, M> {}
 
 impl<T: Element> Gradients<T> {
     /// Zeros for every input.

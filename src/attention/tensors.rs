@@ -50,8 +50,7 @@ tensors! {
     views Inputs;
     /// Attention over tensors; see [`attention`](crate::attention) for what it computes.
     ///
-    /// `T` stands for the element type of `q`: `f32`, `f16` or `bf16`. On the processor tensors may have any strides and are
-    /// not copied. On a GPU it is made of candle's operators, a block of scores at a time.
+    /// `T` stands for the element type of `q`: `f32`, `f16` or `bf16`. Tensors may have any strides and are not copied.
     ///
     /// Gradients flow to every tensor here.
     candle Attention;

@@ -13,7 +13,7 @@ pub(crate) use generated::common::*;
 #[cfg(feature = "lti")]
 pub(crate) use generated::s4d;
 pub(crate) use generated::{
-    complex_scan, conv, decode, embedding, loss, optimizer, rms_norm, sampling, scan, state_update,
+    attention, complex_scan, conv, decode, embedding, loss, optimizer, rms_norm, sampling, scan, state_update,
 };
 
 /// The reader of those files, for its tests.

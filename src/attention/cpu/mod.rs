@@ -31,9 +31,13 @@ pub fn forward<T: Element>(inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<
 /// # Errors
 /// As [`forward`].
 pub fn forward_with<T: Element>(isa: Isa, inputs: &Inputs<T>, outputs: OutputMut<T>) -> Result<()> {
-    let problem = inputs.check()?;
+    forward_checked(isa, &inputs.check()?, outputs)
+}
+
+/// [`forward_with`] of inputs that have been checked.
+pub(crate) fn forward_checked<T: Element>(isa: Isa, problem: &Problem<T>, outputs: OutputMut<T>) -> Result<()> {
     problem.check_output(&outputs)?;
-    forward::run(isa, &problem, outputs);
+    forward::run(isa, problem, outputs);
     Ok(())
 }
 
@@ -56,9 +60,18 @@ pub fn backward_with<T: Element>(
     outputs: OutputGradients<T>,
     gradients: GradientsMut<T>,
 ) -> Result<()> {
-    let problem = inputs.check()?;
+    backward_checked(isa, &inputs.check()?, outputs, gradients)
+}
+
+/// [`backward_with`] of inputs that have been checked.
+pub(crate) fn backward_checked<T: Element>(
+    isa: Isa,
+    problem: &Problem<T>,
+    outputs: OutputGradients<T>,
+    gradients: GradientsMut<T>,
+) -> Result<()> {
     problem.check_backward(&outputs, &gradients)?;
-    backward::run(isa, &problem, &outputs, gradients);
+    backward::run(isa, problem, &outputs, gradients);
     Ok(())
 }
 

@@ -1,7 +1,9 @@
 //! Attention: the fast path against the reference, the reference against finite differences and PyTorch, and its properties.
 
 #[cfg(feature = "candle")]
-mod candle;
+pub mod candle;
+#[cfg(feature = "cuda")]
+mod gpu;
 
 use half::{bf16, f16};
 use rand::Rng;

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use selective_scan::candle::Scan;
 
 use super::{conv, convert, embedding, graph, host, norm, optimizer, scan, slots, update, vectors, views};
+use crate::attention::candle as attention;
 use crate::scan::case::Shape;
 
 pub fn device() -> Option<Device> {
@@ -66,6 +67,11 @@ on_the_device! {
     types_of_many_tensors: |device| convert::all_types(device);
     many_pools_are_written: |device| convert::parts_of_pools(device);
     what_is_written_is_checked: |device| convert::refusals(device);
+    attention_agrees_with_the_reference: |device| {
+        attention::gradients_flow(device);
+        attention::like_the_processor(device);
+        attention::bad_tensors(device);
+    };
     numbers_go_there_and_back: |device| host::all_types(device);
     work_is_repeated: |device| host::work_is_repeated(device);
     embedding_gradient: |device| embedding::has_the_values_of_a_loop(device);
