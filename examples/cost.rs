@@ -12,8 +12,8 @@ use selective_scan::sampling::Settings;
 use selective_scan::scan::cuda::{PerLane, Plan};
 use selective_scan::scan::{self, GradientsMut, Inputs, Options, OutputMut};
 use selective_scan::{
-    DType, Element, ProjectionOf, View, ViewMut, attention, complex_scan, conv, embedding, loss, norm, optimizer, sampling,
-    state_update,
+    DType, Element, ProjectionOf, View, ViewMut, attention, complex_scan, conv, embedding, loss, norm, optimizer,
+    sampling, state_update,
 };
 
 use crate::common::Random;
