@@ -5,7 +5,7 @@
 
 namespace attention {
 
-// The value of `f` for the four lanes that have a row.
+// The most, and the sum, of what the four lanes have that share a row.
 __device__ __forceinline__ float max_of_row(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));

@@ -166,6 +166,21 @@ fn where_it_is_not_causal() {
     hold_sizes::<f16>(Sizes { lens: &[20, 40], before: Some(&[70, 3]), packed: true, ..sizes }, seed);
 }
 
+/// Keys that fill tiles, and one more, which all queries see.
+#[test]
+fn keys_at_the_edges_of_tiles() {
+    let Some(_) = stream() else { return };
+    let (_, seed) = seeded();
+    for len in [63, 64, 65, 129] {
+        let sizes = Sizes { causal: false, d_head: 32, lens: &[len], ..PLAIN };
+        hold_sizes::<f32>(sizes, seed);
+        hold_sizes::<bf16>(Sizes { packed: true, ..sizes }, seed);
+    }
+    for (d_head, len) in [(64, 33), (128, 65), (256, 17)] {
+        hold_sizes::<f32>(Sizes { causal: false, d_head, lens: &[len], group: 1, ..PLAIN }, seed);
+    }
+}
+
 /// Sequences of any lengths, none and one among them, heads in groups of any size, keys before the queries, some in no sequence.
 #[test]
 fn packed_sequences_with_keys_elsewhere() {
