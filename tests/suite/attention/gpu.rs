@@ -130,7 +130,7 @@ fn hold<T: Element>(case: &Case<T>, what: &str) {
     let last_digit = match T::DTYPE {
         DType::F32 => 0.0,
         DType::F16 => 2f64.powi(-12),
-        DType::Bf16 => 2f64.powi(-9),
+        _ => 2f64.powi(-9),
     };
     let rounded = slope_terms(&inputs, case.d_out.view(), &lse).map(|terms| last_digit * terms / GRADIENTS);
     for (name, got, want, rounded) in
