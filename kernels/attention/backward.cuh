@@ -10,7 +10,7 @@
 namespace attention {
 
 // How many steps rows meet at a time.
-template <typename T, int D, int STEPS> constexpr int STEPS_OF = IS_NARROW<T> && D >= 256 ? STEPS / 2 : STEPS;
+template <typename T, int D, int STEPS> constexpr int STEPS_OF = IS_NARROW<T> && D >= 128 ? STEPS / 2 : STEPS;
 
 // What a lane has of 16 rows with so many columns of eight.
 template <int COLUMNS> using Scores = float[1][COLUMNS][4];

@@ -56,7 +56,7 @@ __device__ __forceinline__ void run(const Backward &params) {
                 if (is_cut && row + j % 2 < begins[j / 2]) weight = 0.0f;
             }
         }
-        add_weighted<true>(d_v, weights, d_out, 0, of_part);
+        add_weighted<Weights::ANY>(d_v, weights, d_out, 0, of_part);
         add_scores_of(slopes, memory.rows[1], of_warp, d_out);
 #pragma unroll
         for (int column = 0; column < COLUMNS; column++) {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void run(const Backward &params) {
 #pragma unroll
             for (int j = 0; j < 4; j++) slopes[0][column][j] = weights[0][column][j] * (slopes[0][column][j] - pair[j % 2 * 2 + 1]);
         }
-        add_weighted<true>(d_k, slopes, q, 0, of_part);
+        add_weighted<Weights::DIFFERENCES>(d_k, slopes, q, 0, of_part);
     };
     for_each_tile<STEPS, STAGES, THREADS>(memory.stages, from, sequence.rows, sequence.group, d_head, sequence.first_row(first),
                                           sequence.rows, load_more, advance);

@@ -98,7 +98,7 @@ __device__ __forceinline__ void run(const Backward &params) {
 #pragma unroll
             for (int j = 0; j < 4; j++) slopes[0][column][j] = weights[0][column][j] * (slopes[0][column][j] - mean[j / 2]);
         }
-        add_weighted<true>(sums, slopes, k, 0, of_part);
+        add_weighted<Weights::DIFFERENCES>(sums, slopes, k, 0, of_part);
     });
 #pragma unroll
     for (int i = 0; i < 2; i++) {

@@ -70,7 +70,7 @@ __device__ __forceinline__ void run(const Forward &params) {
         } else {
             softmax.template advance<false>(scores, out, limits, p.exponent);
         }
-        add_weighted<false>(out, scores, v, 0, of_part);
+        add_weighted<Weights::SHARES>(out, scores, v, 0, of_part);
     });
 
 #pragma unroll

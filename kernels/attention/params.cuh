@@ -46,9 +46,10 @@ struct Forward {
     // (batch, length, heads, d_head) and (batch, length, heads).
     void *out;
     float *lse;
-    // Where the keys of a sequence are split: of each block the sums of its rows, (blocks, split::ROWS, d_head), and the most
-    // and the sum of each row's weights, (blocks, split::ROWS, 2).
+    // Where the keys of a sequence are split: of each block the sums of its first `kept` rows, (blocks, kept, d_head), and the most
+    // and the sum of each row's weights, (blocks, kept, 2). No block has more rows.
     float *sums, *weights;
+    int64_t kept;
 };
 
 struct Backward {

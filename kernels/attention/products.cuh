@@ -43,11 +43,6 @@ template <> struct RowFragment<float> {
         }
     }
 };
-// What is rounded to 11 bits and keeps the range of an f32.
-struct WideFragment {
-    float values[4];
-};
-
 // sums += A B for a tile of 16 x 8.
 template <typename T>
 __device__ __forceinline__ void add_product(float (&sums)[4], const RowFragment<T> &a, uint32_t b0, uint32_t b1) {
@@ -84,7 +79,7 @@ __device__ __forceinline__ void add_scores(float (&sums)[TILES][COLUMNS][4], Row
     const int lane = threadIdx.x % 32;
     const int row = first + lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
     // Longer ones are not unrolled whole, which would take registers for addresses.
-    constexpr int TOGETHER = DEPTH<T, D> <= 4 ? DEPTH<T, D> : sizeof(T) == 4 ? 2 : 4;
+    constexpr int TOGETHER = DEPTH<T, D> <= 4 ? DEPTH<T, D> : sizeof(T) == 4 || D > 128 ? 2 : 4;
 #pragma unroll TOGETHER
     for (int step = 0; step < DEPTH<T, D>; step++) {
         RowFragment<T> a[TILES];
@@ -113,18 +108,71 @@ __device__ __forceinline__ RowFragment<float> weight_fragment(const float (&x)[4
     const uint32_t raw[4] = {__float_as_uint(x[0]), __float_as_uint(x[2]), __float_as_uint(x[1]), __float_as_uint(x[3])};
     return RowFragment<float>(raw);
 }
-__device__ __forceinline__ WideFragment wide_fragment(const float (&x)[4]) {
-    return {{nearest_tf32(x[0]), nearest_tf32(x[2]), nearest_tf32(x[1]), nearest_tf32(x[3])}};
-}
 
-// Whether weights of a type that may be of any size keep their range: those of f16 that are less than 2^-14 would lose digits, and
-// sums of many such count. They are multiplied as numbers of 11 bits, as f16 has, at half the speed.
+// What weights are, which says how they are rounded before they are multiplied by rows of a half type.
+enum class Weights {
+    // At most 1, and what is much less does not count: to the type.
+    SHARES,
+    // Of any size: f16 would lose digits of what is less than 2^-14, and sums of many such count. They are multiplied as numbers of
+    // 11 bits, as f16 has, at half the speed.
+    ANY,
+    // Slopes, which add up to zero, so that little may be left where rows are alike: in two parts.
+    DIFFERENCES,
+};
+
+// The A of 16 weights of a row times rows of a half type, in as many parts.
+template <typename T, Weights KIND> struct HalfWeights {
+    static constexpr int PARTS = KIND == Weights::DIFFERENCES ? 2 : 1;
+    RowFragment<T> parts[PARTS];
+
+    __device__ __forceinline__ void set(const float (&x)[4], const float (&y)[4]) {
+        parts[0] = weight_fragment<T>(x, y);
+        if constexpr (PARTS == 2) {
+            float rests[2][4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t pair_x = parts[0].pairs[i / 2], pair_y = parts[0].pairs[2 + i / 2];
+                rests[0][i] = x[i] - (i % 2 ? high(pair_x, T()) : low(pair_x, T()));
+                rests[1][i] = y[i] - (i % 2 ? high(pair_y, T()) : low(pair_y, T()));
+            }
+            parts[1] = weight_fragment<T>(rests[0], rests[1]);
+        }
+    }
+    // The smaller part first. `b` are the rows of eight columns.
+    __device__ __forceinline__ void add(float (&sums)[4], uint32_t b0, uint32_t b1) const {
+#pragma unroll
+        for (int part = PARTS - 1; part >= 0; part--) add_product(sums, parts[part], b0, b1);
+    }
+};
+// The same of 8 weights, as numbers of 11 bits with the range of an f32.
+template <Weights KIND> struct WideWeights {
+    static constexpr int PARTS = KIND == Weights::DIFFERENCES ? 2 : 1;
+    float parts[PARTS][4];
+
+    __device__ __forceinline__ explicit WideWeights(const float (&x)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            // As an f32 is an A.
+            float rest = x[i % 2 * 2 + i / 2];
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) {
+                parts[part][i] = nearest_tf32(rest);
+                rest -= parts[part][i];
+            }
+        }
+    }
+    // `b` is two rows of eight columns.
+    __device__ __forceinline__ void add(float (&sums)[4], uint32_t b) const {
+#pragma unroll
+        for (int part = PARTS - 1; part >= 0; part--) mma_tf32(sums, parts[part], low(b, __half()), high(b, __half()));
+    }
+};
 template <typename T> constexpr bool IS_NARROW = false;
 template <> inline constexpr bool IS_NARROW<__half> = true;
 
 // sums += weights · rows: the rows of a tile from `first` on, of which there are sums of so many parts of 8 elements from `of_part`
-// on. `ANY` says that weights may be of any size; if not, they are at most 1, and what is much less does not count.
-template <bool ANY, typename T, int D, int TILES, int COLUMNS, int PARTS>
+// on.
+template <Weights KIND, typename T, int D, int TILES, int COLUMNS, int PARTS>
 __device__ __forceinline__ void add_weighted(float (&sums)[TILES][PARTS][4], const float (&weights)[TILES][COLUMNS][4],
                                              const Tile<T, D> &rows, int first, int of_part) {
     const int lane = threadIdx.x % 32;
@@ -142,21 +190,27 @@ __device__ __forceinline__ void add_weighted(float (&sums)[TILES][PARTS][4], con
                 for (int tile = 0; tile < TILES; tile++) add_product(sums[tile][part], a[tile], b0, b1);
             }
         }
+    } else if constexpr (IS_NARROW<T> && KIND != Weights::SHARES) {
+        static_assert(TILES == 1 && PARTS % 4 == 0, "four parts are loaded together");
+        const int row = first + lane % 8, chunk = of_part + lane / 8;
+#pragma unroll
+        for (int column = 0; column < COLUMNS; column++) {
+            const WideWeights<KIND> a(weights[0][column]);
+#pragma unroll
+            for (int part = 0; part < PARTS; part += 4) {
+                uint32_t b[4];
+                load_matrices<true>(b, rows.at(row + 8 * column, part + chunk));
+#pragma unroll
+                for (int i = 0; i < 4; i++) a.add(sums[0][part + i], b[i]);
+            }
+        }
     } else {
         const int row = first + lane % 16, chunk = of_part + lane / 16;
 #pragma unroll
         for (int column = 0; column < COLUMNS; column += 2) {
-            RowFragment<T> a[TILES];
-            WideFragment wide[TILES][2];
+            HalfWeights<T, KIND> a[TILES];
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-                if constexpr (ANY && IS_NARROW<T>) {
-#pragma unroll
-                    for (int i = 0; i < 2; i++) wide[tile][i] = wide_fragment(weights[tile][column + i]);
-                } else {
-                    a[tile] = weight_fragment<T>(weights[tile][column], weights[tile][column + 1]);
-                }
-            }
+            for (int tile = 0; tile < TILES; tile++) a[tile].set(weights[tile][column], weights[tile][column + 1]);
 #pragma unroll
             for (int part = 0; part < PARTS; part += 2) {
                 uint32_t b[4];
@@ -164,17 +218,7 @@ __device__ __forceinline__ void add_weighted(float (&sums)[TILES][PARTS][4], con
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        if constexpr (ANY && IS_NARROW<T>) {
-#pragma unroll
-                            for (int j = 0; j < 2; j++) {
-                                const uint32_t both = b[2 * i + j];
-                                mma_tf32(sums[tile][part + i], wide[tile][j].values, low(both, T()), high(both, T()));
-                            }
-                        } else {
-                            add_product(sums[tile][part + i], a[tile], b[2 * i], b[2 * i + 1]);
-                        }
-                    }
+                    for (int i = 0; i < 2; i++) a[tile].add(sums[tile][part + i], b[2 * i], b[2 * i + 1]);
                 }
             }
         }

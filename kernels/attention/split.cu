@@ -53,7 +53,7 @@ template <typename T, int D, int WARPS, int HALVES, int STEPS, int STAGES> __dev
         } else {
             softmax.template advance<false>(scores, out, limits, p.exponent);
         }
-        add_weighted<false>(out, scores, v, warp * OF_WARP, of_part);
+        add_weighted<Weights::SHARES>(out, scores, v, warp * OF_WARP, of_part);
     });
     // A piece of which no row sees a key copies nothing but the queries.
     commit_copies(), wait_for_copies<0>();
@@ -89,7 +89,7 @@ template <typename T, int D, int WARPS, int HALVES, int STEPS, int STAGES> __dev
             for (int j = 0; j < 2; j++) pair[j] = fmaf(shares.sums_of(other, row)[d + j], share, pair[j]);
         }
         if (pieces > 1) {
-            const int64_t at = int64_t(blockIdx.x) * ROWS + row;
+            const int64_t at = blockIdx.x * params.kept + row;
             store_vec<float, 2, false>(params.sums + at * d_head + d, 1, narrow_pack<float>(pair), d_head - d);
             if (d == 0) params.weights[2 * at] = most, params.weights[2 * at + 1] = sum;
         } else {
@@ -113,7 +113,7 @@ template <typename T> __device__ __forceinline__ void join(const Forward &params
     const int pieces = (sequence.keys + split::PIECE - 1) / split::PIECE;
     const auto place_of = [&](int piece) {
         const int64_t block = (work.part.tile + int64_t(work.tile) * pieces + piece) * p.kv_heads + work.kv_head;
-        return block * split::ROWS + row_of_tile;
+        return block * params.kept + row_of_tile;
     };
     float most = -INFINITY;
     for (int piece = lane; piece < pieces; piece += 32) most = fmaxf(most, params.weights[2 * place_of(piece)]);

@@ -47,7 +47,7 @@ pub(crate) fn forward_checked<T: Element>(
     let mut inputs = inputs(problem, &mut arguments, &[out])?;
     // The greatest score is the greatest product: the kernels exchange the sign of the queries, or make them zero.
     inputs.exponent = if problem.scale == 0.0 { 1.0 } else { inputs.exponent.abs() };
-    let mut params = kernels::Forward { inputs, out, lse, sums: 0, weights: 0 };
+    let mut params = kernels::Forward { inputs, out, lse, sums: 0, weights: 0, kept: 0 };
     if let Some(tiles) = &plan.whole {
         let _table = set_parts(&device, tiles, &mut params.inputs)?;
         // SAFETY: every address and extent has been checked by `Inputs::check` and `check_output`, and each element of the
@@ -66,7 +66,9 @@ pub(crate) fn forward_checked<T: Element>(
     let Some(tiles) = &plan.split else { return Ok(()) };
     let _table = set_parts(&device, tiles, &mut params.inputs)?;
     // What several pieces leave.
-    let rows = if tiles.joined() > 0 { tiles.count() * kv_heads * split::ROWS } else { 0 };
+    let kept = tiles.most_queries().saturating_mul(problem.sizes.group()).min(split::ROWS);
+    let rows = if tiles.joined() > 0 { tiles.count() * kv_heads * kept } else { 0 };
+    params.kept = kept as i64;
     let sums = device.workspace::<f32>("the sums of pieces", rows * d_head)?;
     let weights = device.workspace::<f32>("the weights of pieces", 2 * rows)?;
     (params.sums, params.weights) = (device.address(&sums), device.address(&weights));

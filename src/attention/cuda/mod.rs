@@ -3,8 +3,8 @@
 //! The rows of a sequence are the queries that read one head of keys, those of a step's heads next to each other. A block takes a tile
 //! of rows over all keys that these see, a tile of keys after another, the next one on its way meanwhile; one launch takes the tiles of
 //! all sequences and heads. Both products are of the tensor cores. Half types are multiplied as they are, and weights rounded to
-//! their type, by which an output is off about as much as by its own rounding; `f32` is multiplied in two parts, as exactly as in
-//! `f32`.
+//! their type, by which an output is off about as much as by its own rounding; slopes, which add up to zero, are taken in two parts.
+//! `f32` is multiplied in two parts, too, as exactly as in `f32`.
 //!
 //! Where few queries see many keys, as in decoding, the keys are split into pieces of 256 and a second kernel joins them. Sequences are
 //! divided each by its own numbers of queries and keys, whatever the device and whatever they are packed or batched with: so they

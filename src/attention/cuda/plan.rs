@@ -48,6 +48,14 @@ impl Tiles {
         }
     }
 
+    /// The queries of the sequence that has most.
+    pub fn most_queries(&self) -> usize {
+        match self {
+            Self::Rows { length, .. } => *length,
+            Self::Listed { parts, .. } => parts.iter().map(|part| part.queries[2]).max().unwrap_or(0),
+        }
+    }
+
     /// The tiles of each part as `tiles_of` says, and those of the parts that are joined.
     fn listed(parts: &[Part], tiles_of: impl Fn(&Part) -> [usize; 2]) -> Self {
         let mut parts: Vec<_> = parts.iter().collect();

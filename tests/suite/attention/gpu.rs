@@ -108,9 +108,9 @@ impl Sizes<'_> {
     }
 }
 
-/// Both passes. Weights of half types are rounded before they are multiplied by values, as results are: of many terms of random
-/// signs that is an error of the same size, so that both together are 1.4 times what rounding a result explains. It is twice what is
-/// allowed, and few results are not enough to tell; there are some hundred.
+/// Both passes. Weights of half types are rounded before they are multiplied by values or gradients of outputs, as results are: of
+/// many terms of random signs that is an error of the same size, so that both together are 1.4 times what rounding a result explains.
+/// Twice that is allowed, and few results are not enough to tell; there are some hundred. (Slopes of scores are not rounded so.)
 fn hold<T: Element>(case: &Case<T>, what: &str) {
     let inputs = case.inputs();
     let output = forward(&inputs).unwrap();
