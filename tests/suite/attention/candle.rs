@@ -46,6 +46,7 @@ pub fn gradients_flow(device: &Device) {
 
 /// Both passes outside of candle's graph, on the device and on the processor: these differ by roundings of results, and of weights
 /// on one of them, 2^-9 each.
+#[cfg(feature = "candle-cuda")]
 pub fn like_the_processor(device: &Device) {
     let random = |shape: [usize; 4]| {
         let tensor = Tensor::randn(0f32, 1.0, &shape, &Device::Cpu).unwrap();

@@ -5,7 +5,7 @@ use selective_scan::attention::{
     Gradients, GradientsMut, Inputs, KeyRange, Output, OutputGradients, OutputMut, cuda, reference,
 };
 use selective_scan::cuda::Cuda;
-use selective_scan::{DType, Element, Result, View};
+use selective_scan::{Element, Result, View};
 
 use super::{Case, Heads};
 use crate::support::draw::{Draw, seeded};
@@ -117,7 +117,6 @@ fn hold<T: Element>(case: &Case<T>, what: &str) {
     let exact = reference::forward(&inputs).unwrap();
     assert_close(&output.out, &exact.out, FORWARD, &format!("{what}: out"));
     assert_close(&output.lse.iter().copied().collect::<Vec<_>>(), &exact.lse, FORWARD, &format!("{what}: lse"));
-    let lse = exact.lse;
     let gradients = backward(&inputs, &output, case.d_out.view()).unwrap();
     let exact = reference::backward(&inputs, case.d_out.view()).unwrap();
     assert_close(&gradients.v, &exact.v, GRADIENTS, &format!("{what}: v"));
@@ -125,59 +124,9 @@ fn hold<T: Element>(case: &Case<T>, what: &str) {
     let size = case.q.data.iter().map(|x| f64::from(x.to_f32())).filter(|x| x.is_finite()).fold(0.0, f64::max);
     let entries = (inputs.q.shape.iter().product::<usize>() as f64).sqrt();
     let terms = size * f64::from(inputs.scale.unwrap_or(1.0)).abs() * entries * 2e-6 / GRADIENTS;
-    // Half types round the slopes by the scores before they are multiplied by keys and queries, each by half a last digit at most:
-    // less than that of all terms together, as the signs of roundings are none of the terms'.
-    let last_digit = match T::DTYPE {
-        DType::F32 => 0.0,
-        DType::F16 => 2f64.powi(-12),
-        _ => 2f64.powi(-9),
-    };
-    let rounded = slope_terms(&inputs, case.d_out.view(), &lse).map(|terms| last_digit * terms / GRADIENTS);
-    for (name, got, want, rounded) in
-        [("q", &gradients.q, &exact.q, rounded[0]), ("k", &gradients.k, &exact.k, rounded[1])]
-    {
-        assert_close_to(got, want, GRADIENTS, terms.max(rounded), &format!("{what}: {name}"));
+    for (name, got, want) in [("q", &gradients.q, &exact.q), ("k", &gradients.k, &exact.k)] {
+        assert_close_to(got, want, GRADIENTS, terms, &format!("{what}: {name}"));
     }
-}
-
-/// The norms of the terms of the gradients of queries and keys: of the slopes by the scores times keys, and times queries. `lse` is
-/// what exact arithmetic gives.
-fn slope_terms<T: Element>(inputs: &Inputs<T>, d_out: View<T, 4>, lse: &[f64]) -> [f64; 2] {
-    let at = |view: &View<T, 4>, place: [usize; 4]| {
-        let offset: usize = place.iter().zip(view.strides).map(|(i, stride)| i * stride).sum();
-        f64::from(view.data[view.offset + offset].to_f32())
-    };
-    let [batch, length, heads, d_head] = inputs.q.shape;
-    let group = heads / inputs.k.shape[2];
-    let scale = inputs.scale.map_or(1.0 / (d_head as f64).sqrt(), f64::from);
-    let sequences: Vec<_> = match inputs.cu_seqlens {
-        Some(ends) => ends.windows(2).map(|ends| (0, ends[0], ends[1] - ends[0])).collect(),
-        None => (0..batch).map(|row| (row, 0, length)).collect(),
-    };
-    let mut sums = [0.0; 2];
-    for (index, (row, start, len)) in sequences.into_iter().enumerate() {
-        let range = inputs.keys.map_or(KeyRange { row, start, length: len }, |keys| keys[index]);
-        for (i, head) in (0..len).flat_map(|i| (0..heads).map(move |head| (i, head))) {
-            let query = |d| [row, start + i, head, d];
-            let key = |j, d| [range.row, range.start + j, head / group, d];
-            let dot = |x: &View<T, 4>, y: &View<T, 4>, j| -> f64 {
-                (0..d_head).map(|d| at(x, query(d)) * at(y, key(j, d))).sum()
-            };
-            let seen = if inputs.causal { range.length - len + i + 1 } else { range.length };
-            let lse = lse[(row * length + start + i) * heads + head];
-            let weights: Vec<_> = (0..seen).map(|j| (scale * dot(&inputs.q, &inputs.k, j) - lse).exp()).collect();
-            let slopes: Vec<_> = (0..seen).map(|j| dot(&d_out, &inputs.v, j)).collect();
-            let mean: f64 = weights.iter().zip(&slopes).map(|(weight, slope)| weight * slope).sum();
-            let square = |x: f64| x * x;
-            let of_query: f64 = (0..d_head).map(|d| square(at(&inputs.q, query(d)))).sum();
-            for (j, (weight, slope)) in weights.iter().zip(&slopes).enumerate() {
-                let of_score = square(weight * (slope - mean) * scale);
-                sums[0] += of_score * (0..d_head).map(|d| square(at(&inputs.k, key(j, d)))).sum::<f64>();
-                sums[1] += of_score * of_query;
-            }
-        }
-    }
-    sums.map(f64::sqrt)
 }
 
 const PLAIN: Sizes =
@@ -201,7 +150,11 @@ fn all_widths_of_f32() {
 fn all_widths_of_halves() {
     let Some(_) = stream() else { return };
     let (_, seed) = seeded();
-    for (d_head, len) in [(1, 140), (7, 150), (32, 150), (64, 150), (80, 80), (128, 80), (256, 70)] {
+    // Of so narrow heads more, as few large results would decide: the gradients of the first keys.
+    let narrow = Sizes { d_head: 1, lens: &[50; 12], kv_heads: 3, ..PLAIN };
+    hold_sizes::<bf16>(narrow, seed);
+    hold_sizes::<f16>(narrow, seed);
+    for (d_head, len) in [(7, 150), (32, 150), (64, 150), (80, 80), (128, 80), (256, 70)] {
         hold_sizes::<bf16>(Sizes { d_head, lens: &[len, len], ..PLAIN }, seed);
         hold_sizes::<f16>(Sizes { d_head, lens: &[len], kv_heads: 2, group: 1, ..PLAIN }, seed);
     }
