@@ -42,6 +42,11 @@ macro_rules! modules {
     };
 }
 
+#[cfg(feature = "candle-cuda")]
+modules! {
+    CONVERT = "common/convert",
+}
+
 #[cfg(feature = "lti")]
 modules! {
     S4D_TABLES = "s4d/tables",
@@ -53,7 +58,6 @@ modules! {
 
 modules! {
     UPLOAD = "common/upload",
-    CONVERT = "common/convert",
     REDUCE_PARTIALS = "common/reduce_partials",
     ROLLBACK = "common/rollback",
     SCAN_FORWARD = "scan/forward",
