@@ -71,10 +71,13 @@ __device__ __forceinline__ void run(const Backward &params) {
     };
     if constexpr (sizeof(T) == 4) {
         const RowsOf<T> out = queries_of<T>(params.out, p, work);
-        for (int row = 0; row < 16; row++) {
-            const RowPlace place(min(first_of_warp + row, sequence.rows - 1), sequence.group);
-            const float dot = dot_of_row(out, queries[1], place, d_head);
-            if (row % 8 == lane / 4) mean[row / 8] = dot;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            for (int row = 0; row < 8; row++) {
+                const RowPlace place(min(first_of_warp + 8 * i + row, sequence.rows - 1), sequence.group);
+                const float dot = dot_of_row(out, queries[1], place, d_head);
+                if (row == lane / 4) mean[i] = dot;
+            }
         }
     } else {
         // An output of a half type has the mean only to its own rounding, which is more than what is left of slopes whose query has
