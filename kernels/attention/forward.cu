@@ -100,14 +100,7 @@ __device__ __forceinline__ void run(const Forward &params) {
         static_assert(SMEM == sizeof(T) * D * (ROWS + 2 * STEPS * STAGES), "what a block has");                       \
         run<T, D, WARPS, TILES, HALVES, STEPS, STAGES>(params);                                                        \
     }
-#define INSTANCES(SUFFIX, T, KIND)                                                                                     \
-    INSTANCE(SUFFIX, T, 32, KIND, KIND##_32)                                                                           \
-    INSTANCE(SUFFIX, T, 64, KIND, KIND##_64)                                                                           \
-    INSTANCE(SUFFIX, T, 128, KIND, KIND##_128)                                                                         \
-    INSTANCE(SUFFIX, T, 256, KIND, KIND##_256)
 
-INSTANCES(f32, float, full)
-INSTANCES(f16, __half, half)
-INSTANCES(bf16, __nv_bfloat16, half)
+FOR_ALL_SHAPES(INSTANCE)
 
 }

@@ -154,18 +154,15 @@ template <typename T> __device__ __forceinline__ void join(const Forward &params
         static_assert(SMEM == sizeof(T) * D * (split::ROWS + 2 * STEPS * STAGES), "what a block has");                \
         run<T, D, WARPS, HALVES, STEPS, STAGES>(params);                                                               \
     }
-#define INSTANCES(SUFFIX, T, KIND)                                                                                     \
-    INSTANCE(SUFFIX, T, 32, KIND, KIND##_32)                                                                           \
-    INSTANCE(SUFFIX, T, 64, KIND, KIND##_64)                                                                           \
-    INSTANCE(SUFFIX, T, 128, KIND, KIND##_128)                                                                         \
-    INSTANCE(SUFFIX, T, 256, KIND, KIND##_256)                                                                         \
+#define JOIN_INSTANCE(SUFFIX, T)                                                                                       \
     extern "C" __global__ void __launch_bounds__(split::JOIN_THREADS)                                                  \
         attention_join_##SUFFIX(const __grid_constant__ Forward params) {                                              \
         join<T>(params);                                                                                               \
     }
 
-INSTANCES(f32, float, full)
-INSTANCES(f16, __half, half)
-INSTANCES(bf16, __nv_bfloat16, half)
+FOR_ALL_SHAPES(INSTANCE)
+JOIN_INSTANCE(f32, float)
+JOIN_INSTANCE(f16, __half)
+JOIN_INSTANCE(bf16, __nv_bfloat16)
 
 }

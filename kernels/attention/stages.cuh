@@ -10,6 +10,18 @@ extern __shared__ uint4 shared_memory[];
 #define BOUNDS_half(THREADS) __launch_bounds__(THREADS, 1)
 #define BOUNDS_full(THREADS) __launch_bounds__(THREADS)
 
+// A kernel for each type of elements and each width that d_head is filled up to: `INSTANCE` takes the type's suffix, the type, the
+// width, and `half` or `full`, by itself and with the width, which name the bounds above and the tiles in params.cuh.
+#define FOR_ALL_WIDTHS(INSTANCE, SUFFIX, T, KIND)                                                                       \
+    INSTANCE(SUFFIX, T, 32, KIND, KIND##_32)                                                                           \
+    INSTANCE(SUFFIX, T, 64, KIND, KIND##_64)                                                                           \
+    INSTANCE(SUFFIX, T, 128, KIND, KIND##_128)                                                                         \
+    INSTANCE(SUFFIX, T, 256, KIND, KIND##_256)
+#define FOR_ALL_SHAPES(INSTANCE)                                                                                       \
+    FOR_ALL_WIDTHS(INSTANCE, f32, float, full)                                                                         \
+    FOR_ALL_WIDTHS(INSTANCE, f16, __half, half)                                                                        \
+    FOR_ALL_WIDTHS(INSTANCE, bf16, __nv_bfloat16, half)
+
 // Tiles of so many tensors of ROWS rows, then stages of STEPS rows of two others, then numbers that go with these.
 template <typename T, int D, int TENSORS, int ROWS, int STEPS, int STAGES> struct Memory {
     Tile<T, D> rows[TENSORS], stages[2];
