@@ -2,9 +2,9 @@
 
 use bytemuck::Zeroable;
 
-use super::entries::launches;
+use super::entries::{launches, place};
 use super::params::{self, MOST_CONVERSIONS, convert};
-use super::{Device, Kernel, Module, blocks};
+use super::{Device, Kernel, Module};
 use crate::Result;
 
 /// Enqueues conversions of contiguous elements, in as few launches as there is room for all in. Their first blocks are set here.
@@ -19,11 +19,10 @@ pub(crate) unsafe fn convert_all(device: &Device, conversions: &[params::Convers
     for (part, grid) in launches(&entries, convert::CHUNK, MOST_CONVERSIONS) {
         let mut params = params::Conversions::zeroed();
         params.count = part.len() as i64;
-        let mut first_block = 0;
-        for (to, &(count, entry)) in params.conversions.iter_mut().zip(part) {
-            *to = params::Conversion { first_block: first_block as i64, ..entry };
-            first_block += blocks(count, convert::CHUNK);
-        }
+        place(&mut params.conversions, part, convert::CHUNK, |entry, first_block| params::Conversion {
+            first_block: first_block as i64,
+            ..entry
+        });
         // SAFETY: as the caller promises.
         unsafe { device.launch(&kernel, [grid, 1], convert::THREADS, 0, &params) }?;
     }

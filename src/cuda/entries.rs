@@ -20,6 +20,15 @@ pub(crate) fn launches<E>(entries: &[(usize, E)], chunk: usize, most: usize) -> 
     launches
 }
 
+/// Writes the entries of a launch to what travels in it: each as `placed` makes it of the entry and the number of its first block.
+pub(crate) fn place<E: Copy>(to: &mut [E], part: &[(usize, E)], chunk: usize, placed: impl Fn(E, usize) -> E) {
+    let mut first_block = 0;
+    for (to, &(count, entry)) in to.iter_mut().zip(part) {
+        *to = placed(entry, first_block);
+        first_block += blocks(count, chunk);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::launches;

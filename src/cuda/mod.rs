@@ -58,7 +58,7 @@ use crate::{DeviceSlots, Element, Error, Memory, Result, View, ViewMut};
 pub(crate) use context::{Context, Kernel, Properties};
 #[cfg(feature = "candle-cuda")]
 pub(crate) use convert::convert_all;
-pub(crate) use entries::launches;
+pub(crate) use entries::{launches, place};
 pub(crate) use launch::{
     Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, is_vectorizable, storage, suffix,
 };

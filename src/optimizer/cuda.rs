@@ -10,7 +10,7 @@ use cudarc::driver::{CudaSlice, CudaStream};
 
 use super::{Gradient, Moments, Options, Parameter, Values, check, for_view};
 use crate::cuda::params::optimizer::{self as kernels, COUNTS};
-use crate::cuda::{Arguments, Cuda, Device, Kernel, Module, blocks, launches, params};
+use crate::cuda::{Arguments, Cuda, Device, Kernel, Module, launches, params, place};
 use crate::{Error, Result};
 
 /// What a step multiplies by, and whether it is taken, in device memory.
@@ -64,11 +64,10 @@ pub fn begin(
         let mut params = kernels::Squares::zeroed();
         params.partials = device.address(&partials) + (first * size_of::<f64>()) as u64;
         params.count = part.len() as i64;
-        let mut block = 0;
-        for (to, &(count, entry)) in params.gradients.iter_mut().zip(part) {
-            *to = kernels::Gradient { first_block: block as i32, ..entry };
-            block += blocks(count, kernels::SUM_CHUNK);
-        }
+        place(&mut params.gradients, part, kernels::SUM_CHUNK, |entry, first_block| kernels::Gradient {
+            first_block: first_block as i32,
+            ..entry
+        });
         // SAFETY: the gradients hold `count` elements each, and there is a partial sum for every block of all launches.
         unsafe { device.launch(&kernel, [grid, 1], kernels::THREADS, 0, &params) }?;
         first += grid;
@@ -143,11 +142,10 @@ pub fn update<'a>(
     for (part, grid) in launches(&entries, kernels::UPDATE_CHUNK, kernels::MOST_PARAMETERS) {
         let mut params = head;
         params.count = part.len() as i32;
-        let mut block = 0;
-        for (to, &(count, entry)) in params.parameters.iter_mut().zip(part) {
-            *to = kernels::Parameter { first_block: block as i32, ..entry };
-            block += blocks(count, kernels::UPDATE_CHUNK);
-        }
+        place(&mut params.parameters, part, kernels::UPDATE_CHUNK, |entry, first_block| kernels::Parameter {
+            first_block: first_block as i32,
+            ..entry
+        });
         // SAFETY: parameters and gradients hold `count` elements each, moments and masters as many from each place on, as was
         // checked, and no two parameters share any.
         unsafe { device.launch(&kernel, [grid, 1], kernels::THREADS, 0, &params) }?;
