@@ -8,63 +8,14 @@ use super::check::{LSE_NAMES, Problem, QUERY_NAMES, check_apart};
 use super::tensors::Attention;
 use super::{GradientsMut, Inputs, KeyRange, OutputGradients, OutputMut, Tensors, cpu};
 use crate::candle::AttentionGradients;
-use crate::candle::device::{Backend, Cpu, Value, for_dtype, on_device};
+use crate::candle::device::{Value, for_dtype, on_device};
 use crate::candle::graph::{self, Backward, Computed};
+use crate::candle::sequences::passes_on_devices;
 use crate::candle::tensors::{Allocate, Arguments, CandleTensors, Keep, Lend, List, Owned, Reader, Store};
-use crate::simd::Isa;
 
 const NAME: &str = "attention";
 
-/// A device that runs attention.
-pub(crate) trait AttentionBackend: Backend {
-    fn forward<T: Value>(
-        &self,
-        problem: &Problem<T, Self::Memory>,
-        outputs: OutputMut<T, Self::Memory>,
-    ) -> crate::Result<()>;
-
-    fn backward<T: Value>(
-        &self,
-        problem: &Problem<T, Self::Memory>,
-        outputs: OutputGradients<T, Self::Memory>,
-        gradients: GradientsMut<T, Self::Memory>,
-    ) -> crate::Result<()>;
-}
-
-impl AttentionBackend for Cpu {
-    fn forward<T: Value>(&self, problem: &Problem<T>, outputs: OutputMut<T>) -> crate::Result<()> {
-        cpu::forward_checked(Isa::best(), problem, outputs)
-    }
-
-    fn backward<T: Value>(
-        &self,
-        problem: &Problem<T>,
-        outputs: OutputGradients<T>,
-        gradients: GradientsMut<T>,
-    ) -> crate::Result<()> {
-        cpu::backward_checked(Isa::best(), problem, outputs, gradients)
-    }
-}
-
-#[cfg(feature = "candle-cuda")]
-impl AttentionBackend for crate::candle::cuda::Gpu {
-    fn forward<T: Value>(
-        &self,
-        problem: &Problem<T, Self::Memory>,
-        outputs: OutputMut<T, Self::Memory>,
-    ) -> crate::Result<()> {
-        super::cuda::forward_checked(&self.stream, problem, outputs)
-    }
-
-    fn backward<T: Value>(
-        &self,
-        problem: &Problem<T, Self::Memory>,
-        outputs: OutputGradients<T, Self::Memory>,
-        gradients: GradientsMut<T, Self::Memory>,
-    ) -> crate::Result<()> {
-        super::cuda::backward_checked(&self.stream, problem, outputs, gradients)
-    }
-}
+passes_on_devices!(AttentionBackend, cuda());
 
 impl Attention<'_> {
     /// Runs attention: `(batch, length, heads, d_head)` of `T`.

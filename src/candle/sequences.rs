@@ -1,18 +1,12 @@
 //! What operators over sequences have in common as candle runs them: a list of tensors, an output and a final state forward, and
 //! backward the gradients of all tensors from the tensors alone.
 
-/// Implements for the struct `$Operator` of candle's tensors, in whose module the operator's `Inputs`, `Options`, `OutputMut`,
-/// `OutputGradients`, `GradientsMut`, `Tensors`, `Problem`, `cpu` and the names of its shapes are in scope:
-///
-/// - `run_forward`, the output and, if it is asked for, the final state, in candle's graph where one of the tensors is tracked;
-/// - `run_backward`, the gradients, which are not recorded in the graph.
-///
-/// `$first` is the activation whose shape is the output's, `$argument` its name, and `$plan` what the operator's launches on GPUs
-/// take first, if they take something.
-macro_rules! over_sequences {
-    ($Operator:ident, $name:literal, $first:ident = $argument:literal, cuda($($plan:expr)?)) => {
+/// Makes the trait `$Backend` of devices that run both passes of an operator, in whose module `Problem`, `OutputMut`,
+/// `OutputGradients`, `GradientsMut` and `cpu` are in scope; `$plan` is what its launches on GPUs take first, if they take something.
+macro_rules! passes_on_devices {
+    ($Backend:ident, cuda($($plan:expr)?)) => {
         /// A device that runs the operator.
-        trait SequenceBackend: $crate::candle::device::Backend {
+        trait $Backend: $crate::candle::device::Backend {
             fn forward<T: $crate::candle::device::Value>(
                 &self,
                 problem: &Problem<T, Self::Memory>,
@@ -22,12 +16,12 @@ macro_rules! over_sequences {
             fn backward<T: $crate::candle::device::Value>(
                 &self,
                 problem: &Problem<T, Self::Memory>,
-                d_outputs: OutputGradients<T, Self::Memory>,
+                outputs: OutputGradients<T, Self::Memory>,
                 gradients: GradientsMut<T, Self::Memory>,
             ) -> $crate::Result<()>;
         }
 
-        impl SequenceBackend for $crate::candle::device::Cpu {
+        impl $Backend for $crate::candle::device::Cpu {
             fn forward<T: $crate::candle::device::Value>(
                 &self,
                 problem: &Problem<T>,
@@ -39,15 +33,15 @@ macro_rules! over_sequences {
             fn backward<T: $crate::candle::device::Value>(
                 &self,
                 problem: &Problem<T>,
-                d_outputs: OutputGradients<T>,
+                outputs: OutputGradients<T>,
                 gradients: GradientsMut<T>,
             ) -> $crate::Result<()> {
-                cpu::backward_checked($crate::simd::Isa::best(), problem, d_outputs, gradients)
+                cpu::backward_checked($crate::simd::Isa::best(), problem, outputs, gradients)
             }
         }
 
         #[cfg(feature = "candle-cuda")]
-        impl SequenceBackend for $crate::candle::cuda::Gpu {
+        impl $Backend for $crate::candle::cuda::Gpu {
             fn forward<T: $crate::candle::device::Value>(
                 &self,
                 problem: &Problem<T, Self::Memory>,
@@ -59,12 +53,26 @@ macro_rules! over_sequences {
             fn backward<T: $crate::candle::device::Value>(
                 &self,
                 problem: &Problem<T, Self::Memory>,
-                d_outputs: OutputGradients<T, Self::Memory>,
+                outputs: OutputGradients<T, Self::Memory>,
                 gradients: GradientsMut<T, Self::Memory>,
             ) -> $crate::Result<()> {
-                super::cuda::backward_checked($($plan,)? &self.stream, problem, d_outputs, gradients)
+                super::cuda::backward_checked($($plan,)? &self.stream, problem, outputs, gradients)
             }
         }
+    };
+}
+
+/// Implements for the struct `$Operator` of candle's tensors, in whose module the operator's `Inputs`, `Options`, `OutputMut`,
+/// `OutputGradients`, `GradientsMut`, `Tensors`, `Problem`, `cpu` and the names of its shapes are in scope:
+///
+/// - `run_forward`, the output and, if it is asked for, the final state, in candle's graph where one of the tensors is tracked;
+/// - `run_backward`, the gradients, which are not recorded in the graph.
+///
+/// `$first` is the activation whose shape is the output's, `$argument` its name, and `$plan` what the operator's launches on GPUs
+/// take first, if they take something.
+macro_rules! over_sequences {
+    ($Operator:ident, $name:literal, $first:ident = $argument:literal, cuda($($plan:expr)?)) => {
+        $crate::candle::sequences::passes_on_devices!(SequenceBackend, cuda($($plan)?));
 
         impl $Operator<'_> {
             fn run_forward(
@@ -179,4 +187,4 @@ macro_rules! over_sequences {
     };
 }
 
-pub(crate) use over_sequences;
+pub(crate) use {over_sequences, passes_on_devices};

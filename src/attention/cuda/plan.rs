@@ -90,27 +90,27 @@ pub(super) struct Forward {
 impl Forward {
     /// With tiles of so many rows where keys are not split.
     pub fn of<T: Element, M: Memory>(problem: &Problem<T, M>, rows: usize) -> Result<Self> {
-        check(problem)?;
-        let group = problem.sizes.group();
+        let (group, sequences) = (problem.sizes.group(), Sequences::of(problem)?);
         let whole = |part: &Part| [(part.queries.len * group).div_ceil(rows), 0];
         let split = |part: &Part| {
             let (tiles, pieces) = ((part.queries.len * group).div_ceil(FEW_ROWS), part.keys.length.div_ceil(PIECE));
             [tiles * pieces, if pieces > 1 { tiles } else { 0 }]
         };
-        if let Some((count, part)) = alike(problem) {
-            let is_split = is_split(&part, group);
-            let tiles_of = if is_split { split(&part) } else { whole(&part) };
-            // What is joined is listed.
-            if tiles_of[1] == 0 {
-                let tiles = Some(Tiles::Rows { count, length: part.queries.len, tiles: tiles_of[0] });
-                return Ok(if is_split {
-                    Self { whole: None, split: tiles }
-                } else {
-                    Self { whole: tiles, split: None }
-                });
+        let parts = match sequences {
+            Sequences::Alike { count, part } => {
+                let is_split = is_split(&part, group);
+                let tiles_of = if is_split { split(&part) } else { whole(&part) };
+                // What is joined is listed.
+                if tiles_of[1] == 0 {
+                    let tiles = Some(Tiles::Rows { count, length: part.queries.len, tiles: tiles_of[0] });
+                    let (whole, split) = if is_split { (None, tiles) } else { (tiles, None) };
+                    return Ok(Self { whole, split });
+                }
+                problem.parts()
             }
-        }
-        let (few, many): (Vec<_>, Vec<_>) = problem.parts().into_iter().partition(|part| is_split(part, group));
+            Sequences::Listed(parts) => parts,
+        };
+        let (few, many): (Vec<_>, Vec<_>) = parts.into_iter().partition(|part| is_split(part, group));
         let some = |parts: &[Part], tiles_of: &dyn Fn(&Part) -> [usize; 2]| {
             (!parts.is_empty()).then(|| Tiles::listed(parts, tiles_of))
         };
@@ -124,11 +124,27 @@ fn is_split(part: &Part, group: usize) -> bool {
     rows <= FEW_ROWS || rows <= MOST_SPLIT && part.keys.length > PIECE
 }
 
-/// Batch rows that are all alike: how many, and the first. None if there is nothing to do.
-fn alike<T: Element, M: Memory>(problem: &Problem<T, M>) -> Option<(usize, Part)> {
-    let is_dense = problem.inputs.keys.is_none() && problem.inputs.cu_seqlens.is_none();
-    let first = (is_dense && problem.sizes.length > 0 && problem.sizes.batch > 0).then(|| problem.part(0))?;
-    Some((problem.sizes.batch, first))
+/// The sequences of a call, of which the kernels can count what there is.
+enum Sequences {
+    /// Batch rows that are all as the first, of at least one step.
+    Alike { count: usize, part: Part },
+    /// Those of at least one step.
+    Listed(Vec<Part>),
+}
+
+impl Sequences {
+    fn of<T: Element, M: Memory>(problem: &Problem<T, M>) -> Result<Self> {
+        let (sizes, group) = (problem.sizes, problem.sizes.group());
+        let is_dense = problem.inputs.keys.is_none() && problem.inputs.cu_seqlens.is_none();
+        if is_dense && sizes.length > 0 && sizes.batch > 0 {
+            let part = problem.part(0);
+            check(&part, group)?;
+            return Ok(Self::Alike { count: sizes.batch, part });
+        }
+        let parts = problem.parts();
+        parts.iter().try_for_each(|part| check(part, group))?;
+        Ok(Self::Listed(parts))
+    }
 }
 
 /// The tiles of a backward pass.
@@ -143,16 +159,17 @@ pub(super) struct Backward {
 impl Backward {
     /// With tiles of so many rows.
     pub fn of<T: Element, M: Memory>(problem: &Problem<T, M>, rows: usize) -> Result<Self> {
-        check(problem)?;
         let sizes = problem.sizes;
         let of_queries = |part: &Part| [(part.queries.len * sizes.group()).div_ceil(rows), 0];
         let of_keys = |part: &Part| [part.keys.length.div_ceil(rows), 0];
-        if let Some((count, part)) = alike(problem) {
-            let tiles = |tiles: [usize; 2]| Some(Tiles::Rows { count, length: part.queries.len, tiles: tiles[0] });
-            let (queries, keys) = (tiles(of_queries(&part)), tiles(of_keys(&part)));
-            return Ok(Self { queries, keys, leaves_keys: false });
-        }
-        let parts = problem.parts();
+        let parts = match Sequences::of(problem)? {
+            Sequences::Alike { count, part } => {
+                let tiles = |tiles: [usize; 2]| Some(Tiles::Rows { count, length: part.queries.len, tiles: tiles[0] });
+                let (queries, keys) = (tiles(of_queries(&part)), tiles(of_keys(&part)));
+                return Ok(Self { queries, keys, leaves_keys: false });
+            }
+            Sequences::Listed(parts) => parts,
+        };
         let covered: usize = parts.iter().map(|part| part.keys.length).sum();
         let leaves_keys = covered < sizes.rows * sizes.steps;
         if parts.is_empty() {
@@ -163,23 +180,16 @@ impl Backward {
     }
 }
 
-/// Checks that the kernels can count what there is.
-fn check<T: Element, M: Memory>(problem: &Problem<T, M>) -> Result<()> {
-    let group = problem.sizes.group();
-    let check = |part: &Part| {
-        if part.queries.len.checked_mul(group).is_none_or(|rows| rows > MOST) {
-            let got = format_args!("{} of {group}", part.queries.len).to_string();
-            return Err(Error::argument("q", "sequences of at most 2^30 steps times the heads of a group", got));
-        }
-        if part.keys.length > MOST {
-            return Err(Error::argument("k", "at most 2^30 keys of a sequence", part.keys.length));
-        }
-        Ok(())
-    };
-    match alike(problem) {
-        Some((_, part)) => check(&part),
-        None => problem.parts().iter().try_for_each(check),
+/// Checks that the kernels can count the rows and keys of a sequence.
+fn check(part: &Part, group: usize) -> Result<()> {
+    if part.queries.len.checked_mul(group).is_none_or(|rows| rows > MOST) {
+        let got = format_args!("{} of {group}", part.queries.len).to_string();
+        return Err(Error::argument("q", "sequences of at most 2^30 steps times the heads of a group", got));
     }
+    if part.keys.length > MOST {
+        return Err(Error::argument("k", "at most 2^30 keys of a sequence", part.keys.length));
+    }
+    Ok(())
 }
 
 /// The blocks of a launch: `per_tile` for each tile.
