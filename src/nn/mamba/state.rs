@@ -112,16 +112,16 @@ impl MambaState {
     /// Keeps the states after sequences in these slots, but for those of padding. Where the slots follow each other, that waits for
     /// `writes` to be written.
     pub(super) fn store(&self, states: States, slots: &[Option<usize>], writes: &mut PoolWrites) -> Result<()> {
+        let mut pairs = [(&self.conv, states.conv), (&self.ssm, states.ssm)].into_iter();
+        if let Some(first) = run_of(slots) {
+            return pairs.try_for_each(|(pool, states)| writes.add(pool.narrow(0, first, slots.len())?, states));
+        }
         // As after the first token of a draft that is all accepted.
         let (list, accepted): (Vec<i32>, Vec<usize>) =
             slots.iter().map(|slot| (slot.map_or(-1, |slot| slot as i32), 1)).unzip();
-        for (pool, states) in [(&self.conv, states.conv), (&self.ssm, states.ssm)] {
-            match run_of(slots) {
-                Some(first) => writes.add(pool.narrow(0, first, slots.len())?, states)?,
-                None => rollback(pool, &states.to_dtype(pool.dtype())?.unsqueeze(1)?, &list, &accepted)?,
-            }
-        }
-        Ok(())
+        pairs.try_for_each(|(pool, states)| {
+            rollback(pool, &states.to_dtype(pool.dtype())?.unsqueeze(1)?, &list, &accepted)
+        })
     }
 }
 
