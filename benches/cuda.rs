@@ -6,6 +6,8 @@
 //! two events as one graph, so that the time is the device's and not that of launching. `--serve` answers cases from
 //! standard input instead, for runs that alternate with another program's: see `benches/peers`.
 
+#[path = "cuda/attention.rs"]
+mod attention;
 #[cfg(feature = "candle-cuda")]
 #[path = "cuda/candle.rs"]
 mod candle;
@@ -75,7 +77,7 @@ struct Arguments {
 }
 
 /// What is timed: operator, direction, type, batch, length, d_inner (of a loss and of sampling the vocabulary), d_state or
-/// width (of a norm the size of a group, of an embedding the vocabulary, of a loss and of sampling 1), and words for variants. Several
+/// width (of a norm the size of a group, of attention that of a head, of an embedding the vocabulary, of a loss and of sampling 1), and words for variants. Several
 /// values between commas stand for a case with each.
 const CASES: &[&str] = &[
     "scan forward,backward bf16,f32 8 2048 2048 16",
@@ -107,6 +109,12 @@ const CASES: &[&str] = &[
     "conv forward,backward bf16,f32 1 16384 2048 4 packed",
     "conv update bf16 1,8,64,512 1 5120 4",
     "conv update bf16 512 1 5120 4 f32-states",
+    "attention forward,backward bf16,f32 1 512,2048,8192,32768 1024 64",
+    "attention forward,backward bf16 1 8192 1024 128",
+    "attention forward,backward bf16 1 8192 1024 64 kv-heads-4",
+    "attention forward,backward bf16 1 16384 1024 64 packed",
+    "attention forward bf16 1,64 1 1024 64 keys-512",
+    "attention forward bf16 1,64 1 1024 64 keys-8192",
     "loss forward,backward bf16,f32 1 2048,5248 50280 1",
     "loss backward bf16 1 16384 256,257,8192 1",
     // The parameters of 130m and 1.4b: layers, tokens, d_inner and d_state.
@@ -167,6 +175,9 @@ impl Bench {
             ("state", "f32") => memory::state_update::<f32>(stream, case),
             ("state", "f16") => memory::state_update::<f16>(stream, case),
             ("state", "bf16") => memory::state_update::<bf16>(stream, case),
+            ("attention", "f32") => attention::prepare::<f32>(stream, case),
+            ("attention", "f16") => attention::prepare::<f16>(stream, case),
+            ("attention", "bf16") => attention::prepare::<bf16>(stream, case),
             ("loss", "f32") => memory::loss::<f32>(stream, case),
             ("loss", "f16") => memory::loss::<f16>(stream, case),
             ("loss", "bf16") => memory::loss::<bf16>(stream, case),

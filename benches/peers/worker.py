@@ -350,7 +350,7 @@ class Compiled(Eager):
 
 
 class Attention(Peer):
-    """FlashAttention through PyTorch: causal, heads of 64, `cudnn`'s kernel on request."""
+    """FlashAttention through PyTorch: causal, `cudnn`'s kernel on request, one query over `keys-` so many."""
 
     def prepare(self, case):
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -358,17 +358,22 @@ class Attention(Peer):
         if case.operator != "attention":
             raise case.unsupported()
         backend = SDPBackend.CUDNN_ATTENTION if "cudnn" in case.variant else SDPBackend.FLASH_ATTENTION
+        words = [word for word in case.variant if word.startswith("keys-")]
+        keys = int(words[0].removeprefix("keys-")) if words else case.length
+        if keys != case.length and case.length != 1:
+            raise case.unsupported()
         if self.device == "cpu":
             backend = SDPBackend.MATH
-        n = sets(3 * case.count * case.size)
+        n = sets((case.count + 2 * case.count // case.length * keys) * case.size)
         q, k, v = (
-            self.random(n, case.batch, case.channels // case.last, case.length, case.last, dtype=case.dtype)
-            for _ in range(3)
+            self.random(n, case.batch, case.channels // case.last, length, case.last, dtype=case.dtype)
+            for length in (case.length, keys, keys)
         )
 
         def forward(q, k, v):
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                # One query sees all keys.
+                return F.scaled_dot_product_attention(q, k, v, is_causal=keys == case.length)
 
         if case.direction == "forward":
 
