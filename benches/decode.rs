@@ -118,7 +118,7 @@ fn update<T: Element>(
         pool.install(|| {
             bencher.iter(|| {
                 let state = ViewMut::new(&mut state[..], [1, d_inner, d_state]);
-                let outputs = SelectiveUpdateMut { state, out: &mut out[..] };
+                let outputs = SelectiveUpdateMut::new(state, &mut out[..]);
                 cpu::selective_update(black_box(&inputs), outputs).expect("the inputs fit together");
             })
         });

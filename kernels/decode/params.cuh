@@ -55,6 +55,7 @@ struct Linear {
     Pool conv_state;
     int64_t state_type;
     Slots slots;
+    Ahead ahead;
 };
 
 namespace update {
@@ -86,6 +87,17 @@ struct Update {
     // Of the norm of the ranks, and of those of B and C.
     float dt_eps, state_eps;
     Slots slots;
+};
+
+namespace projected {
+// Blocks of a cluster, which share the projection of their rows, and the most rows of a cluster.
+constexpr int CLUSTER = 8, THREADS = 256, ROWS = 8;
+}
+
+// x_proj and the update of what it gives. `project` has no norm, bias or convolution, and takes all features at once.
+struct Projected {
+    Linear project;
+    Update update;
 };
 
 }

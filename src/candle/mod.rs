@@ -100,7 +100,7 @@ use std::io;
 pub use crate::attention::tensors::Attention;
 pub use crate::complex_scan::tensors::{ComplexScan, ComplexUpdate};
 pub use crate::conv::tensors::{CausalConv, ConvUpdate};
-pub use crate::decode::candle::{DecodeConv, DecodeLinear, DecodeUpdate, embedding_lookup};
+pub use crate::decode::candle::{DecodeColumns, DecodeConv, DecodeLinear, DecodeUpdate, embedding_lookup};
 pub use crate::embedding::candle::embedding_gradient;
 pub use crate::loss::candle::CrossEntropy;
 #[cfg(feature = "lti")]

@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::Pod;
+use cudarc::driver::sys::CUfunction_attribute;
 use cudarc::driver::{
-    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg, SyncOnDrop,
+    CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg, SyncOnDrop,
 };
 
 use super::params::{self, UPLOAD_VALUES};
@@ -26,6 +27,12 @@ impl<'a> Device<'a> {
 
     pub fn properties(&self) -> Properties {
         self.context.properties
+    }
+
+    /// Whether a kernel was compiled for such a compute capability, as the driver numbers them, or a later one: what was compiled for
+    /// an older device, and only translated for this one, does nothing that the older one could not.
+    pub fn is_compiled_for(&self, kernel: &Kernel, capability: i32) -> Result<bool> {
+        is_compiled_for(&self.context.function(kernel)?, kernel, capability)
     }
 
     /// Memory whose contents a kernel on this stream will write; freed in the order of the stream when it is dropped.
@@ -223,6 +230,12 @@ impl<'a> Arguments<'a> {
 pub(crate) fn storage<T: Element, const R: usize>(view: &View<T, R, Cuda>, data: u64) -> Range<u64> {
     let start = data.wrapping_sub((view.offset * size_of::<T>()) as u64);
     start..start.wrapping_add((view.data.len() * size_of::<T>()) as u64)
+}
+
+/// See [`Device::is_compiled_for`].
+pub(super) fn is_compiled_for(function: &CudaFunction, kernel: &Kernel, capability: i32) -> Result<bool> {
+    let compiled_for = function.get_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION);
+    Ok(compiled_for.map_err(|error| Error::cuda(format_args!("asking what {kernel} is for"), error))? >= capability)
 }
 
 /// The blocks that cover `items`, `per_block` each.

@@ -80,6 +80,7 @@ modules! {
     CONV_BACKWARD = "conv/backward",
     CONV_UPDATE = "conv/update",
     DECODE_LINEAR = "decode/linear",
+    DECODE_PROJECTED = "decode/projected",
     DECODE_UPDATE = "decode/update",
     LOSS_CROSS_ENTROPY = "loss/cross_entropy",
     NORM_FORWARD = "norm/forward",

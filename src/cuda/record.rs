@@ -9,12 +9,13 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 use cudarc::driver::sys::{
-    self, CUfunction_attribute, CUgraphExec, CUgraphInstantiate_flags, CUlaunchAttribute, CUlaunchAttributeID,
-    CUlaunchAttributeValue, CUlaunchConfig, CUstream, CUstreamCaptureMode,
+    self, CUgraphExec, CUgraphInstantiate_flags, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchConfig, CUstream, CUstreamCaptureMode,
 };
 use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, result};
 
 use super::Kernel;
+use super::launch::is_compiled_for;
 use crate::{Error, Result};
 
 /// A launch: everything but its stream.
@@ -116,12 +117,9 @@ pub(super) fn record_launch<P: Pod>(
         let is_written = |early: &Range<u64>| {
             recorded.written.iter().any(|written| written.start < early.end && early.start < written.end)
         };
-        let overlaps = early.is_some_and(|early| !is_first && !early.iter().any(is_written)) && {
-            // Of what was compiled for older devices, and only translated for this one, no kernel waits.
-            let compiled_for = function.get_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION);
-            compiled_for.map_err(|error| Error::cuda(format_args!("asking what {kernel} is for"), error))?
-                >= OVERLAPPING
-        };
+        // Of what was compiled for older devices no kernel waits.
+        let overlaps = early.is_some_and(|early| !is_first && !early.iter().any(is_written))
+            && is_compiled_for(function, kernel, OVERLAPPING)?;
         let mut words = vec![0u64; size_of::<P>().div_ceil(size_of::<u64>())].into_boxed_slice();
         bytemuck::cast_slice_mut(&mut words)[..size_of::<P>()].copy_from_slice(bytemuck::bytes_of(params));
         recorded.launches.push(Launch {

@@ -2,9 +2,9 @@
 
 use candle_core::{CpuStorage, DType, Result, Tensor, WithDType};
 
-use super::{ColumnNorms, ConvStep, Linear, LinearMut, RowNorm, SelectiveUpdate, SelectiveUpdateMut, cpu};
+use super::{ColumnNorms, Columns, ConvStep, Linear, LinearMut, RowNorm, SelectiveUpdate, SelectiveUpdateMut, cpu};
 use crate::candle::device::{Backend, Buffer, Cpu, SlotsOf, Value, for_dtype, on_device};
-use crate::candle::write_all::{Read, open, write_all};
+use crate::candle::write_all::{Read, open, open_one, write_all};
 use crate::candle::{Slots, check_pool};
 use crate::conv::POOL_NAMES;
 use crate::state_update::STATE_NAMES;
@@ -250,6 +250,8 @@ pub struct DecodeLinear<'a> {
     pub bias: Option<&'a Tensor>,
     /// The RMS norm of the rows before the product: its weight, `(features)` of `f32`, and what is added to the mean square.
     pub norm: Option<(&'a Tensor, f64)>,
+    /// A matrix of the type of `weight` that is read soon after: a GPU asks for it meanwhile.
+    pub ahead: Option<&'a Tensor>,
 }
 
 /// A step of the causal convolution on the first columns of a product, see [`decode::ConvStep`](crate::decode::ConvStep).
@@ -271,12 +273,13 @@ struct LinearPlaces {
     weight: Place,
     bias: Option<Place>,
     norm: Option<(Place, f64)>,
+    ahead: Option<Place>,
 }
 
 impl<'a> DecodeLinear<'a> {
     /// The plain product.
     pub fn new(x: &'a Tensor, weight: &'a Tensor) -> Self {
-        Self { x, weight, bias: None, norm: None }
+        Self { x, weight, bias: None, norm: None, ahead: None }
     }
 
     /// Writes the product to `out`, `(rows, out_features)`, dense, of the type of `weight` or of `f32`.
@@ -314,6 +317,7 @@ impl<'a> DecodeLinear<'a> {
             weight: reads.add("weight", self.weight),
             bias: reads.add_if("bias", self.bias),
             norm: self.norm.map(|(weight, eps)| (reads.add("norm", weight), eps)),
+            ahead: reads.add_if("ahead", self.ahead),
         }
     }
 
@@ -375,9 +379,26 @@ impl LinearPlaces {
         Ok(Linear {
             bias: reader.view_if::<B, f32, 1>(self.bias)?,
             norm: self.norm.map(norm).transpose()?,
+            ahead: reader.view_if::<B, T, 2>(self.ahead)?,
             ..Linear::new(reader.view::<B, X, 2>(self.x)?, reader.view::<B, T, 2>(self.weight)?)
         })
     }
+}
+
+/// What `x_proj` gives, see [`decode::Columns`](crate::decode::Columns).
+#[derive(Debug, Clone, Copy)]
+pub enum DecodeColumns<'a> {
+    /// As it is, `(rows, dt_rank + 2 d_state)`.
+    Given(&'a Tensor),
+    /// By a product with `u` before the update.
+    Projected {
+        /// The weight of `x_proj`, `(dt_rank + 2 d_state, d_inner)`.
+        weight: &'a Tensor,
+        /// As [`DecodeLinear::ahead`].
+        ahead: Option<&'a Tensor>,
+        /// Where the product is written, `(rows, dt_rank + 2 d_state)`, dense.
+        to: &'a Tensor,
+    },
 }
 
 /// A selective state update of one token, see [`decode::SelectiveUpdate`](crate::decode::SelectiveUpdate).
@@ -385,8 +406,8 @@ impl LinearPlaces {
 pub struct DecodeUpdate<'a> {
     /// `(rows, d_inner)` of `f32`, `f16` or `bf16`; the type of all but parameters, which are `f32`.
     pub u: &'a Tensor,
-    /// `(rows, dt_rank + 2 d_state)`.
-    pub columns: &'a Tensor,
+    /// The low-rank step sizes, B and C of each row.
+    pub columns: DecodeColumns<'a>,
     /// `(d_inner, dt_rank)`.
     pub dt_weight: &'a Tensor,
     /// `(d_inner, d_state)` of `f32`.
@@ -405,7 +426,7 @@ pub struct DecodeUpdate<'a> {
 
 impl<'a> DecodeUpdate<'a> {
     /// What every update has; row `i` has slot `i`.
-    pub fn new(u: &'a Tensor, columns: &'a Tensor, dt_weight: &'a Tensor, a: &'a Tensor) -> Self {
+    pub fn new(u: &'a Tensor, columns: DecodeColumns<'a>, dt_weight: &'a Tensor, a: &'a Tensor) -> Self {
         let (d, delta_bias, z, norms, slots) = (None, None, None, None, Slots::Rows);
         Self { u, columns, dt_weight, a, d, delta_bias, z, norms, slots }
     }
@@ -422,17 +443,28 @@ impl<'a> DecodeUpdate<'a> {
     fn run<B: DecodeBackend>(&self, backend: &B, state: &Tensor, out: &Tensor) -> Result<()> {
         check_pool("state", STATE_NAMES[0], state)?;
         let mut reads = Reads::default();
-        let [u, columns, dt_weight, a] =
-            [("u", self.u), ("columns", self.columns), ("dt_weight", self.dt_weight), ("a", self.a)]
-                .map(|(name, tensor)| reads.add(name, tensor));
+        let [u, dt_weight, a] =
+            [("u", self.u), ("dt_weight", self.dt_weight), ("a", self.a)].map(|(name, tensor)| reads.add(name, tensor));
+        // What is read of the columns, and what is written.
+        let (columns, ahead, projected) = match self.columns {
+            DecodeColumns::Given(columns) => (reads.add("columns", columns), None, None),
+            DecodeColumns::Projected { weight, ahead, to } => {
+                (reads.add("columns.weight", weight), reads.add_if("columns.ahead", ahead), Some(to))
+            }
+        };
         let d = reads.add_if("d", self.d);
         let delta_bias = reads.add_if("delta_bias", self.delta_bias);
         let z = reads.add_if("z", self.z);
         let norms = self.norms.map(|(weights, eps)| (weights.map(|all| all.map(|w| reads.add("norms", w))), eps));
         let slots = reads.add_slots(self.slots);
         reads.check_out(out)?;
-        write_all("out", &[out, state], &reads.tensors(), |written, read| {
+        if let Some(to) = projected {
+            reads.check_out(to)?;
+        }
+        let written: Vec<_> = [out, state].into_iter().chain(projected).collect();
+        write_all("out", &written, &reads.tensors(), |mut written, read| {
             let reader = Reader { reads: &reads, read };
+            let projected = written.drain(2..).next().map(|to| open_one::<B>("columns", to)).transpose()?;
             let [out_storage, state_storage] = open::<B, 2>("out", written)?;
             for_dtype!("u", self.u.dtype(), |T| for_dtype!("state", state.dtype(), |St| {
                 let weights = |[dt, b, c]: [Place; 3]| -> Result<_> {
@@ -443,9 +475,14 @@ impl<'a> DecodeUpdate<'a> {
                     Some((all, eps)) => Some(ColumnNorms { weights: all.map(weights).transpose()?, eps }),
                     None => None,
                 };
+                let of_columns = reader.view::<B, T, 2>(columns)?;
+                let columns = match projected {
+                    Some(_) => Columns::Projected { weight: of_columns, ahead: reader.view_if::<B, T, 2>(ahead)? },
+                    None => Columns::Given(of_columns),
+                };
                 let inputs = SelectiveUpdate {
                     u: reader.view::<B, T, 2>(u)?,
-                    columns: reader.view::<B, T, 2>(columns)?,
+                    columns,
                     dt_weight: reader.view::<B, T, 2>(dt_weight)?,
                     norms,
                     a: reader.view::<B, f32, 2>(a)?,
@@ -457,6 +494,7 @@ impl<'a> DecodeUpdate<'a> {
                 let outputs = SelectiveUpdateMut {
                     state: pool::<B, St>(state_storage, state, STATE_NAMES[0])?,
                     out: B::elements_mut::<T>(out_storage)?,
+                    columns: projected.map(B::elements_mut::<T>).transpose()?,
                 };
                 Ok(backend.selective_update(&inputs, outputs)?)
             }))

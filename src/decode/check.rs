@@ -1,6 +1,6 @@
 //! The only checks of the arguments, on any memory.
 
-use super::{Linear, LinearMut, SelectiveUpdate, SelectiveUpdateMut};
+use super::{Columns, Linear, LinearMut, SelectiveUpdate, SelectiveUpdateMut};
 use crate::conv::{POOL_NAMES, WIDTHS};
 use crate::norm::check_eps;
 use crate::state_update::STATE_NAMES;
@@ -134,7 +134,12 @@ impl<'a, T: Element, M: Memory> SelectiveUpdate<'a, T, M> {
         let Some(columns) = dt_rank.checked_add(2 * d_state) else {
             return Err(Error::argument("dt_weight", "a rank that can be counted", dt_rank));
         };
-        self.columns.check("columns", "(rows, dt_rank + 2 d_state)", [rows, columns])?;
+        match &self.columns {
+            Columns::Given(view) => view.check("columns", "(rows, dt_rank + 2 d_state)", [rows, columns])?,
+            Columns::Projected { weight, .. } => {
+                weight.check("columns.weight", "(dt_rank + 2 d_state, d_inner)", [columns, d_inner])?;
+            }
+        }
         self.dt_weight.check("dt_weight", "(d_inner, dt_rank)", [d_inner, dt_rank])?;
         if let Some(norms) = &self.norms {
             check_eps(norms.eps)?;
@@ -164,6 +169,19 @@ impl<T: Element, M: Memory> UpdateProblem<'_, T, M> {
     pub fn check_outputs<St: Element>(&self, outputs: &SelectiveUpdateMut<T, St, M>) -> Result<()> {
         let UpdateSizes { rows, d_inner, d_state, .. } = self.sizes;
         check_len("out", "(rows, d_inner)", &[rows, d_inner], M::len(outputs.out))?;
+        match (&self.inputs.columns, &outputs.columns) {
+            (Columns::Given(_), None) => {}
+            (Columns::Given(_), Some(_)) => {
+                return Err(Error::argument("columns", "nothing to write, as they are given", "a buffer"));
+            }
+            (Columns::Projected { .. }, None) => {
+                return Err(Error::argument("columns", "a buffer, as they are projected", "none"));
+            }
+            (Columns::Projected { .. }, Some(columns)) => {
+                let shape = [rows, self.sizes.dt_rank + 2 * d_state];
+                check_len("columns", "(rows, dt_rank + 2 d_state)", &shape, M::len(columns))?;
+            }
+        }
         let state = &outputs.state;
         state.check("state", STATE_NAMES[0], [state.shape[0], d_inner, d_state])?;
         self.inputs.slots.check(rows, state.shape[0])

@@ -7,17 +7,18 @@
 //! 4 of `f32`), as fast as memory gives it where its rows are contiguous, aligned to 16 bytes, and of a multiple of 8 features.
 //! Other strides give the same bits, slower. Half types go through the tensor cores.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
 use cudarc::driver::CudaStream;
 
 use super::check::{LinearProblem, LinearSizes, UpdateProblem, UpdateSizes};
-use super::{Linear, LinearMut, SelectiveUpdate, SelectiveUpdateMut};
+use super::{Columns, Linear, LinearMut, SelectiveUpdate, SelectiveUpdateMut};
 use crate::cuda::params::decode::linear::{
     CHUNK, CHUNK_F32, F32_ROWS, OUTPUTS, PARTIAL_STRIDE, SLICE_BYTES, TILE_ROWS, WARPS,
 };
-use crate::cuda::params::decode::{self as kernels, update};
+use crate::cuda::params::decode::{self as kernels, linear, projected, update};
 use crate::cuda::params::{self, QUAD};
 use crate::cuda::{
     Arguments, Cuda, Device, GRID_COLUMNS, GRID_ROWS, Kernel, Module, Properties, grid_rows, is_vectorizable, or_null,
@@ -47,54 +48,13 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
 ) -> Result<()> {
     problem.check_outputs(&outputs)?;
     let (device, mut arguments) = (Device::new(stream)?, Arguments::new(stream));
-    let (inputs, sizes) = (&problem.inputs, problem.sizes);
-    let LinearSizes { rows, features, out_features, conv: [d_inner, width] } = sizes;
-    let weight = params::Rows::from(arguments.view("weight", &inputs.weight)?);
-    let matrix = storage(&inputs.weight, weight.data);
-    let is_whole = weight.column == 1
-        && features.is_multiple_of(8)
-        && is_vectorizable::<T>(weight.data, &[weight.row], 16 / size_of::<T>());
-    let x = params::Rows::from(arguments.view("x", &inputs.x)?);
-    let norm_weight = match &inputs.norm {
-        Some(norm) => or_null(arguments.optional_view("norm.weight", &norm.weight)?),
-        None => params::Vector::zeroed(),
-    };
-    let is_whole = is_whole
-        && x.column == 1
-        && is_vectorizable::<X>(x.data, &[x.row], QUAD)
-        && (norm_weight.data == 0 || norm_weight.channel == 1 && is_vectorizable::<f32>(norm_weight.data, &[], QUAD));
-    let tile = Tile::new::<T>(sizes, is_whole, size_of::<X>(), device.properties());
-    let mut params = kernels::Linear {
-        x,
-        norm_weight,
-        weight,
-        bias: or_null(arguments.optional_view("bias", &inputs.bias)?),
-        out: arguments.write("out", outputs.out)?,
-        rows: rows as i64,
-        features: features as i64,
-        out_features: out_features as i64,
-        x_type: params::type_code(X::DTYPE),
-        out_type: params::type_code(O::DTYPE),
-        slice: tile.slice as i64,
-        partials: tile.partials as i64,
-        squares: tile.squares as i64,
-        flags: params::flags([
-            (inputs.norm.is_some(), kernels::FLAG_NORM),
-            (outputs.accumulate, kernels::FLAG_ACCUMULATE),
-            (inputs.conv.is_some(), kernels::FLAG_CONV),
-            (tile.has_own_columns, kernels::FLAG_OWN_COLUMNS),
-            (tile.is_direct, kernels::FLAG_DIRECT),
-        ]),
-        count: features as f32,
-        d_inner: d_inner as i64,
-        width: width as i64,
-        ..kernels::Linear::zeroed()
-    };
-    if let Some(norm) = &inputs.norm {
-        params.eps = norm.eps as f32;
-    }
+    let out = arguments.write("out", outputs.out)?;
+    let mut product = Product::new::<X, T, O>(&device, &mut arguments, problem, out)?;
+    product.params.flags |= params::flags([(outputs.accumulate, kernels::FLAG_ACCUMULATE)]);
     let mut list = None;
-    if let (Some(conv), Some(state)) = (&inputs.conv, outputs.conv_state) {
+    if let (Some(conv), Some(state)) = (&problem.inputs.conv, outputs.conv_state) {
+        let params = &mut product.params;
+        params.flags |= kernels::FLAG_CONV;
         params.conv_weight = arguments.view("conv.weight", &conv.weight)?.into();
         params.conv_bias = or_null(arguments.optional_view("conv.bias", &conv.bias)?);
         let slots = state.shape[0];
@@ -102,26 +62,110 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
         params.state_type = params::type_code(St::DTYPE);
         params.slots = list.insert(SlotList::new(&device, &mut arguments, conv.slots, slots)?).params;
     }
-    if rows == 0 || out_features == 0 {
-        return Ok(());
-    }
-    for (argument, size) in [("x", features), ("weight", out_features)] {
-        // Kernels count features and columns by 32 bits, and go a little beyond.
-        if size > GRID_COLUMNS / 2 {
-            return Err(Error::argument(argument, format_args!("at most {} features", GRID_COLUMNS / 2), size));
+    product.launch::<T>(&device)
+}
+
+/// A product as its kernel takes it.
+struct Product {
+    params: kernels::Linear,
+    sizes: LinearSizes,
+    tile: Tile,
+    /// Whether vectors are whole.
+    is_whole: bool,
+    /// The storage of the matrix, which is read early.
+    matrix: Range<u64>,
+}
+
+impl Product {
+    /// That is written to `out`, whose elements are of type `O`. A convolution is left to be added.
+    fn new<'a, X: Element, T: Element, O: Element>(
+        device: &Device,
+        arguments: &mut Arguments<'a>,
+        problem: &LinearProblem<'a, X, T, Cuda>,
+        out: u64,
+    ) -> Result<Self> {
+        let (inputs, sizes) = (&problem.inputs, problem.sizes);
+        let LinearSizes { rows, features, out_features, conv: [d_inner, width] } = sizes;
+        let weight = params::Rows::from(arguments.view("weight", &inputs.weight)?);
+        let matrix = storage(&inputs.weight, weight.data);
+        let x = params::Rows::from(arguments.view("x", &inputs.x)?);
+        let norm_weight = match &inputs.norm {
+            Some(norm) => or_null(arguments.optional_view("norm.weight", &norm.weight)?),
+            None => params::Vector::zeroed(),
+        };
+        let is_whole = [weight.column, x.column] == [1; 2]
+            && features.is_multiple_of(8)
+            && is_vectorizable::<T>(weight.data, &[weight.row], 16 / size_of::<T>())
+            && is_vectorizable::<X>(x.data, &[x.row], QUAD)
+            && (norm_weight.data == 0
+                || norm_weight.channel == 1 && is_vectorizable::<f32>(norm_weight.data, &[], QUAD));
+        let tile = Tile::new::<T>(sizes, is_whole, size_of::<X>(), device.properties());
+        let mut params = kernels::Linear {
+            x,
+            norm_weight,
+            weight,
+            bias: or_null(arguments.optional_view("bias", &inputs.bias)?),
+            out,
+            rows: rows as i64,
+            features: features as i64,
+            out_features: out_features as i64,
+            x_type: params::type_code(X::DTYPE),
+            out_type: params::type_code(O::DTYPE),
+            slice: tile.slice as i64,
+            partials: tile.partials as i64,
+            squares: tile.squares as i64,
+            flags: params::flags([
+                (inputs.norm.is_some(), kernels::FLAG_NORM),
+                (tile.has_own_columns, kernels::FLAG_OWN_COLUMNS),
+                (tile.is_direct, kernels::FLAG_DIRECT),
+            ]),
+            count: features as f32,
+            d_inner: d_inner as i64,
+            width: width as i64,
+            ..kernels::Linear::zeroed()
+        };
+        if let Some(norm) = &inputs.norm {
+            params.eps = norm.eps as f32;
         }
+        if let Some(ahead) = &inputs.ahead {
+            let data = arguments.view("ahead", ahead)?.data;
+            let all = storage(ahead, data);
+            // What is asked for is to be there when it is read, beside what is read meanwhile.
+            let bytes = (all.end - data).min(ahead_bytes());
+            params.ahead = params::Ahead { data, bytes: bytes as i64 };
+        }
+        Ok(Self { params, sizes, tile, is_whole, matrix })
     }
-    let grid = [tile.blocks, rows.div_ceil(tile.rows)];
-    if grid[1] > GRID_ROWS {
-        let expected = format_args!("at most {} rows", GRID_ROWS * tile.rows).to_string();
-        return Err(Error::argument("x", expected, rows));
+
+    fn launch<T: Element>(&self, device: &Device) -> Result<()> {
+        let (tile, LinearSizes { rows, features, out_features, .. }) = (self.tile, self.sizes);
+        if rows == 0 || out_features == 0 {
+            return Ok(());
+        }
+        for (argument, size) in [("x", features), ("weight", out_features)] {
+            // Kernels count features and columns by 32 bits, and go a little beyond.
+            if size > GRID_COLUMNS / 2 {
+                return Err(Error::argument(argument, format_args!("at most {} features", GRID_COLUMNS / 2), size));
+            }
+        }
+        let grid = [tile.blocks, rows.div_ceil(tile.rows)];
+        if grid[1] > GRID_ROWS {
+            let expected = format_args!("at most {} rows", GRID_ROWS * tile.rows).to_string();
+            return Err(Error::argument("x", expected, rows));
+        }
+        let mut kernel = Kernel::new(Module::DECODE_LINEAR, ["decode_linear", tile.variant, suffix(T::DTYPE)]);
+        kernel.most_shared = device.properties().shared_memory;
+        let (threads, early) = (linear::THREADS, std::slice::from_ref(&self.matrix));
+        // SAFETY: every address and extent has been checked by `Linear::check` and `check_outputs`, slots on the device by the
+        // kernel; each element of the output and of the states of a slot is written by one thread. (Where a caller has put a slot
+        // on the device twice, two write one state: whatever they leave there is numbers of the state's type.)
+        unsafe { device.launch_overlapping(&kernel, grid, threads, tile.shared, &self.params, early) }
     }
-    let mut kernel = Kernel::new(Module::DECODE_LINEAR, ["decode_linear", tile.variant, suffix(T::DTYPE)]);
-    kernel.most_shared = device.properties().shared_memory;
-    // SAFETY: every address and extent has been checked by `Linear::check` and `check_outputs`, slots on the device by the
-    // kernel; each element of the output and of the states of a slot is written by one thread. (Where a caller has put a slot on
-    // the device twice, two write one state: whatever they leave there is numbers of the state's type.)
-    unsafe { device.launch_overlapping(&kernel, grid, kernels::linear::THREADS, tile.shared, &params, &[matrix]) }
+}
+
+/// The most that a kernel asks for ahead.
+fn ahead_bytes() -> u64 {
+    std::env::var("SS_AHEAD").map_or(24, |mib| mib.parse().unwrap_or(24)) << 20
 }
 
 /// The part of a product that a block gives at a time, and how its rows are staged.
@@ -144,6 +188,11 @@ struct Tile {
 }
 
 impl Tile {
+    /// Whether all features of a tile are summed up at a time, by all warps.
+    fn has_whole_sums(&self, sizes: LinearSizes) -> bool {
+        self.slice >= sizes.features && !self.has_own_columns
+    }
+
     /// Of the numbers of rows that shared memory has room for, the one with which a processor has least to read. How features are
     /// divided is no matter of rows, so that a row's sums have the same order in any company. `x_bytes`: of an element of the rows.
     fn new<T: Element>(sizes: LinearSizes, is_whole: bool, x_bytes: usize, device: Properties) -> Self {
@@ -196,6 +245,9 @@ impl Tile {
 
 /// Runs the update on the stream's device, asynchronously.
 ///
+/// Columns that are [projected](Columns::Projected) take no launch of their own where blocks can share what they compute (from
+/// compute capability 9.0 on), types are half, and both matrices and the states can be read in vectors. The bits are the same.
+///
 /// # Errors
 /// An argument that does not fit, see [`SelectiveUpdate`] and [`SelectiveUpdateMut`], or that lies on another device; step
 /// sizes of a rank that shared memory has no room for (some 50,000 on an H100). Nothing is written then. What the driver refuses.
@@ -206,10 +258,6 @@ pub fn selective_update<T: Element, St: Element>(
 ) -> Result<()> {
     selective_update_checked(stream, &inputs.check()?, outputs)
 }
-
-/// Lanes that keep a processor busy, one for a channel's states; and how many blocks run on it at a time.
-const LANES: usize = 256;
-const BLOCKS: usize = 3;
 
 /// [`selective_update`] of inputs that have been checked.
 pub(crate) fn selective_update_checked<T: Element, St: Element>(
@@ -226,11 +274,24 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         let most = device.properties().shared_memory / size_of::<f32>() - 2 * d_state - QUAD;
         return Err(Error::argument("dt_weight", format_args!("a rank of at most {most} on this device"), dt_rank));
     }
+    if d_inner > GRID_COLUMNS {
+        return Err(Error::argument("u", format_args!("at most {GRID_COLUMNS} channels"), d_inner));
+    }
+    let (columns, product) = match (inputs.columns, outputs.columns) {
+        (Columns::Projected { weight, ahead }, Some(columns)) => {
+            let data = arguments.write("columns", columns)?;
+            let product = Linear { ahead, ..Linear::new(inputs.u, weight) }.check()?;
+            let product = Product::new::<T, T, T>(&device, &mut arguments, &product, data)?;
+            (params::Rows { data, row: product.params.out_features, column: 1 }, Some(product))
+        }
+        (Columns::Given(view), _) => (arguments.view("columns", &view)?.into(), None),
+        (Columns::Projected { .. }, None) => unreachable!("`check_outputs` has found the buffer"),
+    };
     let slots = outputs.state.shape[0];
     let mut params = kernels::Update {
         u: arguments.view("u", &inputs.u)?.into(),
         z: or_null(arguments.optional_view("z", &inputs.z)?),
-        columns: arguments.view("columns", &inputs.columns)?.into(),
+        columns,
         dt_weight: arguments.view("dt_weight", &inputs.dt_weight)?.into(),
         a: arguments.view("a", &inputs.a)?.into(),
         d: or_null(arguments.optional_view("d", &inputs.d)?),
@@ -258,27 +319,12 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         && is_vectorizable::<f32>(params.a.data, &[params.a.channel], QUAD)
         && is_vectorizable::<St>(params.state.data, &[params.state.slot, params.state.row], QUAD)
         && is_vectorizable::<T>(params.dt_weight.data, &[params.dt_weight.row], QUAD);
-    // Several parts to a lane save exchanges and what is done once for a channel, but leave a row few lanes.
-    let lanes = |shift: i64| (rows * d_inner) << shift;
-    let has_parts =
-        is_whole && params.part_shift >= 2 && lanes(params.part_shift - 2) >= LANES * device.properties().processors;
-    params.flags = params::flags([
-        (is_whole, update::FLAG_VECTOR),
-        (inputs.norms.is_some(), update::FLAG_NORMS),
-        (has_parts, update::FLAG_PARTS),
-    ]);
+    params.flags = params::flags([(is_whole, update::FLAG_VECTOR), (inputs.norms.is_some(), update::FLAG_NORMS)]);
     let list = SlotList::new(&device, &mut arguments, inputs.slots, slots)?;
     params.slots = list.params;
     if rows == 0 {
         return Ok(());
     }
-    let lane_shift = if has_parts { params.part_shift - 2 } else { params.part_shift };
-    let columns = d_inner.div_ceil(update::THREADS >> lane_shift);
-    if d_inner > GRID_COLUMNS {
-        return Err(Error::argument("u", format_args!("at most {GRID_COLUMNS} channels"), d_inner));
-    }
-    // A few blocks to a processor: what is the channel's is read once for all rows of a block.
-    let grid = [columns, grid_rows(columns, rows, BLOCKS * device.properties().processors)];
     let of_vector =
         |vector: &Option<View<f32, 1, Cuda>>, data| vector.as_ref().map_or(0..0, |view| storage(view, data));
     let early = [
@@ -287,11 +333,100 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         of_vector(&inputs.d, params.d.data),
         of_vector(&inputs.delta_bias, params.delta_bias.data),
     ];
-    let mut kernel = Kernel::new(Module::DECODE_UPDATE, ["decode_update", suffix(T::DTYPE), suffix(St::DTYPE)]);
-    kernel.most_shared = device.properties().shared_memory;
-    // SAFETY: every address and extent has been checked by `SelectiveUpdate::check` and `check_outputs`, slots on the device by
-    // the kernel; each state and output is written by one thread. (Of a slot that stands on the device twice, see `linear`.)
-    unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, shared, &params, &early) }
+    let update = Update { params, early, is_whole, sizes: problem.sizes, shared };
+    match product {
+        Some(product) if update.joins::<T, St>(&device, &product)? => update.launch_with::<T, St>(&device, product),
+        product => {
+            if let Some(product) = product {
+                product.launch::<T>(&device)?;
+            }
+            update.launch::<T, St>(&device)
+        }
+    }
+}
+
+/// Lanes that keep a processor busy, one for a channel's states; and how many blocks run on it at a time.
+const LANES: usize = 256;
+const BLOCKS: usize = 3;
+
+/// An update as its kernels take it, of at least one row.
+struct Update {
+    params: kernels::Update,
+    sizes: UpdateSizes,
+    /// Whether vectors are whole.
+    is_whole: bool,
+    /// Where what is read early lies.
+    early: [Range<u64>; 4],
+    /// Bytes of shared memory by itself.
+    shared: usize,
+}
+
+impl Update {
+    /// By columns that are there.
+    fn launch<T: Element, St: Element>(mut self, device: &Device) -> Result<()> {
+        let UpdateSizes { rows, d_inner, .. } = self.sizes;
+        let params = &mut self.params;
+        // Several parts to a lane save exchanges and what is done once for a channel, but leave a row few lanes.
+        let lanes = |shift: i64| (rows * d_inner) << shift;
+        let has_parts = self.is_whole
+            && params.part_shift >= 2
+            && lanes(params.part_shift - 2) >= LANES * device.properties().processors;
+        params.flags |= params::flags([(has_parts, update::FLAG_PARTS)]);
+        let lane_shift = if has_parts { params.part_shift - 2 } else { params.part_shift };
+        let columns = d_inner.div_ceil(update::THREADS >> lane_shift);
+        // A few blocks to a processor: what is the channel's is read once for all rows of a block.
+        let grid = [columns, grid_rows(columns, rows, BLOCKS * device.properties().processors)];
+        let mut kernel = Kernel::new(Module::DECODE_UPDATE, ["decode_update", suffix(T::DTYPE), suffix(St::DTYPE)]);
+        kernel.most_shared = device.properties().shared_memory;
+        // SAFETY: every address and extent has been checked by `SelectiveUpdate::check` and `check_outputs`, slots on the device
+        // by the kernel; each state and output is written by one thread. (Of a slot that stands on the device twice, see `linear`.)
+        unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, self.shared, params, &self.early) }
+    }
+
+    /// The kernel that computes the columns too.
+    fn joined_kernel<T: Element, St: Element>(device: &Device) -> Kernel {
+        let name = ["decode_projected", suffix(T::DTYPE), suffix(St::DTYPE)];
+        Kernel { most_shared: device.properties().shared_memory, ..Kernel::new(Module::DECODE_PROJECTED, name) }
+    }
+
+    /// Bytes of shared memory with the product that gives the columns.
+    fn joined_shared(&self) -> usize {
+        let UpdateSizes { d_state, dt_rank, .. } = self.sizes;
+        let columns = (dt_rank + 2 * d_state).next_multiple_of(QUAD);
+        projected::ROWS * (WARPS * PARTIAL_STRIDE + columns) * size_of::<f32>()
+    }
+
+    /// Whether one kernel can compute the columns too, with the bits that they have by themselves.
+    fn joins<T: Element, St: Element>(&self, device: &Device, product: &Product) -> Result<bool> {
+        Ok(T::DTYPE != DType::F32
+            && self.is_whole
+            && product.is_whole
+            && product.tile.has_whole_sums(product.sizes)
+            && self.sizes.rows <= most_joined_rows()
+            && self.joined_shared() <= device.properties().shared_memory
+            && device.is_compiled_for(&Self::joined_kernel::<T, St>(device), CLUSTERS)?)
+    }
+
+    /// With the product that gives the columns.
+    fn launch_with<T: Element, St: Element>(self, device: &Device, product: Product) -> Result<()> {
+        let UpdateSizes { rows, d_inner, .. } = self.sizes;
+        let blocks =
+            d_inner.div_ceil(projected::THREADS >> self.params.part_shift).next_multiple_of(projected::CLUSTER);
+        let grid = [blocks, rows.div_ceil(projected::ROWS)];
+        let (kernel, shared) = (Self::joined_kernel::<T, St>(device), self.joined_shared());
+        let [dt_weight, a, d, delta_bias] = self.early;
+        let early = [product.matrix, dt_weight, a, d, delta_bias];
+        let params = kernels::Projected { project: product.params, update: self.params };
+        // SAFETY: as `launch`, and as `linear` of the columns, each of which one thread writes.
+        unsafe { device.launch_overlapping(&kernel, grid, projected::THREADS, shared, &params, &early) }
+    }
+}
+
+/// The compute capability, as the driver numbers them, from which on there are clusters of blocks.
+const CLUSTERS: i32 = 90;
+
+fn most_joined_rows() -> usize {
+    std::env::var("SS_JOINED").map_or(8, |rows| rows.parse().unwrap_or(8))
 }
 
 #[cfg(test)]

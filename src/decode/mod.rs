@@ -7,11 +7,11 @@
 //! ```text
 //! linear             out  = norm(x) Wᵀ + bias                the RMS norm, or none; written, or added to what is there
 //! linear with conv   x, z = the halves of that;  u = silu(conv(x))            the causal convolution on a pool, in place
-//! selective_update   Δ    = T(norm(dt) W_dtᵀ);   y = the state update, gated                     on a pool, in place
+//! selective_update   dt, B, C = u W_xᵀ, or given;   Δ = T(norm(dt) W_dtᵀ);   y = the state update, gated         in place
 //! ```
 //!
-//! Four of them are a Mamba block with the norm before it and the addition after it: `linear` with norm and convolution,
-//! `linear` (x_proj), [`SelectiveUpdate`], `linear` that adds.
+//! Three of them are a Mamba block with the norm before it and the addition after it: `linear` with norm and convolution,
+//! [`SelectiveUpdate`] with `x_proj`, `linear` that adds.
 //!
 //! # Numbers
 //! `T` is the type of matrices and activations. Arithmetic is `f32`, and rounded to `T` wherever the operators one by one
@@ -46,6 +46,8 @@ pub struct Linear<'a, X: Element, T: Element = X, M: Memory = Host> {
     pub norm: Option<RowNorm<'a, M>>,
     /// The convolution of the first columns after it.
     pub conv: Option<ConvStep<'a, M>>,
+    /// A matrix that is read soon after, if that is known: a GPU asks for it meanwhile. Its shape is no matter here.
+    pub ahead: Option<View<'a, T, 2, M>>,
 }
 
 /// An RMS norm of whole rows, see [`norm`](crate::norm).
@@ -81,8 +83,8 @@ pub struct LinearMut<'a, O: Element, St: Element = f32, M: Memory = Host> {
 pub struct SelectiveUpdate<'a, T: Element, M: Memory = Host> {
     /// The input, `(rows, d_inner)`.
     pub u: View<'a, T, 2, M>,
-    /// What `x_proj` gives: the low-rank step sizes, B and C, `(rows, dt_rank + 2 d_state)`.
-    pub columns: View<'a, T, 2, M>,
+    /// The low-rank step sizes, B and C of each row.
+    pub columns: Columns<'a, T, M>,
     /// What the step sizes are projected by, `(d_inner, dt_rank)`.
     pub dt_weight: View<'a, T, 2, M>,
     /// Norms of the three parts of `columns`.
@@ -99,6 +101,19 @@ pub struct SelectiveUpdate<'a, T: Element, M: Memory = Host> {
     pub slots: Slots<'a, DeviceSlots<'a, M>>,
 }
 
+/// What `x_proj` gives, `(rows, dt_rank + 2 d_state)`: the low-rank step sizes, B and C.
+pub enum Columns<'a, T: Element, M: Memory = Host> {
+    /// As it is.
+    Given(View<'a, T, 2, M>),
+    /// By a product with `u` before the update, which is rounded to `T`.
+    Projected {
+        /// The weight of `x_proj`, `(dt_rank + 2 d_state, d_inner)`.
+        weight: View<'a, T, 2, M>,
+        /// As [`Linear::ahead`].
+        ahead: Option<View<'a, T, 2, M>>,
+    },
+}
+
 /// RMS norms of the low-rank step sizes, B and C, as in Jamba and Falcon Mamba.
 pub struct ColumnNorms<'a, M: Memory = Host> {
     /// `(dt_rank)`, `(d_state)` and `(d_state)`; 1 if absent.
@@ -113,18 +128,45 @@ pub struct SelectiveUpdateMut<'a, T: Element, St: Element, M: Memory = Host> {
     pub state: ViewMut<'a, St, 3, M>,
     /// `(rows, d_inner)`, dense, overwritten whole.
     pub out: &'a mut M::Buffer<T>,
+    /// What `x_proj` gives, where that is [projected](Columns::Projected): `(rows, dt_rank + 2 d_state)`, dense, overwritten whole.
+    pub columns: Option<&'a mut M::Buffer<T>>,
 }
 
-plain_struct!(Linear<X, T> { x, weight, bias, norm, conv });
+plain_struct!(Linear<X, T> { x, weight, bias, norm, conv, ahead });
 plain_struct!(RowNorm<> { weight, eps });
 plain_struct!(ConvStep<> { weight, bias, slots });
 plain_struct!(SelectiveUpdate<T> { u, columns, dt_weight, norms, a, d, delta_bias, z, slots });
 plain_struct!(ColumnNorms<> { weights, eps });
 
+impl<T: Element, M: Memory> Clone for Columns<'_, T, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T: Element, M: Memory> Copy for Columns<'_, T, M> {}
+
+impl<T: Element, M: Memory> std::fmt::Debug for Columns<'_, T, M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Given(view) => f.debug_tuple("Given").field(view).finish(),
+            Self::Projected { weight, ahead } => {
+                f.debug_struct("Projected").field("weight", weight).field("ahead", ahead).finish()
+            }
+        }
+    }
+}
+
+impl<'a, T: Element, M: Memory> From<View<'a, T, 2, M>> for Columns<'a, T, M> {
+    fn from(view: View<'a, T, 2, M>) -> Self {
+        Self::Given(view)
+    }
+}
+
 impl<'a, X: Element, T: Element, M: Memory> Linear<'a, X, T, M> {
     /// The plain product. Add what else there is with struct update syntax: `Linear { bias, ..Linear::new(x, weight) }`.
     pub fn new(x: View<'a, X, 2, M>, weight: View<'a, T, 2, M>) -> Self {
-        Self { x, weight, bias: None, norm: None, conv: None }
+        Self { x, weight, bias: None, norm: None, conv: None, ahead: None }
     }
 }
 
@@ -140,14 +182,22 @@ impl<'a, O: Element, M: Memory> LinearMut<'a, O, f32, M> {
     }
 }
 
+impl<'a, T: Element, St: Element, M: Memory> SelectiveUpdateMut<'a, T, St, M> {
+    /// Where columns are given.
+    pub fn new(state: ViewMut<'a, St, 3, M>, out: &'a mut M::Buffer<T>) -> Self {
+        Self { state, out, columns: None }
+    }
+}
+
 impl<'a, T: Element, M: Memory> SelectiveUpdate<'a, T, M> {
     /// What every update has; all else is absent, and row `i` has slot `i`. Add it with struct update syntax.
     pub fn new(
         u: View<'a, T, 2, M>,
-        columns: View<'a, T, 2, M>,
+        columns: impl Into<Columns<'a, T, M>>,
         dt_weight: View<'a, T, 2, M>,
         a: View<'a, f32, 2, M>,
     ) -> Self {
+        let columns = columns.into();
         Self { u, columns, dt_weight, norms: None, a, d: None, delta_bias: None, z: None, slots: Slots::Rows }
     }
 }

@@ -1,6 +1,6 @@
 //! The operators in `f64`, one row and one column after another: the equations and nothing else. Nothing is rounded on the way.
 
-use super::{ColumnNorms, Linear, SelectiveUpdate};
+use super::{ColumnNorms, Columns, Linear, SelectiveUpdate};
 use crate::arguments::zeroed;
 use crate::conv::POOL_NAMES;
 use crate::reference::{silu, softplus};
@@ -79,7 +79,16 @@ pub fn selective_update<T: Element, St: Element>(
     let mut after: Vec<f64> = zeroed("u", &[sizes.rows, d_inner, d_state])?;
     for row in 0..sizes.rows {
         let Some(slot) = inputs.slots.get(row) else { continue };
-        let mut columns: Vec<f64> = (0..dt_rank + 2 * d_state).map(|i| inputs.columns.at([row, i]).into()).collect();
+        let column = |i: usize| -> f64 {
+            match inputs.columns {
+                Columns::Given(columns) => columns.at([row, i]).into(),
+                Columns::Projected { weight, .. } => {
+                    let products = |k| f64::from(inputs.u.at([row, k])) * f64::from(weight.at([i, k]));
+                    (0..d_inner).map(products).sum()
+                }
+            }
+        };
+        let mut columns: Vec<f64> = (0..dt_rank + 2 * d_state).map(column).collect();
         let (dt, rest) = columns.split_at_mut(dt_rank);
         let (b, c) = rest.split_at_mut(d_state);
         if let Some(ColumnNorms { weights, eps }) = inputs.norms {

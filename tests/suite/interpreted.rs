@@ -195,7 +195,7 @@ fn decoding_steps() {
         let (dt_weight, a) = (View::new(&dt_weight[..], [d, 2]), View::new(&a[..], [d, 4]));
         let update = decode::SelectiveUpdate { slots, ..decode::SelectiveUpdate::new(u, projected, dt_weight, a) };
         let (mut y, mut states) = (vec![f16::ZERO; rows * d], vec![0.5f32; 3 * d * 4]);
-        let outputs = decode::SelectiveUpdateMut { state: ViewMut::new(&mut states[..], [3, d, 4]), out: &mut y[..] };
+        let outputs = decode::SelectiveUpdateMut::new(ViewMut::new(&mut states[..], [3, d, 4]), &mut y[..]);
         decode::cpu::selective_update_with(Isa::Portable, &update, outputs).expect("valid");
     });
 }

@@ -3,7 +3,7 @@
 use super::linear::normed;
 use super::{Linear, LinearMut, SelectiveUpdateMut, UpdateProblem, linear_checked};
 use crate::arguments::zeroed;
-use crate::decode::RowNorm;
+use crate::decode::{Columns, RowNorm};
 use crate::simd::Isa;
 use crate::state_update::{self, UpdateMut};
 use crate::{Element, Projection, Result, View};
@@ -17,8 +17,16 @@ pub(super) fn run<T: Element, St: Element>(
     if sizes.rows == 0 {
         return Ok(());
     }
+    let columns = match (inputs.columns, outputs.columns) {
+        (Columns::Projected { weight, .. }, Some(columns)) => {
+            linear_checked(isa, &Linear::new(inputs.u, weight).check()?, LinearMut::new(&mut *columns))?;
+            View::new(columns, [sizes.rows, weight.shape[0]])
+        }
+        (Columns::Given(view), _) => view,
+        (Columns::Projected { .. }, None) => unreachable!("`check_outputs` has found the buffer"),
+    };
     let part = |first: usize, size: usize| {
-        let View { data, offset, strides, .. } = inputs.columns;
+        let View { data, offset, strides, .. } = columns;
         View { data, offset: offset + first * strides[1], shape: [sizes.rows, size], strides }
     };
     let norm = |part: usize| {

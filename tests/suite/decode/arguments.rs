@@ -125,7 +125,7 @@ fn of_types_that_do_not_go_together() {
 fn of_an_update() {
     fn run_on(inputs: &SelectiveUpdate<f32>, size: usize, pool: [usize; 3]) -> Result<()> {
         let (mut out, mut states) = (vec![7.0f32; size], [7.0f32; 64]);
-        let outputs = SelectiveUpdateMut { state: ViewMut::new(&mut states[..], pool), out: &mut out[..] };
+        let outputs = SelectiveUpdateMut::new(ViewMut::new(&mut states[..], pool), &mut out[..]);
         let result = cpu::selective_update(inputs, outputs);
         assert!(result.is_ok() || out.iter().all(|x| *x == 7.0) && states == [7.0; 64]);
         result

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use selective_scan::decode::{
-    ColumnNorms, ConvStep, Linear, LinearMut, RowNorm, SelectiveUpdate, SelectiveUpdateMut, cuda,
+    ColumnNorms, Columns, ConvStep, Linear, LinearMut, RowNorm, SelectiveUpdate, SelectiveUpdateMut, cuda,
 };
 use selective_scan::scan::cuda::Plan;
 use selective_scan::{Element, View, ViewMut};
@@ -49,7 +49,7 @@ pub fn selective_update<T: Element, St: Element>(inputs: &SelectiveUpdate<T>, ou
     let stream = stream().expect("only called where there is a device");
     let copies = Copies::new(&stream);
     let vector = |view: &View<f32, 1>| copies.view(view);
-    let on_device = SelectiveUpdate {
+    let on_device_inputs = SelectiveUpdate {
         norms: inputs.norms.as_ref().map(|norms| ColumnNorms {
             weights: norms.weights.as_ref().map(|weights| weights.each_ref().map(vector)),
             eps: norms.eps,
@@ -60,16 +60,30 @@ pub fn selective_update<T: Element, St: Element>(inputs: &SelectiveUpdate<T>, ou
         slots: copies.slots(inputs.slots),
         ..SelectiveUpdate::new(
             copies.view(&inputs.u),
-            copies.view(&inputs.columns),
+            match &inputs.columns {
+                Columns::Given(columns) => Columns::Given(copies.view(columns)),
+                Columns::Projected { weight, ahead } => Columns::Projected {
+                    weight: copies.view(weight),
+                    ahead: ahead.as_ref().map(|ahead| copies.view(ahead)),
+                },
+            },
             copies.view(&inputs.dt_weight),
             copies.view(&inputs.a),
         )
     };
     let ViewMut { data, offset, shape, strides } = outputs.state;
     let (pool, out) = (copies.slice(data), copies.slice(outputs.out));
+    let columns = outputs.columns.as_ref().map(|columns| copies.slice(&**columns));
     let state = ViewMut { data: &mut *pool, offset, shape, strides };
-    cuda::selective_update(&stream, &on_device, SelectiveUpdateMut { state, out: &mut *out })
-        .expect("the case is valid");
+    match (columns, outputs.columns) {
+        (Some(on_device), Some(columns)) => {
+            let to = SelectiveUpdateMut { columns: Some(&mut *on_device), ..SelectiveUpdateMut::new(state, &mut *out) };
+            cuda::selective_update(&stream, &on_device_inputs, to).expect("the case is valid");
+            copies.download(on_device, columns);
+        }
+        _ => cuda::selective_update(&stream, &on_device_inputs, SelectiveUpdateMut::new(state, &mut *out))
+            .expect("the case is valid"),
+    }
     copies.download(pool, data);
     copies.download(out, outputs.out);
 }
@@ -156,6 +170,16 @@ fn updates_are_as_the_reference() {
         updates::against_reference::<f16, f32>(&device, 8, 20);
         updates::against_reference::<bf16, bf16>(&device, 8, 20);
         with_slots_on_device(|| updates::against_reference::<bf16, f16>(&device, 8, 20));
+    }
+}
+
+#[test]
+fn columns_are_a_product_before() {
+    if stream().is_some() {
+        updates::projected_columns_are_a_product_before::<bf16, f32>(&device, 12, 20);
+        updates::projected_columns_are_a_product_before::<f16, bf16>(&device, 8, 9);
+        with_slots_on_device(|| updates::projected_columns_are_a_product_before::<bf16, f16>(&device, 8, 20));
+        updates::projected_columns_are_a_product_before::<f32, f32>(&device, 4, 9);
     }
 }
 

@@ -1,13 +1,15 @@
 //! Selective updates.
 
 use half::{bf16, f16};
-use selective_scan::decode::{ColumnNorms, SelectiveUpdate, SelectiveUpdateMut, reference};
+use selective_scan::decode::{ColumnNorms, Columns, Linear, LinearMut, SelectiveUpdate, SelectiveUpdateMut, reference};
 use selective_scan::{Element, Isa, Projection, View, norm, state_update};
 
-use super::{Pool, assert_each, cpu_device, matrix, rounded, run_state_update, run_update, sum_error, tensor, unit};
+use super::{
+    Pool, assert_each, cpu_device, matrix, rounded, run_linear, run_state_update, run_update, sum_error, tensor, unit,
+};
 use crate::support::device::Device;
 use crate::support::draw::{Draw, seeded};
-use crate::support::strided::Strided;
+use crate::support::strided::{Layout, Strided};
 use crate::support::tolerance::bits;
 
 /// What an update reads, and the pool.
@@ -88,9 +90,22 @@ impl<T: Element, St: Element> Case<T, St> {
     fn run(&self, device: Device) -> (Vec<T>, Vec<St>) {
         let [rows, d_inner, ..] = self.size();
         let (mut out, mut pool) = (vec![T::from_f32(7.0); rows * d_inner], self.pool.data.clone());
-        let outputs = SelectiveUpdateMut { state: self.pool.view_mut(&mut pool), out: &mut out[..] };
+        let outputs = SelectiveUpdateMut::new(self.pool.view_mut(&mut pool), &mut out[..]);
         run_update(device, &self.inputs(), outputs);
         (out, pool)
+    }
+
+    /// By columns that are projected from `u`: the output, the pool's storage afterwards, and the columns.
+    fn run_projected(&self, device: Device, x_proj: &Strided<T>, ahead: bool) -> (Vec<T>, Vec<St>, Vec<T>) {
+        let [rows, d_inner, d_state, dt_rank] = self.size();
+        let (mut out, mut pool) = (vec![T::from_f32(7.0); rows * d_inner], self.pool.data.clone());
+        let mut columns = vec![T::from_f32(7.0); rows * (dt_rank + 2 * d_state)];
+        let weight = matrix(x_proj);
+        let of_columns = Columns::Projected { weight, ahead: ahead.then(|| matrix(&self.dt_weight)) };
+        let inputs = SelectiveUpdate { columns: of_columns, ..self.inputs() };
+        let outputs = SelectiveUpdateMut::new(self.pool.view_mut(&mut pool), &mut out[..]);
+        run_update(device, &inputs, SelectiveUpdateMut { columns: Some(&mut columns[..]), ..outputs });
+        (out, pool, columns)
     }
 
     fn of_row(&self, row: usize) -> Self {
@@ -271,6 +286,51 @@ fn any_strides() {
     }
 }
 
+/// An update with x_proj has the bits of a product and then the update.
+pub(super) fn projected_columns_are_a_product_before<T: Element, St: Element>(
+    device: &dyn Fn(&mut Draw) -> Device,
+    rounds: usize,
+    rows: usize,
+) {
+    for round in 0..rounds {
+        let (_, seed) = seeded();
+        let draw = &mut Draw::new(seed);
+        let device = device(draw);
+        let mut case = Case::<T, St>::any(draw, rows);
+        if round % 2 == 0 {
+            // What the blocks of a cluster can share, of fewer and of more columns than they take at a time.
+            let size = [super::count_rows(draw, rows), 8 * super::size(draw, 20), draw.one_of(&[4, 16, 32, 64]), 0];
+            let size = [size[0], size[1], size[2], 4 * super::size(draw, 20)];
+            case = Case::draw(draw, size);
+            case = Case { u: case.u.dense(), dt_weight: case.dt_weight.dense(), ..case };
+        }
+        let [rows, d_inner, d_state, dt_rank] = case.size();
+        let mut x_proj = tensor::<T>(draw, [dt_rank + 2 * d_state, d_inner], 0.3);
+        if round % 2 == 0 {
+            x_proj = x_proj.dense();
+        }
+        let (out, pool, columns) = case.run_projected(device, &x_proj, draw.flag());
+
+        let mut want = vec![T::from_f32(7.0); columns.len()];
+        let product = Linear::new(matrix(&case.u), matrix(&x_proj));
+        run_linear::<_, _, _, f32>(device, &product, LinearMut::new(&mut want[..]));
+        let mut values = want.iter().copied();
+        let shape = [1, rows, dt_rank + 2 * d_state];
+        let given = Strided::new(shape, Layout::default(), || values.next().expect("as many"));
+        let (want_out, want_pool) = Case { columns: given, ..case.clone() }.run(device);
+        let what = format!("{:?}, {:?}, {device:?}, seed {seed}", case.size(), (T::DTYPE, St::DTYPE));
+        assert_eq!(bits(&columns), bits(&want), "{what}: columns");
+        assert_eq!(bits(&out), bits(&want_out), "{what}: out");
+        assert_eq!(bits(&pool), bits(&want_pool), "{what}: states");
+    }
+}
+
+#[test]
+fn columns_are_a_product_before() {
+    projected_columns_are_a_product_before::<f32, f32>(&cpu_device, 10, 9);
+    projected_columns_are_a_product_before::<bf16, f32>(&cpu_device, 10, 9);
+}
+
 /// With step sizes that are columns, times powers of two, the update is that of these step sizes.
 pub(super) fn known_step_sizes<T: Element, St: Element>(
     device: &dyn Fn(&mut Draw) -> Device,
@@ -308,9 +368,10 @@ pub(super) fn known_step_sizes<T: Element, St: Element>(
             let [row, column] = view.strides;
             (view.offset, [rows, 1, columns], [row, 0, column])
         };
+        let of_columns = matrix(&case.columns);
         let part = |first: usize| {
-            let (offset, [rows, ..], [row, _, column]) = of_one_token(inputs.columns);
-            let view = View::new(inputs.columns.data, [rows, 1, 1, d_state]);
+            let (offset, [rows, ..], [row, _, column]) = of_one_token(of_columns);
+            let view = View::new(of_columns.data, [rows, 1, 1, d_state]);
             Projection::Varying(view.with_layout(offset + (d_inner + first) * column, [row, 0, 0, column]))
         };
         let activation = |view: View<'_, T, 2>| -> (usize, [usize; 3], [usize; 3]) { of_one_token(view) };

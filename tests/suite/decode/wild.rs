@@ -96,7 +96,7 @@ proptest! {
         let state = if dense[2] { state } else { state.with_layout(offset, strides) };
         let mut out = vec![0.5f32; rows.saturating_mul(d_inner).min(1000)];
         if is_small(&[inputs.u.shape, inputs.columns.shape, inputs.dt_weight.shape]) {
-            let _ = cpu::selective_update(&inputs, SelectiveUpdateMut { state, out: &mut out[..] });
+            let _ = cpu::selective_update(&inputs, SelectiveUpdateMut::new(state, &mut out[..]));
         }
     }
 }
