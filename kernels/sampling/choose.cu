@@ -16,6 +16,7 @@
 //
 // Where neither is on, a row is read twice, and a tile of it a third time. Sums are of whole numbers, so that neither
 // the order in which blocks come, nor how a row is divided, nor the device changes a token.
+#include "../common/launch.cuh"
 #include "../common/tensor.cuh"
 #include "search.cuh"
 
@@ -269,6 +270,8 @@ __device__ __forceinline__ void choose(const Sample &p) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sampling_choose(const __grid_constant__ Sample params) {
+    begin_next();
+    wait_for_last();
     choose(params);
 }
 

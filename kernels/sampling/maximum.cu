@@ -1,5 +1,6 @@
 // The first of two kernels that choose the next token of each row of logits: what the highest of each chunk is.
 // (`choose.cu` is the second, and says how both work.) A block takes a chunk of a row, and its warps the tiles of it.
+#include "../common/launch.cuh"
 #include "../common/tensor.cuh"
 #include "rows.cuh"
 
@@ -53,6 +54,8 @@ __device__ __forceinline__ void maximum(const Sample &p) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) sampling_maximum(const __grid_constant__ Sample params) {
+    begin_next();
+    wait_for_last();
     maximum(params);
 }
 

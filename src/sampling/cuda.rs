@@ -146,8 +146,10 @@ pub fn sample(
         // SAFETY: every address and extent has been checked, slots on the device by the kernels; the workspace has room
         // for so many rows and tokens, and what the second kernel reads there the first has written. Each row is
         // finished by one block. Where a caller has put a slot on the device twice, its settings and bits are those of
-        // one of the rows or the other.
-        unsafe { device.launch(&Kernel::new(module, [name]), [rows * layout.chunks, 1], THREADS, 0, &params) }?;
+        // one of the rows or the other. Nothing is read early.
+        unsafe {
+            device.launch_overlapping(&Kernel::new(module, [name]), [rows * layout.chunks, 1], THREADS, 0, &params, &[])
+        }?;
     }
     Ok(())
 }
