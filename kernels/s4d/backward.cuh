@@ -278,7 +278,7 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
         const KeptPlace &place = shared.places[warp.index];
         shared.places[warp.index].put({at, segment_at(p.segments, at), Block(p)});
         Number<R> d_state = incoming_slope<R>(params, place.get().segment, Warp::again(p));
-        // What is staged of a tile is asked for a tile ahead.
+        // Of what is staged of a tile, the slopes by outputs are asked for a tile ahead. (For the inputs there are no registers.)
         Staged<T> inputs, d_out;
         const auto load = [&](int64_t step) {
             const Place now = place.get();

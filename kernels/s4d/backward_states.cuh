@@ -138,6 +138,7 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
         Derived<R> now = {incoming_state<R>(p, place.get().segment, place.warp(p))};
         for (int64_t first = 0; first < place.get().segment.steps; first += TILE) {
             {
+                // (Asked for a tile ahead it would take registers that are not there: the other block of the processor works meanwhile.)
                 const Place now = place.get();
                 Staged<T> inputs, d_out;
                 inputs.load(p.u, p, now.segment, now.block, first + threadIdx.x);

@@ -30,7 +30,10 @@ static_assert(sizeof(Place) == 8 * PLACE, "as backward's kernels are launched");
 struct KeptPlace {
     uint64_t words[PLACE];
 
-    __device__ __forceinline__ void put(const Place &place) { *reinterpret_cast<Place *>(words) = place; }
+    __device__ __forceinline__ void put(const Place &place) {
+        __syncwarp();
+        *reinterpret_cast<Place *>(words) = place;
+    }
     __device__ __forceinline__ Place get() const {
         __syncwarp();
         return *reinterpret_cast<const Place *>(words);
