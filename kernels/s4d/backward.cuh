@@ -145,7 +145,7 @@ __device__ __forceinline__ void step_back(const Step<R> &step, Number<R> &d_stat
     if (sums.of_skip) *sums.of_skip += static_cast<float>(of_skip);
 }
 
-// Goes back through the chunks before step `last` of a tile, of which there are `chunks`.
+// Goes back through the first `chunks` chunks of a tile, and leaves the slopes by their inputs where the slopes by states were.
 template <typename T, typename R>
 __device__ __forceinline__ void chunks_back(const Backward &params, Shared<T> &shared, const Warp &warp, int index, Lane lane,
                                             const Matrices<T> &matrices, const Power<R> &power, Number<R> &d_state,
@@ -288,7 +288,7 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
         int64_t first = (place.get().segment.steps + TILE - 1) / TILE * TILE - TILE;
         if (first >= 0) load(first + threadIdx.x);
         for (; first >= 0; first -= TILE) {
-            // (Nobody reads the tile before any more: all have met since.)
+            // (Nobody reads the tile after this one any more: all have met since.)
             {
                 const Place now = place.get();
                 inputs.load(p.u, p, now.segment, now.block, first + threadIdx.x);
