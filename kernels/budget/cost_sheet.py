@@ -87,7 +87,8 @@ PAIRS = 4 * CHANNELS * (6 * STATES + 2)  # bytes of S4D's step sizes, A, B, C an
 COMPLEX_PARAMETERS = 4 * CHANNELS * (2 * STATES + 2)
 LEAST = {
     "s4d_forward": (1, (6, 1), (0, 0), 4 * ELEMENTS + PAIRS),
-    "s4d_backward": (1, (20, 3), (0, 0), 6 * ELEMENTS + 2 * PAIRS),
+    "s4d_backward_states": (1, (14, 2), (0, 0), 4 * ELEMENTS + 2 * PAIRS),
+    "s4d_backward": (1, (14, 2), (0, 0), 6 * ELEMENTS + 2 * PAIRS),
     "s4d_update": (ROW_PART, (6, 1), (0, 0), ROWS * CHANNELS * (4 + 2 * 8 * STATES) + 4 * CHANNELS * (8 * STATES + 1)),
     "complex_scan_forward": (1, (45, 72), (0, 0), 8 * ELEMENTS + 2 * PROJECTIONS + COMPLEX_PARAMETERS),
     "complex_scan_backward": (1, (64, 88), (0, 0), 14 * ELEMENTS + 4 * PROJECTIONS + 2 * COMPLEX_PARAMETERS),
@@ -120,7 +121,7 @@ LEAST = {
 }
 
 # The kernels that go through all states of all steps.
-SEQUENCE_KERNELS = ("scan", "s4d_forward", "s4d_backward", "complex_scan_forward", "complex_scan_backward")
+SEQUENCE_KERNELS = ("scan", "s4d_forward", "s4d_backward_states", "s4d_backward", "complex_scan_forward", "complex_scan_backward")
 
 # The classes of the simulator, as they are shown.
 UNITS = {

@@ -23,7 +23,7 @@ template <typename T, bool OUTPUT> struct Matrices {
     typename Types::FromState read[OUTPUT ? STATE_TILES / Types::FROM_TILES : 1];
     using Within = typename Types::WithinChunk;
     // In shared memory or not.
-    typename std::conditional<Types::WITHIN_IN_SHARED, Within &, Within>::type within;
+    typename std::conditional<Types::IN_SHARED, Within &, Within>::type within;
 
     __device__ __forceinline__ Matrices(const Inputs &p, const Warp &warp, Lane lane, float4 (&in_shared)[2])
         : within(place(in_shared)) {
@@ -40,7 +40,7 @@ template <typename T, bool OUTPUT> struct Matrices {
 
   private:
     static __device__ __forceinline__ decltype(auto) place(float4 (&in_shared)[2]) {
-        if constexpr (Types::WITHIN_IN_SHARED) {
+        if constexpr (Types::IN_SHARED) {
             static_assert(sizeof(Within) <= sizeof(in_shared), "room for it");
             return reinterpret_cast<Within &>(in_shared);
         } else {
@@ -68,7 +68,7 @@ __device__ __forceinline__ void advance(const Inputs &p, const Warp &warp, const
     if (products > 0) {
         to_states(exchange, lane, of_steps, [&](int i) -> const auto & { return matrices.enter[i]; });
         __syncwarp();
-        carry<false>(exchange, power, x, 0, chunks, [](int) {});
+        carry(exchange, power, x, 0, chunks);
         if constexpr (OUTPUT) {
             if (chunks * CHUNK < products) keep(exchange, chunks, x);
             __syncwarp();

@@ -21,6 +21,7 @@ struct TwoParts {
     uint32_t upper, lower;
 
     TwoParts() = default;
+    __device__ __forceinline__ explicit TwoParts(Number<float> x) : TwoParts(x.re, x.im) {}
     __device__ __forceinline__ TwoParts(float x, float y) {
         upper = nearest(x, y);
         lower = nearest(x - __uint_as_float(upper << 16), y - __uint_as_float(upper & 0xffff0000u));
@@ -36,27 +37,35 @@ struct TwoParts {
 // Two that are bf16: their lower halves are zero.
 __device__ __forceinline__ uint32_t join(float x, float y) { return __byte_perm(__float_as_uint(x), __float_as_uint(y), 0x7632); }
 
-// B, in two parts.
-struct Operand {
-    TwoParts rows[2];
+// Two neighbours' lower halves, and their upper ones.
+__device__ __forceinline__ uint32_t lower_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); }
+__device__ __forceinline__ uint32_t upper_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7632); }
+
+// B, in two parts, each in neighbouring registers also where a lane's is read from shared memory at once.
+struct alignas(16) Operand {
+    uint32_t upper[2], lower[2];
+
+    Operand() = default;
+    __device__ __forceinline__ Operand(TwoParts first, TwoParts second)
+        : upper{first.upper, second.upper}, lower{first.lower, second.lower} {}
 };
 
 // D += A B for activations, where there are many such sums under way at a time, the smaller part first.
 __device__ __forceinline__ void add(Sum &sum, const uint32_t (&a)[4], const Operand &b) {
-    mma(sum.values, a, b.rows[0].lower, b.rows[1].lower, __nv_bfloat16());
-    mma(sum.values, a, b.rows[0].upper, b.rows[1].upper, __nv_bfloat16());
+    mma(sum.values, a, b.lower[0], b.lower[1], __nv_bfloat16());
+    mma(sum.values, a, b.upper[0], b.upper[1], __nv_bfloat16());
 }
 // The same in two sums, of which one does not wait for the other.
 __device__ __forceinline__ void add(TwoSums &sums, const uint32_t (&a)[4], const Operand &b) {
-    mma(sums.values, a, b.rows[0].upper, b.rows[1].upper, __nv_bfloat16());
-    mma(sums.rests, a, b.rows[0].lower, b.rows[1].lower, __nv_bfloat16());
+    mma(sums.values, a, b.upper[0], b.upper[1], __nv_bfloat16());
+    mma(sums.rests, a, b.lower[0], b.lower[1], __nv_bfloat16());
 }
 // And for states.
 __device__ __forceinline__ void add(TwoSums &sums, const TwoParts (&a)[4], const Operand &b) {
     const uint32_t upper[4] = {a[0].upper, a[1].upper, a[2].upper, a[3].upper};
     const uint32_t lower[4] = {a[0].lower, a[1].lower, a[2].lower, a[3].lower};
     add(sums, upper, b);
-    mma(sums.rests, lower, b.rows[0].upper, b.rows[1].upper, __nv_bfloat16());
+    mma(sums.rests, lower, b.upper[0], b.upper[1], __nv_bfloat16());
 }
 
 // The inputs of all chunks, from a channel's row of a tile in shared memory.
@@ -69,8 +78,15 @@ struct OfSteps {
         read_shared(second, row + (lane.g + 8) * CHUNK + 4 * lane.t);
         set(first, second);
     }
+    __device__ __forceinline__ OfSteps(const __nv_bfloat16 *row, Lane lane) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const uint2 four = *reinterpret_cast<const uint2 *>(row + (lane.g + 8 * half) * CHUNK + 4 * lane.t);
+            columns[half] = four.x, columns[2 + half] = four.y;
+        }
+    }
     // Zero but from step `from` to step `to` of the tile.
-    __device__ __forceinline__ OfSteps(const float *row, Lane lane, int from, int to) {
+    template <typename S> __device__ __forceinline__ OfSteps(const S *row, Lane lane, int from, int to) {
         float values[2][4];
         s4d::OfSteps<true>::read_between(values, row, lane, from, to);
         set(values[0], values[1]);
@@ -161,18 +177,30 @@ __device__ __forceinline__ void to_states(float *exchange, Lane lane, const OfSt
     }
 }
 
-// As s4d::from_states; `table(k)` gives the matrix of two tiles.
-template <typename Table>
+// A slope by a state in the exchange: in two parts.
+__device__ __forceinline__ void read_number(TwoParts &x, const float *from) {
+    const uint2 two = *reinterpret_cast<const uint2 *>(from);
+    x.upper = two.x, x.lower = two.y;
+}
+__device__ __forceinline__ void write_number(float *to, TwoParts x) { *reinterpret_cast<uint2 *>(to) = {x.upper, x.lower}; }
+
+// As s4d::from_states; `table(k)` gives the matrix of two tiles. The states may be in two parts already.
+template <bool IN_PARTS, typename Table>
 __device__ __forceinline__ void from_states(TwoSums (&sums)[STEP_TILES], Lane lane, const float *exchange, const Table &table) {
-#pragma unroll
+#pragma unroll(IN_PARTS ? 1 : STATE_TILES / 2)
     for (int k = 0; k < STATE_TILES / 2; k++) {
         TwoParts states[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            float number[2];
             const int row = lane.g + 8 * (i % 2), pair = 8 * k + 4 * (i / 2) + lane.t;
-            read_shared(number, exchange + row * EXCHANGE + 2 * pair);
-            states[i] = TwoParts(number[0], number[1]);
+            const float *const from = exchange + row * EXCHANGE + 2 * pair;
+            if constexpr (IN_PARTS) {
+                read_number(states[i], from);
+            } else {
+                float number[2];
+                read_shared(number, from);
+                states[i] = TwoParts(number[0], number[1]);
+            }
         }
         const FromState &matrix = table(k);
 #pragma unroll
@@ -184,25 +212,38 @@ __device__ __forceinline__ void from_states(TwoSums (&sums)[STEP_TILES], Lane la
 struct OverChunks {
     uint32_t columns[4];
 
-    __device__ __forceinline__ OverChunks(const float *row, Lane lane, int from, int to) {
-        float values[4][2];
+    __device__ __forceinline__ OverChunks(const __nv_bfloat16 *row, Lane lane, int from, int to) {
+        uint32_t two[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int chunk = 4 * i + lane.t;
-            read_shared(values[i], row + chunk * CHUNK + 2 * lane.g);
-            if (chunk < from || chunk >= to) values[i][0] = values[i][1] = 0.0f;
+            two[i] = *reinterpret_cast<const uint32_t *>(row + chunk * CHUNK + 2 * lane.g);
+            if (chunk < from || chunk >= to) two[i] = 0;
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) columns[i] = join(values[i / 2 * 2][i % 2], values[i / 2 * 2 + 1][i % 2]);
+        for (int k = 0; k < 2; k++) {
+            columns[2 * k] = lower_halves(two[2 * k], two[2 * k + 1]), columns[2 * k + 1] = upper_halves(two[2 * k], two[2 * k + 1]);
+        }
     }
-    // Adds the product with what `value` gives of a chunk in the lane's column.
-    template <typename Value> __device__ __forceinline__ void add_states(Sum &sum, Lane lane, const Value &value) const {
-        add(sum, columns, {TwoParts(value(lane.t), value(lane.t + 4)), TwoParts(value(lane.t + 8), value(lane.t + 12))});
+    __device__ __forceinline__ void add_states(Sum &re, Sum &im, const Number<float> (&x)[4]) const {
+        add(re, columns, {TwoParts(x[0].re, x[1].re), TwoParts(x[2].re, x[3].re)});
+        add(im, columns, {TwoParts(x[0].im, x[1].im), TwoParts(x[2].im, x[3].im)});
     }
-    // The same of activations, which have one part.
-    template <typename Value> __device__ __forceinline__ void add_steps(Sum &sum, Lane lane, const Value &value) const {
-        const uint32_t first = join(value(lane.t), value(lane.t + 4)), second = join(value(lane.t + 8), value(lane.t + 12));
-        mma(sum.values, columns, first, second, __nv_bfloat16());
+    __device__ __forceinline__ void add_states(Sum &re, Sum &im, const TwoParts (&x)[4]) const {
+        Operand of_re, of_im;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const TwoParts &first = x[2 * k], &second = x[2 * k + 1];
+            of_re.upper[k] = lower_halves(first.upper, second.upper), of_re.lower[k] = lower_halves(first.lower, second.lower);
+            of_im.upper[k] = upper_halves(first.upper, second.upper), of_im.lower[k] = upper_halves(first.lower, second.lower);
+        }
+        add(re, columns, of_re);
+        add(im, columns, of_im);
+    }
+    // Activations have one part.
+    __device__ __forceinline__ void add_steps(Sum (&sums)[STEP_TILES], const OverChunks &steps) const {
+#pragma unroll
+        for (int n = 0; n < STEP_TILES; n++) mma(sums[n].values, columns, steps.columns[n], steps.columns[2 + n], __nv_bfloat16());
     }
 };
 
@@ -220,13 +261,20 @@ template <> struct Products<__nv_bfloat16> {
     using ToState = halves::ToState;
     using FromState = halves::FromState;
     using WithinChunk = halves::WithinChunk;
+    using InTile = __nv_bfloat16;
+    using Slope = halves::TwoParts;
     static constexpr int FROM_TILES = 2;
-    static constexpr bool WITHIN_IN_SHARED = true;
+    static constexpr bool IN_SHARED = true;
 
     template <typename Table>
     static __device__ __forceinline__ void from_states(TwoSums (&sums)[STEP_TILES], Lane lane, const float *exchange,
                                                        const Table &table) {
-        halves::from_states(sums, lane, exchange, table);
+        halves::from_states<false>(sums, lane, exchange, table);
+    }
+    template <typename Table>
+    static __device__ __forceinline__ void from_slopes(TwoSums (&sums)[STEP_TILES], Lane lane, const float *exchange,
+                                                       const Table &table) {
+        halves::from_states<true>(sums, lane, exchange, table);
     }
 };
 

@@ -53,9 +53,6 @@ struct Backward {
     float *d_initial_state;
     // As `chunk_states`, of the slopes by states, going back.
     float *d_chunk_states;
-    // The states before the tiles of the segment that a block is at: (blocks, tiles, THREADS, 2).
-    float *checkpoints;
-    int64_t tiles;
     // What each row of blocks sums up of the slopes by K, G and H, and, in the order of the powers and then of B and C, by
     // A̅^CHUNK, A̅, B̅ and C of steps that are gone through one by one: (rows, d_inner, padded, 8). After the slopes by K there is
     // that by D of such steps: (rows, d_inner, OF_KERNEL).
@@ -103,12 +100,19 @@ constexpr int THREADS = 128;
 constexpr int OF_KERNEL = CHUNK + 1;
 // Numbers of a row of the exchange between products and chains, with a gap that keeps rows apart in the banks.
 constexpr int EXCHANGE = 2 * PAIRS + 8;
+// Words of 8 bytes of where a warp of a backward kernel is.
+constexpr int PLACE = 13;
 // Bytes of dynamic shared memory.
 namespace forward {
 constexpr int SMEM = 4 * WARPS * (4 * TILE + CHUNKS * EXCHANGE + 8 * PAIRS);
 }
+// Of bf16, whose activations are staged as they are and whose operands are in part in shared memory: a lane has four words of each.
+// (Of other types, staged as f32, it is less.)
+namespace backward_states {
+constexpr int SMEM = WARPS * (2 * 2 * TILE + 4 * (2 * CHUNKS * EXCHANGE + 8 * 32 * 4 + 2 * PLACE));
+}
 namespace backward {
-constexpr int SMEM = 4 * WARPS * (3 * TILE + 2 * CHUNKS * EXCHANGE);
+constexpr int SMEM = WARPS * (2 * 2 * TILE + 4 * (CHUNKS * EXCHANGE + (2 + 8 + 2 + 5) * 32 * 4 + 2 * PLACE));
 }
 
 }

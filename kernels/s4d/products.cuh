@@ -65,7 +65,8 @@ struct TwoSums {
 
 struct Lane {
     int g, t;
-    __device__ __forceinline__ Lane() : g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {}
+    __device__ __forceinline__ explicit Lane(int thread = threadIdx.x) : g(thread % 32 / 4), t(thread % 4) {}
+    __device__ __forceinline__ int index() const { return 4 * g + t; }
 };
 
 // The inputs of all chunks, or of the outputs' slopes, from a channel's row of a tile in shared memory.
@@ -85,13 +86,14 @@ template <bool EXACT> struct OfSteps {
         set(values[0], values[1]);
     }
     // A lane's steps of both of its rows, zero but from step `from` to step `to` of the tile.
-    static __device__ __forceinline__ void read_between(float (&values)[2][4], const float *row, Lane lane, int from, int to) {
+    template <typename S>
+    static __device__ __forceinline__ void read_between(float (&values)[2][4], const S *row, Lane lane, int from, int to) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int step = (lane.g + 8 * half) * CHUNK + 4 * lane.t + i;
-                values[half][i] = step >= from && step < to ? row[step] : 0.0f;
+                values[half][i] = step >= from && step < to ? static_cast<float>(row[step]) : 0.0f;
             }
         }
     }
@@ -116,12 +118,12 @@ template <bool EXACT> struct OfSteps {
 };
 
 // The first step of a tile that is not finite, or the last (`LAST`), of which there is one.
-template <bool LAST> __device__ __forceinline__ int not_finite(const float *row) {
+template <bool LAST, typename S> __device__ __forceinline__ int not_finite(const S *row) {
     int found = LAST ? 0 : TILE;
     // (Not unrolled: it is rarely needed, and so a loop of its own in the counts of instructions.)
 #pragma unroll 1
     for (int step = threadIdx.x % 32; step < TILE; step += 32) {
-        if (row[step] * 0.0f != 0.0f) found = LAST ? step : min(found, step);
+        if (static_cast<float>(row[step]) * 0.0f != 0.0f) found = LAST ? step : min(found, step);
     }
     for (int distance = 16; distance > 0; distance /= 2) {
         const int other = __shfl_xor_sync(~0u, found, distance);
@@ -244,13 +246,22 @@ template <typename T> struct Products {
     using ToState = s4d::ToState;
     using FromState = s4d::FromState;
     using WithinChunk = s4d::WithinChunk;
+    // What backward has of a tile's activations in shared memory, and of a slope by a state.
+    using InTile = float;
+    using Slope = Number<float>;
     // Tiles of a state that a `FromState` is of.
     static constexpr int FROM_TILES = 1;
-    // Where forward has the `WithinChunk`.
-    static constexpr bool WITHIN_IN_SHARED = false;
+    // Whether operands for which there are no registers are in shared memory. (Else forward has all in registers, and backward makes
+    // them of the tables for each tile.)
+    static constexpr bool IN_SHARED = false;
 
     template <typename Table>
     static __device__ __forceinline__ void from_states(TwoSums (&sums)[STEP_TILES], Lane lane, const float *exchange,
+                                                       const Table &table) {
+        s4d::from_states(sums, lane, exchange, table);
+    }
+    template <typename Table>
+    static __device__ __forceinline__ void from_slopes(TwoSums (&sums)[STEP_TILES], Lane lane, const float *exchange,
                                                        const Table &table) {
         s4d::from_states(sums, lane, exchange, table);
     }

@@ -35,10 +35,13 @@ struct Warp {
     // Whether the lane's pair is there, or pads them.
     bool has_pair;
 
-    __device__ __forceinline__ Warp(const Inputs &p, const Block &block)
-        : index(threadIdx.x / 32), local(index / static_cast<int>(p.pair_blocks)),
+    __device__ __forceinline__ Warp(const Inputs &p, const Block &block, int thread = threadIdx.x)
+        : index(thread / 32), local(index / static_cast<int>(p.pair_blocks)),
           pair_block(index % static_cast<int>(p.pair_blocks)), exists(local < block.width), is_first(pair_block == 0),
-          channel(block.first + (exists ? local : 0)), pair(pair_block * PAIRS + threadIdx.x % 32), has_pair(pair < p.d_state) {}
+          channel(block.first + (exists ? local : 0)), pair(pair_block * PAIRS + thread % 32), has_pair(pair < p.d_state) {}
+
+    // The same made once more, where it is not to be kept in registers in the meantime.
+    static __device__ __forceinline__ Warp again(const Inputs &p) { return Warp(p, Block(p), reload_tid()); }
 
     // Where the warp's part of G or H begins, and the powers of the lane's pair.
     __device__ __forceinline__ int64_t table(const Inputs &p) const {
@@ -82,6 +85,14 @@ template <typename R> __device__ __forceinline__ R sum_lanes(R x) {
     return x;
 }
 
+// A number in the exchange, or what stands for it there.
+__device__ __forceinline__ void read_number(Number<float> &x, const float *from) {
+    float two[2];
+    read_shared(two, from);
+    x = {two[0], two[1]};
+}
+__device__ __forceinline__ void write_number(float *to, Number<float> x) { write_shared(to, {x.re, x.im}); }
+
 // Goes through the steps from `from` to `to` of a tile one by one, and writes the outputs from `first` on.
 template <typename R>
 __device__ __forceinline__ void step_by_step(const Step<R> &step, Number<R> &x, const float *inputs, float *outputs, int from,
@@ -101,25 +112,26 @@ template <typename R> __device__ __forceinline__ void keep(float *exchange, int 
     write_shared(exchange + row * EXCHANGE + threadIdx.x % 32 * 2, {static_cast<float>(x.re), static_cast<float>(x.im)});
 }
 
-// Carries the state of a lane's pair through the chunks from `from` to `to`, what is left by each of which is in the exchange, where
-// the state before it takes its place; `BACK`, from the last to the first. `visit` is called with each before it is left.
-template <bool BACK, typename R, typename Visit>
-__device__ __forceinline__ void carry(float *exchange, const Power<R> &power, Number<R> &x, int from, int to, const Visit &visit) {
-    const auto one = [&](int i) {
-        float *const at = exchange + i * EXCHANGE + threadIdx.x % 32 * 2;
-        float left[2];
-        read_shared(left, at);
-        keep(exchange, i, x);
-        visit(i);
-        x = power.advance(x, Number<float>{left[0], left[1]});
-    };
+// Calls `visit` with the chunks from `from` to `to`; `BACK`, from the last to the first.
+template <bool BACK, typename Visit> __device__ __forceinline__ void for_each_chunk(int from, int to, const Visit &visit) {
     if (to - from == CHUNKS) {
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++) one(BACK ? CHUNKS - 1 - i : i);
+        for (int i = 0; i < CHUNKS; i++) visit(BACK ? CHUNKS - 1 - i : i);
     } else {
 #pragma unroll 1
-        for (int i = from; i < to; i++) one(BACK ? from + to - 1 - i : i);
+        for (int i = from; i < to; i++) visit(BACK ? from + to - 1 - i : i);
     }
+}
+
+// Carries the state of a lane's pair through the chunks from `from` to `to`, what is left by each of which is in the exchange, where
+// the state before it takes its place.
+template <typename R> __device__ __forceinline__ void carry(float *exchange, const Power<R> &power, Number<R> &x, int from, int to) {
+    for_each_chunk<false>(from, to, [&](int i) {
+        float left[2];
+        read_shared(left, exchange + i * EXCHANGE + threadIdx.x % 32 * 2);
+        keep(exchange, i, x);
+        x = power.advance(x, Number<float>{left[0], left[1]});
+    });
 }
 
 // What a thread stages and finishes of a tile: a step of the block's channels.
@@ -138,14 +150,22 @@ template <typename T> struct Staged {
             quads[k] = load_vec_if<QUAD, false>(at + k * QUAD * from.channel, from.channel, count, p.flags & FLAG_VECTOR);
         }
     }
-    __device__ __forceinline__ void write(float *rows) const {
+    // To rows of numbers, or of halves as they are.
+    template <typename S> __device__ __forceinline__ void write(S *rows) const {
 #pragma unroll
-        for (int c = 0; c < WARPS; c++) rows[c * TILE + threadIdx.x] = quads[c / QUAD][c % QUAD];
+        for (int c = 0; c < WARPS; c++) {
+            if constexpr (sizeof(S) == sizeof(float)) {
+                rows[c * TILE + threadIdx.x] = quads[c / QUAD][c % QUAD];
+            } else {
+                const uint32_t both = quads[c / QUAD].word(c % QUAD / 2);
+                reinterpret_cast<uint16_t *>(rows)[c * TILE + threadIdx.x] = static_cast<uint16_t>(c % 2 ? both >> 16 : both);
+            }
+        }
     }
 };
 
-// Writes step `i` of a segment, which the channels' warps have left in `rows`.
-template <typename T>
+// Writes step `i` of a segment, which the channels' warps have left in `rows`, PITCH apart.
+template <typename T, int PITCH = TILE>
 __device__ __forceinline__ void finish(void *to, const float *rows, const Inputs &p, const Segment &segment, const Block &block,
                                        int64_t i) {
     if (i >= segment.steps) return;
@@ -159,10 +179,10 @@ __device__ __forceinline__ void finish(void *to, const float *rows, const Inputs
 #pragma unroll
         for (int c = 0; c < QUAD; c++) {
             if (k * QUAD + c >= block.width) break;
-            const float *const row = rows + (k * QUAD + c) * pair_blocks * TILE + threadIdx.x;
+            const float *const row = rows + (k * QUAD + c) * pair_blocks * PITCH + threadIdx.x;
             values[c] = row[0];
 #pragma unroll 1
-            for (int b = 1; b < pair_blocks; b++) values[c] += row[b * TILE];
+            for (int b = 1; b < pair_blocks; b++) values[c] += row[b * PITCH];
         }
         store_vec_if<QUAD, false>(at + k * QUAD, 1, narrow_pack<T>(values), block.width - k * QUAD, p.flags & FLAG_VECTOR);
     }

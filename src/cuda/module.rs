@@ -52,6 +52,7 @@ modules! {
     S4D_TABLES = "s4d/tables",
     S4D_FORWARD = "s4d/forward",
     S4D_BACKWARD = "s4d/backward",
+    S4D_BACKWARD_STATES = "s4d/backward_states",
     S4D_GRADIENTS = "s4d/gradients",
     S4D_UPDATE = "s4d/update",
 }

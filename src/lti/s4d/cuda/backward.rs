@@ -6,7 +6,7 @@ use cudarc::driver::CudaStream;
 
 use super::launch::Launcher;
 use super::{GradientsMut, Inputs, OutputGradients, Plan, Problem, Tensors};
-use crate::cuda::params::s4d::{self as kernels, CHUNK, OF_KERNEL, THREADS, backward::SMEM};
+use crate::cuda::params::s4d::{self as kernels, CHUNK, OF_KERNEL, THREADS, backward::SMEM, backward_states};
 use crate::cuda::{Arguments, Cuda, Device, DeviceBuffers, GRID_COLUMNS, Kernel, Module, or_null, suffix};
 use crate::lti::s4d::tensors::Sizes;
 use crate::{Element, Result};
@@ -62,11 +62,9 @@ pub(crate) fn backward_checked<T: Element>(
     let launcher = Launcher::new(&device, &plan, problem, &mut arguments, &others)?;
     let grid = launcher.grid(WAVES);
     let rows = if launcher.segments == 0 { 0 } else { grid[1] };
-    let (padded, blocks) = (launcher.inputs.padded as usize, grid[0] * rows);
-    let pairs = rows * d_inner * padded;
+    let pairs = rows * d_inner * launcher.inputs.padded as usize;
     let sums = device.workspace::<f32>("sums of S4D", pairs * 4 * CHUNK + rows * d_inner * OF_KERNEL)?;
     let of_pairs = device.workspace::<f64>("sums over steps", pairs * 8)?;
-    let checkpoints = device.workspace::<f32>("states", blocks * launcher.tiles * THREADS * 2)?;
     let states = if launcher.is_split { launcher.segments * d_inner * 2 * d_state } else { 0 };
     let d_chunk_states = device.workspace::<f32>("slopes by chunk states", states)?;
     let of_read = device.address(&sums);
@@ -79,8 +77,6 @@ pub(crate) fn backward_checked<T: Element>(
         d_u: to.u,
         d_initial_state: to.initial_state.unwrap_or(0),
         d_chunk_states: device.address(&d_chunk_states),
-        checkpoints: device.address(&checkpoints),
-        tiles: launcher.tiles as i64,
         of_read,
         of_enter,
         of_kernel: after(of_enter, pairs * 2 * CHUNK),
@@ -96,6 +92,8 @@ pub(crate) fn backward_checked<T: Element>(
         unsafe { launcher.launch(Module::S4D_BACKWARD, name("s4d_backward_chunk_state"), grid, SMEM, &params) }?;
     }
     if rows > 0 {
+        let (module, shared) = (Module::S4D_BACKWARD_STATES, backward_states::SMEM);
+        unsafe { launcher.launch(module, name("s4d_backward_states"), grid, shared, &params) }?;
         unsafe { launcher.launch(Module::S4D_BACKWARD, name("s4d_backward"), grid, SMEM, &params) }?;
     }
     let kernel = Kernel::new(Module::S4D_GRADIENTS, ["s4d_gradients"]);

@@ -6,7 +6,7 @@ use bytemuck::{Pod, Zeroable};
 use cudarc::driver::CudaSlice;
 
 use super::{Plan, Problem, Tensors};
-use crate::cuda::params::s4d::{self as kernels, CHUNK, PAIRS, THREADS, TILE, WARPS};
+use crate::cuda::params::s4d::{self as kernels, CHUNK, PAIRS, THREADS, WARPS};
 use crate::cuda::params::{self, QUAD};
 use crate::cuda::{
     Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, blocks, grid_rows, is_vectorizable,
@@ -25,8 +25,6 @@ pub(super) struct Launcher<'d> {
     columns: usize,
     pub segments: usize,
     pub is_split: bool,
-    /// Tiles of the longest segment.
-    pub tiles: usize,
     _tables: (CudaSlice<f32>, CudaSlice<f64>),
     _segments: Option<Arc<CudaSlice<u64>>>,
     _chunk_states: Option<CudaSlice<f32>>,
@@ -91,7 +89,6 @@ impl<'d> Launcher<'d> {
             columns,
             segments: division.params.count as usize,
             is_split: division.is_split,
-            tiles: division.longest.div_ceil(TILE),
             _tables: (table, powers),
             _segments: division.table,
             _chunk_states: chunk_states,
@@ -135,8 +132,6 @@ pub(super) fn number_of(rule: Rule) -> i64 {
 struct Division {
     params: params::Segments,
     is_split: bool,
-    /// The steps of the longest segment.
-    longest: usize,
     table: Option<Arc<CudaSlice<u64>>>,
 }
 
@@ -149,20 +144,19 @@ fn divide(device: &Device, plan: &Plan, sequences: Sequences, columns: usize, le
             // An empty sequence has one empty segment, which hands its state on.
             let per_row = len.div_ceil(steps).max(1);
             (params.per_row, params.steps, params.count) = (per_row as i64, steps as i64, (batch * per_row) as i64);
-            Ok(Division { params, is_split: per_row > 1, longest: steps.min(len), table: None })
+            Ok(Division { params, is_split: per_row > 1, table: None })
         }
         Sequences::Packed(_) => {
             // Each as if it were alone.
-            let (mut entries, mut is_split, mut longest) = (Vec::new(), false, 0);
+            let (mut entries, mut is_split) = (Vec::new(), false);
             for sequence in sequences.iter() {
                 let steps = plan.steps(1, sequence.len, columns, processors);
                 is_split |= sequence.len > steps;
-                longest = longest.max(steps.min(sequence.len));
                 entries.extend(packed_segments(&sequence, steps));
             }
             let table = device.table("the segments of packed sequences", bytemuck::cast_slice(&entries))?;
             (params.count, params.packed) = (entries.len() as i64, device.address(&table));
-            Ok(Division { params, is_split, longest, table: Some(table) })
+            Ok(Division { params, is_split, table: Some(table) })
         }
     }
 }

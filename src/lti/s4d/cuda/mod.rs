@@ -20,8 +20,8 @@
 //! Where sequences and channels are too few to fill the device, sequences are split into segments: a first pass runs all
 //! segments at once from zero, and each is then run again from the state that the ones before it lead to. [`Plan`] says
 //! how a call is divided, [`forward`] chooses one. Results are the same bits in every run; and whatever a sequence is
-//! packed with, as a packed sequence is divided as it would be alone. Backward keeps the states before each 256 steps of
-//! the segments that are being worked on, and needs nothing from a forward pass.
+//! packed with, as a packed sequence is divided as it would be alone. Backward needs nothing from a forward pass: one
+//! kernel goes through segments forward in time for the slopes that take the states, one back for those by inputs and states.
 
 mod backward;
 mod forward;

@@ -173,8 +173,10 @@ fn long_memory_loses_nothing() {
 #[test]
 fn a_packed_sequence_gives_the_bits_of_the_same_alone() {
     if stream().is_some() {
-        packed_alone(WHOLE, 200);
-        packed_alone(SPLIT, 1000);
+        packed_alone::<f32>(WHOLE, 200);
+        packed_alone::<bf16>(WHOLE, 300);
+        packed_alone::<f32>(SPLIT, 1000);
+        packed_alone::<bf16>(SPLIT, 1000);
     }
 }
 
@@ -197,9 +199,12 @@ fn parts_are_the_whole() {
 #[test]
 fn what_is_not_finite_stays_where_it_belongs() {
     if stream().is_some() {
-        not_finite(WHOLE, 50);
-        not_finite(WHOLE, 550);
-        not_finite(SPLIT, 700);
+        not_finite::<f32>(WHOLE, 50);
+        not_finite::<bf16>(WHOLE, 50);
+        not_finite::<f32>(WHOLE, 550);
+        not_finite::<bf16>(WHOLE, 550);
+        not_finite::<f32>(SPLIT, 700);
+        not_finite::<bf16>(SPLIT, 700);
     }
 }
 

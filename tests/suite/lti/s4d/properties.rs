@@ -2,8 +2,8 @@
 
 use half::bf16;
 use rand::Rng;
-use selective_scan::View;
 use selective_scan::lti::s4d::{Inputs, Options, OutputGradients, OutputMut, cpu};
+use selective_scan::{Element, View};
 
 use super::case::{Case, Shape};
 use super::device::{On, backward, forward, outputs};
@@ -16,11 +16,11 @@ fn packed_is_alone() {
     let (mut rng, _) = seeded();
     for _ in 0..10 {
         let isa = Draw::new(rng.random()).isa();
-        packed_alone(On::Processor(isa), 200);
+        packed_alone::<f32>(On::Processor(isa), 200);
     }
 }
 
-pub fn packed_alone(on: On, longest: usize) {
+pub fn packed_alone<T: Element>(on: On, longest: usize) {
     let (mut rng, seed) = seeded();
     {
         let mut draw = Draw::new(rng.random());
@@ -28,11 +28,11 @@ pub fn packed_alone(on: On, longest: usize) {
         let options = Options { reverse: draw.flag(), ..Options::default() };
         let shape =
             Shape { batch: 1, length: 158 + longest, cu_seqlens: Some(cuts.clone()), options, ..Shape::default() };
-        let case = Case::<f32>::new(shape, &mut draw);
+        let case = Case::<T>::new(shape, &mut draw);
         let (all, d_all) = (forward(on, &case), backward(on, &case));
         let [d_inner, states] = [case.shape.d_inner, 2 * case.shape.d_state * case.shape.d_inner];
         for (i, pair) in cuts.windows(2).enumerate() {
-            let part = Case::<f32> {
+            let part = Case::<T> {
                 u: case.u.steps(pair[0]..pair[1]),
                 d_out: case.d_out.steps(pair[0]..pair[1]),
                 state: case.state[i * states..(i + 1) * states].to_vec(),
@@ -125,17 +125,17 @@ fn threads_do_not_matter() {
 /// What is not finite reaches later steps of its channel and sequence, and nothing else.
 #[test]
 fn what_is_not_finite_stays_where_it_belongs() {
-    not_finite(On::best(), 50);
+    not_finite::<f32>(On::best(), 50);
 }
 
 /// Of a few steps, or of several tiles.
-pub fn not_finite(on: On, length: usize) {
+pub fn not_finite<T: Element>(on: On, length: usize) {
     let (mut rng, seed) = seeded();
     for reverse in [false, true] {
         let mut draw = Draw::new(rng.random());
         let options = Options { reverse, ..Options::default() };
         let shape = Shape { batch: 2, length, options, ..Shape::default() };
-        let mut case = Case::<f32>::new(shape, &mut draw);
+        let mut case = Case::<T>::new(shape, &mut draw);
         let clean = (forward(on, &case), backward(on, &case));
         let (row, step, channel) = (1, rng.random_range(0..length), rng.random_range(0..19));
         case.u.set([row, step, channel], f32::NAN);
@@ -145,6 +145,7 @@ pub fn not_finite(on: On, length: usize) {
             let after = if reverse { at[1] <= step } else { at[1] >= step };
             let reached = at[0] == row && after && at[2] == channel;
             let what = format!("{at:?} of a NaN at {step}, reverse {reverse}, SEED={seed}");
+            let (got, clean) = (got.to_f32(), clean.to_f32());
             assert!(if reached { got.is_nan() } else { got.to_bits() == clean.to_bits() }, "{what}: {got} {clean}");
         }
         case.u.set([row, step, channel], 0.5);
@@ -155,6 +156,7 @@ pub fn not_finite(on: On, length: usize) {
             let before = if reverse { at[1] >= step } else { at[1] <= step };
             let reached = at[0] == row && before && at[2] == channel;
             let what = format!("{at:?} of a NaN slope at {step}, reverse {reverse}, SEED={seed}");
+            let (got, clean) = (got.to_f32(), clean.to_f32());
             assert!(if reached { got.is_nan() } else { got.to_bits() == clean.to_bits() }, "{what}: {got} {clean}");
         }
     }

@@ -1,0 +1,171 @@
+// What both kernels of the backward pass have in common.
+//
+// With `dy` the slope by an output, X the state before a chunk and Λ the slope by the state after it, the slopes of a chunk are
+//
+//   dX  = conj(A̅^16) Λ + W, W = Σ_t G_t dy_t      which is Λ of the chunk before
+//   du_j = Σ_{t>=j} K_{t-j} dy_t + H_j · Λ
+//   dG_t = dy_t X     dH_j = u_j Λ     dK_k = Σ_t dy_t u_{t-k}     d(A̅^16) = Λ conj(X)
+//
+// and those by parameters are summed up over all chunks. One kernel goes through segments back in time and has Λ. What takes X is
+// found by one that goes through them forward in time (backward_states.cuh). Neither needs what the other finds, so that no states
+// are kept, and each has half of the sums, for which there is room in the registers of 16 warps a processor.
+#pragma once
+#include "halves.cuh"
+#include "tile.cuh"
+
+namespace s4d::backward {
+
+// Operands of a warp in shared memory, by lane.
+template <int COUNT> using Operands = halves::Operand[COUNT][32];
+
+// Which segment of which channels a warp is at: in shared memory, from where it is read where it is needed, as it takes 26 registers.
+struct Place {
+    SegmentIndex index;
+    Segment segment;
+    Block block;
+};
+static_assert(sizeof(Place) == 8 * PLACE, "as backward's kernels are launched");
+
+// (All lanes write the same.)
+struct KeptPlace {
+    uint64_t words[PLACE];
+
+    __device__ __forceinline__ void put(const Place &place) {
+        __syncwarp();
+        *reinterpret_cast<Place *>(words) = place;
+    }
+    __device__ __forceinline__ Place get() const {
+        __syncwarp();
+        return *reinterpret_cast<const Place *>(words);
+    }
+    __device__ __forceinline__ Warp warp(const Inputs &p) const { return Warp(p, get().block, reload_tid()); }
+};
+
+// Steps of the chunks from `from` to `to`, of all of which the product with a tile's states is the sum over the chunks: as A, a row
+// is a step (g is step 2g, g + 8 the one after it) and a column a chunk.
+template <bool EXACT> struct OverChunks {
+    Parts<4, EXACT> tiles[2];
+
+    __device__ __forceinline__ OverChunks(const float *row, Lane lane, int from, int to) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float values[2][2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int chunk = 8 * i + 4 * half + lane.t;
+                read_shared(values[half], row + chunk * CHUNK + 2 * lane.g);
+                if (chunk < from || chunk >= to) values[half][0] = values[half][1] = 0.0f;
+            }
+            tiles[i] = Parts<4, EXACT>({values[0][0], values[0][1], values[1][0], values[1][1]});
+        }
+    }
+    // Adds the products with a pair's numbers, of chunks t, t + 4, t + 8 and t + 12, the pair g of a tile of eight.
+    __device__ __forceinline__ void add_states(Sum &re, Sum &im, const Number<float> (&x)[4]) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            re.add(tiles[i], Parts<2>({x[2 * i].re, x[2 * i + 1].re}));
+            im.add(tiles[i], Parts<2>({x[2 * i].im, x[2 * i + 1].im}));
+        }
+    }
+    // And with steps, which as B are what they are as A: column g of sum n is step 2g + n.
+    __device__ __forceinline__ void add_steps(Sum (&sums)[STEP_TILES], const OverChunks &steps) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const auto &other = steps.tiles[i];
+#pragma unroll
+            for (int n = 0; n < STEP_TILES; n++) {
+                if constexpr (!EXACT) {
+                    mma_tf32(sums[n].values, tiles[i].upper, other.lower[n], other.lower[2 + n]);
+                    mma_tf32(sums[n].values, tiles[i].lower, other.upper[n], other.upper[2 + n]);
+                }
+                mma_tf32(sums[n].values, tiles[i].upper, other.upper[n], other.upper[2 + n]);
+            }
+        }
+    }
+};
+
+// That for the products of a type of activations.
+template <typename T> struct OverChunksOf { using Type = OverChunks<Precision<T>::EXACT>; };
+template <> struct OverChunksOf<__nv_bfloat16> { using Type = halves::OverChunks; };
+
+// The slopes by G or H as results of such products: of eight pairs, their real and their imaginary parts. A row is a step as above, a
+// column a pair.
+struct MatrixSlopes {
+    float sums[PAIRS / 8][2][4] = {};
+
+    // Adds the products of steps with what is in the exchange, a `Kept` for each number.
+    template <typename Kept, typename Steps>
+    __device__ __forceinline__ void add(Lane lane, const Steps &steps, const float *exchange) {
+#pragma unroll
+        for (int n = 0; n < PAIRS / 8; n++) {
+            Kept numbers[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) read_number(numbers[i], exchange + (4 * i + lane.t) * EXCHANGE + 2 * (8 * n + lane.g));
+            Sum of_tile[2];
+            steps.add_states(of_tile[0], of_tile[1], numbers);
+            // The tensor cores round towards zero, which would add up.
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+#pragma unroll
+                for (int k = 0; k < 4; k++) sums[n][part][k] += of_tile[part][k];
+            }
+        }
+    }
+    // Writes those of a warp for the row of blocks to a table.
+    __device__ __forceinline__ void write(float *to, const Inputs &p, const Warp &warp, Lane lane) const {
+        to += int64_t(blockIdx.y) * p.d_inner * p.padded * 2 * CHUNK + warp.table(p);
+#pragma unroll
+        for (int n = 0; n < PAIRS / 8; n++) {
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+#pragma unroll
+                for (int k = 0; k < 2; k++) {
+                    const int number = 2 * (8 * n + 2 * lane.t + k) + part;
+                    write_shared(to + number * CHUNK + 2 * lane.g, {sums[n][part][k], sums[n][part][2 + k]});
+                }
+            }
+        }
+    }
+};
+
+// The slopes by the numbers of a lane's pair, where the row of blocks has them: by A̅^16 of whole chunks, and by A̅, B̅ and C, and D, of
+// steps that are gone through one by one. These are too few to hold their sums in registers.
+struct PairSlopes {
+    double *of_pair;
+    float *of_skip;
+
+    __device__ __forceinline__ PairSlopes(const Backward &params, const Warp &warp) {
+        const Inputs &p = params.inputs;
+        const int64_t channel = blockIdx.y * p.d_inner + warp.channel;
+        of_pair = params.of_pairs + (channel * p.padded + warp.pair) * 8;
+        of_skip = warp.is_first && threadIdx.x % 32 == 0 ? params.of_kernel + channel * OF_KERNEL + CHUNK : nullptr;
+    }
+    __device__ __forceinline__ void clear(int i) const { of_pair[2 * i] = of_pair[2 * i + 1] = 0.0; }
+    template <typename R> __device__ __forceinline__ void add(int i, Number<R> x) const {
+        of_pair[2 * i] += x.re, of_pair[2 * i + 1] += x.im;
+    }
+};
+
+// The slope by the state after a segment: that by the final state, carried back through the segments in between.
+template <typename R>
+__device__ __forceinline__ Number<R> incoming_slope(const Backward &params, const Segment &segment, const Warp &warp) {
+    const Inputs &p = params.inputs;
+    Number<R> x = read_state<R>(params.d_final_state, warp, segment.sequence);
+    if (segment.ends_sequence() || !warp.has_pair) return x;
+    const int64_t last = segment.index + (p.segments.packed ? p.segments.packed[segment.index].segments_after
+                                                             : p.segments.per_row - 1 - segment.rank);
+    // The last, which may be shorter, has gone back to where it begins by itself; what enters it is carried through it here.
+    const int64_t steps_of_last = segment.len - (segment.first + (last - segment.index) * segment.steps);
+    const Number<double> step = {warp.powers(p)[0], warp.powers(p)[1]};
+    const auto pass = [&](int64_t index, const Power<R> &by) {
+        const float *const reached = params.d_chunk_states + warp.state_at(p, index);
+        x = by.conj().advance(x, Number<float>{reached[0], reached[1]});
+    };
+    pass(last, Power<R>(power(step, static_cast<uint64_t>(steps_of_last))));
+    const Power<R> whole = segment_power<R>(warp.powers(p), segment.steps);
+#pragma unroll 1
+    for (int64_t after = last - 1; after > segment.index; after--) pass(after, whole);
+    return x;
+}
+
+}
