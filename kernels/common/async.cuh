@@ -1,6 +1,5 @@
 // Copies to shared memory and to the second-level cache that no thread waits for.
 #pragma once
-#include "params.cuh"
 #include "types.cuh"
 
 namespace common {
@@ -24,13 +23,5 @@ template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
 
 // Prefetches the cache line at `at` to L2.
 __device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
-// Has all threads of the grid prefetch what is read after this kernel.
-__device__ __forceinline__ void ask_ahead(const Ahead &ahead) {
-    constexpr int64_t LINE = 128;
-    const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x, thread = block * blockDim.x + threadIdx.x;
-    const int64_t stride = LINE * gridDim.x * gridDim.y * blockDim.x;
-    for (int64_t i = thread * LINE; i < ahead.bytes; i += stride) prefetch(static_cast<const char *>(ahead.data) + i);
-}
 
 }

@@ -26,12 +26,6 @@ struct Projection {
     int64_t constant;
 };
 
-// Memory that a later kernel reads and this one asks for meanwhile: `bytes` of it.
-struct Ahead {
-    const void *data;
-    int64_t bytes;
-};
-
 // (rows, columns) of any type.
 struct Rows {
     const void *data;

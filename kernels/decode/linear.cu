@@ -148,7 +148,6 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
     products.ask(part, p, output, 0, min(all, slice), first_share);
     products.prefetch_rest(part);
     if (p.flags & FLAG_CONV) prefetch_conv(p, rows, block);
-    ask_ahead(p.ahead);
     wait_for_last();
     if (SCALES_FIRST<T> && rows.norms) {
         for (int begin = 0; begin < all; begin += slice) {

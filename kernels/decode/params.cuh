@@ -55,7 +55,6 @@ struct Linear {
     Pool conv_state;
     int64_t state_type;
     Slots slots;
-    Ahead ahead;
 };
 
 namespace update {

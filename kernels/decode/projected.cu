@@ -72,7 +72,6 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Pro
     const update::Channel<T, 1, true> channel(p, min(index, channels - 1), map);
     const int first = blockIdx.y * ROWS, last = min(first + ROWS, static_cast<int>(p.rows));
     for (int row = first; row < last && exists; row++) update::prefetch_states<St>(p, row, index, channel.place(0));
-    ask_ahead(of.ahead);
     // Nobody writes to a block that has not begun.
     cluster_arrive();
     cluster_wait();

@@ -250,8 +250,6 @@ pub struct DecodeLinear<'a> {
     pub bias: Option<&'a Tensor>,
     /// The RMS norm of the rows before the product: its weight, `(features)` of `f32`, and what is added to the mean square.
     pub norm: Option<(&'a Tensor, f64)>,
-    /// A matrix of the type of `weight` that is read soon after: a GPU asks for it meanwhile.
-    pub ahead: Option<&'a Tensor>,
 }
 
 /// A step of the causal convolution on the first columns of a product, see [`decode::ConvStep`](crate::decode::ConvStep).
@@ -273,13 +271,12 @@ struct LinearPlaces {
     weight: Place,
     bias: Option<Place>,
     norm: Option<(Place, f64)>,
-    ahead: Option<Place>,
 }
 
 impl<'a> DecodeLinear<'a> {
     /// The plain product.
     pub fn new(x: &'a Tensor, weight: &'a Tensor) -> Self {
-        Self { x, weight, bias: None, norm: None, ahead: None }
+        Self { x, weight, bias: None, norm: None }
     }
 
     /// Writes the product to `out`, `(rows, out_features)`, dense, of the type of `weight` or of `f32`.
@@ -317,7 +314,6 @@ impl<'a> DecodeLinear<'a> {
             weight: reads.add("weight", self.weight),
             bias: reads.add_if("bias", self.bias),
             norm: self.norm.map(|(weight, eps)| (reads.add("norm", weight), eps)),
-            ahead: reads.add_if("ahead", self.ahead),
         }
     }
 
@@ -379,7 +375,6 @@ impl LinearPlaces {
         Ok(Linear {
             bias: reader.view_if::<B, f32, 1>(self.bias)?,
             norm: self.norm.map(norm).transpose()?,
-            ahead: reader.view_if::<B, T, 2>(self.ahead)?,
             ..Linear::new(reader.view::<B, X, 2>(self.x)?, reader.view::<B, T, 2>(self.weight)?)
         })
     }
@@ -394,8 +389,6 @@ pub enum DecodeColumns<'a> {
     Projected {
         /// The weight of `x_proj`, `(dt_rank + 2 d_state, d_inner)`.
         weight: &'a Tensor,
-        /// As [`DecodeLinear::ahead`].
-        ahead: Option<&'a Tensor>,
         /// Where the product is written, `(rows, dt_rank + 2 d_state)`, dense.
         to: &'a Tensor,
     },
@@ -446,11 +439,9 @@ impl<'a> DecodeUpdate<'a> {
         let [u, dt_weight, a] =
             [("u", self.u), ("dt_weight", self.dt_weight), ("a", self.a)].map(|(name, tensor)| reads.add(name, tensor));
         // What is read of the columns, and what is written.
-        let (columns, ahead, projected) = match self.columns {
-            DecodeColumns::Given(columns) => (reads.add("columns", columns), None, None),
-            DecodeColumns::Projected { weight, ahead, to } => {
-                (reads.add("columns.weight", weight), reads.add_if("columns.ahead", ahead), Some(to))
-            }
+        let (columns, projected) = match self.columns {
+            DecodeColumns::Given(columns) => (reads.add("columns", columns), None),
+            DecodeColumns::Projected { weight, to } => (reads.add("columns.weight", weight), Some(to)),
         };
         let d = reads.add_if("d", self.d);
         let delta_bias = reads.add_if("delta_bias", self.delta_bias);
@@ -477,7 +468,7 @@ impl<'a> DecodeUpdate<'a> {
                 };
                 let of_columns = reader.view::<B, T, 2>(columns)?;
                 let columns = match projected {
-                    Some(_) => Columns::Projected { weight: of_columns, ahead: reader.view_if::<B, T, 2>(ahead)? },
+                    Some(_) => Columns::Projected { weight: of_columns },
                     None => Columns::Given(of_columns),
                 };
                 let inputs = SelectiveUpdate {

@@ -136,7 +136,7 @@ impl<'a, T: Element, M: Memory> SelectiveUpdate<'a, T, M> {
         };
         match &self.columns {
             Columns::Given(view) => view.check("columns", "(rows, dt_rank + 2 d_state)", [rows, columns])?,
-            Columns::Projected { weight, .. } => {
+            Columns::Projected { weight } => {
                 weight.check("columns.weight", "(dt_rank + 2 d_state, d_inner)", [columns, d_inner])?;
             }
         }

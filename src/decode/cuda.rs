@@ -127,13 +127,6 @@ impl Product {
         if let Some(norm) = &inputs.norm {
             params.eps = norm.eps as f32;
         }
-        if let Some(ahead) = &inputs.ahead {
-            let data = arguments.view("ahead", ahead)?.data;
-            let all = storage(ahead, data);
-            // What is asked for is to be there when it is read, beside what is read meanwhile.
-            let bytes = (all.end - data).min(ahead_bytes());
-            params.ahead = params::Ahead { data, bytes: bytes as i64 };
-        }
         Ok(Self { params, sizes, tile, is_whole, matrix })
     }
 
@@ -161,11 +154,6 @@ impl Product {
         // on the device twice, two write one state: whatever they leave there is numbers of the state's type.)
         unsafe { device.launch_overlapping(&kernel, grid, threads, tile.shared, &self.params, early) }
     }
-}
-
-/// The most that a kernel asks for ahead.
-fn ahead_bytes() -> u64 {
-    std::env::var("SS_AHEAD").map_or(24, |mib| mib.parse().unwrap_or(24)) << 20
 }
 
 /// The part of a product that a block gives at a time, and how its rows are staged.
@@ -246,7 +234,8 @@ impl Tile {
 /// Runs the update on the stream's device, asynchronously.
 ///
 /// Columns that are [projected](Columns::Projected) take no launch of their own where blocks can share what they compute (from
-/// compute capability 9.0 on), types are half, and both matrices and the states can be read in vectors. The bits are the same.
+/// compute capability 9.0 on), types are half, there are few rows, `x_proj` is small (up to that of mamba-370m), and both matrices and the
+/// states can be read in vectors. The bits are the same.
 ///
 /// # Errors
 /// An argument that does not fit, see [`SelectiveUpdate`] and [`SelectiveUpdateMut`], or that lies on another device; step
@@ -278,9 +267,9 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         return Err(Error::argument("u", format_args!("at most {GRID_COLUMNS} channels"), d_inner));
     }
     let (columns, product) = match (inputs.columns, outputs.columns) {
-        (Columns::Projected { weight, ahead }, Some(columns)) => {
+        (Columns::Projected { weight }, Some(columns)) => {
             let data = arguments.write("columns", columns)?;
-            let product = Linear { ahead, ..Linear::new(inputs.u, weight) }.check()?;
+            let product = Linear::new(inputs.u, weight).check()?;
             let product = Product::new::<T, T, T>(&device, &mut arguments, &product, data)?;
             (params::Rows { data, row: product.params.out_features, column: 1 }, Some(product))
         }
@@ -398,11 +387,14 @@ impl Update {
 
     /// Whether one kernel can compute the columns too, with the bits that they have by themselves.
     fn joins<T: Element, St: Element>(&self, device: &Device, product: &Product) -> Result<bool> {
+        let LinearSizes { features, out_features, .. } = product.sizes;
+        let of_block = out_features.div_ceil(OUTPUTS * projected::CLUSTER) * OUTPUTS * features * size_of::<T>();
         Ok(T::DTYPE != DType::F32
             && self.is_whole
             && product.is_whole
             && product.tile.has_whole_sums(product.sizes)
-            && self.sizes.rows <= most_joined_rows()
+            && self.sizes.rows <= MOST_JOINED_ROWS
+            && of_block <= MOST_JOINED_BYTES
             && self.joined_shared() <= device.properties().shared_memory
             && device.is_compiled_for(&Self::joined_kernel::<T, St>(device), CLUSTERS)?)
     }
@@ -425,9 +417,10 @@ impl Update {
 /// The compute capability, as the driver numbers them, from which on there are clusters of blocks.
 const CLUSTERS: i32 = 90;
 
-fn most_joined_rows() -> usize {
-    std::env::var("SS_JOINED").map_or(8, |rows| rows.parse().unwrap_or(8))
-}
+/// Up to so many rows, and bytes of a block's columns of x_proj, one kernel is faster than two: every cluster reads all of the matrix, each
+/// block its columns, for eight rows. (See tuning.md.)
+const MOST_JOINED_ROWS: usize = 8;
+const MOST_JOINED_BYTES: usize = 65_536;
 
 #[cfg(test)]
 mod tests {

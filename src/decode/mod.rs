@@ -46,8 +46,6 @@ pub struct Linear<'a, X: Element, T: Element = X, M: Memory = Host> {
     pub norm: Option<RowNorm<'a, M>>,
     /// The convolution of the first columns after it.
     pub conv: Option<ConvStep<'a, M>>,
-    /// A matrix that is read soon after, if that is known: a GPU asks for it meanwhile. Its shape is no matter here.
-    pub ahead: Option<View<'a, T, 2, M>>,
 }
 
 /// An RMS norm of whole rows, see [`norm`](crate::norm).
@@ -109,8 +107,6 @@ pub enum Columns<'a, T: Element, M: Memory = Host> {
     Projected {
         /// The weight of `x_proj`, `(dt_rank + 2 d_state, d_inner)`.
         weight: View<'a, T, 2, M>,
-        /// As [`Linear::ahead`].
-        ahead: Option<View<'a, T, 2, M>>,
     },
 }
 
@@ -132,7 +128,7 @@ pub struct SelectiveUpdateMut<'a, T: Element, St: Element, M: Memory = Host> {
     pub columns: Option<&'a mut M::Buffer<T>>,
 }
 
-plain_struct!(Linear<X, T> { x, weight, bias, norm, conv, ahead });
+plain_struct!(Linear<X, T> { x, weight, bias, norm, conv });
 plain_struct!(RowNorm<> { weight, eps });
 plain_struct!(ConvStep<> { weight, bias, slots });
 plain_struct!(SelectiveUpdate<T> { u, columns, dt_weight, norms, a, d, delta_bias, z, slots });
@@ -150,9 +146,7 @@ impl<T: Element, M: Memory> std::fmt::Debug for Columns<'_, T, M> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Given(view) => f.debug_tuple("Given").field(view).finish(),
-            Self::Projected { weight, ahead } => {
-                f.debug_struct("Projected").field("weight", weight).field("ahead", ahead).finish()
-            }
+            Self::Projected { weight } => f.debug_struct("Projected").field("weight", weight).finish(),
         }
     }
 }
@@ -166,7 +160,7 @@ impl<'a, T: Element, M: Memory> From<View<'a, T, 2, M>> for Columns<'a, T, M> {
 impl<'a, X: Element, T: Element, M: Memory> Linear<'a, X, T, M> {
     /// The plain product. Add what else there is with struct update syntax: `Linear { bias, ..Linear::new(x, weight) }`.
     pub fn new(x: View<'a, X, 2, M>, weight: View<'a, T, 2, M>) -> Self {
-        Self { x, weight, bias: None, norm: None, conv: None, ahead: None }
+        Self { x, weight, bias: None, norm: None, conv: None }
     }
 }
 

@@ -82,7 +82,7 @@ pub fn selective_update<T: Element, St: Element>(
         let column = |i: usize| -> f64 {
             match inputs.columns {
                 Columns::Given(columns) => columns.at([row, i]).into(),
-                Columns::Projected { weight, .. } => {
+                Columns::Projected { weight } => {
                     let products = |k| f64::from(inputs.u.at([row, k])) * f64::from(weight.at([i, k]));
                     (0..d_inner).map(products).sum()
                 }

@@ -30,7 +30,7 @@ pub(super) fn run<X: Element, T: Element, O: Element, St: Element>(
     problem: &LinearProblem<X, T>,
     outputs: LinearMut<O, St>,
 ) -> Result<()> {
-    let (Linear { x, weight, bias, norm, conv, ahead: _ }, sizes) = (problem.inputs, problem.sizes);
+    let (Linear { x, weight, bias, norm, conv }, sizes) = (problem.inputs, problem.sizes);
     let (rows, columns, [d_inner, _]) = (sizes.rows, sizes.out_features, sizes.conv);
     if outputs.out.is_empty() {
         // There may be more rows than can be counted through.

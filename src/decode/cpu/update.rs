@@ -18,7 +18,7 @@ pub(super) fn run<T: Element, St: Element>(
         return Ok(());
     }
     let columns = match (inputs.columns, outputs.columns) {
-        (Columns::Projected { weight, .. }, Some(columns)) => {
+        (Columns::Projected { weight }, Some(columns)) => {
             linear_checked(isa, &Linear::new(inputs.u, weight).check()?, LinearMut::new(&mut *columns))?;
             View::new(columns, [sizes.rows, weight.shape[0]])
         }

@@ -14,7 +14,7 @@ use crate::nn::{LanguageModel, NewTokens, argument, check_room};
 /// A language model that is decoded with: its weights, the states of its sequences, and steps that are made ready once.
 ///
 /// A step takes the next token of any of the sequences, each in a slot of its own, and gives the logits after it. On a GPU it is one
-/// CUDA graph of three launches a layer, for each of a few numbers of rows; sequences come and go without a new one, as slots and
+/// CUDA graph of three or four launches a layer, for each of a few numbers of rows; sequences come and go without a new one, as slots and
 /// tokens lie on the device. The processor runs the same operators. Either way a matrix is read once for all rows, and the logits of
 /// a sequence are the same bits whoever is decoded beside it.
 ///
@@ -280,9 +280,8 @@ impl Joined {
         let (step_slots, step_logits) = (slots.clone(), logits.clone());
         let work = move || {
             embedding_lookup(sampling.tokens(), &step_slots, &joined.embeddings, &stream)?;
-            let next = joined.layers.iter().skip(1).map(JoinedLayer::first_matrix).chain([&joined.head]);
-            for (((layer, buffers), state), next) in joined.layers.iter().zip(&buffers).zip(cache.layers()).zip(next) {
-                layer.run(&stream, buffers, state.mamba()?, Slots::Device(&step_slots), next)?;
+            for ((layer, buffers), state) in joined.layers.iter().zip(&buffers).zip(cache.layers()) {
+                layer.run(&stream, buffers, state.mamba()?, Slots::Device(&step_slots))?;
             }
             let norm = Some((&joined.norm_f.0, joined.norm_f.1));
             DecodeLinear { norm, ..DecodeLinear::new(&stream, &joined.head) }.write(&step_logits)?;

@@ -63,36 +63,18 @@ impl JoinedLayer {
         Ok(Buffers { projected: zeros(2 * d_inner)?, columns: zeros(self.path.x_proj.dim(0)?)?, y: zeros(d_inner)? })
     }
 
-    /// The matrix that the layer begins with.
-    pub fn first_matrix(&self) -> &Tensor {
-        &self.in_proj.0
-    }
-
-    /// Adds to the residual stream, `(rows, d_model)`, what the layer gives of it, and brings the states up to date. `next` is the
-    /// matrix that is read after it.
-    pub fn run(
-        &self,
-        stream: &Tensor,
-        buffers: &Buffers,
-        state: &MambaState,
-        slots: Slots,
-        next: &Tensor,
-    ) -> Result<()> {
+    /// Adds to the residual stream, `(rows, d_model)`, what the layer gives of it, and brings the states up to date.
+    pub fn run(&self, stream: &Tensor, buffers: &Buffers, state: &MambaState, slots: Slots) -> Result<()> {
         let Buffers { projected, columns, y } = buffers;
         let JoinedPath { conv, x_proj, dt_proj, norms, a, d, delta_bias } = &self.path;
         let d_inner = y.dim(1)?;
         let conv = DecodeConv { weight: &conv.0, bias: conv.1.as_ref(), state: &state.conv, slots };
         let norm = Some((&self.norm.0, self.norm.1));
-        let in_proj = DecodeLinear {
-            norm,
-            bias: self.in_proj.1.as_ref(),
-            ahead: Some(&self.out_proj.0),
-            ..DecodeLinear::new(stream, &self.in_proj.0)
-        };
+        let in_proj =
+            DecodeLinear { norm, bias: self.in_proj.1.as_ref(), ..DecodeLinear::new(stream, &self.in_proj.0) };
         in_proj.write_with_conv(projected, &conv)?;
         let (u, z) = (projected.narrow(1, 0, d_inner)?, projected.narrow(1, d_inner, d_inner)?);
-        let ahead = (next.dtype() == x_proj.dtype()).then_some(next);
-        let columns = DecodeColumns::Projected { weight: x_proj, ahead, to: columns };
+        let columns = DecodeColumns::Projected { weight: x_proj, to: columns };
         let norms = norms.as_ref().map(|(weights, eps)| (weights.as_ref().map(|[dt, b, c]| [dt, b, c]), *eps));
         let (d, delta_bias, z) = (Some(d), Some(delta_bias), Some(&z));
         DecodeUpdate { d, delta_bias, z, norms, slots, ..DecodeUpdate::new(&u, columns, dt_proj, a) }

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use selective_scan::decode::{
-    ColumnNorms, ConvStep, Linear, LinearMut, RowNorm, SelectiveUpdate, SelectiveUpdateMut, cpu, reference,
+    ColumnNorms, Columns, ConvStep, Linear, LinearMut, RowNorm, SelectiveUpdate, SelectiveUpdateMut, cpu, reference,
 };
 use selective_scan::{Element, Result, Slots, View, ViewMut};
 
@@ -144,7 +144,24 @@ fn of_an_update() {
     let message = "`a`: expected shape (d_inner, d_state) = [4, 2], got [3, 2]";
     refused(run(&SelectiveUpdate { a: view([3, 2]), ..plain }), message);
     let message = "`columns`: expected shape (rows, dt_rank + 2 d_state) = [3, 5], got [3, 6]";
-    refused(run(&SelectiveUpdate { columns: view([3, 6]), ..plain }), message);
+    refused(run(&SelectiveUpdate { columns: view([3, 6]).into(), ..plain }), message);
+    let projected = |shape| SelectiveUpdate { columns: Columns::Projected { weight: view(shape) }, ..plain };
+    refused(run(&projected([5, 4])), "`columns`: expected a buffer, as they are projected, got none");
+    let message = "`columns.weight`: expected shape (dt_rank + 2 d_state, d_inner) = [5, 4], got [4, 5]";
+    refused(run(&projected([4, 5])), message);
+    let with_buffer = |inputs: &SelectiveUpdate<f32>, len: usize| {
+        let (mut out, mut states, mut columns) = ([7.0f32; 12], [7.0f32; 64], vec![7.0f32; len]);
+        let outputs = SelectiveUpdateMut::new(ViewMut::new(&mut states[..], [3, 4, 2]), &mut out[..]);
+        let result = cpu::selective_update(inputs, SelectiveUpdateMut { columns: Some(&mut columns[..]), ..outputs });
+        let is_untouched = [&out[..], &states[..], &columns[..]].into_iter().flatten().all(|x| *x == 7.0);
+        assert!(result.is_ok() || is_untouched);
+        result
+    };
+    with_buffer(&projected([5, 4]), 15).expect("it is valid");
+    let message = "`columns`: expected (rows, dt_rank + 2 d_state) = [3, 5] elements, got 14 elements";
+    refused(with_buffer(&projected([5, 4]), 14), message);
+    let message = "`columns`: expected nothing to write, as they are given, got a buffer";
+    refused(with_buffer(&plain, 15), message);
     let message = "`d`: expected shape (d_inner) = [4], got [3]";
     refused(run(&SelectiveUpdate { d: Some(view([3])), ..plain }), message);
     let message = "`delta_bias`: expected shape (d_inner) = [4], got [5]";

@@ -62,10 +62,7 @@ pub fn selective_update<T: Element, St: Element>(inputs: &SelectiveUpdate<T>, ou
             copies.view(&inputs.u),
             match &inputs.columns {
                 Columns::Given(columns) => Columns::Given(copies.view(columns)),
-                Columns::Projected { weight, ahead } => Columns::Projected {
-                    weight: copies.view(weight),
-                    ahead: ahead.as_ref().map(|ahead| copies.view(ahead)),
-                },
+                Columns::Projected { weight } => Columns::Projected { weight: copies.view(weight) },
             },
             copies.view(&inputs.dt_weight),
             copies.view(&inputs.a),

@@ -96,12 +96,11 @@ impl<T: Element, St: Element> Case<T, St> {
     }
 
     /// By columns that are projected from `u`: the output, the pool's storage afterwards, and the columns.
-    fn run_projected(&self, device: Device, x_proj: &Strided<T>, ahead: bool) -> (Vec<T>, Vec<St>, Vec<T>) {
+    fn run_projected(&self, device: Device, x_proj: &Strided<T>) -> (Vec<T>, Vec<St>, Vec<T>) {
         let [rows, d_inner, d_state, dt_rank] = self.size();
         let (mut out, mut pool) = (vec![T::from_f32(7.0); rows * d_inner], self.pool.data.clone());
         let mut columns = vec![T::from_f32(7.0); rows * (dt_rank + 2 * d_state)];
-        let weight = matrix(x_proj);
-        let of_columns = Columns::Projected { weight, ahead: ahead.then(|| matrix(&self.dt_weight)) };
+        let of_columns = Columns::Projected { weight: matrix(x_proj) };
         let inputs = SelectiveUpdate { columns: of_columns, ..self.inputs() };
         let outputs = SelectiveUpdateMut::new(self.pool.view_mut(&mut pool), &mut out[..]);
         run_update(device, &inputs, SelectiveUpdateMut { columns: Some(&mut columns[..]), ..outputs });
@@ -309,7 +308,7 @@ pub(super) fn projected_columns_are_a_product_before<T: Element, St: Element>(
         if round % 2 == 0 {
             x_proj = x_proj.dense();
         }
-        let (out, pool, columns) = case.run_projected(device, &x_proj, draw.flag());
+        let (out, pool, columns) = case.run_projected(device, &x_proj);
 
         let mut want = vec![T::from_f32(7.0); columns.len()];
         let product = Linear::new(matrix(&case.u), matrix(&x_proj));

@@ -129,14 +129,18 @@ fn company_changes_no_bit_on_the_processor() {
     company_changes_no_bit(&Device::Cpu);
 }
 
-/// On a GPU a step is a graph of four launches a layer and two, and plain launches give its bits.
+/// On a GPU a step is a graph of three or four launches a layer and two, and plain launches give its bits.
 #[cfg(feature = "candle-cuda")]
 pub fn graphs_are_launches(device: &Device) {
     let mut random = random();
     for (name, config) in joined_blocks() {
         let model = model(&config, DType::BF16, true, &mut random, device);
         let mut decoders = [(); 2].map(|()| decoder(&model, 3, DType::BF16));
-        assert_eq!(decoders[0].how(2).unwrap(), Repetition::Graph { launches: 4 * 2 + 2 }, "{name}");
+        let how = decoders[0].how(2).unwrap();
+        // x_proj is within the update where it can be read in vectors.
+        let launches: &[_] = if name == "aligned" { &[3 * 2 + 2] } else { &[3 * 2 + 2, 4 * 2 + 2] };
+        let is_expected = launches.iter().any(|&launches| how == Repetition::Graph { launches });
+        assert!(is_expected, "{name}: {how:?}");
         decoders[1].launch_plainly(true);
         for _ in 0..5 {
             let (next, slots) = (tokens(&mut random, 2), if random.random() { [2, 0] } else { [1, -1] });
