@@ -182,8 +182,9 @@ mod tests {
     /// On 132 processors with two blocks each.
     #[test]
     fn blocks_are_done_together() {
-        // 96 columns: 11 rows of 6 segments are 4 blocks after another in each place; 6 rows of 11 were 3, the last hardly used.
-        assert_eq!(even_rows(96, 64, 8 * 132, 264), 11);
+        // 8 rows of 8 segments are 3 blocks after another in each place, all but filled; 6 rows of 11 are 3, the last in 48 places.
+        assert_eq!(even_rows(96, 64, 8 * 132, 264), 8);
+        assert_eq!(even_rows(96, 64, 8 * 132, 132), 4);
         assert_eq!(even_rows(96, 1, 8 * 132, 264), 1);
         assert_eq!(even_rows(96, 0, 8 * 132, 264), 1);
         assert_eq!(even_rows(5_000, 7, 8 * 132, 264), 1);
