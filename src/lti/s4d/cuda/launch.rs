@@ -9,7 +9,7 @@ use super::{Plan, Problem, Tensors};
 use crate::cuda::params::s4d::{self as kernels, CHUNK, PAIRS, THREADS, WARPS};
 use crate::cuda::params::{self, QUAD};
 use crate::cuda::{
-    Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, Kernel, Module, blocks, grid_rows, is_vectorizable,
+    Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, GRID_ROWS, Kernel, Module, blocks, grid_rows, is_vectorizable,
     packed_segments,
 };
 use crate::lti::Rule;
