@@ -313,7 +313,7 @@ pub(super) fn projected_columns_are_a_product_before<T: Element, St: Element>(
         let mut want = vec![T::from_f32(7.0); columns.len()];
         let product = Linear::new(matrix(&case.u), matrix(&x_proj));
         run_linear::<_, _, _, f32>(device, &product, LinearMut::new(&mut want[..]));
-        let mut values = want.iter().copied();
+        let mut values = want.iter().map(|x| x.to_f32());
         let shape = [1, rows, dt_rank + 2 * d_state];
         let given = Strided::new(shape, Layout::default(), || values.next().expect("as many"));
         let (want_out, want_pool) = Case { columns: given, ..case.clone() }.run(device);
@@ -420,7 +420,7 @@ fn norms_are_those_of_the_columns() {
             let mut columns = vec![0.0f32; rows * width];
             let mut first = 0;
             for (i, size) in [dt_rank, d_state, d_state].into_iter().enumerate() {
-                let view = inputs.columns;
+                let view = matrix(&case.columns);
                 let x = View::new(view.data, [rows, size]);
                 let x = x.with_layout(view.offset + first * view.strides[1], view.strides);
                 let options = norm::Options { eps: norms.eps, ..Default::default() };

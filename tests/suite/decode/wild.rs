@@ -2,7 +2,9 @@
 //! would turn into a panic).
 
 use proptest::prelude::*;
-use selective_scan::decode::{ColumnNorms, ConvStep, Linear, LinearMut, RowNorm, SelectiveUpdate, SelectiveUpdateMut};
+use selective_scan::decode::{
+    ColumnNorms, Columns, ConvStep, Linear, LinearMut, RowNorm, SelectiveUpdate, SelectiveUpdateMut,
+};
 use selective_scan::decode::{cpu, reference};
 use selective_scan::{View, ViewMut};
 
@@ -68,6 +70,8 @@ proptest! {
         given in any::<[bool; 3]>(),
         slots in slots(),
         lens in [0usize..300, 0usize..300, 0usize..300],
+        projected in any::<bool>(),
+        columns_len in 0usize..300,
     ) {
         let storage: Vec<Vec<f32>> = lens.iter().map(|&len| vec![0.5; len]).collect();
         let [rows, d_inner, d_state, dt_rank] = sizes;
@@ -78,13 +82,15 @@ proptest! {
         };
         let width = dt_rank.wrapping_add(d_state.wrapping_mul(2));
         let u = view(0, [rows, d_inner]);
+        let of_columns = view(1, if projected { [width, d_inner] } else { [rows, width] });
+        let columns = if projected { Columns::Projected { weight: of_columns } } else { Columns::Given(of_columns) };
         let inputs = SelectiveUpdate {
             norms: given[0].then_some(ColumnNorms { weights: None, eps: 1e-5 }),
             z: given[1].then_some(u),
             slots: slots.as_deref().into(),
             ..SelectiveUpdate::new(
                 u,
-                view(1, [rows, width]),
+                columns,
                 view(2, [d_inner, dt_rank]),
                 View::new(&storage[2][..], [d_inner, d_state]),
             )
@@ -95,8 +101,10 @@ proptest! {
         let state = ViewMut::new(&mut pool[..], pool_shape);
         let state = if dense[2] { state } else { state.with_layout(offset, strides) };
         let mut out = vec![0.5f32; rows.saturating_mul(d_inner).min(1000)];
-        if is_small(&[inputs.u.shape, inputs.columns.shape, inputs.dt_weight.shape]) {
-            let _ = cpu::selective_update(&inputs, SelectiveUpdateMut::new(state, &mut out[..]));
+        let mut to = vec![0.5f32; if given[0] { rows.saturating_mul(width).min(1000) } else { columns_len }];
+        if is_small(&[inputs.u.shape, of_columns.shape, inputs.dt_weight.shape]) {
+            let columns = projected.then_some(&mut to[..]);
+            let _ = cpu::selective_update(&inputs, SelectiveUpdateMut { columns, ..SelectiveUpdateMut::new(state, &mut out[..]) });
         }
     }
 }
