@@ -70,7 +70,7 @@ pub fn selective_update<T: Element, St: Element>(inputs: &SelectiveUpdate<T>, ou
     };
     let ViewMut { data, offset, shape, strides } = outputs.state;
     let (pool, out) = (copies.slice(data), copies.slice(outputs.out));
-    let columns = outputs.columns.as_ref().map(|columns| copies.slice(&**columns));
+    let columns = outputs.columns.as_ref().map(|columns| copies.slice(columns));
     let state = ViewMut { data: &mut *pool, offset, shape, strides };
     match (columns, outputs.columns) {
         (Some(on_device), Some(columns)) => {
