@@ -86,17 +86,12 @@ template <typename T> __device__ __forceinline__ void finish(const Linear &p, in
 template <typename T, int ROWS, typename Rows>
 __device__ __forceinline__ void finish_tile(const Linear &p, const float *partials, bool is_one, const Squares<ROWS> &squares,
                                             const Rows &rows, int first_output, int thread, int threads) {
-    constexpr int PARTIALS = ROWS * PARTIAL_STRIDE;
 #pragma unroll 1
     for (int i = thread; i < OUTPUTS * rows.count; i += threads) {
         const int row = i / OUTPUTS, output = i % OUTPUTS;
         if (first_output + output >= static_cast<int>(p.out_features)) continue;
         const float *of = partials + row * PARTIAL_STRIDE + output;
-        float sum = *of;
-        if (!is_one) {
-#pragma unroll
-            for (int warp = 1; warp < WARPS; warp++) sum += of[warp * PARTIALS];
-        }
+        float sum = is_one ? *of : sum_of_warps<ROWS>(of);
         if (!SCALES_FIRST<T> && rows.norms) sum *= squares.scale(p, row);
         finish<T>(p, rows.first + row, first_output + output, sum);
     }

@@ -36,11 +36,7 @@ __device__ __forceinline__ void project(const Linear &p, float *columns, int dis
         for (int i = threadIdx.x; i < OUTPUTS * CLUSTER * rows.count; i += THREADS) {
             const int output = i % OUTPUTS, to = i / OUTPUTS % CLUSTER, row = i / (OUTPUTS * CLUSTER);
             if (first + output >= out_features) continue;
-            const float *of = partials + row * PARTIAL_STRIDE + output;
-            float sum = *of;
-#pragma unroll
-            for (int warp = 1; warp < WARPS; warp++) sum += of[warp * PARTIALS];
-            sum = rounded<T>(sum);
+            const float sum = rounded<T>(sum_of_warps<TILE_ROWS>(partials + row * PARTIAL_STRIDE + output));
             store_in_block(columns + row * distance + first + output, to, sum);
             if (to == 0 && blockIdx.x < CLUSTER) {
                 static_cast<T *>(p.out)[(rows.first + row) * p.out_features + first + output] = narrow<T>(sum);

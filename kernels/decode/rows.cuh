@@ -71,6 +71,15 @@ template <typename X, int ROWS, bool WHOLE> struct BlockRows {
     }
 };
 
+// The sum of what all warps have left of an element of a tile of so many rows: one order wherever it is taken.
+template <int ROWS> __device__ __forceinline__ float sum_of_warps(const float *of) {
+    constexpr int PARTIALS = ROWS * PARTIAL_STRIDE;
+    float sum = *of;
+#pragma unroll
+    for (int warp = 1; warp < WARPS; warp++) sum += of[warp * PARTIALS];
+    return sum;
+}
+
 // The squares that each warp has summed up of each row, for the norm.
 template <int ROWS> struct Squares {
     float *of;
