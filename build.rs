@@ -43,7 +43,7 @@ fn main() {
         return;
     }
     sources.push(checks(&out, &params));
-    let build = Build { nvcc: find_nvcc(), flags: flags(&architectures()) };
+    let build = Build { out, nvcc: find_nvcc(), flags: flags(&architectures()) };
     let threads = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
     let (next, failed) = (AtomicUsize::new(0), AtomicUsize::new(0));
     thread::scope(|scope| {
@@ -121,6 +121,7 @@ fn write(path: &Path, text: &str) {
 const FLAG_VARIABLES: [&str; 2] = ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"];
 
 struct Build {
+    out: PathBuf,
     nvcc: PathBuf,
     flags: Vec<String>,
 }
@@ -134,9 +135,15 @@ impl Build {
         let folder = env::current_dir().map_err(|error| error.to_string())?;
         let (nvcc, flags) = (self.nvcc.display(), self.flags.join(" "));
         let command = format!("{} {nvcc} {flags} {}", folder.display(), of_variables.join(" "));
-        if fs::read_to_string(&stamp).is_ok_and(|old| old == command) && is_newer(fatbin, &dependencies) {
+        let is_current = |fatbin: &Path| {
+            let old = fs::read_to_string(fatbin.with_extension("command"));
+            old.is_ok_and(|old| old == command) && is_newer(fatbin, &fatbin.with_extension("d"))
+        };
+        if is_current(fatbin) || self.elsewhere(fatbin).any(|made| is_current(&made) && take(&made, fatbin)) {
             return Ok(());
         }
+        // Were this left by a build that is stopped in the middle, half a fatbin would count as made.
+        let _ = fs::remove_file(&stamp);
         let output = Command::new(&self.nvcc)
             .args(&self.flags)
             .args(["-fatbin", "-MD", "-MF"])
@@ -149,8 +156,33 @@ impl Build {
         if !output.status.success() {
             return Err(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned());
         }
-        fs::write(stamp, command).map_err(|error| error.to_string())
+        // What ptxas says of registers and spills, for `kernels/budget`.
+        fs::write(fatbin.with_extension("log"), output.stderr)
+            .and_then(|()| fs::write(stamp, command))
+            .map_err(|error| error.to_string())
     }
+
+    /// Where builds in other profiles or with other features, which have nothing to do with kernels, put the same fatbin:
+    /// cargo has a folder `<target>/<profile>/build/<package>-<hash>/out` for each.
+    fn elsewhere(&self, fatbin: &Path) -> impl Iterator<Item = PathBuf> {
+        let name = fatbin.strip_prefix(&self.out).expect("it is made there").to_owned();
+        let folders = |path: PathBuf| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+        let target = self.out.ancestors().nth(4).unwrap_or(&self.out).to_owned();
+        let builds = folders(target).flat_map(move |profile| folders(profile.join("build")));
+        let is_ours = |build: &PathBuf| {
+            let file = build.file_name().unwrap_or_default().to_string_lossy();
+            file.starts_with(concat!(env!("CARGO_PKG_NAME"), "-"))
+        };
+        builds.filter(is_ours).map(move |build| build.join("out").join(&name))
+    }
+}
+
+/// Copies a fatbin with what was written about it; says whether all of that is there.
+fn take(made: &Path, fatbin: &Path) -> bool {
+    // Their stamp last, as it says that the others are whole.
+    ["fatbin", "d", "log", "command"]
+        .iter()
+        .all(|extension| fs::copy(made.with_extension(extension), fatbin.with_extension(extension)).is_ok())
 }
 
 /// Whether `file` is newer than all that the make rule in `dependencies` names.
@@ -165,7 +197,7 @@ fn is_newer(file: &Path, dependencies: &Path) -> bool {
 
 fn flags(architectures: &[u32]) -> Vec<String> {
     // Without contraction the kernels say themselves where they round, so that variants of one give the same bits.
-    let mut flags: Vec<_> = ["-O3", "-std=c++17", "-fmad=false", "-lineinfo"].map(String::from).into();
+    let mut flags: Vec<_> = ["-O3", "-std=c++17", "-fmad=false", "-lineinfo", "-Xptxas=-v"].map(String::from).into();
     for arch in architectures {
         flags.push(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
     }

@@ -11,9 +11,6 @@ use crate::cuda::{Arguments, Cuda, Device, DeviceBuffers, GRID_COLUMNS, Kernel, 
 use crate::lti::s4d::tensors::Sizes;
 use crate::{DType, Element, Result};
 
-/// The most blocks for each processor: few, as each sums up for itself.
-const WAVES: usize = 8;
-
 /// Computes the gradient of every input that was given on the stream's device. It needs nothing from a forward pass.
 ///
 /// # Errors
@@ -60,9 +57,7 @@ pub(crate) fn backward_checked<T: Element>(
     let d_out_strides = if d_out.strides[2] == 1 { [d_out.strides[0], d_out.strides[1]] } else { [1, 1] };
     let others: [(u64, &[i64]); 2] = [(d_out.data, &d_out_strides), (to.u, &[d_inner as i64])];
     let launcher = Launcher::new(&device, &plan, problem, &mut arguments, &others)?;
-    // By their registers.
-    let at_a_time = if T::DTYPE == DType::Bf16 { 2 } else { 1 };
-    let grid = launcher.even_grid(WAVES, at_a_time);
+    let grid = launcher.grid::<T>();
     let rows = if launcher.segments == 0 { 0 } else { grid[1] };
     let pairs = rows * d_inner * launcher.inputs.padded as usize;
     let sums = device.workspace::<f32>("sums of S4D", pairs * 4 * CHUNK + rows * d_inner * OF_KERNEL)?;

@@ -11,9 +11,6 @@ use crate::cuda::{Arguments, Cuda, Device, Module, suffix};
 use crate::lti::s4d::tensors::Sizes;
 use crate::{Element, Result};
 
-/// Blocks for each processor, which has room for one: so many that the last ones to end are a small part of the time.
-const WAVES: usize = 8;
-
 /// Runs S4D on the stream's device.
 ///
 /// # Errors
@@ -55,7 +52,7 @@ pub(crate) fn forward_checked<T: Element>(
     }
     let launcher = Launcher::new(&device, &plan, problem, &mut arguments, &[(out, &[d_inner as i64])])?;
     let params = kernels::Forward { inputs: launcher.inputs, out, final_state };
-    let grid = launcher.grid(WAVES);
+    let grid = launcher.grid::<T>();
     // SAFETY (both): every address and extent has been checked by `Inputs::check` and `check_outputs`, and the workspaces
     // have an element for each that the kernels write.
     if launcher.is_split {

@@ -9,13 +9,16 @@ use super::{Plan, Problem, Tensors};
 use crate::cuda::params::s4d::{self as kernels, CHUNK, PAIRS, THREADS, WARPS};
 use crate::cuda::params::{self, QUAD};
 use crate::cuda::{
-    Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, GRID_ROWS, Kernel, Module, blocks, grid_rows, is_vectorizable,
+    Arguments, Cuda, Device, DeviceViews, GRID_COLUMNS, GRID_ROWS, Kernel, Module, blocks, is_vectorizable,
     packed_segments,
 };
 use crate::lti::Rule;
 use crate::lti::s4d::tensors::Sizes;
 use crate::sequences::Sequences;
-use crate::{Element, Result};
+use crate::{DType, Element, Result};
+
+/// The most blocks for each processor: few, as backward's sum up each for itself.
+const WAVES: usize = 8;
 
 /// The inputs of a pass, the tables that are made of them, and how the work is divided.
 pub(super) struct Launcher<'d> {
@@ -95,16 +98,12 @@ impl<'d> Launcher<'d> {
         })
     }
 
-    /// The grid in which each block takes some segments, `waves` blocks for each processor if there are as many.
-    pub fn grid(&self, waves: usize) -> [usize; 2] {
-        let room = waves * self.device.properties().processors;
-        [self.columns, grid_rows(self.columns, self.segments, room)]
-    }
-
-    /// The grid of up to `waves` blocks for each processor, of which `at_a_time` run, that is done first if every segment takes as long.
-    pub fn even_grid(&self, waves: usize, at_a_time: usize) -> [usize; 2] {
+    /// The grid whose blocks, each of which takes some segments, are done first if every segment takes as long.
+    pub fn grid<T: Element>(&self) -> [usize; 2] {
         let processors = self.device.properties().processors;
-        [self.columns, even_rows(self.columns, self.segments, waves * processors, at_a_time * processors)]
+        // By their registers.
+        let at_a_time = if T::DTYPE == DType::Bf16 { 2 } else { 1 };
+        [self.columns, even_rows(self.columns, self.segments, WAVES * processors, at_a_time * processors)]
     }
 
     /// Enqueues a kernel over segments, with `shared` bytes of shared memory for each block.
