@@ -145,11 +145,12 @@ __device__ __forceinline__ void step_back(const Step<R> &step, Number<R> &d_stat
     if (sums.of_skip) *sums.of_skip += static_cast<float>(of_skip);
 }
 
-// Goes back through the first `chunks` chunks of a tile, and leaves the slopes by their inputs where the slopes by states were.
-template <typename T, typename R>
+// Goes back through the first `chunks` chunks of a tile, and leaves the slopes by their inputs where the slopes by states were. `ask`
+// is called once these are not read any more.
+template <typename T, typename R, typename Ask>
 __device__ __forceinline__ void chunks_back(const Backward &params, Shared<T> &shared, const Warp &warp, int index, Lane lane,
                                             const Matrices<T> &matrices, const Power<R> &power, Number<R> &d_state,
-                                            MatrixSlopes &of_enter, int chunks) {
+                                            MatrixSlopes &of_enter, int chunks, const Ask &ask) {
     using Types = Products<T>;
     using OfSteps = typename Types::OfSteps;
     using Slope = typename Types::Slope;
@@ -201,6 +202,7 @@ __device__ __forceinline__ void chunks_back(const Backward &params, Shared<T> &s
     within_chunks(of_steps, slopes_by_outputs(), Matrices<T>::within(p, shared, warp, index, lane));
     Types::from_slopes(of_steps, lane, rows.slopes, [&](int i) { return Matrices<T>::enter(p, shared, warp, index, lane, i); });
     __syncwarp();
+    ask();
     write_steps(rows.slopes, lane, of_steps, products, chunks * CHUNK);
     if (first > 0) {
         const Warp warp = Warp::again(p);
@@ -211,10 +213,11 @@ __device__ __forceinline__ void chunks_back(const Backward &params, Shared<T> &s
     }
 }
 
-// Goes back through the `steps` steps of a tile.
-template <typename T, typename R>
+// Goes back through the `steps` steps of a tile. `ask` is called for the next one.
+template <typename T, typename R, typename Ask>
 __device__ __forceinline__ void differentiate(const Backward &params, Shared<T> &shared, const Warp &warp, const Matrices<T> &matrices,
-                                              const Power<R> &power, Number<R> &d_state, MatrixSlopes &of_enter, int steps) {
+                                              const Power<R> &power, Number<R> &d_state, MatrixSlopes &of_enter, int steps,
+                                              const Ask &ask) {
     // (Addresses are made in each tile, which takes few instructions, and no registers in between.)
     const int thread = reload_tid(), index = thread / 32, chunks = steps / CHUNK;
     const Lane lane(thread);
@@ -227,7 +230,11 @@ __device__ __forceinline__ void differentiate(const Backward &params, Shared<T> 
             if (i % CHUNK == lane.index()) after = d_u;
         });
     }
-    if (chunks > 0) chunks_back<T>(params, shared, warp, index, lane, matrices, power, d_state, of_enter, chunks);
+    if (chunks > 0) {
+        chunks_back<T>(params, shared, warp, index, lane, matrices, power, d_state, of_enter, chunks, ask);
+    } else {
+        ask();
+    }
     if (chunks * CHUNK + lane.index() < steps && lane.index() < CHUNK) shared.slopes[index][chunks * CHUNK + lane.index()] = after;
 }
 
@@ -278,27 +285,19 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
         const KeptPlace &place = shared.places[warp.index];
         shared.places[warp.index].put({at, segment_at(p.segments, at), Block(p)});
         Number<R> d_state = incoming_slope<R>(params, place.get().segment, Warp::again(p));
-        // Of what is staged of a tile, the slopes by outputs are asked for a tile ahead. (For the inputs there are no registers.)
-        Staged<T> inputs, d_out;
-        const auto load = [&](int64_t step) {
-            const Place now = place.get();
-            d_out.load(params.d_out, p, now.segment, now.block, step);
+        const auto ask = [&](int64_t first) {
+            if (p.flags & FLAG_ROW && first >= 0) Ahead<T>::in(shared.slopes[reload_tid() / 32]).ask(params, place.get(), first);
         };
         // (Before a segment without steps, where no tile is.)
         int64_t first = (place.get().segment.steps + TILE - 1) / TILE * TILE - TILE;
-        if (first >= 0) load(first + threadIdx.x);
+        ask(first);
         for (; first >= 0; first -= TILE) {
             // (Nobody reads the tile after this one any more: all have met since.)
-            {
-                const Place now = place.get();
-                inputs.load(p.u, p, now.segment, now.block, first + threadIdx.x);
-                inputs.write(shared.inputs[0]);
-            }
-            d_out.write(shared.d_out[0]);
-            if (first > 0) load(first - TILE + threadIdx.x);
-            __syncthreads();
+            stage<T>(params, place, shared.slopes[reload_tid() / 32], shared.inputs[0], shared.d_out[0], first);
             const int steps = static_cast<int>(min(place.get().segment.steps - first, int64_t(TILE)));
-            if (warp.exists) differentiate<T>(params, shared, warp, matrices, power, d_state, of_enter, steps);
+            if (warp.exists) {
+                differentiate<T>(params, shared, warp, matrices, power, d_state, of_enter, steps, [&] { ask(first - TILE); });
+            }
             __syncthreads();
             const Place now = place.get();
             finish<T, CHUNKS * EXCHANGE>(params.d_u, shared.slopes[0], p, now.segment, now.block, first + threadIdx.x);

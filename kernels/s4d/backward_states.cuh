@@ -75,11 +75,11 @@ __device__ __forceinline__ void step_forward(const Step<R> &step, const double *
     sums.add(3, of_read);
 }
 
-// Goes through the `steps` steps of a tile.
-template <typename T, typename R>
+// Goes through the `steps` steps of a tile. `ask` is called for the next one, if this is not the last.
+template <typename T, typename R, typename Ask>
 __device__ __forceinline__ void differentiate(const Backward &params, Shared<T> &shared, const Warp &warp, const Matrices<T> &matrices,
                                               const Power<R> &power, Derived<R> &now, MatrixSlopes &of_read, Number<R> &of_chunk,
-                                              int steps) {
+                                              int steps, const Ask &ask) {
     using Types = Products<T>;
     using OfSteps = typename Types::OfSteps;
     const Inputs &p = params.inputs;
@@ -108,6 +108,7 @@ __device__ __forceinline__ void differentiate(const Backward &params, Shared<T> 
 #pragma unroll 1
         for (int i = chunks; i < CHUNKS; i++) keep(states, i, Number<float>{0.0f, 0.0f});
         __syncwarp();
+        ask();
         using OverChunks = typename OverChunksOf<T>::Type;
         of_read.add<Number<float>>(lane, OverChunks(d_out, lane, 0, chunks), states);
     }
@@ -136,21 +137,22 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
         const KeptPlace &place = shared.places[warp.index];
         shared.places[warp.index].put({at, segment_at(p.segments, at), Block(p)});
         Derived<R> now = {incoming_state<R>(p, place.get().segment, place.warp(p))};
-        for (int64_t first = 0; first < place.get().segment.steps; first += TILE) {
-            {
-                // (Asked for a tile ahead it would take registers that are not there: the other block of the processor works meanwhile.)
-                const Place now = place.get();
-                Staged<T> inputs, d_out;
-                inputs.load(p.u, p, now.segment, now.block, first + threadIdx.x);
-                d_out.load(params.d_out, p, now.segment, now.block, first + threadIdx.x);
-                __syncthreads();
-                inputs.write(shared.inputs[0]);
-                d_out.write(shared.d_out[0]);
-            }
+        const auto ask = [&](int tile) {
+            const int64_t first = int64_t(tile) * TILE;
+            if (!(p.flags & FLAG_ROW) || first >= place.get().segment.steps) return;
+            Ahead<T>::in(shared.slopes[reload_tid() / 32]).ask(params, place.get(), first);
+        };
+        ask(0);
+        for (int tile = 0; int64_t(tile) * TILE < place.get().segment.steps; tile++) {
+            const int64_t first = int64_t(tile) * TILE;
+            // Nobody reads the tile before this one any more.
             __syncthreads();
+            stage<T>(params, place, shared.slopes[reload_tid() / 32], shared.inputs[0], shared.d_out[0], first);
             const int64_t left = place.get().segment.steps - first;
             const int steps = static_cast<int>(min(left, int64_t(TILE)));
-            if (warp.exists) differentiate<T>(params, shared, warp, matrices, power, now, of_read, of_chunk, steps);
+            if (warp.exists) {
+                differentiate<T>(params, shared, warp, matrices, power, now, of_read, of_chunk, steps, [&] { ask(tile + 1); });
+            }
         }
         at = place.get().index;
         if (!warp.exists) continue;

@@ -11,8 +11,8 @@ constexpr int CHUNK = 16, CHUNKS = 16, TILE = CHUNK * CHUNKS;
 // Pairs of a warp: those of a channel are in as many warps as they fill, at most those of a block.
 constexpr int PAIRS = 32, WARPS = 8, THREADS = 32 * WARPS;
 
-// FLAG_VECTOR: activations can be read and written in vectors of 4 channels.
-constexpr uint64_t FLAG_REVERSE = 1, FLAG_VECTOR = 2;
+// Activations can be read and written in vectors, FLAG_VECTOR: of 4 channels, FLAG_ROW: of 16 bytes, and blocks have 8 channels each.
+constexpr uint64_t FLAG_REVERSE = 1, FLAG_VECTOR = 2, FLAG_ROW = 4;
 constexpr int64_t RULE_HOLD = 0, RULE_BILINEAR = 1, RULE_EULER = 2;
 
 // What both passes read. Complex numbers are two neighbours.

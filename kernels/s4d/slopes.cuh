@@ -41,6 +41,51 @@ struct KeptPlace {
     __device__ __forceinline__ Warp warp(const Inputs &p) const { return Warp(p, get().block, reload_tid()); }
 };
 
+// A thread's step of the next tile, where activations are read in rows (FLAG_ROW): asked for while this one is gone through, it
+// arrives in a part of the warp's exchange that is free from then on, as there are no registers to wait in.
+template <typename T> struct Ahead {
+    Pack<T, WARPS> inputs[32], d_out[32];
+
+    static __device__ __forceinline__ Ahead &in(float *exchange) {
+        static_assert(sizeof(Ahead) <= sizeof(float) * (CHUNKS * EXCHANGE - TILE), "there is room after what is finished of this tile");
+        return *reinterpret_cast<Ahead *>(exchange + TILE);
+    }
+    // `first` is the tile's first step. (The lanes of a warp wait for each other before, where they have used what lies there.)
+    __device__ __forceinline__ void ask(const Backward &params, const Place &place, int64_t first) {
+        const Inputs &p = params.inputs;
+        const int thread = reload_tid();
+        const bool is_there = first + thread < place.segment.steps;
+        const auto copy = [&](Pack<T, WARPS> &to, const Activation &from) {
+            const T *const at = Staged<T>::at(from, p, place.segment, place.block, first + thread);
+            if constexpr (sizeof(T) == 2) {
+                copy_async(to, at, is_there);
+            } else {
+                copy_async(to.halves[0], at, is_there), copy_async(to.halves[1], at + QUAD, is_there);
+            }
+        };
+        copy(inputs[thread % 32], p.u), copy(d_out[thread % 32], params.d_out);
+        commit_copies();
+    }
+};
+
+// Stages a tile's inputs and slopes by outputs, which in rows have been asked for, and has the block meet.
+template <typename T, typename S>
+__device__ __forceinline__ void stage(const Backward &params, const KeptPlace &place, float *exchange, S *inputs, S *d_out, int64_t first) {
+    const Inputs &p = params.inputs;
+    Staged<T> u, d_y;
+    if (p.flags & FLAG_ROW) {
+        wait_for_copies<0>();
+        const Ahead<T> &rows = Ahead<T>::in(exchange);
+        u.take(rows.inputs[threadIdx.x % 32]), d_y.take(rows.d_out[threadIdx.x % 32]);
+    } else {
+        const Place now = place.get();
+        u.load(p.u, p, now.segment, now.block, first + threadIdx.x);
+        d_y.load(params.d_out, p, now.segment, now.block, first + threadIdx.x);
+    }
+    u.write(inputs), d_y.write(d_out);
+    __syncthreads();
+}
+
 // Steps of the chunks from `from` to `to`, of all of which the product with a tile's states is the sum over the chunks: as A, a row
 // is a step (g is step 2g, g + 8 the one after it) and a column a chunk.
 template <bool EXACT> struct OverChunks {

@@ -50,13 +50,14 @@ impl<'d> Launcher<'d> {
         let channels = WARPS / pair_blocks;
         let columns = blocks(d_inner, channels);
         let options = problem.inputs.options;
-        let whole = |address: u64, strides: &[i64]| is_vectorizable::<T>(address, strides, QUAD);
         let u = tensors.u;
-        let vector = u.strides[2] == 1
-            && whole(u.data, &u.strides[..2])
-            && channels.is_multiple_of(QUAD)
-            && d_inner.is_multiple_of(QUAD)
-            && others.iter().all(|(address, strides)| whole(*address, strides));
+        let are_vectors = |count: usize| {
+            let whole = |address: u64, strides: &[i64]| is_vectorizable::<T>(address, strides, count);
+            u.strides[2] == 1
+                && whole(u.data, &u.strides[..2])
+                && others.iter().all(|(address, strides)| whole(*address, strides))
+        };
+        let come_in = |count: usize| channels.is_multiple_of(count) && d_inner.is_multiple_of(count);
         let numbers = d_inner * padded * 2 * CHUNK;
         let table = device.workspace::<f32>("the matrices of S4D", 2 * numbers + d_inner * CHUNK)?;
         let powers = device.workspace::<f64>("the powers of S4D", d_inner * padded * 4)?;
@@ -72,7 +73,11 @@ impl<'d> Launcher<'d> {
             padded: padded as i64,
             pair_blocks: pair_blocks as i64,
             rule: number_of(options.rule),
-            flags: params::flags([(options.reverse, kernels::FLAG_REVERSE), (vector, kernels::FLAG_VECTOR)]),
+            flags: params::flags([
+                (options.reverse, kernels::FLAG_REVERSE),
+                (come_in(QUAD) && are_vectors(QUAD), kernels::FLAG_VECTOR),
+                (come_in(WARPS) && are_vectors(16 / size_of::<T>()), kernels::FLAG_ROW),
+            ]),
             ..kernels::Inputs::zeroed()
         });
         let division = divide(device, plan, problem.sequences, columns, length)?;
