@@ -14,7 +14,7 @@
 //! }
 //! ```
 //!
-//! A namespace becomes a module, a pointer a `u64`, an `int` constant a `usize`. The sizes of structs and the offsets of their
+//! A namespace becomes a module, a pointer a `u64`, an `int` constant a `usize`, and `struct alignas(64)` is aligned in Rust too. The sizes of structs and the offsets of their
 //! fields, as this file takes them to be, are asserted in both languages.
 
 use std::collections::HashMap;
@@ -258,10 +258,24 @@ impl<'a> Parser<'a> {
 
     fn structure(&mut self, docs: &str, indent: &str) -> Parsed<()> {
         self.expect("struct")?;
+        let mut layout = Layout { size: 0, align: 1 };
+        if self.accept("alignas") {
+            self.expect("(")?;
+            layout.align = usize::try_from(self.sum()?).map_err(|_| "an alignment")?;
+            self.expect(")")?;
+        }
+        let aligned = layout.align;
         let name = self.word("the struct's name")?;
         self.expect("{")?;
         let full = self.full(name);
-        let (mut fields, mut offsets, mut layout) = (String::new(), Vec::new(), Layout { size: 0, align: 1 });
+        let (mut fields, mut offsets) = (String::new(), Vec::new());
+        // What C++ leaves out between fields is a field in Rust, so that all bytes of a struct are plain data.
+        let gap = |fields: &mut String, from: usize, to: usize| {
+            if from < to {
+                let _ =
+                    writeln!(fields, "{indent}    #[doc(hidden)]\n{indent}    pub gap_{from}: [u8; {}],", to - from);
+            }
+        };
         loop {
             let docs = self.docs(&format!("{indent}    "));
             if self.accept("}") {
@@ -285,6 +299,7 @@ impl<'a> Parser<'a> {
                     (rust, field.size)
                 };
                 let offset = layout.size.next_multiple_of(field.align);
+                gap(&mut fields, layout.size, offset);
                 let _ = writeln!(fields, "{indent}    pub {field_name}: {rust},");
                 offsets.push((field_name, offset));
                 layout = Layout { size: offset + size, align: layout.align.max(field.align) };
@@ -295,8 +310,10 @@ impl<'a> Parser<'a> {
             self.expect(";")?;
         }
         self.expect(";")?;
-        layout.size = layout.size.next_multiple_of(layout.align);
-        self.write_struct(&full, docs, indent, &fields, &offsets, layout);
+        let end = layout.size.next_multiple_of(layout.align);
+        gap(&mut fields, layout.size, end);
+        layout.size = end;
+        self.write_struct(&full, docs, indent, &fields, &offsets, layout, aligned);
         self.params.structs.insert(full, layout);
         Ok(())
     }
@@ -328,14 +345,16 @@ impl<'a> Parser<'a> {
         fields: &str,
         offsets: &[(&str, usize)],
         layout: Layout,
+        aligned: usize,
     ) {
         let name = full.rsplit("::").next().unwrap_or(full);
         let Layout { size, align } = layout;
         let (rust, checks) = (&mut self.params.rust, &mut self.params.checks);
         let derive = "#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]";
+        let repr = if aligned > 1 { format!("C, align({aligned})") } else { "C".into() };
         let _ = writeln!(
             rust,
-            "{docs}{indent}{derive}\n{indent}#[repr(C)]\n{indent}pub struct {name} {{\n{fields}{indent}}}"
+            "{docs}{indent}{derive}\n{indent}#[repr({repr})]\n{indent}pub struct {name} {{\n{fields}{indent}}}"
         );
         let _ = writeln!(
             rust,
@@ -385,6 +404,21 @@ mod tests {
         assert!(!params.rust().contains("Not documentation"));
         for part in ["offsetof(scan::Few, z) == 16", "static_assert(scan::forward::B == 11"] {
             assert!(params.checks().contains(part), "{part} in\n{}", params.checks());
+        }
+    }
+
+    /// What lies between fields and after them is a field of bytes.
+    #[test]
+    fn aligned_structs_have_no_holes() {
+        let text =
+            "struct alignas(64) Map {\n    uint64_t words[2];\n};\nstruct Two {\n    float x;\n    Map map;\n};\n";
+        let params = read(text).expect("it can be read");
+        for part in [
+            "#[repr(C, align(64))]\npub struct Map {\n    pub words: [u64; 2],\n    #[doc(hidden)]\n    pub gap_16: [u8; 48],\n}",
+            "    #[doc(hidden)]\n    pub gap_4: [u8; 60],\n    pub map: Map,\n",
+            "size_of::<Two>() == 128 && align_of::<Two>() == 64",
+        ] {
+            assert!(params.rust().contains(part), "{part} in\n{}", params.rust());
         }
     }
 

@@ -19,6 +19,11 @@ struct Activation {
     int64_t batch, step, channel;
 };
 
+// How the copy engine finds boxes of a tensor, as the driver writes it (CUtensorMap).
+struct alignas(64) TensorMap {
+    uint64_t words[16];
+};
+
 // B or C: (batch, length, groups, d_state) of the activations' type or, where `constant` is set, (d_inner, d_state) f32.
 struct Projection {
     const void *data;

@@ -19,6 +19,7 @@ template <typename T> struct Shared {
     Operands<Products<T>::IN_SHARED ? STEP_TILES : 1> within[WARPS];
     Operands<Products<T>::IN_SHARED ? READ_IN_SHARED : 1> read[WARPS];
     KeptPlace places[WARPS];
+    Arrival arrivals[WARPS];
 };
 static_assert(sizeof(Shared<__nv_bfloat16>) == SMEM && sizeof(Shared<float>) <= SMEM, "as it is launched");
 
@@ -265,11 +266,32 @@ __device__ __forceinline__ void retreat(const Inputs &p, Shared<T> &shared, cons
     }
 }
 
+// Writes the slopes by the inputs of a tile, which the channels' warps have left in the exchange.
+template <typename T>
+__device__ __forceinline__ void finish_back(const Backward &params, const KeptPlace &place, Shared<T> &shared, int64_t first) {
+    const Inputs &p = params.inputs;
+    const Place now = place.get();
+    if constexpr (Ahead<T>::BY_BOXES) {
+        const int thread = reload_tid(), lane = thread % 32;
+        // A box has all steps of a warp, which the end of a sequence may not.
+        if (p.flags & FLAG_BOXES && first + thread - lane + BOX_STEPS <= now.segment.steps) {
+            Ahead<T> &rows = Ahead<T>::of(shared);
+            rows.d_u[Ahead<T>::row(p, lane)] = finished_row<T, CHUNKS * EXCHANGE>(shared.slopes[0]);
+            fence_boxes();
+            __syncwarp();
+            if (lane == 0) BoxAt(p, now, first + thread).store(params.d_u_boxes, rows.d_u);
+            return;
+        }
+    }
+    finish<T, CHUNKS * EXCHANGE>(params.d_u, shared.slopes[0], p, now.segment, now.block, first + threadIdx.x);
+}
+
 template <typename T> __device__ __forceinline__ void run(const Backward &params) {
     using R = typename Precision<T>::Real;
-    extern __shared__ float4 memory[];
+    extern __shared__ __align__(128) float4 memory[];
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(memory);
     const Inputs &p = params.inputs;
+    init_arrivals<T>(p, shared.arrivals);
     const Warp warp(p, Block(p));
     const Matrices<T> matrices(p, shared, warp, Lane());
     const Power<R> power(Number<double>{warp.powers(p)[2], warp.powers(p)[3]});
@@ -286,21 +308,20 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
         shared.places[warp.index].put({at, segment_at(p.segments, at), Block(p)});
         Number<R> d_state = incoming_slope<R>(params, place.get().segment, Warp::again(p));
         const auto ask = [&](int64_t first) {
-            if (p.flags & FLAG_ROW && first >= 0) Ahead<T>::in(shared.slopes[reload_tid() / 32]).ask(params, place.get(), first);
+            if (p.flags & FLAG_ROW && first >= 0) Ahead<T>::of(shared).ask(params, place.get(), shared.arrivals, first);
         };
         // (Before a segment without steps, where no tile is.)
         int64_t first = (place.get().segment.steps + TILE - 1) / TILE * TILE - TILE;
         ask(first);
         for (; first >= 0; first -= TILE) {
             // (Nobody reads the tile after this one any more: all have met since.)
-            stage<T>(params, place, shared.slopes[reload_tid() / 32], shared.inputs[0], shared.d_out[0], first);
+            stage<T>(params, place, shared, first);
             const int steps = static_cast<int>(min(place.get().segment.steps - first, int64_t(TILE)));
             if (warp.exists) {
                 differentiate<T>(params, shared, warp, matrices, power, d_state, of_enter, steps, [&] { ask(first - TILE); });
             }
             __syncthreads();
-            const Place now = place.get();
-            finish<T, CHUNKS * EXCHANGE>(params.d_u, shared.slopes[0], p, now.segment, now.block, first + threadIdx.x);
+            finish_back<T>(params, place, shared, first);
         }
         at = place.get().index;
         const Segment ended = place.get().segment;
@@ -310,6 +331,7 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
         }
     }
     // (Of the last tile's slopes by inputs.)
+    if (Ahead<T>::BY_BOXES) wait_for_boxes();
     __syncthreads();
     if (!warp.exists) return;
     const Warp again = Warp::again(p);
@@ -321,7 +343,7 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
 // The slopes by the states before segments of split sequences, from zero after each.
 template <typename T> __device__ __forceinline__ void run_chunk_state(const Backward &params) {
     using R = typename Precision<T>::Real;
-    extern __shared__ float4 memory[];
+    extern __shared__ __align__(128) float4 memory[];
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(memory);
     const Inputs &p = params.inputs;
     const Block block(p);

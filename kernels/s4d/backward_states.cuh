@@ -19,6 +19,7 @@ template <typename T> struct Shared {
     // G, where it is here.
     Operands<Products<T>::IN_SHARED ? STATE_TILES : 1> read[WARPS];
     KeptPlace places[WARPS];
+    Arrival arrivals[WARPS];
 };
 constexpr int SIZE = sizeof(Shared<__nv_bfloat16>);
 static_assert(SIZE == backward_states::SMEM && sizeof(Shared<float>) <= SIZE, "as it is launched");
@@ -120,9 +121,10 @@ __device__ __forceinline__ void differentiate(const Backward &params, Shared<T> 
 
 template <typename T> __device__ __forceinline__ void run(const Backward &params) {
     using R = typename Precision<T>::Real;
-    extern __shared__ float4 memory[];
+    extern __shared__ __align__(128) float4 memory[];
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(memory);
     const Inputs &p = params.inputs;
+    init_arrivals<T>(p, shared.arrivals);
     const Warp warp(p, Block(p));
     const Matrices<T> matrices(p, shared, warp, Lane());
     const Power<R> power(Number<double>{warp.powers(p)[2], warp.powers(p)[3]});
@@ -140,14 +142,14 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
         const auto ask = [&](int tile) {
             const int64_t first = int64_t(tile) * TILE;
             if (!(p.flags & FLAG_ROW) || first >= place.get().segment.steps) return;
-            Ahead<T>::in(shared.slopes[reload_tid() / 32]).ask(params, place.get(), first);
+            Ahead<T>::of(shared).ask(params, place.get(), shared.arrivals, first);
         };
         ask(0);
         for (int tile = 0; int64_t(tile) * TILE < place.get().segment.steps; tile++) {
             const int64_t first = int64_t(tile) * TILE;
             // Nobody reads the tile before this one any more.
             __syncthreads();
-            stage<T>(params, place, shared.slopes[reload_tid() / 32], shared.inputs[0], shared.d_out[0], first);
+            stage<T>(params, place, shared, first);
             const int64_t left = place.get().segment.steps - first;
             const int steps = static_cast<int>(min(left, int64_t(TILE)));
             if (warp.exists) {

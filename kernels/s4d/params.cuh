@@ -11,8 +11,11 @@ constexpr int CHUNK = 16, CHUNKS = 16, TILE = CHUNK * CHUNKS;
 // Pairs of a warp: those of a channel are in as many warps as they fill, at most those of a block.
 constexpr int PAIRS = 32, WARPS = 8, THREADS = 32 * WARPS;
 
-// Activations can be read and written in vectors, FLAG_VECTOR: of 4 channels, FLAG_ROW: of 16 bytes, and blocks have 8 channels each.
-constexpr uint64_t FLAG_REVERSE = 1, FLAG_VECTOR = 2, FLAG_ROW = 4;
+// Activations can be read and written in vectors, FLAG_VECTOR: of 4 channels, FLAG_ROW: of 16 bytes, and blocks have 8 channels each;
+// FLAG_BOXES: of 8 channels, and backward by the copy engine.
+constexpr uint64_t FLAG_REVERSE = 1, FLAG_VECTOR = 2, FLAG_ROW = 4, FLAG_BOXES = 8;
+// Steps of a box: those that a warp stages.
+constexpr int BOX_STEPS = 32;
 constexpr int64_t RULE_HOLD = 0, RULE_BILINEAR = 1, RULE_EULER = 2;
 
 // What both passes read. Complex numbers are two neighbours.
@@ -45,6 +48,8 @@ struct Forward {
 };
 
 struct Backward {
+    // With FLAG_BOXES, (batch, length, d_inner) in boxes of BOX_STEPS steps of a block's channels.
+    TensorMap u_boxes, d_out_boxes, d_u_boxes;
     Inputs inputs;
     Activation d_out;
     States d_final_state;
@@ -100,8 +105,8 @@ constexpr int THREADS = 128;
 constexpr int OF_KERNEL = CHUNK + 1;
 // Numbers of a row of the exchange between products and chains, with a gap that keeps rows apart in the banks.
 constexpr int EXCHANGE = 2 * PAIRS + 8;
-// Words of 8 bytes of where a warp of a backward kernel is.
-constexpr int PLACE = 13;
+// Words of 8 bytes of where a warp of a backward kernel is, and of what it waits for.
+constexpr int PLACE = 13, ARRIVAL = 2;
 // Bytes of dynamic shared memory.
 namespace forward {
 constexpr int SMEM = 4 * WARPS * (4 * TILE + CHUNKS * EXCHANGE + 8 * PAIRS);
@@ -109,10 +114,10 @@ constexpr int SMEM = 4 * WARPS * (4 * TILE + CHUNKS * EXCHANGE + 8 * PAIRS);
 // Of bf16, whose activations are staged as they are and whose operands are in part in shared memory: a lane has four words of each.
 // (Of other types, staged as f32, it is less.)
 namespace backward_states {
-constexpr int SMEM = WARPS * (2 * 2 * TILE + 4 * (2 * CHUNKS * EXCHANGE + 8 * 32 * 4 + 2 * PLACE));
+constexpr int SMEM = WARPS * (2 * 2 * TILE + 4 * (2 * CHUNKS * EXCHANGE + 8 * 32 * 4 + 2 * (PLACE + ARRIVAL)));
 }
 namespace backward {
-constexpr int SMEM = WARPS * (2 * 2 * TILE + 4 * (CHUNKS * EXCHANGE + (2 + 8 + 2 + 5) * 32 * 4 + 2 * PLACE));
+constexpr int SMEM = WARPS * (2 * 2 * TILE + 4 * (CHUNKS * EXCHANGE + (2 + 8 + 2 + 5) * 32 * 4 + 2 * (PLACE + ARRIVAL)));
 }
 
 }

@@ -10,8 +10,11 @@
 // found by one that goes through them forward in time (backward_states.cuh). Neither needs what the other finds, so that no states
 // are kept, and each has half of the sums, for which there is room in the registers of 16 warps a processor.
 #pragma once
+#include "../common/tensor_copy.cuh"
 #include "halves.cuh"
 #include "tile.cuh"
+#include <stddef.h>
+#include <type_traits>
 
 namespace s4d::backward {
 
@@ -41,19 +44,60 @@ struct KeptPlace {
     __device__ __forceinline__ Warp warp(const Inputs &p) const { return Warp(p, get().block, reload_tid()); }
 };
 
-// A thread's step of the next tile, where activations are read in rows (FLAG_ROW): asked for while this one is gone through, it
-// arrives in a part of the warp's exchange that is free from then on, as there are no registers to wait in.
-template <typename T> struct Ahead {
-    Pack<T, WARPS> inputs[32], d_out[32];
+// Where the steps of a warp's threads are among the boxes of a tensor: of step `i` of a thread of the warp.
+struct BoxAt {
+    int channel, step, row;
 
-    static __device__ __forceinline__ Ahead &in(float *exchange) {
-        static_assert(sizeof(Ahead) <= sizeof(float) * (CHUNKS * EXCHANGE - TILE), "there is room after what is finished of this tile");
-        return *reinterpret_cast<Ahead *>(exchange + TILE);
+    __device__ __forceinline__ BoxAt(const Inputs &p, const Place &place, int64_t i) {
+        // Of steps that go back in memory the last is the box's first.
+        const bool reverse = p.flags & FLAG_REVERSE;
+        const int64_t first = i - reload_tid() % 32 + (reverse ? BOX_STEPS - 1 : 0);
+        channel = static_cast<int>(place.block.first);
+        step = static_cast<int>(place.segment.step(place.segment.first + first, reverse));
+        row = static_cast<int>(place.segment.row);
     }
-    // `first` is the tile's first step. (The lanes of a warp wait for each other before, where they have used what lies there.)
-    __device__ __forceinline__ void ask(const Backward &params, const Place &place, int64_t first) {
+    __device__ __forceinline__ void load(void *to, const TensorMap &from, Arrival &arrival) const {
+        load_box(to, from, arrival, channel, step, row);
+    }
+    __device__ __forceinline__ void store(const TensorMap &to, const void *from) const { store_box(to, from, channel, step, row); }
+};
+
+// A warp's steps of the next tile, where activations are read in rows (FLAG_ROW): asked for while this one is gone through, they
+// arrive in a part of the warp's exchange that is free from then on, as there are no registers to wait in.
+template <typename T> struct Ahead {
+    // Of other types there is one block to a processor, whose way through the first-level cache is not what it waits for.
+    static constexpr bool BY_BOXES = COPIES_BOXES && std::is_same<T, __nv_bfloat16>::value;
+    Pack<T, WARPS> inputs[BOX_STEPS], d_out[BOX_STEPS];
+    // What has been found and is being written.
+    uint4 d_u[BY_BOXES ? BOX_STEPS : 1];
+
+    template <typename Shared> static __device__ __forceinline__ Ahead &of(Shared &shared) {
+        static_assert(sizeof(Ahead) <= sizeof(float) * (CHUNKS * EXCHANGE - TILE), "there is room after what is finished of this tile");
+        static_assert(sizeof(inputs) % 128 == 0 && offsetof(Shared, slopes) % 128 == 0 && sizeof(float) * EXCHANGE * CHUNKS % 128 == 0,
+                      "as the copy engine wants its boxes");
+        return *reinterpret_cast<Ahead *>(shared.slopes[reload_tid() / 32] + TILE);
+    }
+    // Where the lane's step is.
+    static __device__ __forceinline__ int row(const Inputs &p, int lane) {
+        return BY_BOXES && p.flags & FLAG_BOXES && p.flags & FLAG_REVERSE ? BOX_STEPS - 1 - lane : lane;
+    }
+    // `first` is the tile's first step.
+    __device__ __forceinline__ void ask(const Backward &params, const Place &place, Arrival *arrivals, int64_t first) {
         const Inputs &p = params.inputs;
         const int thread = reload_tid();
+        if constexpr (BY_BOXES) {
+            if (p.flags & FLAG_BOXES) {
+                fence_boxes();
+                __syncwarp();
+                if (thread % 32 == 0) {
+                    Arrival &arrival = arrivals[thread / 32];
+                    const BoxAt at(p, place, first + thread);
+                    arrival.expect(sizeof(inputs) + sizeof(d_out));
+                    at.load(inputs, params.u_boxes, arrival), at.load(d_out, params.d_out_boxes, arrival);
+                }
+                return;
+            }
+        }
         const bool is_there = first + thread < place.segment.steps;
         const auto copy = [&](Pack<T, WARPS> &to, const Activation &from) {
             const T *const at = Staged<T>::at(from, p, place.segment, place.block, first + thread);
@@ -66,23 +110,45 @@ template <typename T> struct Ahead {
         copy(inputs[thread % 32], p.u), copy(d_out[thread % 32], params.d_out);
         commit_copies();
     }
+    // Waits for what has been asked for.
+    __device__ __forceinline__ void wait(const Inputs &p, Arrival *arrivals) const {
+        if constexpr (BY_BOXES) {
+            if (p.flags & FLAG_BOXES) {
+                // And until the row before has been read from where the next is put.
+                wait_for_boxes();
+                arrivals[threadIdx.x / 32].wait();
+                return;
+            }
+        }
+        wait_for_copies<0>();
+    }
 };
 
+template <typename T> __device__ __forceinline__ void init_arrivals(const Inputs &p, Arrival *arrivals) {
+    if (!Ahead<T>::BY_BOXES) return;
+    if (threadIdx.x < WARPS) arrivals[threadIdx.x].init();
+    __syncthreads();
+}
+
 // Stages a tile's inputs and slopes by outputs, which in rows have been asked for, and has the block meet.
-template <typename T, typename S>
-__device__ __forceinline__ void stage(const Backward &params, const KeptPlace &place, float *exchange, S *inputs, S *d_out, int64_t first) {
+template <typename T, typename Shared>
+__device__ __forceinline__ void stage(const Backward &params, const KeptPlace &place, Shared &shared, int64_t first) {
     const Inputs &p = params.inputs;
-    Staged<T> u, d_y;
+    Staged<T> u = {}, d_y = {};
     if (p.flags & FLAG_ROW) {
-        wait_for_copies<0>();
-        const Ahead<T> &rows = Ahead<T>::in(exchange);
-        u.take(rows.inputs[threadIdx.x % 32]), d_y.take(rows.d_out[threadIdx.x % 32]);
+        const Ahead<T> &ahead = Ahead<T>::of(shared);
+        ahead.wait(p, shared.arrivals);
+        // (In boxes there are steps of other sequences.)
+        if (!Ahead<T>::BY_BOXES || first + threadIdx.x < place.get().segment.steps) {
+            const int row = Ahead<T>::row(p, threadIdx.x % 32);
+            u.take(ahead.inputs[row]), d_y.take(ahead.d_out[row]);
+        }
     } else {
         const Place now = place.get();
         u.load(p.u, p, now.segment, now.block, first + threadIdx.x);
         d_y.load(params.d_out, p, now.segment, now.block, first + threadIdx.x);
     }
-    u.write(inputs), d_y.write(d_out);
+    u.write(shared.inputs[0]), d_y.write(shared.d_out[0]);
     __syncthreads();
 }
 

@@ -183,6 +183,12 @@ template <typename T> struct Staged {
     }
 };
 
+// A thread's step of all channels of a block, where a warp has all pairs of one.
+template <typename T, int PITCH> __device__ __forceinline__ uint4 finished_row(const float *rows) {
+    const auto two = [&](int c) { return narrow_pair(rows[c * PITCH + threadIdx.x], rows[(c + 1) * PITCH + threadIdx.x], T()); };
+    return {two(0), two(2), two(4), two(6)};
+}
+
 // Writes step `i` of a segment, which the channels' warps have left in `rows`, PITCH apart.
 template <typename T, int PITCH = TILE>
 __device__ __forceinline__ void finish(void *to, const float *rows, const Inputs &p, const Segment &segment, const Block &block,
@@ -191,10 +197,8 @@ __device__ __forceinline__ void finish(void *to, const float *rows, const Inputs
     const int64_t step = segment.row * p.segments.len + segment.step(segment.first + i, p.flags & FLAG_REVERSE);
     T *const at = static_cast<T *>(to) + step * p.d_inner + block.first;
     if constexpr (sizeof(T) == 2) {
-        // All channels are there, and a warp has all pairs of one.
         if (p.flags & FLAG_ROW) {
-            const auto two = [&](int c) { return narrow_pair(rows[c * PITCH + threadIdx.x], rows[(c + 1) * PITCH + threadIdx.x], T()); };
-            *reinterpret_cast<uint4 *>(at) = {two(0), two(2), two(4), two(6)};
+            *reinterpret_cast<uint4 *>(at) = finished_row<T, PITCH>(rows);
             return;
         }
     }

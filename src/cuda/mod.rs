@@ -46,6 +46,8 @@ pub(crate) mod params;
 mod record;
 mod segments;
 mod sum;
+#[cfg(feature = "lti")]
+mod tensor_map;
 mod tensors;
 
 use std::sync::Arc;
@@ -66,6 +68,8 @@ pub(crate) use module::Module;
 pub use record::{Graph, Recording, record};
 pub(crate) use segments::packed_segments;
 pub(crate) use sum::Sum;
+#[cfg(feature = "lti")]
+pub(crate) use tensor_map::COPIES_BOXES;
 pub(crate) use tensors::{DeviceBuffers, DeviceViews, Strided, or_null};
 
 /// The memory of an NVIDIA GPU: buffers are [`CudaSlice`]s.

@@ -2,12 +2,18 @@
 
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
 use cudarc::driver::CudaStream;
 
 use super::launch::Launcher;
 use super::{GradientsMut, Inputs, OutputGradients, Plan, Problem, Tensors};
-use crate::cuda::params::s4d::{self as kernels, CHUNK, OF_KERNEL, THREADS, backward::SMEM, backward_states};
-use crate::cuda::{Arguments, Cuda, Device, DeviceBuffers, GRID_COLUMNS, Kernel, Module, or_null, suffix};
+use crate::cuda::params::s4d::{
+    self as kernels, BOX_STEPS, CHUNK, OF_KERNEL, THREADS, WARPS, backward::SMEM, backward_states,
+};
+use crate::cuda::params::{self, TensorMap};
+use crate::cuda::{
+    Arguments, COPIES_BOXES, Cuda, Device, DeviceBuffers, GRID_COLUMNS, Kernel, Module, or_null, suffix,
+};
 use crate::lti::s4d::tensors::Sizes;
 use crate::{DType, Element, Result};
 
@@ -56,7 +62,15 @@ pub(crate) fn backward_checked<T: Element>(
     // One that is not contiguous is as one that is not aligned.
     let d_out_strides = if d_out.strides[2] == 1 { [d_out.strides[0], d_out.strides[1]] } else { [1, 1] };
     let others: [(u64, &[i64]); 2] = [(d_out.data, &d_out_strides), (to.u, &[d_inner as i64])];
-    let launcher = Launcher::new(&device, &plan, problem, &mut arguments, &others)?;
+    let mut launcher = Launcher::new(&device, &plan, problem, &mut arguments, &others)?;
+    let boxes = match launcher.are_rows() && T::DTYPE == DType::Bf16 {
+        true => boxes::<T>(&device, problem, &[launcher.inputs.u, d_out.into(), dense(to.u, &problem.sizes)])?,
+        false => None,
+    };
+    if boxes.is_some() {
+        launcher.inputs.flags |= kernels::FLAG_BOXES;
+    }
+    let [u_boxes, d_out_boxes, d_u_boxes] = boxes.unwrap_or_else(Zeroable::zeroed);
     let grid = launcher.grid::<T>();
     let rows = if launcher.segments == 0 { 0 } else { grid[1] };
     let pairs = rows * d_inner * launcher.inputs.padded as usize;
@@ -68,6 +82,9 @@ pub(crate) fn backward_checked<T: Element>(
     let after = |address: u64, count: usize| address + (count * size_of::<f32>()) as u64;
     let of_enter = after(of_read, pairs * 2 * CHUNK);
     let params = kernels::Backward {
+        u_boxes,
+        d_out_boxes,
+        d_u_boxes,
         inputs: launcher.inputs,
         d_out: d_out.into(),
         d_final_state,
@@ -78,6 +95,7 @@ pub(crate) fn backward_checked<T: Element>(
         of_enter,
         of_kernel: after(of_enter, pairs * 2 * CHUNK),
         of_pairs: device.address(&of_pairs),
+        ..Zeroable::zeroed()
     };
     let name = |kernel| [kernel, suffix(T::DTYPE)];
     // SAFETY (all): every address and extent has been checked by `Inputs::check` and `check_backward`, and the workspaces
@@ -102,6 +120,31 @@ pub(crate) fn backward_checked<T: Element>(
         d_b: to.b,
         d_c: to.c,
         d_d: to.d.unwrap_or(0),
+        ..Zeroable::zeroed()
     };
     unsafe { device.launch(&kernel, [d_inner.min(GRID_COLUMNS), 1], THREADS, 0, &params) }
+}
+
+/// What the copy engine moves, if the device has one and it can go through all of these.
+fn boxes<T: Element>(
+    device: &Device,
+    problem: &Problem<T, Cuda>,
+    activations: &[params::Activation; 3],
+) -> Result<Option<[TensorMap; 3]>> {
+    let kernel = Launcher::kernel(Module::S4D_BACKWARD, ["s4d_backward", suffix(T::DTYPE)], SMEM);
+    if !device.is_compiled_for(&kernel, COPIES_BOXES)? {
+        return Ok(None);
+    }
+    let Sizes { batch, length, d_inner, .. } = problem.sizes;
+    let map = |of: &params::Activation| {
+        TensorMap::new::<T>(of.data, [batch, length, d_inner], [of.batch, of.step], [BOX_STEPS, WARPS])
+    };
+    let [u, d_out, d_u] = activations;
+    Ok(map(u).zip(map(d_out)).zip(map(d_u)).map(|((u, d_out), d_u)| [u, d_out, d_u]))
+}
+
+/// `(batch, length, d_inner)` without gaps.
+fn dense(data: u64, sizes: &Sizes) -> params::Activation {
+    let step = sizes.d_inner as i64;
+    params::Activation { data, batch: step * sizes.length as i64, step, channel: 1 }
 }

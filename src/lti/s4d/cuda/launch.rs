@@ -103,12 +103,22 @@ impl<'d> Launcher<'d> {
         })
     }
 
+    /// Whether the channels of a block are read and written at once.
+    pub fn are_rows(&self) -> bool {
+        self.inputs.flags & kernels::FLAG_ROW != 0
+    }
+
     /// The grid whose blocks, each of which takes some segments, are done first if every segment takes as long.
     pub fn grid<T: Element>(&self) -> [usize; 2] {
         let processors = self.device.properties().processors;
         // By their registers.
         let at_a_time = if T::DTYPE == DType::Bf16 { 2 } else { 1 };
         [self.columns, even_rows(self.columns, self.segments, WAVES * processors, at_a_time * processors)]
+    }
+
+    /// A kernel over segments, launched with `shared` bytes of shared memory for each block.
+    pub fn kernel(module: Module, name: [&'static str; 2], shared: usize) -> Kernel {
+        Kernel { most_shared: shared, ..Kernel::new(module, name) }
     }
 
     /// Enqueues a kernel over segments, with `shared` bytes of shared memory for each block.
@@ -123,7 +133,7 @@ impl<'d> Launcher<'d> {
         shared: usize,
         params: &P,
     ) -> Result<()> {
-        let kernel = Kernel { most_shared: shared, ..Kernel::new(module, name) };
+        let kernel = Self::kernel(module, name, shared);
         // SAFETY: as the caller promises.
         unsafe { self.device.launch(&kernel, grid, THREADS, shared, params) }
     }
