@@ -264,7 +264,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        built, seconds = (of_cargo(arguments.built), None) if arguments.built else compiled(folder)
+        built, seconds = (of_cargo(arguments.built.resolve()), None) if arguments.built else compiled(folder)
         kernels = kernels_of(built, folder)
     broken, missed, figures = [], [], {"kernels": {}, "loops": {}, "build_seconds": seconds and round(seconds, 1)}
 
