@@ -264,7 +264,6 @@ impl<'a> Parser<'a> {
             layout.align = usize::try_from(self.sum()?).map_err(|_| "an alignment")?;
             self.expect(")")?;
         }
-        let aligned = layout.align;
         let name = self.word("the struct's name")?;
         self.expect("{")?;
         let full = self.full(name);
@@ -313,7 +312,7 @@ impl<'a> Parser<'a> {
         let end = layout.size.next_multiple_of(layout.align);
         gap(&mut fields, layout.size, end);
         layout.size = end;
-        self.write_struct(&full, docs, indent, &fields, &offsets, layout, aligned);
+        self.write_struct(&full, docs, indent, &fields, &offsets, layout);
         self.params.structs.insert(full, layout);
         Ok(())
     }
@@ -345,13 +344,13 @@ impl<'a> Parser<'a> {
         fields: &str,
         offsets: &[(&str, usize)],
         layout: Layout,
-        aligned: usize,
     ) {
         let name = full.rsplit("::").next().unwrap_or(full);
         let Layout { size, align } = layout;
         let (rust, checks) = (&mut self.params.rust, &mut self.params.checks);
         let derive = "#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]";
-        let repr = if aligned > 1 { format!("C, align({aligned})") } else { "C".into() };
+        // More than that of numbers has been asked for, of the struct or of what it holds.
+        let repr = if align > 8 { format!("C, align({align})") } else { "C".into() };
         let _ = writeln!(
             rust,
             "{docs}{indent}{derive}\n{indent}#[repr({repr})]\n{indent}pub struct {name} {{\n{fields}{indent}}}"
