@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use clap::ValueEnum;
 use selective_scan::nn::{
     AttentionConfig, BackboneConfig, LanguageModelConfig, LayerConfig, MambaConfig, MixerConfig, MlpConfig,
     RecurrentCell, RecurrentConfig,
@@ -10,7 +11,7 @@ use selective_scan::nn::{
 use crate::{Plan, Result};
 
 /// A kind of model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
     Mamba,
     Transformer,
@@ -65,11 +66,11 @@ fn config(kind: Kind, plan: &Plan, width: usize) -> LanguageModelConfig {
     LanguageModelConfig { backbone, ..LanguageModelConfig::new(256, layers, d_model) }
 }
 
-/// A configuration of each kind, whose widths are those that come closest to Mamba's number of parameters.
-pub fn equally_large(plan: &Plan) -> Result<Vec<(Kind, LanguageModelConfig)>> {
+/// A configuration of each of these kinds, whose widths are those that come closest to Mamba's number of parameters.
+pub fn equally_large(kinds: &[Kind], plan: &Plan) -> Result<Vec<(Kind, LanguageModelConfig)>> {
     let wanted = config(Kind::Mamba, plan, 0).parameter_count()?;
     let mut all = Vec::new();
-    for kind in Kind::ALL {
+    for &kind in kinds {
         let mut best = config(kind, plan, 8);
         for width in (8..8 * plan.d_model).step_by(4) {
             let next = config(kind, plan, width);

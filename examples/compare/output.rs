@@ -75,9 +75,8 @@ pub fn size(bytes: usize) -> String {
 
 /// How the results came about.
 pub fn notes(rows: &[Row], plan: &Plan, train: usize, held_out: usize) -> String {
-    let count = |model: &str| rows.iter().find(|row| row.model == model).map_or(0, |row| row.parameters);
     let first = rows.first().map_or(0, |row| row.parameters);
-    let most = crate::models::Kind::ALL.map(|kind| count(kind.name()).abs_diff(first)).into_iter().max().unwrap_or(0);
+    let most = rows.iter().map(|row| row.parameters.abs_diff(first)).max().unwrap_or(0);
     format!(
         "Of {train} bytes to learn from each has seen {} in {} steps of {} x {} (AdamW, weight decay 0.1, clipped to 1, a cosine to \
          a tenth); the learning rate is the best of {:?} in runs of {} steps. Bits are those of {held_out} bytes held out, in texts \

@@ -40,30 +40,29 @@ pub fn draw(path: &Path, rows: &[Row]) -> Result<(), Box<dyn Error>> {
 
 /// The bits of each model as bars.
 fn bits(area: &DrawingArea<SVGBackend, Shift>, rows: &[Row]) -> Result<(), Box<dyn Error>> {
-    let all: Vec<_> = Kind::ALL
-        .iter()
-        .filter_map(|kind| Some(rows.iter().find(|row| row.model == kind.name())?.bits_per_byte))
-        .collect();
-    let most = all.iter().copied().fold(0.0, f64::max);
+    let of = |kind: Kind| rows.iter().find(|row| row.model == kind.name());
+    let all: Vec<_> = Kind::ALL.into_iter().filter_map(|kind| Some((kind, of(kind)?.bits_per_byte))).collect();
+    let most = all.iter().map(|(_, bits)| *bits).fold(0.0, f64::max);
     let mut chart = ChartBuilder::on(area)
         .caption("Bits per held-out byte", ("sans-serif", 22))
         .margin(12)
         .x_label_area_size(32)
         .y_label_area_size(72)
         .build_cartesian_2d(0.0..all.len() as f64, 0.0..1.15 * most)?;
-    let name =
-        |x: &f64| Kind::ALL.get(*x as usize).filter(|_| x.fract() == 0.5).map_or(String::new(), |k| k.name().into());
+    let name = |x: &f64| {
+        all.get(*x as usize).filter(|_| x.fract() == 0.5).map_or(String::new(), |(kind, _)| kind.name().into())
+    };
     chart
         .configure_mesh()
         .disable_x_mesh()
         .max_light_lines(0)
-        .x_labels(9)
+        .x_labels(2 * all.len() + 1)
         .x_label_formatter(&name)
         .label_style(("sans-serif", 14))
         .draw()?;
-    for (i, (bits, color)) in all.iter().zip(COLORS).enumerate() {
+    for (i, &(kind, bits)) in all.iter().enumerate() {
         let x = i as f64;
-        let bar = Rectangle::new([(x + 0.2, 0.0), (x + 0.8, *bits)], color.filled());
+        let bar = Rectangle::new([(x + 0.2, 0.0), (x + 0.8, bits)], COLORS[kind as usize].filled());
         let text = Text::new(format!("{bits:.3}"), (x + 0.33, bits + 0.06 * most), ("sans-serif", 15));
         chart.draw_series([bar])?;
         chart.draw_series([text])?;
