@@ -1,6 +1,6 @@
 //! Tests of models on a GPU, or on a simulated one. Without one they say that they are skipped.
 
-use super::{decoder, loss, nodes, serving};
+use super::{decoder, hybrids, loss, nodes, serving};
 use crate::candle::gpu::on_the_device;
 
 on_the_device! {
@@ -12,6 +12,7 @@ on_the_device! {
         serving::texts_are_those_of_sequences_alone(device, requests, slots, 2 * slots);
     };
     slots_hold_what_was_read: |device| serving::slots_hold_what_was_read(device, 30);
+    hybrids_are_read_in_any_way: |device| hybrids::is_read_in_any_way(device, &mut super::random());
     a_block_is_its_operators: |device| nodes::a_block_is_its_operators(device);
     subsets_of_parameters: |device| nodes::subsets_of_parameters(device);
     layers_are_their_operators: |device| nodes::layers_are_their_operators(device);

@@ -17,7 +17,7 @@ use selective_scan::sampling::Settings;
 
 use crate::candle::values;
 
-use super::{SAME, SAME_GRADIENTS, assert_close, cuts, ids, random, refusal, shake, tensor};
+use super::{SAME, SAME_GRADIENTS, assert_close, cuts, ids, random, rebuilt, refusal, shake, tensor};
 
 const VOCAB: usize = 11;
 const CAPACITY: usize = 64;
@@ -76,48 +76,51 @@ fn meaning(cache: &Cache) -> Vec<Vec<u32>> {
     all
 }
 
-/// Whole, in chunks of any size, packed, token by token, in any slots, and with padding between.
 #[test]
 fn a_text_is_read_in_any_way() {
     let random = &mut random();
-    for _ in 0..4 {
-        let (model, _) = model(random);
-        let (batch, length) = (3, 24);
-        let ids = ids(random, batch, length);
-        let whole = model.forward(&ids).unwrap();
-        let packed_ids = ids.flatten_all().unwrap().unsqueeze(0).unwrap();
-        let packed = model.forward_packed(&packed_ids, &[0, length, 2 * length, 3 * length]).unwrap();
-        assert_close(&packed.reshape(whole.shape()).unwrap(), &whole, SAME, "packed");
-        let cache = model.new_cache(5, DType::F32).unwrap();
-        let slots = [4, 0, 2];
-        let cuts = cuts(random, length);
-        for ends in cuts.windows(2) {
-            let part = ids.narrow(1, ends[0], ends[1] - ends[0]).unwrap();
-            let got = match random.random_range(0..4) {
-                0 => model.prefill_all(&part, &cache, &slots[..]).unwrap().narrow(1, ends[1] - ends[0] - 1, 1).unwrap(),
-                1 => {
-                    let count = ends[1] - ends[0];
-                    let (row, ends) = (part.flatten_all().unwrap(), [0, count, 2 * count, 3 * count]);
-                    let got = model.prefill_packed(&row.unsqueeze(0).unwrap(), &ends, &cache, &slots[..]).unwrap();
-                    got.unsqueeze(1).unwrap()
-                }
-                2 => {
-                    // A row of padding in front.
-                    let padded = Tensor::cat(&[&part.narrow(0, 0, 1).unwrap(), &part], 0).unwrap();
-                    let got = model.prefill(&padded, &cache, &[-1, 4, 0, 2][..]).unwrap();
-                    got.narrow(0, 1, 3).unwrap().unsqueeze(1).unwrap()
-                }
-                _ => {
-                    let step = |at| model.step(&ids.narrow(1, at, 1).unwrap().squeeze(1).unwrap(), &cache, &slots[..]);
-                    let steps: Vec<_> = (ends[0]..ends[1]).map(|at| step(at).unwrap()).collect();
-                    steps[steps.len() - 1].unsqueeze(1).unwrap()
-                }
-            };
-            assert_close(&got, &whole.narrow(1, ends[1] - 1, 1).unwrap(), SAME, &format!("to {}", ends[1]));
-        }
-        let state = cache.layers()[1].as_attention().unwrap();
-        assert_eq!(state.lengths().unwrap(), [24, 0, 24, 0, 24]);
+    (0..4).for_each(|_| is_read_in_any_way(&Device::Cpu, random));
+}
+
+/// Whole, in chunks of any size, packed, token by token, in any slots, and with padding between: as the processor reads it whole.
+pub fn is_read_in_any_way(device: &Device, random: &mut StdRng) {
+    let (model, _) = model(random);
+    let (batch, length) = (3, 24);
+    let ids = ids(random, batch, length);
+    let whole = model.forward(&ids).unwrap();
+    let model = rebuilt(&model, model.config(), DType::F32, device);
+    let packed_ids = ids.flatten_all().unwrap().unsqueeze(0).unwrap();
+    let packed = model.forward_packed(&packed_ids, &[0, length, 2 * length, 3 * length]).unwrap();
+    assert_close(&packed.reshape(whole.shape()).unwrap(), &whole, SAME, "packed");
+    let cache = model.new_cache(5, DType::F32).unwrap();
+    let slots = [4, 0, 2];
+    let cuts = cuts(random, length);
+    for ends in cuts.windows(2) {
+        let part = ids.narrow(1, ends[0], ends[1] - ends[0]).unwrap();
+        let got = match random.random_range(0..4) {
+            0 => model.prefill_all(&part, &cache, &slots[..]).unwrap().narrow(1, ends[1] - ends[0] - 1, 1).unwrap(),
+            1 => {
+                let count = ends[1] - ends[0];
+                let (row, ends) = (part.flatten_all().unwrap(), [0, count, 2 * count, 3 * count]);
+                let got = model.prefill_packed(&row.unsqueeze(0).unwrap(), &ends, &cache, &slots[..]).unwrap();
+                got.unsqueeze(1).unwrap()
+            }
+            2 => {
+                // A row of padding in front.
+                let padded = Tensor::cat(&[&part.narrow(0, 0, 1).unwrap(), &part], 0).unwrap();
+                let got = model.prefill(&padded, &cache, &[-1, 4, 0, 2][..]).unwrap();
+                got.narrow(0, 1, 3).unwrap().unsqueeze(1).unwrap()
+            }
+            _ => {
+                let step = |at| model.step(&ids.narrow(1, at, 1).unwrap().squeeze(1).unwrap(), &cache, &slots[..]);
+                let steps: Vec<_> = (ends[0]..ends[1]).map(|at| step(at).unwrap()).collect();
+                steps[steps.len() - 1].unsqueeze(1).unwrap()
+            }
+        };
+        assert_close(&got, &whole.narrow(1, ends[1] - 1, 1).unwrap(), SAME, &format!("to {}", ends[1]));
     }
+    let state = cache.layers()[1].as_attention().unwrap();
+    assert_eq!(state.lengths().unwrap(), [24, 0, 24, 0, 24]);
 }
 
 /// A draft of which some is taken back goes on as if that had never been read.

@@ -5,7 +5,9 @@ use rand::Rng;
 use selective_scan::cuda::Cuda;
 use selective_scan::lti::Rule;
 use selective_scan::lti::s4d::cuda::{self, Plan};
-use selective_scan::lti::s4d::{GradientsMut, Inputs, OutputGradients, OutputMut, UpdateInputs, UpdateMut, recurrence};
+use selective_scan::lti::s4d::{
+    GradientsMut, Inputs, Options, OutputGradients, OutputMut, UpdateInputs, UpdateMut, recurrence,
+};
 use selective_scan::{Element, ViewMut};
 
 use super::accuracy::hold;
@@ -142,6 +144,37 @@ fn f32_is_exact() {
 fn halves_are_exact() {
     small_problems::<bf16>(15);
     small_problems::<f16>(15);
+}
+
+/// Channels that are read and written eight at once, of sequences that end anywhere among the 32 steps of a warp and the 256 of a tile.
+#[test]
+fn rows_of_channels_are_exact() {
+    fn rows<T: Element>() {
+        let (mut rng, seed) = seeded();
+        for length in [1, 31, 32, 33, 255, 256, 300, 545] {
+            let mut draw = Draw::new(rng.random());
+            let packed = draw.flag().then(|| vec![0, length / 3, length / 3, length - length / 4, length]);
+            let shape = Shape {
+                batch: if packed.is_some() { 1 } else { 2 },
+                length,
+                d_inner: draw.one_of(&[8, 24]),
+                d_state: draw.one_of(&[3, 32]),
+                cu_seqlens: packed,
+                options: Options { reverse: draw.flag(), ..Options::default() },
+                ..Shape::default()
+            };
+            let case = Case::<T>::new(shape, &mut draw);
+            for on in [WHOLE, SPLIT] {
+                hold(on, &case, &mut draw, &format!("SEED={seed}"));
+            }
+        }
+    }
+    if stream().is_some() {
+        rows::<bf16>();
+        rows::<bf16>();
+        rows::<f16>();
+        rows::<f32>();
+    }
 }
 
 /// States that forget 1e-6 of themselves at a step, and angles that come to 1e5 turns: in segments, and in one.

@@ -10,6 +10,9 @@ use super::device::{On, backward, forward, outputs};
 use crate::support::draw::{Draw, seeded};
 use crate::support::tolerance::{assert_close_to, bits};
 
+/// Channels that are none of anything, and such that a GPU reads and writes eight at once.
+const ANY_AND_WHOLE: [usize; 2] = [19, 16];
+
 /// A packed sequence gives the bits of the same alone, forward and by its inputs and its state backward.
 #[test]
 fn packed_is_alone() {
@@ -22,15 +25,21 @@ fn packed_is_alone() {
 
 pub fn packed_alone<T: Element>(on: On, longest: usize) {
     let (mut rng, seed) = seeded();
-    {
+    for d_inner in ANY_AND_WHOLE {
         let mut draw = Draw::new(rng.random());
         let cuts = vec![0, 17, 17, 18, 18 + longest, 151 + longest, 158 + longest];
         let options = Options { reverse: draw.flag(), ..Options::default() };
-        let shape =
-            Shape { batch: 1, length: 158 + longest, cu_seqlens: Some(cuts.clone()), options, ..Shape::default() };
+        let shape = Shape {
+            batch: 1,
+            length: 158 + longest,
+            d_inner,
+            cu_seqlens: Some(cuts.clone()),
+            options,
+            ..Shape::default()
+        };
         let case = Case::<T>::new(shape, &mut draw);
         let (all, d_all) = (forward(on, &case), backward(on, &case));
-        let [d_inner, states] = [case.shape.d_inner, 2 * case.shape.d_state * case.shape.d_inner];
+        let states = 2 * case.shape.d_state * d_inner;
         for (i, pair) in cuts.windows(2).enumerate() {
             let part = Case::<T> {
                 u: case.u.steps(pair[0]..pair[1]),
@@ -131,17 +140,19 @@ fn what_is_not_finite_stays_where_it_belongs() {
 /// Of a few steps, or of several tiles.
 pub fn not_finite<T: Element>(on: On, length: usize) {
     let (mut rng, seed) = seeded();
-    for reverse in [false, true] {
+    for (reverse, d_inner) in
+        [false, true].into_iter().flat_map(|reverse| ANY_AND_WHOLE.map(|d_inner| (reverse, d_inner)))
+    {
         let mut draw = Draw::new(rng.random());
         let options = Options { reverse, ..Options::default() };
-        let shape = Shape { batch: 2, length, options, ..Shape::default() };
+        let shape = Shape { batch: 2, length, d_inner, options, ..Shape::default() };
         let mut case = Case::<T>::new(shape, &mut draw);
         let clean = (forward(on, &case), backward(on, &case));
-        let (row, step, channel) = (1, rng.random_range(0..length), rng.random_range(0..19));
+        let (row, step, channel) = (1, rng.random_range(0..length), rng.random_range(0..d_inner));
         case.u.set([row, step, channel], f32::NAN);
         let got = forward(on, &case);
         for (i, (got, clean)) in got.out.iter().zip(&clean.0.out).enumerate() {
-            let at = [i / (length * 19), i / 19 % length, i % 19];
+            let at = [i / (length * d_inner), i / d_inner % length, i % d_inner];
             let after = if reverse { at[1] <= step } else { at[1] >= step };
             let reached = at[0] == row && after && at[2] == channel;
             let what = format!("{at:?} of a NaN at {step}, reverse {reverse}, SEED={seed}");
@@ -152,7 +163,7 @@ pub fn not_finite<T: Element>(on: On, length: usize) {
         case.d_out.set([row, step, channel], f32::NAN);
         let got = backward(on, &case);
         for (i, (got, clean)) in got.u.iter().zip(&clean.1.u).enumerate() {
-            let at = [i / (length * 19), i / 19 % length, i % 19];
+            let at = [i / (length * d_inner), i / d_inner % length, i % d_inner];
             let before = if reverse { at[1] >= step } else { at[1] <= step };
             let reached = at[0] == row && before && at[2] == channel;
             let what = format!("{at:?} of a NaN slope at {step}, reverse {reverse}, SEED={seed}");
