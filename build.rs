@@ -139,11 +139,16 @@ impl Build {
             let old = fs::read_to_string(fatbin.with_extension("command"));
             old.is_ok_and(|old| old == command) && is_newer(fatbin, &fatbin.with_extension("d"))
         };
-        if is_current(fatbin) || self.elsewhere(fatbin).any(|made| is_current(&made) && take(&made, fatbin)) {
+        if is_current(fatbin) {
             return Ok(());
         }
         // Were this left by a build that is stopped in the middle, half a fatbin would count as made.
         let _ = fs::remove_file(&stamp);
+        // What this build has written itself it compiles itself: another one may have written something else.
+        let is_shared = !path.starts_with(&self.out);
+        if is_shared && self.elsewhere(fatbin).any(|made| is_current(&made) && take(&made, fatbin)) {
+            return Ok(());
+        }
         let output = Command::new(&self.nvcc)
             .args(&self.flags)
             .args(["-fatbin", "-MD", "-MF"])
@@ -173,7 +178,8 @@ impl Build {
             let file = build.file_name().unwrap_or_default().to_string_lossy();
             file.starts_with(concat!(env!("CARGO_PKG_NAME"), "-"))
         };
-        builds.filter(is_ours).map(move |build| build.join("out").join(&name))
+        let outs = builds.filter(is_ours).map(|build| build.join("out"));
+        outs.filter(|out| *out != self.out).map(move |out| out.join(&name))
     }
 }
 

@@ -14,7 +14,7 @@
 //! }
 //! ```
 //!
-//! A namespace becomes a module, a pointer a `u64`, an `int` constant a `usize`, and `struct alignas(64)` is aligned in Rust too. The sizes of structs and the offsets of their
+//! A namespace becomes a module, a pointer a `u64`, an `int` constant a `usize`, and what is `alignas` is aligned in Rust too. The sizes of structs and the offsets of their
 //! fields, as this file takes them to be, are asserted in both languages.
 
 use std::collections::HashMap;

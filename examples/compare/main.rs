@@ -64,7 +64,7 @@ struct Arguments {
     #[arg(long, value_name = "FILE", default_value = "compare.svg")]
     plot: PathBuf,
 
-    /// Which of them, each once
+    /// Models to compare
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kind::ALL, hide_default_value = true)]
     models: Vec<Kind>,
 
@@ -174,7 +174,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed_precise} {msg}")?);
     bar.enable_steady_tick(Duration::from_secs(1));
     let (mut results, mut runs) = (Vec::new(), Vec::new());
-    for (kind, config) in models::equally_large(&plan.models, &plan)? {
+    for (kind, config) in models::equally_large(&plan)? {
         let trained = train::tuned(kind, &config, &plan, &corpus, &device, &bar)?;
         let rows = measure::all(kind, &trained, &plan, &device, &bar)?;
         if arguments.json {

@@ -66,11 +66,11 @@ fn config(kind: Kind, plan: &Plan, width: usize) -> LanguageModelConfig {
     LanguageModelConfig { backbone, ..LanguageModelConfig::new(256, layers, d_model) }
 }
 
-/// A configuration of each of these kinds, whose widths are those that come closest to Mamba's number of parameters.
-pub fn equally_large(kinds: &[Kind], plan: &Plan) -> Result<Vec<(Kind, LanguageModelConfig)>> {
+/// A configuration of each kind that is compared, whose widths are those that come closest to Mamba's number of parameters.
+pub fn equally_large(plan: &Plan) -> Result<Vec<(Kind, LanguageModelConfig)>> {
     let wanted = config(Kind::Mamba, plan, 0).parameter_count()?;
     let mut all = Vec::new();
-    for &kind in kinds {
+    for &kind in &plan.models {
         let mut best = config(kind, plan, 8);
         for width in (8..8 * plan.d_model).step_by(4) {
             let next = config(kind, plan, width);

@@ -163,8 +163,9 @@ fn thousands(number: f64) -> String {
 
 /// What the colours stand for.
 fn legend(area: &DrawingArea<SVGBackend, Shift>, rows: &[Row]) -> Result<(), Box<dyn Error>> {
-    for (i, (kind, color)) in Kind::ALL.into_iter().zip(COLORS).enumerate() {
-        let Some(row) = rows.iter().find(|row| row.model == kind.name()) else { continue };
+    let row = |kind: Kind| rows.iter().find(|row| row.model == kind.name());
+    let drawn = Kind::ALL.into_iter().zip(COLORS).filter_map(|(kind, color)| Some((kind, color, row(kind)?)));
+    for (i, (kind, color, row)) in drawn.enumerate() {
         let y = 70 + 64 * i as i32;
         area.draw(&PathElement::new([(60, y), (100, y)], color.stroke_width(3)))?;
         area.draw(&Text::new(kind.name(), (116, y - 10), ("sans-serif", 20)))?;

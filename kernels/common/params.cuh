@@ -20,7 +20,7 @@ struct Activation {
 };
 
 // How the copy engine finds boxes of a tensor, as the driver writes it (CUtensorMap).
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
     uint64_t words[16];
 };
 

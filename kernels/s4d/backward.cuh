@@ -10,7 +10,8 @@ constexpr int READ_IN_SHARED = 5;
 template <typename T> struct Shared {
     // Of the tile: the channels' inputs and the slopes by their outputs.
     typename Products<T>::InTile inputs[WARPS][TILE], d_out[WARPS][TILE];
-    // The slopes by the states after the tile's chunks; when these have been used, what each warp adds to the slopes by the inputs.
+    // The slopes by the states after the tile's chunks; when these have been used, what each warp adds to the slopes by the inputs and,
+    // from TILE on, `Ahead`.
     float slopes[WARPS][CHUNKS * EXCHANGE];
     // A lane's sums of the slopes by K, for which there are no registers.
     float4 of_kernel[WARPS][STEP_TILES][32];
@@ -21,7 +22,7 @@ template <typename T> struct Shared {
     KeptPlace places[WARPS];
     Arrival arrivals[WARPS];
 };
-static_assert(sizeof(Shared<__nv_bfloat16>) == SMEM && sizeof(Shared<float>) <= SMEM, "as it is launched");
+static_assert(sizeof(Shared<__nv_bfloat16>) == SMEM && sizeof(Shared<float>) == OF_OTHERS, "as it is launched");
 
 // The rows of a warp in it.
 template <typename T> struct Rows {
@@ -147,7 +148,7 @@ __device__ __forceinline__ void step_back(const Step<R> &step, Number<R> &d_stat
 }
 
 // Goes back through the first `chunks` chunks of a tile, and leaves the slopes by their inputs where the slopes by states were. `ask`
-// is called once these are not read any more.
+// is called as soon as the exchange is free from TILE on.
 template <typename T, typename R, typename Ask>
 __device__ __forceinline__ void chunks_back(const Backward &params, Shared<T> &shared, const Warp &warp, int index, Lane lane,
                                             const Matrices<T> &matrices, const Power<R> &power, Number<R> &d_state,
@@ -214,7 +215,7 @@ __device__ __forceinline__ void chunks_back(const Backward &params, Shared<T> &s
     }
 }
 
-// Goes back through the `steps` steps of a tile. `ask` is called for the next one.
+// Goes back through the `steps` steps of a tile. `ask` is called once, for the next one.
 template <typename T, typename R, typename Ask>
 __device__ __forceinline__ void differentiate(const Backward &params, Shared<T> &shared, const Warp &warp, const Matrices<T> &matrices,
                                               const Power<R> &power, Number<R> &d_state, MatrixSlopes &of_enter, int steps,
@@ -274,7 +275,7 @@ __device__ __forceinline__ void finish_back(const Backward &params, const KeptPl
     if constexpr (Ahead<T>::BY_BOXES) {
         const int thread = reload_tid(), lane = thread % 32;
         // A box has all steps of a warp, which the end of a sequence may not.
-        if (p.flags & FLAG_BOXES && first + thread - lane + BOX_STEPS <= now.segment.steps) {
+        if (Ahead<T>::are_boxes(p) && first + thread - lane + BOX_STEPS <= now.segment.steps) {
             Ahead<T> &rows = Ahead<T>::of(shared);
             rows.d_u[Ahead<T>::row(p, lane)] = finished_row<T, CHUNKS * EXCHANGE>(shared.slopes[0]);
             fence_boxes();
@@ -291,7 +292,7 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
     extern __shared__ __align__(128) float4 memory[];
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(memory);
     const Inputs &p = params.inputs;
-    init_arrivals<T>(p, shared.arrivals);
+    init_arrivals<T>(shared.arrivals);
     const Warp warp(p, Block(p));
     const Matrices<T> matrices(p, shared, warp, Lane());
     const Power<R> power(Number<double>{warp.powers(p)[2], warp.powers(p)[3]});

@@ -14,7 +14,8 @@ using namespace backward;
 template <typename T> struct Shared {
     // Of the tile: the channels' inputs and the slopes by their outputs.
     typename Products<T>::InTile inputs[WARPS][TILE], d_out[WARPS][TILE];
-    // The states before the tile's chunks, and what the chunks' outputs add to the slopes by these.
+    // The states before the tile's chunks, and what the chunks' outputs add to the slopes by these; when these have been used, from TILE
+    // on, `Ahead`.
     float states[WARPS][CHUNKS * EXCHANGE], slopes[WARPS][CHUNKS * EXCHANGE];
     // G, where it is here.
     Operands<Products<T>::IN_SHARED ? STATE_TILES : 1> read[WARPS];
@@ -22,7 +23,7 @@ template <typename T> struct Shared {
     Arrival arrivals[WARPS];
 };
 constexpr int SIZE = sizeof(Shared<__nv_bfloat16>);
-static_assert(SIZE == backward_states::SMEM && sizeof(Shared<float>) <= SIZE, "as it is launched");
+static_assert(SIZE == backward_states::SMEM && sizeof(Shared<float>) == backward_states::OF_OTHERS, "as it is launched");
 
 // The matrices of a warp: H in registers, G in shared memory or made of the tables.
 template <typename T> struct Matrices {
@@ -124,7 +125,7 @@ template <typename T> __device__ __forceinline__ void run(const Backward &params
     extern __shared__ __align__(128) float4 memory[];
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(memory);
     const Inputs &p = params.inputs;
-    init_arrivals<T>(p, shared.arrivals);
+    init_arrivals<T>(shared.arrivals);
     const Warp warp(p, Block(p));
     const Matrices<T> matrices(p, shared, warp, Lane());
     const Power<R> power(Number<double>{warp.powers(p)[2], warp.powers(p)[3]});

@@ -11,8 +11,10 @@ constexpr int CHUNK = 16, CHUNKS = 16, TILE = CHUNK * CHUNKS;
 // Pairs of a warp: those of a channel are in as many warps as they fill, at most those of a block.
 constexpr int PAIRS = 32, WARPS = 8, THREADS = 32 * WARPS;
 
-// Activations can be read and written in vectors, FLAG_VECTOR: of 4 channels, FLAG_ROW: of 16 bytes, and blocks have 8 channels each;
-// FLAG_BOXES: of 8 channels, and backward by the copy engine.
+// How activations can be read and written:
+// - FLAG_VECTOR: in vectors of 4 channels;
+// - FLAG_ROW: in vectors of 16 bytes, and every block has 8 channels, whose warps have all pairs of one each (and FLAG_VECTOR);
+// - FLAG_BOXES: backward and of bf16, by the copy engine (and FLAG_ROW).
 constexpr uint64_t FLAG_REVERSE = 1, FLAG_VECTOR = 2, FLAG_ROW = 4, FLAG_BOXES = 8;
 // Steps of a box: those that a warp stages.
 constexpr int BOX_STEPS = 32;
@@ -107,17 +109,18 @@ constexpr int OF_KERNEL = CHUNK + 1;
 constexpr int EXCHANGE = 2 * PAIRS + 8;
 // Words of 8 bytes of where a warp of a backward kernel is, and of what it waits for.
 constexpr int PLACE = 13, ARRIVAL = 2;
-// Bytes of dynamic shared memory.
+// Bytes of dynamic shared memory; of backward kernels those of bf16, and OF_OTHERS.
 namespace forward {
 constexpr int SMEM = 4 * WARPS * (4 * TILE + CHUNKS * EXCHANGE + 8 * PAIRS);
 }
-// Of bf16, whose activations are staged as they are and whose operands are in part in shared memory: a lane has four words of each.
-// (Of other types, staged as f32, it is less.)
+// Activations of bf16 are staged as they are, and operands are in part in shared memory, four words a lane; others are staged as f32.
 namespace backward_states {
 constexpr int SMEM = WARPS * (2 * 2 * TILE + 4 * (2 * CHUNKS * EXCHANGE + 8 * 32 * 4 + 2 * (PLACE + ARRIVAL)));
+constexpr int OF_OTHERS = WARPS * (2 * 4 * TILE + 4 * (2 * CHUNKS * EXCHANGE + 32 * 4 + 2 * (PLACE + ARRIVAL)));
 }
 namespace backward {
 constexpr int SMEM = WARPS * (2 * 2 * TILE + 4 * (CHUNKS * EXCHANGE + (2 + 8 + 2 + 5) * 32 * 4 + 2 * (PLACE + ARRIVAL)));
+constexpr int OF_OTHERS = WARPS * (2 * 4 * TILE + 4 * (CHUNKS * EXCHANGE + (2 + 3) * 32 * 4 + 2 * (PLACE + ARRIVAL)));
 }
 
 }

@@ -44,14 +44,14 @@ struct KeptPlace {
     __device__ __forceinline__ Warp warp(const Inputs &p) const { return Warp(p, get().block, reload_tid()); }
 };
 
-// Where the steps of a warp's threads are among the boxes of a tensor: of step `i` of a thread of the warp.
+// Where the box of a warp's steps is, the first of which is `i`.
 struct BoxAt {
     int channel, step, row;
 
     __device__ __forceinline__ BoxAt(const Inputs &p, const Place &place, int64_t i) {
         // Of steps that go back in memory the last is the box's first.
         const bool reverse = p.flags & FLAG_REVERSE;
-        const int64_t first = i - reload_tid() % 32 + (reverse ? BOX_STEPS - 1 : 0);
+        const int64_t first = i + (reverse ? BOX_STEPS - 1 : 0);
         channel = static_cast<int>(place.block.first);
         step = static_cast<int>(place.segment.step(place.segment.first + first, reverse));
         row = static_cast<int>(place.segment.row);
@@ -65,7 +65,8 @@ struct BoxAt {
 // A warp's steps of the next tile, where activations are read in rows (FLAG_ROW): asked for while this one is gone through, they
 // arrive in a part of the warp's exchange that is free from then on, as there are no registers to wait in.
 template <typename T> struct Ahead {
-    // Of other types there is one block to a processor, whose way through the first-level cache is not what it waits for.
+    // Whether there is code for boxes. (Of other types there is one block to a processor, whose way through the first-level cache is not
+    // what it waits for.)
     static constexpr bool BY_BOXES = COPIES_BOXES && std::is_same<T, __nv_bfloat16>::value;
     Pack<T, WARPS> inputs[BOX_STEPS], d_out[BOX_STEPS];
     // What has been found and is being written.
@@ -77,26 +78,25 @@ template <typename T> struct Ahead {
                       "as the copy engine wants its boxes");
         return *reinterpret_cast<Ahead *>(shared.slopes[reload_tid() / 32] + TILE);
     }
+    static __device__ __forceinline__ bool are_boxes(const Inputs &p) { return BY_BOXES && p.flags & FLAG_BOXES; }
     // Where the lane's step is.
     static __device__ __forceinline__ int row(const Inputs &p, int lane) {
-        return BY_BOXES && p.flags & FLAG_BOXES && p.flags & FLAG_REVERSE ? BOX_STEPS - 1 - lane : lane;
+        return are_boxes(p) && p.flags & FLAG_REVERSE ? BOX_STEPS - 1 - lane : lane;
     }
     // `first` is the tile's first step.
     __device__ __forceinline__ void ask(const Backward &params, const Place &place, Arrival *arrivals, int64_t first) {
         const Inputs &p = params.inputs;
         const int thread = reload_tid();
-        if constexpr (BY_BOXES) {
-            if (p.flags & FLAG_BOXES) {
-                fence_boxes();
-                __syncwarp();
-                if (thread % 32 == 0) {
-                    Arrival &arrival = arrivals[thread / 32];
-                    const BoxAt at(p, place, first + thread);
-                    arrival.expect(sizeof(inputs) + sizeof(d_out));
-                    at.load(inputs, params.u_boxes, arrival), at.load(d_out, params.d_out_boxes, arrival);
-                }
-                return;
+        if (are_boxes(p)) {
+            fence_boxes();
+            __syncwarp();
+            if (thread % 32 == 0) {
+                Arrival &arrival = arrivals[thread / 32];
+                const BoxAt at(p, place, first + thread);
+                arrival.expect(sizeof(inputs) + sizeof(d_out));
+                at.load(inputs, params.u_boxes, arrival), at.load(d_out, params.d_out_boxes, arrival);
             }
+            return;
         }
         const bool is_there = first + thread < place.segment.steps;
         const auto copy = [&](Pack<T, WARPS> &to, const Activation &from) {
@@ -112,19 +112,17 @@ template <typename T> struct Ahead {
     }
     // Waits for what has been asked for.
     __device__ __forceinline__ void wait(const Inputs &p, Arrival *arrivals) const {
-        if constexpr (BY_BOXES) {
-            if (p.flags & FLAG_BOXES) {
-                // And until the row before has been read from where the next is put.
-                wait_for_boxes();
-                arrivals[threadIdx.x / 32].wait();
-                return;
-            }
+        if (are_boxes(p)) {
+            // And until the engine has read `d_u` of the tile before, over which this tile's exchange goes.
+            wait_for_boxes();
+            arrivals[threadIdx.x / 32].wait();
+            return;
         }
         wait_for_copies<0>();
     }
 };
 
-template <typename T> __device__ __forceinline__ void init_arrivals(const Inputs &p, Arrival *arrivals) {
+template <typename T> __device__ __forceinline__ void init_arrivals(Arrival *arrivals) {
     if (!Ahead<T>::BY_BOXES) return;
     if (threadIdx.x < WARPS) arrivals[threadIdx.x].init();
     __syncthreads();
@@ -138,7 +136,7 @@ __device__ __forceinline__ void stage(const Backward &params, const KeptPlace &p
     if (p.flags & FLAG_ROW) {
         const Ahead<T> &ahead = Ahead<T>::of(shared);
         ahead.wait(p, shared.arrivals);
-        // (In boxes there are steps of other sequences.)
+        // (Boxes have what follows the segment too, where `cp.async` has put zeros.)
         if (!Ahead<T>::BY_BOXES || first + threadIdx.x < place.get().segment.steps) {
             const int row = Ahead<T>::row(p, threadIdx.x % 32);
             u.take(ahead.inputs[row]), d_y.take(ahead.d_out[row]);

@@ -154,7 +154,7 @@ template <typename T> struct Staged {
             if (p.flags & FLAG_ROW) {
                 uint4 row = {};
                 if (i < segment.steps) row = *reinterpret_cast<const uint4 *>(first);
-                quads[0].raw = {row.x, row.y}, quads[1].raw = {row.z, row.w};
+                take(reinterpret_cast<const Pack<T, WARPS> &>(row));
                 return;
             }
         }

@@ -14,8 +14,8 @@ use crate::{DType, Element};
 pub(crate) const COPIES_BOXES: i32 = 90;
 
 impl TensorMap {
-    /// Of `(batch, length, channels)` at an address, with strides of the former two in elements and none of the last, in boxes of so many
-    /// steps and channels; nothing if the engine cannot go through such a tensor. Only for devices that have it.
+    /// Of `(batch, length, channels)` at an address, with strides of the former two in elements and contiguous channels, in boxes of so
+    /// many steps and channels; nothing if the engine cannot go through such a tensor. Only for devices that have it.
     pub fn new<T: Element>(
         data: u64,
         [batch, length, channels]: [usize; 3],

@@ -7,15 +7,13 @@ use cudarc::driver::CudaStream;
 
 use super::launch::Launcher;
 use super::{GradientsMut, Inputs, OutputGradients, Plan, Problem, Tensors};
-use crate::cuda::params::s4d::{
-    self as kernels, BOX_STEPS, CHUNK, OF_KERNEL, THREADS, WARPS, backward::SMEM, backward_states,
-};
+use crate::cuda::params::s4d::{self as kernels, BOX_STEPS, CHUNK, OF_KERNEL, THREADS, WARPS, backward_states};
 use crate::cuda::params::{self, TensorMap};
 use crate::cuda::{
     Arguments, COPIES_BOXES, Cuda, Device, DeviceBuffers, GRID_COLUMNS, Kernel, Module, or_null, suffix,
 };
 use crate::lti::s4d::tensors::Sizes;
-use crate::{DType, Element, Result};
+use crate::{DType, Element, Error, Result};
 
 /// Computes the gradient of every input that was given on the stream's device. It needs nothing from a forward pass.
 ///
@@ -59,12 +57,16 @@ pub(crate) fn backward_checked<T: Element>(
     if d_inner == 0 {
         return Ok(());
     }
+    let shared = Shared::of::<T>(&device)?;
     // One that is not contiguous is as one that is not aligned.
     let d_out_strides = if d_out.strides[2] == 1 { [d_out.strides[0], d_out.strides[1]] } else { [1, 1] };
     let others: [(u64, &[i64]); 2] = [(d_out.data, &d_out_strides), (to.u, &[d_inner as i64])];
     let mut launcher = Launcher::new(&device, &plan, problem, &mut arguments, &others)?;
     let boxes = match launcher.are_rows() && T::DTYPE == DType::Bf16 {
-        true => boxes::<T>(&device, problem, &[launcher.inputs.u, d_out.into(), dense(to.u, &problem.sizes)])?,
+        true => {
+            let activations = [launcher.inputs.u, d_out.into(), dense(to.u, &problem.sizes)];
+            boxes::<T>(&device, shared.back, problem, &activations)?
+        }
         false => None,
     };
     if boxes.is_some() {
@@ -102,14 +104,14 @@ pub(crate) fn backward_checked<T: Element>(
     // have an element for each that the kernels write.
     if launcher.is_split {
         let forward = kernels::Forward { inputs: launcher.inputs, out: 0, final_state: 0 };
-        let shared = kernels::forward::SMEM;
-        unsafe { launcher.launch(Module::S4D_FORWARD, name("s4d_chunk_state"), grid, shared, &forward) }?;
-        unsafe { launcher.launch(Module::S4D_BACKWARD, name("s4d_backward_chunk_state"), grid, SMEM, &params) }?;
+        let of_forward = kernels::forward::SMEM;
+        unsafe { launcher.launch(Module::S4D_FORWARD, name("s4d_chunk_state"), grid, of_forward, &forward) }?;
+        unsafe { launcher.launch(Module::S4D_BACKWARD, name("s4d_backward_chunk_state"), grid, shared.back, &params) }?;
     }
     if rows > 0 {
-        let (module, shared) = (Module::S4D_BACKWARD_STATES, backward_states::SMEM);
-        unsafe { launcher.launch(module, name("s4d_backward_states"), grid, shared, &params) }?;
-        unsafe { launcher.launch(Module::S4D_BACKWARD, name("s4d_backward"), grid, SMEM, &params) }?;
+        let module = Module::S4D_BACKWARD_STATES;
+        unsafe { launcher.launch(module, name("s4d_backward_states"), grid, shared.states, &params) }?;
+        unsafe { launcher.launch(Module::S4D_BACKWARD, name("s4d_backward"), grid, shared.back, &params) }?;
     }
     let kernel = Kernel::new(Module::S4D_GRADIENTS, ["s4d_gradients"]);
     let params = kernels::Gradients {
@@ -125,13 +127,39 @@ pub(crate) fn backward_checked<T: Element>(
     unsafe { device.launch(&kernel, [d_inner.min(GRID_COLUMNS), 1], THREADS, 0, &params) }
 }
 
-/// What the copy engine moves, if the device has one and it can go through all of these.
+/// Bytes of shared memory for a block of each of the two kernels.
+struct Shared {
+    states: usize,
+    back: usize,
+}
+
+impl Shared {
+    fn of<T: Element>(device: &Device) -> Result<Self> {
+        let shared = match T::DTYPE {
+            DType::Bf16 => Self { states: backward_states::SMEM, back: kernels::backward::SMEM },
+            DType::F16 | DType::F32 => Self { states: backward_states::OF_OTHERS, back: kernels::backward::OF_OTHERS },
+        };
+        let (most, there) = (shared.states.max(shared.back), device.properties().shared_memory);
+        if there < most {
+            let expected = format_args!(
+                "a device whose blocks have {most} bytes of shared memory, for a backward pass of {}",
+                T::DTYPE
+            );
+            return Err(Error::argument("stream", expected, format_args!("one with {there}")));
+        }
+        Ok(shared)
+    }
+}
+
+/// What the copy engine moves, if the device has one and it can go through all of these; `shared` is the shared memory of the kernel
+/// that goes back.
 fn boxes<T: Element>(
     device: &Device,
+    shared: usize,
     problem: &Problem<T, Cuda>,
     activations: &[params::Activation; 3],
 ) -> Result<Option<[TensorMap; 3]>> {
-    let kernel = Launcher::kernel(Module::S4D_BACKWARD, ["s4d_backward", suffix(T::DTYPE)], SMEM);
+    let kernel = Launcher::kernel(Module::S4D_BACKWARD, ["s4d_backward", suffix(T::DTYPE)], shared);
     if !device.is_compiled_for(&kernel, COPIES_BOXES)? {
         return Ok(None);
     }
