@@ -143,7 +143,7 @@ impl Shared {
         if there < most {
             let expected = format_args!(
                 "a device whose blocks have {most} bytes of shared memory, for a backward pass of {}",
-                T::DTYPE
+                suffix(T::DTYPE)
             );
             return Err(Error::argument("stream", expected, format_args!("one with {there}")));
         }
