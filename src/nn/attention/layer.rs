@@ -1,9 +1,11 @@
 //! The attention layer.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
-use super::rotary::Rotary;
+use super::rotary::RotaryTables;
 use super::{AttentionConfig, AttentionState};
 use crate::attention::KeyRange;
 use crate::candle::Slots;
@@ -46,6 +48,7 @@ pub struct Attention {
     k_proj: Linear,
     v_proj: Linear,
     o_proj: Linear,
+    rotary: Option<Arc<RotaryTables>>,
     parameters: ParameterList,
 }
 
@@ -92,7 +95,8 @@ impl Attention {
             [from("q_proj", n_head)?, from("k_proj", n_kv_head)?, from("v_proj", n_kv_head)?];
         let o_proj = Linear::new(&parameters.pp("o_proj"), [n_head * d_head, d_model], out_bias, out_proj_divisor)?;
         let parameters = parameters.taken_since(count);
-        Ok(Self { config: config.clone(), q_proj, k_proj, v_proj, o_proj, parameters })
+        let rotary = config.rope_rates().map(RotaryTables::of);
+        Ok(Self { config: config.clone(), q_proj, k_proj, v_proj, o_proj, rotary, parameters })
     }
 
     /// The layer's sizes and variants.
@@ -325,8 +329,8 @@ impl Attention {
         let q = heads(self.q_proj.forward(&x)?, self.config.n_head)?;
         let k = heads(self.k_proj.forward(&x)?, self.config.n_kv_head)?;
         let v = heads(self.v_proj.forward(&x)?, self.config.n_kv_head)?;
-        let Some(rates) = self.config.rope_rates() else { return Ok(Projected { q, k, v }) };
-        let rotary = Rotary::new(&rates, positions, batch, x.device())?;
+        let Some(tables) = &self.rotary else { return Ok(Projected { q, k, v }) };
+        let rotary = tables.at(positions, batch, x.device())?;
         Ok(Projected { q: rotary.apply(&q)?, k: rotary.apply(&k)?, v })
     }
 
