@@ -340,6 +340,13 @@ impl Attention {
         out.reshape((batch, length, heads * d_head))
     }
 
+    /// The type of keys and values where states are to be of this one: the layer's own if they would only be wider than they are
+    /// computed, which would cost memory and conversions, and keep nothing more.
+    pub(crate) fn state_dtype(&self, asked: DType) -> DType {
+        let own = self.q_proj.dtype();
+        if own.size_in_bytes() < asked.size_in_bytes() { own } else { asked }
+    }
+
     /// Checks an input and how it is divided into sequences, and gives their number.
     fn check_input(&self, x: &Tensor, cu_seqlens: Option<&[usize]>) -> Result<usize> {
         let (d_model, dtype) = (self.config.d_model, self.q_proj.dtype());

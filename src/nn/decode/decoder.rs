@@ -52,7 +52,7 @@ pub struct Decoder {
 pub struct DecoderOptions {
     /// How many sequences there can be at a time.
     pub slots: usize,
-    /// The type of their states, see [`MambaState::new`](crate::nn::MambaState::new).
+    /// The type of their states, see [`LanguageModel::new_cache`].
     pub state_dtype: DType,
     /// The tokens that each has room for where states grow with them; if absent, as many as the layers' configurations say.
     pub capacity: Option<usize>,

@@ -203,7 +203,8 @@ impl Backbone {
     }
 
     /// Zero states for `slots` sequences. `dtype` is that of the states, see
-    /// [`MambaState::new`](crate::nn::MambaState::new). Attention has room for as many tokens of each as its configuration says
+    /// [`MambaState::new`](crate::nn::MambaState::new); keys and values are no wider than the model computes them. Attention has room
+    /// for as many tokens of each as its configuration says
     /// ([`AttentionConfig::capacity`](crate::nn::AttentionConfig::capacity)).
     pub fn new_cache(&self, slots: usize, dtype: DType) -> Result<Cache> {
         self.cache(slots, dtype, None)

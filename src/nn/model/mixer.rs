@@ -212,6 +212,7 @@ impl Mixer {
             Self::Mamba(block) => Ok(LayerState::Mamba(MambaState::new(block.config(), slots, dtype, device)?)),
             Self::Attention(layer) => {
                 let capacity = capacity.unwrap_or(layer.config().capacity);
+                let dtype = layer.state_dtype(dtype);
                 Ok(LayerState::Attention(AttentionState::new(layer.config(), slots, capacity, dtype, device)?))
             }
             Self::Recurrent(layer) => {

@@ -384,6 +384,23 @@ fn experts_are_the_sum_that_they_stand_for() {
     }
 }
 
+/// Keys and values are of the type that is asked for, unless that is wider than what the model computes; other states are.
+#[test]
+fn keys_are_no_wider_than_they_are_computed() {
+    let (model, _) = model(&mut random());
+    for (own, asked, keys) in [
+        (DType::F32, DType::F32, DType::F32),
+        (DType::F32, DType::BF16, DType::BF16),
+        (DType::BF16, DType::F32, DType::BF16),
+        (DType::BF16, DType::F16, DType::F16),
+    ] {
+        let cache = rebuilt(&model, model.config(), own, &Device::Cpu).new_cache(1, asked).unwrap();
+        let attention = cache.layers()[1].as_attention().unwrap();
+        assert_eq!([attention.k.dtype(), attention.v.dtype()], [keys; 2], "{own:?}, {asked:?}");
+        assert_eq!(cache.layers()[0].as_mamba().unwrap().ssm.dtype(), asked);
+    }
+}
+
 /// Keys and values of a half type round them once: some 2^-9 of an output.
 #[test]
 fn keys_and_values_may_be_of_a_half_type() {
