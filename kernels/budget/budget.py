@@ -41,7 +41,7 @@ FORWARD, BACKWARD, SPLIT, BUILD = 7.5, 26.0, 1.9, 120.0
 # Of S4D, for each (step, channel, pair), where a scan would take six forward. The longest path has ways in it that a usual
 # tile does not take: loads of channels one by one, the masks of one that is not finite and, backward, all three ways in which
 # a tile comes in (one that comes in boxes executes 8.0 instructions by Nsight Compute).
-S4D_FORWARD, S4D_BACKWARD = 5.0, 9.5
+S4D_FORWARD, S4D_BACKWARD = 5.0, 9.0
 
 
 def constants(folder):
