@@ -1,5 +1,6 @@
 // Copies to shared memory and to the second-level cache that no thread waits for.
 #pragma once
+#include "address.cuh"
 #include "types.cuh"
 
 namespace common {
@@ -7,7 +8,7 @@ namespace common {
 // Starts copying the pack at `from` to shared memory, or zeros if it is not in range.
 template <typename T, int COUNT>
 __device__ __forceinline__ void copy_async(Pack<T, COUNT> &to, const T *from, bool in_range) {
-    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(&to));
+    const uint32_t at = shared_address(&to);
     constexpr int BYTES = sizeof(T) * COUNT;
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(BYTES), "r"(in_range ? BYTES : 0)
                  : "memory");

@@ -1,6 +1,7 @@
 // Blocks that run at the same time and write to each other's shared memory: thread block clusters, from compute capability 9.0 on.
 // What is compiled for older devices does not run.
 #pragma once
+#include "address.cuh"
 #include <stdint.h>
 
 namespace common {
@@ -37,8 +38,7 @@ __device__ __forceinline__ void cluster_wait() {
 __device__ __forceinline__ void store_in_block(float *at, int rank, float value) {
 #if __CUDA_ARCH__ >= 900
     uint32_t there;
-    const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(at));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(rank));
     asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
 #endif
 }

@@ -1,5 +1,6 @@
 // Products on the tensor cores.
 #pragma once
+#include "address.cuh"
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
@@ -30,7 +31,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
 // the neighbours 2t and 2t + 1 of row g, with g = lane / 4 and t = lane % 4; where they are transposed, rows 2t and 2t + 1 of
 // column g. (So of four 32-bit elements to a row, a lane gets number t of row g.)
 template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void *row) {
-    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    const uint32_t at = shared_address(row);
     if constexpr (TRANSPOSED) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

@@ -1,6 +1,7 @@
 // Boxes of tensors that the copy engine moves between global and shared memory (TMA), from compute capability 9.0 on: no lane waits
 // for its row, and rows do not pass through the first-level cache one by one. What is compiled for older devices does not run.
 #pragma once
+#include "address.cuh"
 #include "params.cuh"
 
 namespace common {
@@ -10,8 +11,6 @@ constexpr bool COPIES_BOXES = true;
 #else
 constexpr bool COPIES_BOXES = false;
 #endif
-
-__device__ __forceinline__ uint32_t shared_address(const void *at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 
 // What a warp waits for whose first lane has asked for boxes: a barrier in shared memory, at which bytes arrive.
 struct Arrival {
