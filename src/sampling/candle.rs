@@ -8,7 +8,7 @@ use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor};
 use super::{Inputs, Settings, StateMut, mark, words};
 use crate::candle::device::{Backend, Cpu, SlotsOf};
 use crate::candle::tensors::Arguments;
-use crate::candle::write_all::{Read, open, write_all};
+use crate::candle::write_all::{Read, open, open_one, write_all};
 use crate::candle::{Slots, copy_from_host_at};
 use crate::{Error, View};
 
@@ -36,8 +36,8 @@ pub struct SamplingState {
     occurred: Tensor,
     /// `(slots)` of `u32`.
     tokens: Tensor,
-    /// `(slots)` of `f32`.
-    log_probs: Tensor,
+    /// `(slots)` of `f32`, if they are wanted.
+    log_probs: Option<Tensor>,
 }
 
 /// The settings of each slot, where the device reads them.
@@ -93,8 +93,16 @@ impl SamplingState {
             settings: Mutex::new(settings),
             occurred: Tensor::zeros((slots, words(columns)), DType::U32, device)?,
             tokens: Tensor::zeros(slots, DType::U32, device)?,
-            log_probs: Tensor::zeros(slots, DType::F32, device)?,
+            log_probs: None,
         })
+    }
+
+    /// The same, which also computes log-probabilities: a pass more over the logits of each choice.
+    ///
+    /// # Errors
+    /// What the device refuses.
+    pub fn with_log_probs(self) -> Result<Self> {
+        Ok(Self { log_probs: Some(Tensor::zeros(self.slots(), DType::F32, self.tokens.device())?), ..self })
     }
 
     /// The number of sequences.
@@ -107,14 +115,15 @@ impl SamplingState {
         &self.tokens
     }
 
-    /// The log-probability of that token, `(slots)` of `f32`.
-    pub fn log_probs(&self) -> &Tensor {
-        &self.log_probs
+    /// The log-probability of that token, `(slots)` of `f32`: whatever the settings have made of what the model gave it. None unless
+    /// it [was asked for](Self::with_log_probs).
+    pub fn log_probs(&self) -> Option<&Tensor> {
+        self.log_probs.as_ref()
     }
 
-    /// All tensors that [`sample`](Self::sample) writes: tokens, log-probabilities, and what has occurred.
-    pub fn tensors(&self) -> [Tensor; 3] {
-        [self.tokens.clone(), self.log_probs.clone(), self.occurred.clone()]
+    /// All tensors that [`sample`](Self::sample) writes: what has occurred, tokens, and log-probabilities if there are any.
+    pub fn tensors(&self) -> Vec<Tensor> {
+        [&self.occurred, &self.tokens].into_iter().chain(&self.log_probs).cloned().collect()
     }
 
     /// Begins a sequence in a slot: its settings, and the tokens of its prompt, which count as having occurred.
@@ -184,23 +193,26 @@ impl SamplingState {
             read.push(slots);
         }
         let mut stored = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
-        let written = [&self.occurred, &self.tokens, &self.log_probs];
-        write_all("settings", &written, &read, |written, read| match &mut *stored {
+        let written: Vec<_> = [&self.occurred, &self.tokens].into_iter().chain(&self.log_probs).collect();
+        write_all("settings", &written, &read, |mut written, read| match &mut *stored {
             Stored::Host(settings) => {
-                let [occurred, tokens, log_probs] = open::<Cpu, 3>("settings", written)?;
+                let log_probs = written.drain(2..).next().map(|storage| open_one::<Cpu>("settings", storage));
+                let log_probs = log_probs.transpose()?.map(Cpu::elements_mut::<f32>).transpose()?;
+                let [occurred, tokens] = open::<Cpu, 2>("settings", written)?;
                 let logits = view::<Cpu>(read.storage(0), logits)?;
                 let inputs =
                     Inputs { vocab_size: self.vocab_size, slots: slots_of::<Cpu>(slots, read)?, ..Inputs::new(logits) };
                 let (CpuStorage::U32(occurred), CpuStorage::U32(tokens)) = (occurred, tokens) else {
                     unreachable!("they were made so")
                 };
-                let log_probs = Some(Cpu::elements_mut::<f32>(log_probs)?);
                 Ok(inputs.sample(StateMut { settings, occurred: Some(occurred), tokens, log_probs })?)
             }
             #[cfg(feature = "candle-cuda")]
             Stored::Cuda { settings, workspace } => {
                 use crate::candle::cuda::Gpu;
-                let [occurred, tokens, log_probs] = open::<Gpu, 3>("settings", written)?;
+                let log_probs = written.drain(2..).next().map(|storage| open_one::<Gpu>("settings", storage));
+                let log_probs = log_probs.transpose()?.map(|storage| storage.as_cuda_slice_mut()).transpose()?;
+                let [occurred, tokens] = open::<Gpu, 2>("settings", written)?;
                 let stream = tokens.device.cuda_stream();
                 let logits = view::<Gpu>(read.storage(0), logits)?;
                 let inputs =
@@ -209,7 +221,7 @@ impl SamplingState {
                     settings,
                     occurred: Some(occurred.as_cuda_slice_mut()?),
                     tokens: tokens.as_cuda_slice_mut()?,
-                    log_probs: Some(log_probs.as_cuda_slice_mut()?),
+                    log_probs,
                 };
                 Ok(super::cuda::sample(&stream, &inputs, state, workspace)?)
             }

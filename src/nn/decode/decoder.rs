@@ -56,12 +56,15 @@ pub struct DecoderOptions {
     pub state_dtype: DType,
     /// The tokens that each has room for where states grow with them; if absent, as many as the layers' configurations say.
     pub capacity: Option<usize>,
+    /// Whether tokens that are chosen on the device come with their log-probabilities ([`SamplingState::log_probs`]), for which every
+    /// choice takes longer.
+    pub log_probs: bool,
 }
 
 impl Default for DecoderOptions {
-    /// One sequence, states of `f32`.
+    /// One sequence, states of `f32`, no log-probabilities.
     fn default() -> Self {
-        Self { slots: 1, state_dtype: DType::F32, capacity: None }
+        Self { slots: 1, state_dtype: DType::F32, capacity: None, log_probs: false }
     }
 }
 
@@ -99,7 +102,8 @@ impl Decoder {
         let cache = model.backbone().cache(options.slots, options.state_dtype, options.capacity)?;
         model.backbone().check_decoding(&cache, options.slots, Slots::Rows, NewTokens::Each(0))?;
         let (vocab, columns) = (model.config().vocab_size, model.config().padded_vocab_size());
-        let sampling = Arc::new(SamplingState::new(model.device(), options.slots, vocab, columns)?);
+        let sampling = SamplingState::new(model.device(), options.slots, vocab, columns)?;
+        let sampling = Arc::new(if options.log_probs { sampling.with_log_probs()? } else { sampling });
         let joined = Joined::new(&model)?;
         Ok(Self { model, cache, joined, sampling, steps: BTreeMap::new(), launches_plainly: false })
     }

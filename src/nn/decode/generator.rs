@@ -76,12 +76,14 @@ pub struct GeneratorOptions {
     pub capacity: Option<usize>,
     /// The most tokens of prompts that a turn reads. Fewer let those that write wait less, more read prompts faster.
     pub prompt_tokens: usize,
+    /// Whether tokens come with their log-probabilities ([`Event::Token`]), for which every choice takes longer.
+    pub log_probs: bool,
 }
 
 impl Default for GeneratorOptions {
-    /// 8 sequences, states of `f32`, 2,048 tokens of prompts in a turn.
+    /// 8 sequences, states of `f32`, 2,048 tokens of prompts in a turn, no log-probabilities.
     fn default() -> Self {
-        Self { slots: 8, state_dtype: DType::F32, capacity: None, prompt_tokens: 2048 }
+        Self { slots: 8, state_dtype: DType::F32, capacity: None, prompt_tokens: 2048, log_probs: false }
     }
 }
 
@@ -121,8 +123,9 @@ pub enum Event {
         sequence: u64,
         /// The token.
         token: u32,
-        /// The logarithm of the probability that the model gave it, whatever the settings have made of that.
-        log_prob: f32,
+        /// The logarithm of the probability that the model gave it, whatever the settings have made of that; none unless
+        /// [asked for](GeneratorOptions::log_probs).
+        log_prob: Option<f32>,
     },
     /// It has ended, and its slot is free.
     Finished {
@@ -196,7 +199,7 @@ struct Underway {
 #[derive(Debug)]
 struct Copies {
     tokens: HostCopy<u32>,
-    log_probs: HostCopy<f32>,
+    log_probs: Option<HostCopy<f32>>,
 }
 
 impl Generator {
@@ -208,8 +211,8 @@ impl Generator {
         if options.prompt_tokens == 0 {
             return Err(argument("prompt_tokens", "at least 1", 0));
         }
-        let &GeneratorOptions { slots, state_dtype, capacity, .. } = options;
-        let decoder = Decoder::new(model, &DecoderOptions { slots, state_dtype, capacity })?;
+        let &GeneratorOptions { slots, state_dtype, capacity, log_probs, .. } = options;
+        let decoder = Decoder::new(model, &DecoderOptions { slots, state_dtype, capacity, log_probs })?;
         // On a processor nothing is gained by letting tokens wait for a turn.
         let turns = if model.device().is_cpu() { 1 } else { 2 };
         let copies = (0..turns).map(|_| Copies::new(&decoder)).collect::<Result<_>>()?;
@@ -456,13 +459,14 @@ impl Generator {
     /// Waits for the oldest tokens underway.
     fn receive(&mut self, events: &mut Vec<Event>) -> Result<()> {
         let Some(Underway { of, copies }) = self.underway.pop_front() else { return Ok(()) };
-        let (tokens, log_probs) = (copies.tokens.wait()?, copies.log_probs.wait()?);
+        let tokens = copies.tokens.wait()?;
+        let log_probs = copies.log_probs.as_ref().map(HostCopy::wait).transpose()?;
         for (sequence, slot) in of {
             // It may have ended by the token before, and another have its slot.
             let Some(running) = self.running[slot].as_mut().filter(|running| running.sequence == sequence) else {
                 continue;
             };
-            let (token, log_prob) = (tokens[slot], log_probs[slot]);
+            let (token, log_prob) = (tokens[slot], log_probs.as_ref().map(|values| values[slot]));
             let ended = if running.is_cancelled {
                 Some(FinishReason::Cancelled)
             } else if token == INVALID {
@@ -487,11 +491,12 @@ impl Generator {
 impl Copies {
     fn new(decoder: &Decoder) -> Result<Self> {
         let sampling = decoder.sampling();
-        Ok(Self { tokens: HostCopy::new(sampling.tokens())?, log_probs: HostCopy::new(sampling.log_probs())? })
+        let log_probs = sampling.log_probs().map(HostCopy::new).transpose()?;
+        Ok(Self { tokens: HostCopy::new(sampling.tokens())?, log_probs })
     }
 
     fn start(&mut self) -> Result<()> {
         self.tokens.start()?;
-        self.log_probs.start()
+        self.log_probs.as_mut().map_or(Ok(()), HostCopy::start)
     }
 }

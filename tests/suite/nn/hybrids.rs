@@ -289,7 +289,8 @@ fn generators_write_with_hybrids() {
     let mut texts = vec![Vec::new(); prompts.len()];
     while !generator.is_idle() {
         for event in generator.turn().unwrap() {
-            if let Event::Token { sequence, token, .. } = event {
+            if let Event::Token { sequence, token, log_prob } = event {
+                assert_eq!(log_prob, None, "nobody asked for it");
                 texts[sequence as usize].push(token);
             }
         }

@@ -84,7 +84,7 @@ fn listen(events: Vec<Event>, heard: &mut HashMap<u64, Heard>) {
             Event::Token { sequence, token, log_prob } => {
                 let heard = heard.entry(sequence).or_default();
                 assert!(heard.reason.is_none(), "sequence {sequence} goes on after its end");
-                heard.text.push((token, log_prob));
+                heard.text.push((token, log_prob.expect("they were asked for")));
             }
             Event::Finished { sequence, reason } => {
                 let before = heard.entry(sequence).or_default().reason.replace(reason);
@@ -107,7 +107,7 @@ pub fn texts_are_those_of_sequences_alone(device: &Device, requests: usize, slot
     let blocks = causal_blocks();
     for (name, config) in [&blocks[0], &blocks[2], &blocks[4]] {
         let model = on(device, config, &mut random);
-        let options = GeneratorOptions { slots, prompt_tokens, ..Default::default() };
+        let options = GeneratorOptions { slots, prompt_tokens, log_probs: true, ..Default::default() };
         let mut generator = Generator::new(&model, &options).unwrap();
         let (mut expected, mut cancelled, mut heard) = (HashMap::new(), Vec::new(), HashMap::new());
         let mut submitted = 0;
@@ -252,7 +252,8 @@ fn texts_on_the_processor() {
 fn requests_share_a_beginning() {
     let mut random = random();
     let model = on(&Device::Cpu, &causal_blocks()[1].1, &mut random);
-    let generator = &mut Generator::new(&model, &GeneratorOptions::default()).unwrap();
+    let options = GeneratorOptions { log_probs: true, ..Default::default() };
+    let generator = &mut Generator::new(&model, &options).unwrap();
     let beginning = [3u32, 1, 4, 1, 5];
     let read = model.new_cache(2, DType::F32).unwrap();
     model.prefill(&Tensor::new(&[beginning], &Device::Cpu).unwrap(), &read, &[1]).unwrap();
