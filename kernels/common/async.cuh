@@ -22,7 +22,13 @@ template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Prefetches the cache line at `at` to L2.
-__device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+// Prefetches the cache line at `at` into the second-level cache; `NEAR`, into the processor's first-level cache.
+template <bool NEAR = false> __device__ __forceinline__ void prefetch(const void *at) {
+    if constexpr (NEAR) {
+        asm volatile("prefetch.global.L1 [%0];" ::"l"(at));
+    } else {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+    }
+}
 
 }

@@ -4,6 +4,7 @@
 // device's; it goes on to further ones where there are more than blocks run at a time, over rows that are staged once. With half types
 // it asks for its part of the matrix before it looks at the rows, where it is recorded even before the kernel before has ended, and
 // for the next part before it finishes one, so that memory is busy meanwhile.
+#include "../common/compiler.cuh"
 #include "../common/launch.cuh"
 #include "../common/math.cuh"
 #include "products_f32.cuh"
@@ -22,63 +23,158 @@ struct ConvPlace {
     }
 };
 
+// What the convolution of an element takes beside the newest input, where it lies.
+template <typename St> struct Taps {
+    const Linear &p;
+    const float *weights;
+    int64_t channel;
+    St *states;
+
+    __device__ __forceinline__ Taps(const Linear &p, const ConvPlace &place, int64_t channel)
+        : p(p), weights(p.conv_weight.data + channel * p.conv_weight.channel), channel(channel),
+          states(static_cast<St *>(p.conv_state.data) + place.state) {}
+    __device__ __forceinline__ float state(int k) const { return widen(states[k * p.conv_state.row]); }
+    __device__ __forceinline__ float weight(int k) const { return __ldg(weights + k * p.conv_weight.state); }
+    __device__ __forceinline__ float bias() const { return element_or(p.conv_bias, channel, 0.0f); }
+};
+
+// The same once it has been kept in shared memory.
+struct KeptTaps {
+    // Elements lie apart by as many as are kept at a time.
+    static constexpr int APART = OUTPUTS * TILE_ROWS;
+    const float *at;
+    int before;
+
+    __device__ __forceinline__ float state(int k) const { return at[k * APART]; }
+    __device__ __forceinline__ float weight(int k) const { return at[(before + k) * APART]; }
+    __device__ __forceinline__ float bias() const { return at[(2 * before + 1) * APART]; }
+
+    template <typename From> __device__ __forceinline__ static void keep(float *to, const From &from, int before) {
+        // All are asked for before the first is waited for.
+        float states[MAX_WIDTH - 1], weights[MAX_WIDTH];
+        const float bias = from.bias();
+#pragma unroll
+        for (int k = 0; k < MAX_WIDTH; k++) {
+            if (k < before) states[k < MAX_WIDTH - 1 ? k : 0] = from.state(k);
+            if (k <= before) weights[k] = from.weight(k);
+        }
+#pragma unroll
+        for (int k = 0; k < MAX_WIDTH; k++) {
+            if (k < before) to[k * APART] = states[k < MAX_WIDTH - 1 ? k : 0];
+            if (k <= before) to[(before + k) * APART] = weights[k];
+        }
+        to[(2 * before + 1) * APART] = bias;
+    }
+};
+
 // A step of the convolution of one channel of one row, in place, of states of type St.
-template <typename St> __device__ __forceinline__ float convolve(const Linear &p, int64_t row, int64_t channel, float newest) {
-    const ConvPlace place(p, row, channel);
-    if (!place.exists) return 0.0f;
+template <typename St, typename From>
+__device__ __forceinline__ float convolve(const Linear &p, const ConvPlace &place, const From &taps, float newest) {
     const int before = static_cast<int>(p.width) - 1;
-    const float *weight = p.conv_weight.data + channel * p.conv_weight.channel;
     St *state = static_cast<St *>(p.conv_state.data) + place.state;
     // All are asked for before the first is overwritten.
     float x[MAX_WIDTH - 1];
 #pragma unroll
     for (int k = 0; k < MAX_WIDTH - 1; k++) {
         if (k >= before) break;
-        x[k] = widen(state[k * p.conv_state.row]);
+        x[k] = taps.state(k);
     }
-    float sum = element_or(p.conv_bias, channel, 0.0f);
+    float sum = taps.bias();
 #pragma unroll
     for (int k = 0; k < MAX_WIDTH - 1; k++) {
         if (k >= before) break;
-        sum = fmaf(__ldg(weight + k * p.conv_weight.state), x[k], sum);
+        sum = fmaf(taps.weight(k), x[k], sum);
         if (k > 0) state[(k - 1) * p.conv_state.row] = narrow<St>(x[k]);
     }
     state[(before - 1) * p.conv_state.row] = narrow<St>(newest);
-    return silu(fmaf(__ldg(weight + before * p.conv_weight.state), newest, sum));
+    return silu(fmaf(taps.weight(before), newest, sum));
 }
 
-__device__ __forceinline__ float convolve_as(const Linear &p, int64_t row, int64_t channel, float newest) {
-    if (p.state_type == TYPE_F32) return convolve<float>(p, row, channel, newest);
-    if (p.state_type == TYPE_F16) return convolve<__half>(p, row, channel, newest);
-    return convolve<__nv_bfloat16>(p, row, channel, newest);
+// Calls `visit` with a null pointer to the type of the convolution's states.
+template <typename Visit> __device__ __forceinline__ void with_state_type(const Linear &p, const Visit &visit) {
+    if (p.state_type == TYPE_F32) {
+        visit(static_cast<float *>(nullptr));
+    } else if (p.state_type == TYPE_F16) {
+        visit(static_cast<__half *>(nullptr));
+    } else {
+        visit(static_cast<__nv_bfloat16 *>(nullptr));
+    }
 }
 
-// Asks for what the convolution of the first tile reads beside the products.
-template <typename Rows> __device__ __forceinline__ void prefetch_conv(const Linear &p, const Rows &rows, int first_output) {
+// The same of an element of the product. `kept`: where what it takes is kept, or null.
+__device__ __forceinline__ float convolve_as(const Linear &p, int64_t row, int64_t channel, float newest, const float *kept) {
+    const ConvPlace place(p, row, channel);
+    float out = 0.0f;
+    if (!place.exists) return out;
+    with_state_type(p, [&](auto *type) {
+        using St = std::remove_pointer_t<decltype(type)>;
+        const int before = static_cast<int>(p.width) - 1;
+        out = kept ? convolve<St>(p, place, KeptTaps{kept, before}, newest)
+                   : convolve<St>(p, place, Taps<St>(p, place, channel), newest);
+    });
+    return out;
+}
+
+// Keeps what the convolution of a tile of few rows takes beside the products.
+template <typename Rows> __device__ __forceinline__ void keep_taps(const Linear &p, const Rows &rows, int first_output, float *kept) {
+    const int i = threadIdx.x, channel = first_output + i % OUTPUTS;
+    if (i >= OUTPUTS * rows.count || channel >= p.d_inner) return;
+    const ConvPlace place(p, rows.first + i / OUTPUTS, channel);
+    if (!place.exists) return;
+    with_state_type(p, [&](auto *type) {
+        using St = std::remove_pointer_t<decltype(type)>;
+        KeptTaps::keep(kept + i, Taps<St>(p, place, channel), static_cast<int>(p.width) - 1);
+    });
+}
+
+// Asks for what the convolution of a tile reads beside the products; `NEAR`, into the first-level cache.
+template <bool NEAR, typename Rows> __device__ __forceinline__ void prefetch_conv(const Linear &p, const Rows &rows, int first_output) {
     for (int i = threadIdx.x; i < OUTPUTS * rows.count; i += THREADS) {
         const int channel = first_output + i % OUTPUTS;
         if (channel >= p.d_inner) continue;
         const ConvPlace place(p, rows.first + i / OUTPUTS, channel);
         const int64_t bytes = p.state_type == TYPE_F32 ? 4 : 2;
         for (int k = 0; k + 1 < p.width && place.exists; k++) {
-            prefetch(static_cast<const char *>(p.conv_state.data) + (place.state + k * p.conv_state.row) * bytes);
+            prefetch<NEAR>(static_cast<const char *>(p.conv_state.data) + (place.state + k * p.conv_state.row) * bytes);
         }
         if (i >= OUTPUTS) continue;
-        prefetch(p.conv_weight.data + channel * p.conv_weight.channel);
-        if (p.conv_bias.data) prefetch(p.conv_bias.data + channel * p.conv_bias.channel);
+        prefetch<NEAR>(p.conv_weight.data + channel * p.conv_weight.channel);
+        if (p.conv_bias.data) prefetch<NEAR>(p.conv_bias.data + channel * p.conv_bias.channel);
     }
 }
 
+// What an element of the product takes beside its sum, if it has been read already.
+struct Beside {
+    // Of the convolution; null if it is still to be read.
+    const float *taps;
+    // What is added to.
+    float before;
+
+    // As it lies.
+    __device__ __forceinline__ Beside(const Linear &p, int64_t at)
+        : taps(nullptr), before(p.flags & FLAG_ACCUMULATE ? read_as(p.out, at, p.out_type) : 0.0f) {}
+    __device__ __forceinline__ Beside(const float *taps, float before) : taps(taps), before(before) {}
+};
+
 // What becomes of an element of the product.
-template <typename T> __device__ __forceinline__ void finish(const Linear &p, int64_t row, int64_t out, float sum) {
-    const int64_t at = row * p.out_features + out;
+template <typename T>
+__device__ __forceinline__ void finish(const Linear &p, int64_t row, int64_t out, float sum, const Beside &beside) {
     sum += element_or(p.bias, out, 0.0f);
     if (p.flags & FLAG_CONV) {
         sum = rounded<T>(sum);
-        if (out < p.d_inner) sum = convolve_as(p, row, out, sum);
+        if (out < p.d_inner) sum = convolve_as(p, row, out, sum, beside.taps);
     }
-    if (p.flags & FLAG_ACCUMULATE) sum += read_as(p.out, at, p.out_type);
-    write_as(p.out, at, p.out_type, sum);
+    if (p.flags & FLAG_ACCUMULATE) sum += beside.before;
+    write_as(p.out, row * p.out_features + out, p.out_type, sum);
+}
+
+// The sum of an element of a tile, of what warps have left or one of them.
+template <typename T, int ROWS, typename Rows>
+__device__ __forceinline__ float sum_of(const Linear &p, const float *partials, bool is_one, const Squares<ROWS> &squares, const Rows &rows,
+                                        int row, int output) {
+    const float *of = partials + row * PARTIAL_STRIDE + output;
+    const float sum = is_one ? *of : sum_of_warps<ROWS>(of);
+    return !SCALES_FIRST<T> && rows.norms ? sum * squares.scale(p, row) : sum;
 }
 
 // Adds the sums that warps have left of a tile, one or all of them, and finishes its columns from `first_output` on, by these threads of
@@ -88,12 +184,10 @@ __device__ __forceinline__ void finish_tile(const Linear &p, const float *partia
                                             const Rows &rows, int first_output, int thread, int threads) {
 #pragma unroll 1
     for (int i = thread; i < OUTPUTS * rows.count; i += threads) {
-        const int row = i / OUTPUTS, output = i % OUTPUTS;
-        if (first_output + output >= static_cast<int>(p.out_features)) continue;
-        const float *of = partials + row * PARTIAL_STRIDE + output;
-        float sum = is_one ? *of : sum_of_warps<ROWS>(of);
-        if (!SCALES_FIRST<T> && rows.norms) sum *= squares.scale(p, row);
-        finish<T>(p, rows.first + row, first_output + output, sum);
+        const int row = i / OUTPUTS, output = i % OUTPUTS, out = first_output + output;
+        if (out >= static_cast<int>(p.out_features)) continue;
+        const float sum = sum_of<T>(p, partials, is_one, squares, rows, row, output);
+        finish<T>(p, rows.first + row, out, sum, Beside(p, (rows.first + row) * p.out_features + out));
     }
 }
 
@@ -138,32 +232,57 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
     const Share first_share = share_of(0);
     Products products(memory);
     int block = blockIdx.x * division.outputs(), output = block + division.first_output();
-    // The matrix is all that is read before other kernels have ended.
+    // The block's rows are multiplied once, and each thread finishes one element at most.
+    constexpr bool CAN_BE_DIRECT = TILES == 1 && WHOLE && sizeof(T) < sizeof(float);
+    const bool is_direct = CAN_BE_DIRECT && p.flags & FLAG_DIRECT && (std::is_same_v<X, T> ? !rows.norms : !(SCALES_FIRST<T> && rows.norms));
+    float *const taps = squares.of + ROWS * WARPS;
+    // The matrix is read before other kernels have ended, the norm's weights, and what the convolution takes.
     typename Products::Part part;
     products.ask(part, p, output, 0, min(all, slice), first_share);
     products.prefetch_rest(part);
-    if (p.flags & FLAG_CONV) prefetch_conv(p, rows, block);
+    if (sizeof(T) < sizeof(float)) rows.prefetch_weights(first_share);
+    if (p.flags & FLAG_CONV) {
+        if (is_direct) {
+            keep_taps(p, rows, block, taps);
+        } else {
+            prefetch_conv<false>(p, rows, block);
+        }
+    }
     wait_for_last();
+    if constexpr (CAN_BE_DIRECT) {
+        if (is_direct) {
+            const auto finishes = [&](int thread) {
+                return thread / OUTPUTS < rows.count && output + thread % OUTPUTS < static_cast<int>(p.out_features);
+            };
+            // What is added to is asked for before the products.
+            float before = 0.0f;
+            if (p.flags & FLAG_ACCUMULATE && finishes(threadIdx.x)) {
+                const int64_t row = rows.first + threadIdx.x / OUTPUTS;
+                before = read_as(p.out, row * p.out_features + output + threadIdx.x % OUTPUTS, p.out_type);
+            }
+            products.clear();
+            products.template add_directly<true>(part, rows, squares, p, all, first_share);
+            products.leave(own);
+            __syncthreads();
+            const int thread = reload_tid();
+            if (!finishes(thread)) return;
+            const int row = thread / OUTPUTS, column = thread % OUTPUTS;
+            const float sum = sum_of<T>(p, partials, false, squares, rows, row, column);
+            finish<T>(p, rows.first + row, output + column, sum, Beside(taps + thread, before));
+            return;
+        }
+    }
     if (SCALES_FIRST<T> && rows.norms) {
         for (int begin = 0; begin < all; begin += slice) {
             go_through<Step::SQUARES>(products, rows, squares, p, division, begin, min(all - begin, slice), share_of(begin));
         }
         __syncthreads();
     }
-    if constexpr (TILES == 1 && WHOLE && sizeof(T) < sizeof(float)) {
-        if (p.flags & FLAG_DIRECT && (std::is_same_v<X, T> ? !rows.norms : !(SCALES_FIRST<T> && rows.norms))) {
-            products.clear();
-            products.add_directly(part, rows, squares, p, all, first_share);
-            products.leave(own);
-            __syncthreads();
-            finish_tile<T>(p, partials, false, squares, rows, output, threadIdx.x, THREADS);
-            return;
-        }
-    }
     bool is_staged = false;
 #pragma unroll 1
     for (; block < static_cast<int>(p.out_features); block += step, output += step) {
         products.clear();
+        if (p.flags & FLAG_CONV && block < p.d_inner) prefetch_conv<true>(p, rows, block);
 #pragma unroll 1
         for (int begin = 0; begin < all; begin += slice) {
             const int features = min(all - begin, slice);

@@ -42,7 +42,7 @@ struct Linear {
     int64_t slice;
     // Where in shared memory, in bytes, the warps' sums lie: after the rows, or where these were if a block has one tile.
     int64_t partials;
-    // Where the squares of the rows lie, after the rest.
+    // Where the squares of the rows lie, after the rest; what the convolution of few rows takes lies after them.
     int64_t squares;
     uint64_t flags;
     // `count` is the number of features.
@@ -60,8 +60,9 @@ struct Linear {
 namespace update {
 constexpr int THREADS = 128;
 // FLAG_VECTOR: all that has states or ranks as its last dimension can be read and written in vectors of 4. FLAG_NORMS: the
-// columns are normed. FLAG_PARTS: a lane has PARTS parts of a channel, where there are rows enough.
-constexpr uint64_t FLAG_VECTOR = 1, FLAG_NORMS = 2, FLAG_PARTS = 4;
+// columns are normed. FLAG_PARTS: a lane has PARTS parts of a channel, where there are rows enough. FLAG_WEIGHTS: blocks of these stage
+// the projections of their channels.
+constexpr uint64_t FLAG_VECTOR = 1, FLAG_NORMS = 2, FLAG_PARTS = 4, FLAG_WEIGHTS = 8;
 constexpr int PARTS = 4;
 }
 
@@ -82,6 +83,8 @@ struct Update {
     int64_t rows, d_inner, d_state, dt_rank;
     // Parts that a channel's states and ranks are divided into, a power of two up to 32, as a shift. A lane has one of them or PARTS.
     int64_t part_shift;
+    // Where in shared memory projections are staged, in numbers of 4 bytes: after the columns.
+    int64_t weights;
     uint64_t flags;
     // Of the norm of the ranks, and of those of B and C.
     float dt_eps, state_eps;

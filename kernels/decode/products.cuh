@@ -19,16 +19,16 @@ namespace decode::linear {
 //   rows          0,8   0,8   0,8   0,8   1,9   1,9  …   7,15    (of each 16)
 //   features      0-7   8-15  16-23 24-31 0-7   8-15 …   24-31
 //
-// Rows are staged as lanes hold them, a tile's part of all lanes after the other, so that no two meet in a bank.
+// Rows are staged as lanes hold them, the eight features of all lanes of a chunk together, so that no two meet in a bank.
 template <typename T, int TILES, bool WHOLE> struct Products {
     static constexpr int ROWS = TILES * TILE_ROWS, FEATURES = CHUNK;
     // Tiles of 16 rows; of one with 8, the other half is zeros, which are not staged.
     static constexpr int GROUPS = (TILES + 1) / 2;
     static constexpr bool IS_FULL = TILES > 1;
-    // Words of a chunk of a group.
-    static constexpr int WORDS = IS_FULL ? 8 : 4;
+    // Rows of a lane in a group, and words of a chunk of it.
+    static constexpr int HALVES = IS_FULL ? 2 : 1, WORDS = 4 * HALVES;
     // Chunks of the matrix that are on their way: each is asked for as many turns before it is used.
-    static constexpr int AHEAD = !WHOLE ? 2 : TILES == 1 ? 5 : TILES == 4 ? 3 : 4;
+    static constexpr int AHEAD = !WHOLE ? 2 : TILES == 1 ? 6 : TILES == 4 ? 3 : 4;
 
     // A lane's part of 16 columns of the matrix, and what of it is on its way.
     struct Part {
@@ -95,8 +95,10 @@ template <typename T, int TILES, bool WHOLE> struct Products {
     template <Step STEP, typename X>
     __device__ __forceinline__ void go_through(const BlockRows<X, ROWS, WHOLE> &rows, const Squares<ROWS> &squares,
                                                const Linear &p, int begin, int features, int first, int step, int last) const {
-        constexpr int HALVES = IS_FULL ? 2 : 1;
         const int chunks = (features + CHUNK - 1) / CHUNK;
+        if constexpr (WHOLE && std::is_same_v<X, T>) {
+            if (!rows.norms) return copy(rows, begin, features, chunks, first, step, last);
+        }
 #pragma unroll 1
         for (int group = 0; group * 16 < rows.count; group++) {
             float sums[HALVES] = {}, scale[HALVES];
@@ -107,7 +109,9 @@ template <typename T, int TILES, bool WHOLE> struct Products {
                 if (STEP == Step::STAGE && rows.norms) scale[i] = row[i] < rows.count ? squares.scale(p, row[i]) : 0.0f;
             }
             uint32_t *to = staged + group * chunks * (WORDS * 32);
-#pragma unroll 2
+            // Where a lane has one row, four chunks of it on their way take no more registers than two of two.
+            constexpr int TOGETHER = 4 / HALVES;
+#pragma unroll TOGETHER
             for (int chunk = first; chunk < last; chunk += step) {
                 const int k = chunk * CHUNK + part * 8, exist = features - k;
                 float by[8];
@@ -126,7 +130,10 @@ template <typename T, int TILES, bool WHOLE> struct Products {
 #pragma unroll
                     for (int j = 0; j < 4; j++) words[i][j] = narrow_pair(x[2 * j], x[2 * j + 1], T());
                 }
-                if (STEP != Step::SQUARES) store(to + chunk * (WORDS * 32), words);
+                if constexpr (STEP != Step::SQUARES) {
+#pragma unroll
+                    for (int i = 0; i < HALVES; i++) *place(to, chunk, i) = {words[i][0], words[i][1], words[i][2], words[i][3]};
+                }
             }
 #pragma unroll
             for (int i = 0; i < HALVES; i++) {
@@ -138,29 +145,39 @@ template <typename T, int TILES, bool WHOLE> struct Products {
         }
     }
 
-    // Eight features of one row or two, where the lane finds them again.
-    template <int HALVES> __device__ __forceinline__ void store(uint32_t *to, const uint32_t (&words)[HALVES][4]) const {
-        if constexpr (IS_FULL) {
-            uint4 *tiles = reinterpret_cast<uint4 *>(to) + lane;
-            tiles[0] = {words[0][0], words[1][0], words[0][1], words[1][1]};
-            tiles[32] = {words[0][2], words[1][2], words[0][3], words[1][3]};
-        } else {
+    // Stages chunks of rows as they are. All are on their way before the first is waited for.
+    __device__ __forceinline__ void copy(const BlockRows<T, ROWS, WHOLE> &rows, int begin, int features, int chunks, int first, int step,
+                                         int last) const {
+#pragma unroll 1
+        for (int group = 0; group * 16 < rows.count; group++) {
+            uint32_t *to = staged + group * chunks * (WORDS * 32);
 #pragma unroll
-            for (int j = 0; j < 4; j++) to[j * 32 + lane] = words[0][j];
+            for (int i = 0; i < HALVES; i++) {
+                const int row = group * 16 + i * 8 + lane / 4, exist = row < rows.count ? features - part * 8 : 0;
+                const T *from = rows.data + row * rows.row + begin + part * 8;
+#pragma unroll 2
+                for (int chunk = first; chunk < last; chunk += step) {
+                    Pack<T, 8> &eight = reinterpret_cast<Pack<T, 8> &>(*place(to, chunk, i));
+                    copy_async(eight, from + chunk * CHUNK, chunk * CHUNK < exist);
+                }
+            }
         }
+        commit_copies();
+        wait_for_copies<0>();
+    }
+
+    // Where the lane's features of a chunk of a group are staged: of a row, or of one 8 further on.
+    __device__ __forceinline__ uint4 *place(uint32_t *group, int chunk, int half) const {
+        return reinterpret_cast<uint4 *>(group + chunk * (WORDS * 32)) + half * 32 + lane;
     }
 
     // The left operand of a chunk's two tiles.
     __device__ __forceinline__ void fetch(uint32_t (&first)[4], uint32_t (&second)[4], const uint32_t *from) const {
-        if constexpr (IS_FULL) {
-            const uint4 *tiles = reinterpret_cast<const uint4 *>(from) + lane;
-            const uint4 a = tiles[0], b = tiles[32];
-            first[0] = a.x, first[1] = a.y, first[2] = a.z, first[3] = a.w;
-            second[0] = b.x, second[1] = b.y, second[2] = b.z, second[3] = b.w;
-        } else {
-            first[0] = from[lane], first[2] = from[32 + lane], second[0] = from[64 + lane], second[2] = from[96 + lane];
-            first[1] = first[3] = second[1] = second[3] = 0;
-        }
+        const uint4 *rows = reinterpret_cast<const uint4 *>(from) + lane;
+        uint4 a = rows[0], b = {};
+        if constexpr (IS_FULL) b = rows[32];
+        first[0] = a.x, first[1] = b.x, first[2] = a.y, first[3] = b.y;
+        second[0] = a.z, second[1] = b.z, second[2] = a.w, second[3] = b.w;
     }
 
     // Multiplies the warp's share of the slice.
@@ -187,61 +204,95 @@ template <typename T, int TILES, bool WHOLE> struct Products {
                 for (int j = 0; j < 2; j++) load(w[j], p, of, j, (AHEAD + i) * CHUNK);
             }
             x += AHEAD * (WORDS * 32);
-#pragma unroll
-            for (int j = 0; j < 2; j++) of.at[j] += AHEAD * CHUNK * (WHOLE ? 1 : p.weight.column), of.left[j] -= AHEAD * CHUNK;
+            advance(of, p);
         }
     }
 
     // The same of rows that are not staged, as the block multiplies them once: up to 8, each by four lanes, and their squares. They are
-    // normed, or of T.
-    template <typename X>
+    // normed, or of T. `IS_LONG`: chunks of rows of T are asked for as soon as there is room, which takes registers and is of use where a
+    // share has more than AHEAD of them.
+    template <bool IS_LONG, typename X>
     __device__ __forceinline__ void add_directly(Part &of, const BlockRows<X, ROWS, WHOLE> &rows, const Squares<ROWS> &squares,
                                                  const Linear &p, int features, const Share &share) {
-        constexpr bool IS_RAW = std::is_same_v<X, T>;
         const int row = lane / 4;
+        // Multiplies the chunk that is `i` after the one where the part begins, and asks for another one.
+        const auto multiply = [&](int i, const uint32_t (&x)[4]) {
+            uint4(&w)[2] = of.ahead[i];
+            const uint32_t first[4] = {x[0], 0, x[1], 0}, second[4] = {x[2], 0, x[3], 0};
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                mma(sums[0][j], first, w[j].x, w[j].y, T());
+                mma(sums[0][j], second, w[j].z, w[j].w, T());
+                load(w[j], p, of, j, (AHEAD + i) * CHUNK);
+            }
+        };
+        if constexpr (std::is_same_v<X, T>) {
+            uint32_t words[AHEAD][4];
+            const auto read = [&](int i, int chunk) {
+                const int k = chunk * CHUNK + part * 8;
+                rows.read_words(words[i], row, k, features - k);
+            };
+            const auto read_all = [&](int chunk) {
+#pragma unroll
+                for (int i = 0; i < AHEAD; i++) {
+                    if (chunk + i >= share.last) break;
+                    read(i, chunk + i);
+                }
+            };
+            if (IS_LONG) read_all(share.first);
+#pragma unroll 1
+            for (int chunk = share.first; chunk < share.last; chunk += AHEAD) {
+                if (!IS_LONG) read_all(chunk);
+#pragma unroll
+                for (int i = 0; i < AHEAD; i++) {
+                    if (chunk + i >= share.last) break;
+                    multiply(i, words[i]);
+                    if (IS_LONG && chunk + AHEAD + i < share.last) read(i, chunk + AHEAD + i);
+                }
+                advance(of, p);
+            }
+            return;
+        }
+        // Chunks that are on their way together: numbers of f32 take twice the registers.
+        constexpr int TOGETHER = AHEAD / 2;
+        static_assert(AHEAD % TOGETHER == 0, "each chunk of the matrix has its place");
         float sum = 0.0f;
 #pragma unroll 1
         for (int chunk = share.first; chunk < share.last; chunk += AHEAD) {
-            uint32_t words[AHEAD][4];
-            float x[IS_RAW ? 1 : AHEAD][8];
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                if (chunk + i >= share.last) break;
-                const int k = (chunk + i) * CHUNK + part * 8;
-                if constexpr (IS_RAW) {
-                    rows.read_words(words[i], row, k, features - k);
-                } else {
-                    rows.read(x[i], row, k, features - k);
+            for (int from = 0; from < AHEAD; from += TOGETHER) {
+                float x[TOGETHER][8];
+#pragma unroll
+                for (int i = 0; i < TOGETHER; i++) {
+                    const int k = (chunk + from + i) * CHUNK + part * 8;
+                    if (chunk + from + i < share.last) rows.read(x[i], row, k, features - k);
                 }
-            }
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                if (chunk + i >= share.last) break;
-                if constexpr (!IS_RAW) {
-                    const int k = (chunk + i) * CHUNK + part * 8;
+                for (int i = 0; i < TOGETHER; i++) {
+                    if (chunk + from + i >= share.last) break;
+                    const int k = (chunk + from + i) * CHUNK + part * 8;
                     float by[8];
                     rows.read_weights(by, k, features - k);
+                    uint32_t words[4];
 #pragma unroll
                     for (int j = 0; j < 8; j++) sum = fmaf(x[i][j], x[i][j], sum);
 #pragma unroll
-                    for (int j = 0; j < 4; j++) words[i][j] = narrow_pair(x[i][2 * j] * by[2 * j], x[i][2 * j + 1] * by[2 * j + 1], T());
-                }
-                uint4(&w)[2] = of.ahead[i];
-                const uint32_t first[4] = {words[i][0], 0, words[i][1], 0}, second[4] = {words[i][2], 0, words[i][3], 0};
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    mma(sums[0][j], first, w[j].x, w[j].y, T());
-                    mma(sums[0][j], second, w[j].z, w[j].w, T());
-                    load(w[j], p, of, j, (AHEAD + i) * CHUNK);
+                    for (int j = 0; j < 4; j++) words[j] = narrow_pair(x[i][2 * j] * by[2 * j], x[i][2 * j + 1] * by[2 * j + 1], T());
+                    multiply(from + i, words);
                 }
             }
-#pragma unroll
-            for (int j = 0; j < 2; j++) of.at[j] += AHEAD * CHUNK * (WHOLE ? 1 : p.weight.column), of.left[j] -= AHEAD * CHUNK;
+            advance(of, p);
         }
         if (!rows.norms) return;
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         if (part == 0) squares.leave(sum, row, true);
+    }
+
+    // Goes on to the chunks that have been asked for.
+    __device__ __forceinline__ static void advance(Part &of, const Linear &p) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) of.at[j] += AHEAD * CHUNK * (WHOLE ? 1 : p.weight.column), of.left[j] -= AHEAD * CHUNK;
     }
 
     // Leaves the warp's sums at `to`, PARTIAL_STRIDE apart for each row.

@@ -29,7 +29,7 @@ __device__ __forceinline__ void project(const Linear &p, float *columns, int dis
             __syncthreads();
         }
         products.clear();
-        products.add_directly(part, rows, Squares<TILE_ROWS>{nullptr}, p, features, share);
+        products.template add_directly<false>(part, rows, Squares<TILE_ROWS>{nullptr}, p, features, share);
         products.leave(partials + threadIdx.x / 32 * PARTIALS);
         __syncthreads();
         // Each element as often as there are blocks, by as many threads.
@@ -58,7 +58,7 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Pro
     const RowMap map(threadIdx.x, lane_shift);
     const int channels = static_cast<int>(p.d_inner), index = blockIdx.x * (THREADS >> lane_shift) + map.row;
     const bool exists = index < channels;
-    // The matrix and what is the channels' are read before other kernels have ended.
+    // The matrix, what is the channels' and the first row's states are read before other kernels have ended.
     const int features = static_cast<int>(of.features);
     const linear::Share share(features, linear::CHUNK, threadIdx.x / 32, false);
     Products products(memory);
@@ -67,15 +67,16 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Pro
     products.prefetch_rest(part);
     const update::Channel<T, 1, true> channel(p, min(index, channels - 1), map);
     const int first = blockIdx.y * ROWS, last = min(first + ROWS, static_cast<int>(p.rows));
-    for (int row = first; row < last && exists; row++) update::prefetch_states<St>(p, row, index, channel.place(0));
+    using RowUpdate = update::RowUpdate<T, St, 1, true>;
+    RowUpdate now(p, channel, exists, first);
+    for (int row = first + 1; row < last && exists; row++) update::prefetch_states<St>(p, row, index, channel.place(0));
     // Nobody writes to a block that has not begun.
     cluster_arrive();
     cluster_wait();
     wait_for_last();
-    using RowUpdate = update::RowUpdate<T, St, 1, true>;
+    now.read_inputs(p, channel, first);
     project<T>(of, columns, distance, partials, products, part, share);
     cluster_arrive();
-    RowUpdate now(p, channel, exists, first);
     cluster_wait();
     if (p.flags & update::FLAG_NORMS) {
         for (int row = 0; row < last - first; row++) {
@@ -87,7 +88,10 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Pro
 #pragma unroll 1
     for (int row = first; row < last; row++) {
         RowUpdate next = now;
-        if (row + 1 < last) next = RowUpdate(p, channel, exists, row + 1);
+        if (row + 1 < last) {
+            next = RowUpdate(p, channel, exists, row + 1);
+            next.read_inputs(p, channel, row + 1);
+        }
         now.run(p, channel, exists, columns + (row - first) * distance, row);
         now = next;
     }

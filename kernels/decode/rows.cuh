@@ -2,6 +2,7 @@
 #pragma once
 #include <type_traits>
 
+#include "../common/async.cuh"
 #include "../common/tensor.cuh"
 #include "params.cuh"
 
@@ -28,8 +29,8 @@ __device__ __forceinline__ void read_widened(float (&to)[COUNT], const X *from, 
     }
 }
 
-// The rows of the block, as they lie. `WHOLE`: their features, and the norm's weights, are contiguous and aligned, and there is a
-// multiple of 8 of them.
+// The rows of the block, as they lie. `WHOLE`: their features, and the norm's weights, are contiguous and aligned to 16 bytes, and there is
+// a multiple of 8 of them.
 template <typename X, int ROWS, bool WHOLE> struct BlockRows {
     int first, count;
     const X *data;
@@ -50,12 +51,18 @@ template <typename X, int ROWS, bool WHOLE> struct BlockRows {
 
     // Eight features of a half type as they are.
     __device__ __forceinline__ void read_words(uint32_t (&to)[4], int i, int k, int exist) const {
-        const X *from = data + i * row + k * (WHOLE ? 1 : column);
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int left = i < count ? exist - j * QUAD : 0;
-            const Pack<X, QUAD> pack = load_vec<X, QUAD, WHOLE>(from + j * QUAD * (WHOLE ? 1 : column), column, left);
-            to[2 * j] = pack.word(0), to[2 * j + 1] = pack.word(1);
+        static_assert(WHOLE, "as vectors of 16 bytes");
+        uint4 words = {};
+        if (i < count && exist > 0) words = *reinterpret_cast<const uint4 *>(data + i * row + k);
+        to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w;
+    }
+
+    // Asks for the norm's weights of a share: numbers of f32, of which a chunk is a line of the cache.
+    __device__ __forceinline__ void prefetch_weights(const Share &share) const {
+        static_assert(CHUNK * sizeof(float) == 128, "a line");
+        if constexpr (WHOLE) {
+            if (!norms || !norm_weight.data) return;
+            for (int chunk = share.first + threadIdx.x % 32; chunk < share.last; chunk += 32) prefetch<true>(norm_weight.data + chunk * CHUNK);
         }
     }
 

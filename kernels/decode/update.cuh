@@ -83,13 +83,16 @@ template <typename T, int COUNT, bool WHOLE> struct Channel {
     static constexpr int HELD = COUNT > 1 ? 0 : 4;
     int index, lane, lanes, rank;
     const T *weight_at;
+    // Where the channel's projection is staged, the vectors of all of the block's channels together, `pitch` apart; null if it is not.
+    const Pack<T, QUAD> *staged_weight;
+    int pitch;
     const float *a_at;
     Pack<T, QUAD> weight[HELD > 0 ? HELD : 1];
     Pack<float, QUAD> a[COUNT];
     float bias, skip;
 
-    __device__ __forceinline__ Channel(const Update &p, int index, const RowMap &map)
-        : index(index), lane(map.lane), lanes(map.lanes), rank(static_cast<int>(p.dt_rank)) {
+    __device__ __forceinline__ Channel(const Update &p, int index, const RowMap &map, const Pack<T, QUAD> *staged_weight = nullptr, int pitch = 0)
+        : index(index), lane(map.lane), lanes(map.lanes), rank(static_cast<int>(p.dt_rank)), staged_weight(staged_weight), pitch(pitch) {
         weight_at = static_cast<const T *>(p.dt_weight.data) + index * p.dt_weight.row;
         a_at = p.a.data + index * p.a.channel;
 #pragma unroll
@@ -103,6 +106,7 @@ template <typename T, int COUNT, bool WHOLE> struct Channel {
     __device__ __forceinline__ int place(int i) const { return ((i / COUNT * lanes + lane) * COUNT + i % COUNT) * QUAD; }
 
     __device__ __forceinline__ Pack<T, QUAD> read_weight(const Update &p, int r) const {
+        if (HELD == 0 && staged_weight) return r < rank ? staged_weight[r / QUAD * pitch] : Pack<T, QUAD>{};
         const int64_t distance = p.dt_weight.column;
         return load_vec<T, QUAD, WHOLE>(weight_at + r * (WHOLE ? 1 : distance), distance, rank - r);
     }
@@ -161,7 +165,7 @@ template <typename St> __device__ __forceinline__ void prefetch_states(const Upd
     prefetch(static_cast<const St *>(p.state.data) + (slot * p.state.slot + channel * p.state.row + n * p.state.column));
 }
 
-// A channel's update by one row, and what it reads beside the row's columns.
+// A channel's update by one row, and what it reads beside the row's columns: the states first.
 template <typename T, typename St, int COUNT, bool WHOLE> struct RowUpdate {
     using ChannelOf = Channel<T, COUNT, WHOLE>;
     St *state;
@@ -176,6 +180,10 @@ template <typename T, typename St, int COUNT, bool WHOLE> struct RowUpdate {
         state = static_cast<St *>(p.state.data) + (slot * p.state.slot + channel.index * p.state.row);
 #pragma unroll
         for (int i = 0; i < COUNT; i++) h[i] = read_state(p, channel.place(i));
+    }
+
+    // What other kernels may have written, beside the columns.
+    __device__ __forceinline__ void read_inputs(const Update &p, const ChannelOf &channel, int row) {
         if (live) u = widen(static_cast<const T *>(p.u.data)[row * p.u.row + channel.index * p.u.column]);
         if (live && p.z.data) z = widen(static_cast<const T *>(p.z.data)[row * p.z.row + channel.index * p.z.column]);
     }

@@ -256,22 +256,27 @@ __device__ __forceinline__ void choose(const Sample &p) {
     __shared__ Shared shared;
     const Chunk chunk(p);
     const int64_t slot = slot_of(p.slots, chunk.row);
+    const Settings settings = settings_of(p, slot);
+    wait_for_last();
     if (slot < 0) return;
-    const Settings settings = p.settings[slot];
     const Maximum all = of_row(p, chunk.row, shared);
     if (all.is_bad || all.most == -INFINITY || !is_valid(settings)) {
         if (chunk.index == 0 && threadIdx.x == 0) write(p, slot, INVALID, NAN);
         return;
     }
     const Task task(p, chunk.row, slot, settings, all);
-    if (task.is_random || p.log_probs) weigh_chunk(p, chunk, task, shared);
+    if (!task.is_random && !p.log_probs) {
+        // All blocks of the row know the token. (The position, which this one changes, none of the others reads.)
+        if (chunk.index == 0 && threadIdx.x == 0) write(p, slot, static_cast<uint32_t>(Best{all.best}.token()), 0.0f);
+        return;
+    }
+    weigh_chunk(p, chunk, task, shared);
     if (threadIdx.x == 0) shared.all = all;
     if (is_last(p, chunk.row, shared)) finish(p, chunk.row, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sampling_choose(const __grid_constant__ Sample params) {
     begin_next();
-    wait_for_last();
     choose(params);
 }
 

@@ -23,8 +23,9 @@ __device__ __forceinline__ void maximum(const Sample &p) {
     __shared__ float most_of[WARPS];
     const Chunk chunk(p);
     const int64_t slot = slot_of(p.slots, chunk.row);
+    const Settings settings = settings_of(p, slot);
+    wait_for_last();
     if (slot < 0) return;
-    const Settings settings = p.settings[slot];
     clear(p, chunk, settings);
 
     const Row row(p, chunk.row, slot, settings.repetition_penalty);
@@ -55,7 +56,6 @@ __device__ __forceinline__ void maximum(const Sample &p) {
 
 extern "C" __global__ void __launch_bounds__(THREADS) sampling_maximum(const __grid_constant__ Sample params) {
     begin_next();
-    wait_for_last();
     maximum(params);
 }
 

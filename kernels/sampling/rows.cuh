@@ -18,6 +18,13 @@ struct Best {
     __device__ __forceinline__ int token() const { return static_cast<int>(~static_cast<uint32_t>(value)); }
 };
 
+// The settings of a slot, if it is one: they are read before other kernels have ended.
+__device__ __forceinline__ Settings settings_of(const Sample &p, int64_t slot) {
+    Settings settings = {};
+    if (slot >= 0) settings = p.settings[slot];
+    return settings;
+}
+
 // A row's logits, and what they are penalised by.
 struct Row {
     const float *logits;

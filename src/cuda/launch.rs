@@ -10,9 +10,9 @@ use cudarc::driver::{
 };
 
 use super::params::{self, UPLOAD_VALUES};
-use super::record::{is_recording, note_written, record_launch};
+use super::record::{begin_call, is_recording, note_written, record_launch};
 use super::{Context, Cuda, Kernel, Module, Properties, Strided};
-use crate::{DType, Element, Error, Result, View};
+use crate::{DType, Element, Error, Result, View, ViewMut};
 
 /// The device of a stream.
 pub(crate) struct Device<'a> {
@@ -88,10 +88,11 @@ impl<'a> Device<'a> {
     }
 
     /// [`launch`](Self::launch) of a kernel that waits by itself for those before it, as `kernels/common/launch.cuh` says. Where it
-    /// is recorded it begins before they have ended, if none of them writes what lies in `early`.
+    /// is recorded it begins before they have ended, if none of earlier calls writes what lies in `early`.
     ///
     /// # Safety
-    /// As [`launch`](Self::launch). What the kernel reads before it waits must lie in `early`.
+    /// As [`launch`](Self::launch). What the kernel reads before it waits must lie in `early`, and no other launch of the same call
+    /// may write it.
     pub unsafe fn launch_overlapping<P: Pod>(
         &self,
         kernel: &Kernel,
@@ -148,6 +149,7 @@ pub(crate) struct Arguments<'a> {
 
 impl<'a> Arguments<'a> {
     pub fn new(stream: &'a Arc<CudaStream>) -> Self {
+        begin_call();
         Self { stream, uses: Vec::new() }
     }
 
@@ -230,6 +232,14 @@ impl<'a> Arguments<'a> {
 pub(crate) fn storage<T: Element, const R: usize>(view: &View<T, R, Cuda>, data: u64) -> Range<u64> {
     let start = data.wrapping_sub((view.offset * size_of::<T>()) as u64);
     start..start.wrapping_add((view.data.len() * size_of::<T>()) as u64)
+}
+
+/// [`storage`] of a view that is written, once it is known where its first element is.
+pub(crate) fn storage_mut<T: Element, const R: usize>(
+    view: &ViewMut<T, R, Cuda>,
+) -> impl Fn(u64) -> Range<u64> + use<T, R> {
+    let (before, len) = ((view.offset * size_of::<T>()) as u64, (view.data.len() * size_of::<T>()) as u64);
+    move |data| data.wrapping_sub(before)..data.wrapping_sub(before).wrapping_add(len)
 }
 
 /// See [`Device::is_compiled_for`].

@@ -62,7 +62,7 @@ pub(crate) use context::{Context, Kernel, Properties};
 pub(crate) use convert::convert_all;
 pub(crate) use entries::{launches, place};
 pub(crate) use launch::{
-    Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, is_vectorizable, storage, suffix,
+    Arguments, Device, GRID_COLUMNS, GRID_ROWS, blocks, grid_rows, is_vectorizable, storage, storage_mut, suffix,
 };
 pub(crate) use module::Module;
 pub use record::{Graph, Recording, record};

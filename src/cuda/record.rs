@@ -71,8 +71,10 @@ impl Launch {
 #[derive(Default)]
 struct Recorded {
     launches: Vec<Launch>,
-    /// Where calls so far have written.
+    /// Where calls so far write.
     written: Vec<Range<u64>>,
+    /// How many of these are of the calls before this one.
+    written_before: usize,
 }
 
 thread_local! {
@@ -83,6 +85,15 @@ thread_local! {
 /// Whether this thread records.
 pub(super) fn is_recording() -> bool {
     RECORDED.with_borrow(Option::is_some)
+}
+
+/// Begins a call, if this thread records it.
+pub(super) fn begin_call() {
+    RECORDED.with_borrow_mut(|recorded| {
+        if let Some(recorded) = recorded {
+            recorded.written_before = recorded.written.len();
+        }
+    });
 }
 
 /// Notes where a call that this thread records writes.
@@ -100,7 +111,7 @@ pub(super) fn note_written(addresses: Range<u64>) {
 const OVERLAPPING: i32 = 90;
 
 /// Adds a launch to what this thread records; false if it does not. `early`: what the kernel reads before it waits for those before
-/// it, if it does wait.
+/// it, if it does wait; what its own call writes there, it waits for by itself.
 pub(super) fn record_launch<P: Pod>(
     function: &CudaFunction,
     kernel: &Kernel,
@@ -115,7 +126,8 @@ pub(super) fn record_launch<P: Pod>(
         // The first one follows what the recording does not know.
         let is_first = recorded.launches.is_empty();
         let is_written = |early: &Range<u64>| {
-            recorded.written.iter().any(|written| written.start < early.end && early.start < written.end)
+            let before = &recorded.written[..recorded.written_before];
+            before.iter().any(|written| written.start < early.end && early.start < written.end)
         };
         // Of what was compiled for older devices no kernel waits.
         let overlaps = early.is_some_and(|early| !is_first && !early.iter().any(is_written))
@@ -322,8 +334,8 @@ mod tests {
     use cudarc::driver::CudaSlice;
 
     use super::*;
-    use crate::decode::{self, Linear, LinearMut};
-    use crate::{View, cuda};
+    use crate::decode::{self, ConvStep, Linear, LinearMut};
+    use crate::{Slots, View, ViewMut, cuda};
 
     fn product(
         stream: &Arc<CudaStream>,
@@ -350,6 +362,31 @@ mod tests {
             product(&stream, &x, &matrix, 64, &mut first)?;
             product(&stream, &first, &matrix, 64, &mut second)?;
             product(&stream, &x, &second, 1, &mut third)
+        });
+        let overlaps: Vec<_> = recording.unwrap().launches.iter().map(|launch| launch.overlaps).collect();
+        assert_eq!(overlaps, [false, true, false]);
+    }
+
+    /// The state that a product's convolution brings up to date it may read early, unless a call before it has written that.
+    #[test]
+    fn a_call_may_read_early_what_only_it_writes() {
+        let Ok(context) = cuda::context(0) else {
+            println!("there is no device: skipped");
+            return;
+        };
+        let stream = context.default_stream();
+        let zeros = |len| stream.alloc_zeros::<f32>(len).unwrap();
+        let (x, matrix, filter, mut out, mut state) = (zeros(64), zeros(64 * 64), zeros(64 * 2), zeros(64), zeros(64));
+        let recording = record::<Error>(&context, || {
+            product(&stream, &x, &matrix, 64, &mut out)?;
+            for _ in 0..2 {
+                let step = ConvStep { weight: View::on_device(&filter, [64, 2]), bias: None, slots: Slots::Rows };
+                let product = Linear::new(View::on_device(&x, [1, 64]), View::on_device(&matrix, [64, 64]));
+                let conv_state = Some(ViewMut::on_device(&mut state, [1, 1, 64]));
+                let outputs = LinearMut { conv_state, ..LinearMut::new(&mut out) };
+                decode::cuda::linear(&stream, &Linear { conv: Some(step), ..product }, outputs)?;
+            }
+            Ok(())
         });
         let overlaps: Vec<_> = recording.unwrap().launches.iter().map(|launch| launch.overlaps).collect();
         assert_eq!(overlaps, [false, true, false]);

@@ -22,7 +22,7 @@ use crate::cuda::params::decode::{self as kernels, linear, projected, update};
 use crate::cuda::params::{self, QUAD};
 use crate::cuda::{
     Arguments, Cuda, Device, GRID_COLUMNS, GRID_ROWS, Kernel, Module, Properties, grid_rows, is_vectorizable, or_null,
-    storage, suffix,
+    storage, storage_mut, suffix,
 };
 use crate::pool::cuda::SlotList;
 use crate::{DType, Element, Error, Result, View};
@@ -57,10 +57,18 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
         params.flags |= kernels::FLAG_CONV;
         params.conv_weight = arguments.view("conv.weight", &conv.weight)?.into();
         params.conv_bias = or_null(arguments.optional_view("conv.bias", &conv.bias)?);
-        let slots = state.shape[0];
+        let (slots, storage_of_state) = (state.shape[0], storage_mut(&state));
         params.conv_state = arguments.pool("conv_state", state)?;
         params.state_type = params::type_code(St::DTYPE);
-        params.slots = list.insert(SlotList::new(&device, &mut arguments, conv.slots, slots)?).params;
+        let list = list.insert(SlotList::new(&device, &mut arguments, conv.slots, slots)?);
+        params.slots = list.params;
+        let bias = params.conv_bias.data;
+        product.early.extend([
+            storage(&conv.weight, params.conv_weight.data),
+            conv.bias.as_ref().map_or(0..0, |view| storage(view, bias)),
+            storage_of_state(params.conv_state.data),
+            list.storage.clone(),
+        ]);
     }
     product.launch::<T>(&device)
 }
@@ -72,8 +80,8 @@ struct Product {
     tile: Tile,
     /// Whether vectors are whole.
     is_whole: bool,
-    /// The storage of the matrix, which is read early.
-    matrix: Range<u64>,
+    /// Where what is read early lies: the matrix, the norm's weights, and what a convolution takes.
+    early: Vec<Range<u64>>,
 }
 
 impl Product {
@@ -87,16 +95,18 @@ impl Product {
         let (inputs, sizes) = (&problem.inputs, problem.sizes);
         let LinearSizes { rows, features, out_features, conv: [d_inner, width] } = sizes;
         let weight = params::Rows::from(arguments.view("weight", &inputs.weight)?);
-        let matrix = storage(&inputs.weight, weight.data);
         let x = params::Rows::from(arguments.view("x", &inputs.x)?);
         let norm_weight = match &inputs.norm {
             Some(norm) => or_null(arguments.optional_view("norm.weight", &norm.weight)?),
             None => params::Vector::zeroed(),
         };
+        let of_norm = |weight: View<f32, 1, Cuda>| storage(&weight, norm_weight.data);
+        let of_norm = inputs.norm.and_then(|norm| norm.weight).map_or(0..0, of_norm);
+        let early = vec![storage(&inputs.weight, weight.data), of_norm];
         let is_whole = [weight.column, x.column] == [1; 2]
             && features.is_multiple_of(8)
             && is_vectorizable::<T>(weight.data, &[weight.row], 16 / size_of::<T>())
-            && is_vectorizable::<X>(x.data, &[x.row], QUAD)
+            && is_vectorizable::<X>(x.data, &[x.row], 16 / size_of::<X>())
             && (norm_weight.data == 0
                 || norm_weight.channel == 1 && is_vectorizable::<f32>(norm_weight.data, &[], QUAD));
         let tile = Tile::new::<T>(sizes, is_whole, size_of::<X>(), device.properties());
@@ -127,7 +137,7 @@ impl Product {
         if let Some(norm) = &inputs.norm {
             params.eps = norm.eps as f32;
         }
-        Ok(Self { params, sizes, tile, is_whole, matrix })
+        Ok(Self { params, sizes, tile, is_whole, early })
     }
 
     fn launch<T: Element>(&self, device: &Device) -> Result<()> {
@@ -148,11 +158,10 @@ impl Product {
         }
         let mut kernel = Kernel::new(Module::DECODE_LINEAR, ["decode_linear", tile.variant, suffix(T::DTYPE)]);
         kernel.most_shared = device.properties().shared_memory;
-        let (threads, early) = (linear::THREADS, std::slice::from_ref(&self.matrix));
         // SAFETY: every address and extent has been checked by `Linear::check` and `check_outputs`, slots on the device by the
         // kernel; each element of the output and of the states of a slot is written by one thread. (Where a caller has put a slot
         // on the device twice, two write one state: whatever they leave there is numbers of the state's type.)
-        unsafe { device.launch_overlapping(&kernel, grid, threads, tile.shared, &self.params, early) }
+        unsafe { device.launch_overlapping(&kernel, grid, linear::THREADS, tile.shared, &self.params, &self.early) }
     }
 }
 
@@ -169,7 +178,7 @@ struct Tile {
     is_direct: bool,
     /// Blocks along the columns.
     blocks: usize,
-    /// Bytes of shared memory, and where in it the warps' sums and the squares of rows lie.
+    /// Bytes of shared memory, and where in it the warps' sums and the squares of rows lie. What a convolution takes comes last.
     shared: usize,
     partials: usize,
     squares: usize,
@@ -212,7 +221,8 @@ impl Tile {
             let is_direct = each == 1 && !has_own_columns && slices == 1;
             let partials = if each > 1 || has_own_columns { staged } else { 0 };
             let squares = staged.max(partials + sums);
-            let shared = squares + rows * WARPS * size_of::<f32>();
+            let taps = if is_direct && rows == TILE_ROWS { OUTPUTS * rows * 2 * sizes.conv[1] } else { 0 };
+            let shared = squares + (rows * WARPS + taps) * size_of::<f32>();
             let read = rows.min(sizes.rows) * x_bytes + each * columns * size_of::<T>();
             let cost = (blocks * row_blocks).div_ceil(device.processors) * read;
             (cost, Self { rows, variant, slice, has_own_columns, is_direct, blocks, shared, partials, squares })
@@ -276,7 +286,7 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         (Columns::Given(view), _) => (arguments.view("columns", &view)?.into(), None),
         (Columns::Projected { .. }, None) => unreachable!("`check_outputs` has found the buffer"),
     };
-    let slots = outputs.state.shape[0];
+    let (slots, storage_of_state) = (outputs.state.shape[0], storage_mut(&outputs.state));
     let mut params = kernels::Update {
         u: arguments.view("u", &inputs.u)?.into(),
         z: or_null(arguments.optional_view("z", &inputs.z)?),
@@ -322,7 +332,8 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         of_vector(&inputs.d, params.d.data),
         of_vector(&inputs.delta_bias, params.delta_bias.data),
     ];
-    let update = Update { params, early, is_whole, sizes: problem.sizes, shared };
+    let states = [storage_of_state(params.state.data), list.storage.clone()];
+    let update = Update { params, early, states, is_whole, sizes: problem.sizes, shared };
     match product {
         Some(product) if update.joins::<T, St>(&device, &product)? => update.launch_with::<T, St>(&device, product),
         product => {
@@ -346,6 +357,8 @@ struct Update {
     is_whole: bool,
     /// Where what is read early lies.
     early: [Range<u64>; 4],
+    /// Where the states and their slots lie, which are read early too.
+    states: [Range<u64>; 2],
     /// Bytes of shared memory by itself.
     shared: usize,
 }
@@ -353,7 +366,8 @@ struct Update {
 impl Update {
     /// By columns that are there.
     fn launch<T: Element, St: Element>(mut self, device: &Device) -> Result<()> {
-        let UpdateSizes { rows, d_inner, .. } = self.sizes;
+        let UpdateSizes { rows, d_inner, dt_rank, .. } = self.sizes;
+        let early = [&self.early[..], &self.states].concat();
         let params = &mut self.params;
         // Several parts to a lane save exchanges and what is done once for a channel, but leave a row few lanes.
         let lanes = |shift: i64| (rows * d_inner) << shift;
@@ -362,14 +376,25 @@ impl Update {
             && lanes(params.part_shift - 2) >= LANES * device.properties().processors;
         params.flags |= params::flags([(has_parts, update::FLAG_PARTS)]);
         let lane_shift = if has_parts { params.part_shift - 2 } else { params.part_shift };
-        let columns = d_inner.div_ceil(update::THREADS >> lane_shift);
+        let of_block = update::THREADS >> lane_shift;
+        let columns = d_inner.div_ceil(of_block);
+        let mut shared = self.shared;
+        if has_parts {
+            // Where there is room for several blocks to a processor, each stages the projections of its channels.
+            let at = shared.next_multiple_of(16);
+            let with_weights = at + dt_rank / QUAD * (of_block + 1) * QUAD * size_of::<T>();
+            if with_weights <= device.properties().shared_memory / 4 {
+                params.flags |= update::FLAG_WEIGHTS;
+                (params.weights, shared) = ((at / size_of::<f32>()) as i64, with_weights);
+            }
+        }
         // A few blocks to a processor: what is the channel's is read once for all rows of a block.
         let grid = [columns, grid_rows(columns, rows, BLOCKS * device.properties().processors)];
         let mut kernel = Kernel::new(Module::DECODE_UPDATE, ["decode_update", suffix(T::DTYPE), suffix(St::DTYPE)]);
         kernel.most_shared = device.properties().shared_memory;
         // SAFETY: every address and extent has been checked by `SelectiveUpdate::check` and `check_outputs`, slots on the device
         // by the kernel; each state and output is written by one thread. (Of a slot that stands on the device twice, see `linear`.)
-        unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, self.shared, params, &self.early) }
+        unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, shared, params, &early) }
     }
 
     /// The kernel that computes the columns too.
@@ -406,8 +431,7 @@ impl Update {
             d_inner.div_ceil(projected::THREADS >> self.params.part_shift).next_multiple_of(projected::CLUSTER);
         let grid = [blocks, rows.div_ceil(projected::ROWS)];
         let (kernel, shared) = (Self::joined_kernel::<T, St>(device), self.joined_shared());
-        let [dt_weight, a, d, delta_bias] = self.early;
-        let early = [product.matrix, dt_weight, a, d, delta_bias];
+        let early = [&product.early[..], &self.early, &self.states].concat();
         let params = kernels::Projected { project: product.params, update: self.params };
         // SAFETY: as `launch`, and as `linear` of the columns, each of which one thread writes.
         unsafe { device.launch_overlapping(&kernel, grid, projected::THREADS, shared, &params, &early) }

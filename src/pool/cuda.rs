@@ -1,5 +1,6 @@
 //! Pools of states on NVIDIA GPUs: how kernels are told of slots, and rollbacks.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
@@ -11,6 +12,8 @@ use crate::{DeviceSlots, Element, Result, View, ViewMut};
 /// The slots of a call as its kernel takes them.
 pub(crate) struct SlotList {
     pub params: params::Slots,
+    /// Where they lie on the device, if a caller has put them there.
+    pub storage: Range<u64>,
     /// The table that `params` points at where there are too many to travel in the launch.
     _table: Option<Arc<CudaSlice<u64>>>,
 }
@@ -20,24 +23,27 @@ impl SlotList {
     pub fn new<'a>(device: &Device, arguments: &mut Arguments<'a>, slots: Slots<'a>, count: usize) -> Result<Self> {
         let zeroed = bytemuck::Zeroable::zeroed();
         let mut params = params::Slots { kind: params::SLOTS_IDENTITY, count: count as i64, ..zeroed };
+        let in_launch = |params| Ok(Self { params, storage: 0..0, _table: None });
         let list = match slots {
-            Slots::Rows => return Ok(Self { params, _table: None }),
+            Slots::Rows => return in_launch(params),
             Slots::Device(slots) => {
-                (params.kind, params.table) = (params::SLOTS_TABLE, slots.address(arguments)?);
-                return Ok(Self { params, _table: None });
+                let start = slots.address(arguments)?;
+                (params.kind, params.table) = (params::SLOTS_TABLE, start);
+                let storage = start..start + (slots.len * size_of::<i32>()) as u64;
+                return Ok(Self { params, storage, _table: None });
             }
             Slots::Host(list) => list,
         };
         if let Some(few) = params.few.get_mut(..list.len()) {
             few.copy_from_slice(list);
             params.kind = params::SLOTS_LISTED;
-            return Ok(Self { params, _table: None });
+            return in_launch(params);
         }
         let mut pairs = vec![0u64; list.len().div_ceil(2)];
         bytemuck::cast_slice_mut(&mut pairs)[..list.len()].copy_from_slice(list);
         let table = device.table("slots", &pairs)?;
         (params.kind, params.table) = (params::SLOTS_TABLE, device.address(&table));
-        Ok(Self { params, _table: Some(table) })
+        Ok(Self { params, storage: 0..0, _table: Some(table) })
     }
 }
 

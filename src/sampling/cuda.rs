@@ -122,6 +122,7 @@ pub fn sample(
     let logits = arguments.read("logits", data, offset)?;
     let slots = SlotList::new(&device, &mut arguments, inputs.slots, sequences)?;
     let layout = Layout::new(rows, vocab_size);
+    let of_settings = (settings.len() * size_of::<Settings>()) as u64;
     let params = kernels::Sample {
         logits,
         stride: stride as i64,
@@ -141,14 +142,22 @@ pub fn sample(
     if rows == 0 {
         return Ok(());
     }
+    let early = [params.settings..params.settings + of_settings, slots.storage.clone()];
     for (module, name) in [(Module::SAMPLING_MAXIMUM, "sampling_maximum"), (Module::SAMPLING_CHOOSE, "sampling_choose")]
     {
         // SAFETY: every address and extent has been checked, slots on the device by the kernels; the workspace has room
         // for so many rows and tokens, and what the second kernel reads there the first has written. Each row is
         // finished by one block. Where a caller has put a slot on the device twice, its settings and bits are those of
-        // one of the rows or the other. Nothing is read early.
+        // one of the rows or the other. Settings, which only the second kernel writes and at its end, and slots are read early.
         unsafe {
-            device.launch_overlapping(&Kernel::new(module, [name]), [rows * layout.chunks, 1], THREADS, 0, &params, &[])
+            device.launch_overlapping(
+                &Kernel::new(module, [name]),
+                [rows * layout.chunks, 1],
+                THREADS,
+                0,
+                &params,
+                &early,
+            )
         }?;
     }
     Ok(())

@@ -171,6 +171,15 @@ fn updates_are_as_the_reference() {
 }
 
 #[test]
+fn lanes_with_several_parts_have_the_bits_of_lanes_with_one() {
+    if stream().is_some() {
+        updates::rows_do_not_depend_on_lanes::<bf16, f32>(&device);
+        updates::rows_do_not_depend_on_lanes::<f16, bf16>(&device);
+        updates::rows_do_not_depend_on_lanes::<f32, f32>(&device);
+    }
+}
+
+#[test]
 fn columns_are_a_product_before() {
     if stream().is_some() {
         updates::projected_columns_are_a_product_before::<bf16, f32>(&device, 12, 20);

@@ -107,6 +107,23 @@ impl<T: Element, St: Element> Case<T, St> {
         (out, pool, columns)
     }
 
+    /// Asserts that an update has the same bits again, and that these rows have the same by themselves.
+    fn assert_alone(&self, device: Device, rows: impl IntoIterator<Item = usize>, seed: u64) {
+        let d_inner = self.size()[1];
+        let (out, pool) = self.run(device);
+        let (again, pool_again) = self.run(device);
+        assert_eq!([bits(&out), bits(&pool)], [bits(&again), bits(&pool_again)], "again, seed {seed}");
+        for row in rows {
+            let alone = self.of_row(row);
+            let (alone_out, alone_pool) = alone.run(device);
+            let what = format!("row {row} of {:?}, {device:?}, seed {seed}", self.size());
+            assert_eq!(bits(&alone_out), bits(&out[row * d_inner..(row + 1) * d_inner]), "{what}");
+            for ((touched, alone), all) in alone.pool.is_touched().into_iter().zip(&alone_pool).zip(&pool) {
+                assert!(!touched || alone.to_f32().to_bits() == all.to_f32().to_bits(), "{what}: the state");
+            }
+        }
+    }
+
     fn of_row(&self, row: usize) -> Self {
         Self {
             u: self.u.steps(row..row + 1),
@@ -238,19 +255,27 @@ pub(super) fn rows_do_not_depend_on_each_other<T: Element, St: Element>(
         let draw = &mut Draw::new(seed);
         let device = device(draw);
         let case = Case::<T, St>::any(draw, rows);
-        let [rows, d_inner, ..] = case.size();
-        let (out, pool) = case.run(device);
-        let (again, pool_again) = case.run(device);
-        assert_eq!([bits(&out), bits(&pool)], [bits(&again), bits(&pool_again)], "again, seed {seed}");
-        for row in 0..rows {
-            let alone = case.of_row(row);
-            let (alone_out, alone_pool) = alone.run(device);
-            let what = format!("row {row} of {:?}, {device:?}, seed {seed}", case.size());
-            assert_eq!(bits(&alone_out), bits(&out[row * d_inner..(row + 1) * d_inner]), "{what}");
-            for ((touched, alone), all) in alone.pool.is_touched().into_iter().zip(&alone_pool).zip(&pool) {
-                assert!(!touched || alone.to_f32().to_bits() == all.to_f32().to_bits(), "{what}: the state");
+        case.assert_alone(device, 0..case.size()[0], seed);
+    }
+}
+
+/// The same of as many rows and channels as have a lane of a GPU take several parts of a channel's states, where one row has it take
+/// one.
+pub(super) fn rows_do_not_depend_on_lanes<T: Element, St: Element>(device: &dyn Fn(&mut Draw) -> Device) {
+    for d_state in [16, 64] {
+        let (_, seed) = seeded();
+        let draw = &mut Draw::new(seed);
+        let device = device(draw);
+        // Ranks whose projections are staged, and more than there is room for.
+        let dt_rank = draw.one_of(&[4, 48, 100, 2000]);
+        let mut of_vectors = || loop {
+            let case = Case::<T, St>::draw(draw, [34, 1030, d_state, dt_rank]);
+            if case.pool.strides[2] == 1 && case.pool.offset % 4 == 0 {
+                return Case { dt_weight: case.dt_weight.dense(), ..case };
             }
-        }
+        };
+        let case = of_vectors();
+        case.assert_alone(device, [0, 17, 33], seed);
     }
 }
 
