@@ -17,8 +17,8 @@
 //! cargo run --release --features nn,candle-cuda --example compare -- --device cuda
 //! ```
 //!
-//! The cell of the LSTM is some tens of launches a step there, so that it takes longer than the others together: `--models
-//! mamba,transformer,hybrid` leaves it out.
+//! The cell of the LSTM is some tens of launches a step there, so that it takes a quarter of an hour where the others take a minute:
+//! `--models mamba,transformer,hybrid` leaves it out, and `--beside FILE` shows what an earlier run has measured of it.
 
 #[allow(dead_code, reason = "another example's, of which this one uses a part")]
 #[path = "../byte_lm/data.rs"]
@@ -29,7 +29,8 @@ mod output;
 mod plot;
 mod train;
 
-use std::path::PathBuf;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use data::Corpus;
+use measure::Row;
 use models::Kind;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -67,6 +69,10 @@ struct Arguments {
     /// Models to compare
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kind::ALL, hide_default_value = true)]
     models: Vec<Kind>,
+
+    /// The JSON of an earlier run with the same options, of other models, to be shown in the same table and picture
+    #[arg(long, value_name = "FILE")]
+    beside: Option<PathBuf>,
 
     /// Steps of each training run [default: 400, with --quick 150, on a GPU 500]
     #[arg(long, value_name = "N")]
@@ -155,6 +161,27 @@ impl Plan {
     }
 }
 
+/// What an earlier run has measured of models that are not among those of this one.
+fn earlier(file: Option<&Path>, plan: &Plan) -> Result<Vec<Row>> {
+    let Some(file) = file else { return Ok(Vec::new()) };
+    let of_file = |error: &dyn Display| format!("--beside: {}: {error}", file.display());
+    let text = std::fs::read_to_string(file).map_err(|error| of_file(&error))?;
+    let rows: Vec<Row> = serde_json::from_str(&text).map_err(|error| of_file(&error))?;
+    for row in &rows {
+        let others = Kind::ALL.iter().filter(|kind| !plan.models.contains(kind)).map(|kind| kind.name());
+        let others: Vec<_> = others.collect();
+        if !others.contains(&&*row.model) {
+            let expected = format_args!("expected models that are not in --models, {others:?}, got {:?}", row.model);
+            return Err(of_file(&expected).into());
+        }
+        if !plan.contexts.contains(&row.length) {
+            let expected = format_args!("expected lengths among {:?}, got {}", plan.contexts, row.length);
+            return Err(of_file(&expected).into());
+        }
+    }
+    Ok(rows)
+}
+
 fn run(arguments: &Arguments) -> Result<()> {
     let device = match arguments.device {
         DeviceKind::Cpu => Device::Cpu,
@@ -173,7 +200,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let bar = ProgressBar::new(plan.work());
     bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed_precise} {msg}")?);
     bar.enable_steady_tick(Duration::from_secs(1));
-    let (mut results, mut runs) = (Vec::new(), Vec::new());
+    let (mut results, mut runs) = (earlier(arguments.beside.as_deref(), &plan)?, Vec::new());
     for (kind, config) in models::equally_large(&plan)? {
         let trained = train::tuned(kind, &config, &plan, &corpus, &device, &bar)?;
         let rows = measure::all(kind, &trained, &plan, &device, &bar)?;
@@ -185,6 +212,8 @@ fn run(arguments: &Arguments) -> Result<()> {
         runs.push(output::Run { model: kind.name(), rates: trained.rates, chosen: trained.learning_rate });
     }
     bar.finish_and_clear();
+    // Each model's rows together, in the order of the table.
+    results.sort_by_key(|row| Kind::ALL.iter().position(|kind| kind.name() == row.model));
     plot::draw(&arguments.plot, &results).map_err(|error| format!("{}: {error}", arguments.plot.display()))?;
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&results)?);

@@ -7,16 +7,16 @@ use indicatif::ProgressBar;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use selective_scan::nn::decode::{Cache, Decoder, DecoderOptions};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::models::Kind;
 use crate::train::{self, Trained};
 use crate::{Plan, Result};
 
 /// A model at a length.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Row {
-    pub model: &'static str,
+    pub model: String,
     pub parameters: usize,
     pub bits_per_byte: f64,
     pub length: usize,
@@ -25,8 +25,9 @@ pub struct Row {
     pub decode_tokens_per_s: f64,
     /// What is kept of one sequence of this length.
     pub state_bytes: usize,
+    /// None of what another run has measured.
     #[serde(skip)]
-    pub learning_rate: f64,
+    pub learning_rate: Option<f64>,
 }
 
 /// Tokens of a step of training at least, so that short sequences come in batches.
@@ -87,7 +88,7 @@ pub fn all(kind: Kind, trained: &Trained, plan: &Plan, device: &Device, bar: &Pr
             waited(&decoder.step(&[1 + steps % 255], &[0])?)
         })?;
         rows.push(Row {
-            model: kind.name(),
+            model: kind.name().into(),
             parameters,
             bits_per_byte: trained.bits_per_byte,
             length,
@@ -95,7 +96,7 @@ pub fn all(kind: Kind, trained: &Trained, plan: &Plan, device: &Device, bar: &Pr
             prefill_tokens_per_s: length as f64 / reading,
             decode_tokens_per_s: 1.0 / decoding,
             state_bytes,
-            learning_rate: trained.learning_rate,
+            learning_rate: Some(trained.learning_rate),
         });
         bar.inc(1);
     }

@@ -21,12 +21,12 @@ pub fn table(rows: &[Row]) -> Table {
     let mut last = "";
     for row in rows {
         let is_first = last != row.model;
-        last = row.model;
+        last = &row.model;
         let once = |text: String| if is_first { text } else { String::new() };
         table.add_row([
-            Cell::new(once(row.model.into())),
+            Cell::new(once(row.model.clone())),
             Cell::new(once(row.parameters.to_string())),
-            Cell::new(once(row.learning_rate.to_string())),
+            Cell::new(once(row.learning_rate.map_or(String::new(), |rate| rate.to_string()))),
             Cell::new(once(format!("{:.3}", row.bits_per_byte))),
             Cell::new(row.length),
             Cell::new(row.train_tokens_per_s.map_or(String::new(), |rate| format!("{rate:.0}"))),

@@ -169,7 +169,8 @@ fn legend(area: &DrawingArea<SVGBackend, Shift>, rows: &[Row]) -> Result<(), Box
         let y = 70 + 64 * i as i32;
         area.draw(&PathElement::new([(60, y), (100, y)], color.stroke_width(3)))?;
         area.draw(&Text::new(kind.name(), (116, y - 10), ("sans-serif", 20)))?;
-        let more = format!("{} parameters, learning rate {}", thousands(row.parameters as f64), row.learning_rate);
+        let rate = row.learning_rate.map_or(String::new(), |rate| format!(", learning rate {rate}"));
+        let more = format!("{} parameters{rate}", thousands(row.parameters as f64));
         area.draw(&Text::new(more, (116, y + 14), ("sans-serif", 14)))?;
     }
     Ok(())
