@@ -235,12 +235,19 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
     // The block's rows are multiplied once, and each thread finishes one element at most.
     constexpr bool CAN_BE_DIRECT = TILES == 1 && WHOLE && sizeof(T) < sizeof(float);
     const bool is_direct = CAN_BE_DIRECT && p.flags & FLAG_DIRECT && (std::is_same_v<X, T> ? !rows.norms : !(SCALES_FIRST<T> && rows.norms));
-    float *const taps = squares.of + ROWS * WARPS;
+    // After the squares: what the convolution takes, and the norm's weights.
+    float *const taps = squares.of + ROWS * WARPS, *const weights = taps + (p.flags & FLAG_CONV ? 2 * p.width * KeptTaps::APART : 0);
     // The matrix is read before other kernels have ended, the norm's weights, and what the convolution takes.
     typename Products::Part part;
     products.ask(part, p, output, 0, min(all, slice), first_share);
     products.prefetch_rest(part);
-    if (sizeof(T) < sizeof(float)) rows.prefetch_weights(first_share);
+    // And of the matrix the tiles that come next, by the first of those blocks that read them.
+    if (!division.is_own && blockIdx.y == 0 && slice >= all) {
+        for (int next = output + step; next < static_cast<int>(p.out_features); next += step) products.prefetch_columns(p, next, first_share);
+    }
+    if constexpr (CAN_BE_DIRECT && !std::is_same_v<X, T>) {
+        if (is_direct) rows.keep_weights(weights, all, first_share);
+    }
     if (p.flags & FLAG_CONV) {
         if (is_direct) {
             keep_taps(p, rows, block, taps);
@@ -261,7 +268,7 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
                 before = read_as(p.out, row * p.out_features + output + threadIdx.x % OUTPUTS, p.out_type);
             }
             products.clear();
-            products.template add_directly<true>(part, rows, squares, p, all, first_share);
+            products.template add_directly<true>(part, rows, squares, p, all, first_share, weights);
             products.leave(own);
             __syncthreads();
             const int thread = reload_tid();

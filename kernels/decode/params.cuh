@@ -42,7 +42,7 @@ struct Linear {
     int64_t slice;
     // Where in shared memory, in bytes, the warps' sums lie: after the rows, or where these were if a block has one tile.
     int64_t partials;
-    // Where the squares of the rows lie, after the rest; what the convolution of few rows takes lies after them.
+    // Where the squares of the rows lie, after the rest; of few rows, what the convolution takes and the norm's weights lie after them.
     int64_t squares;
     uint64_t flags;
     // `count` is the number of features.

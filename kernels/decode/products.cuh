@@ -90,6 +90,17 @@ template <typename T, int TILES, bool WHOLE> struct Products {
         }
     }
 
+    // Has the second-level cache ask for a share of all features, of the 16 columns from `first` on.
+    __device__ __forceinline__ void prefetch_columns(const Linear &p, int first, const Share &share) const {
+        constexpr int LINE = 128 / sizeof(T);
+        const int from = share.first * CHUNK, lines = (min(static_cast<int>(p.features), share.last * CHUNK) - from + LINE - 1) / LINE;
+        const int columns = WHOLE ? min(OUTPUTS, static_cast<int>(p.out_features) - first) : 0;
+        for (int i = lane; i < columns * lines; i += 32) {
+            const int64_t column = first + i / lines;
+            prefetch(static_cast<const T *>(p.weight.data) + column * p.weight.row + from + i % lines * LINE);
+        }
+    }
+
     // Goes through chunks `first`, `first + step`, … of the slice from `begin` on: stages them, rounded to T, sums up the rows' squares, or
     // both. Four lanes take a row.
     template <Step STEP, typename X>
@@ -211,9 +222,10 @@ template <typename T, int TILES, bool WHOLE> struct Products {
     // The same of rows that are not staged, as the block multiplies them once: up to 8, each by four lanes, and their squares. They are
     // normed, or of T. `IS_LONG`: chunks of rows of T are asked for as soon as there is room, which takes registers and is of use where a
     // share has more than AHEAD of them.
+    // `weights`: where those of the norm are kept.
     template <bool IS_LONG, typename X>
     __device__ __forceinline__ void add_directly(Part &of, const BlockRows<X, ROWS, WHOLE> &rows, const Squares<ROWS> &squares,
-                                                 const Linear &p, int features, const Share &share) {
+                                                 const Linear &p, int features, const Share &share, const float *weights = nullptr) {
         const int row = lane / 4;
         // Multiplies the chunk that is `i` after the one where the part begins, and asks for another one.
         const auto multiply = [&](int i, const uint32_t (&x)[4]) {
@@ -257,6 +269,8 @@ template <typename T, int TILES, bool WHOLE> struct Products {
         constexpr int TOGETHER = AHEAD / 2;
         static_assert(AHEAD % TOGETHER == 0, "each chunk of the matrix has its place");
         float sum = 0.0f;
+        wait_for_copies<0>();
+        __syncwarp();
 #pragma unroll 1
         for (int chunk = share.first; chunk < share.last; chunk += AHEAD) {
 #pragma unroll
@@ -271,8 +285,8 @@ template <typename T, int TILES, bool WHOLE> struct Products {
                 for (int i = 0; i < TOGETHER; i++) {
                     if (chunk + from + i >= share.last) break;
                     const int k = (chunk + from + i) * CHUNK + part * 8;
-                    float by[8];
-                    rows.read_weights(by, k, features - k);
+                    const float4 *const eight = reinterpret_cast<const float4 *>(weights + k);
+                    const float by[8] = {eight[0].x, eight[0].y, eight[0].z, eight[0].w, eight[1].x, eight[1].y, eight[1].z, eight[1].w};
                     uint32_t words[4];
 #pragma unroll
                     for (int j = 0; j < 8; j++) sum = fmaf(x[i][j], x[i][j], sum);

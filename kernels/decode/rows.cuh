@@ -57,13 +57,20 @@ template <typename X, int ROWS, bool WHOLE> struct BlockRows {
         to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w;
     }
 
-    // Asks for the norm's weights of a share: numbers of f32, of which a chunk is a line of the cache.
-    __device__ __forceinline__ void prefetch_weights(const Share &share) const {
-        static_assert(CHUNK * sizeof(float) == 128, "a line");
-        if constexpr (WHOLE) {
-            if (!norms || !norm_weight.data) return;
-            for (int chunk = share.first + threadIdx.x % 32; chunk < share.last; chunk += 32) prefetch<true>(norm_weight.data + chunk * CHUNK);
+    // Copies the norm's weights of a warp's share to shared memory, for the lanes of that warp: ones where there is none, and zeros after
+    // the last feature.
+    __device__ __forceinline__ void keep_weights(float *to, int features, const Share &share) const {
+        static_assert(WHOLE, "in vectors");
+        const bool exist = norms && norm_weight.data;
+        for (int k = share.first * CHUNK + threadIdx.x % 32 * QUAD; k < share.last * CHUNK; k += 32 * QUAD) {
+            Pack<float, QUAD> &four = *reinterpret_cast<Pack<float, QUAD> *>(to + k);
+            if (exist) {
+                copy_async(four, norm_weight.data + k, k < features);
+            } else {
+                *reinterpret_cast<float4 *>(&four) = {1.0f, 1.0f, 1.0f, 1.0f};
+            }
         }
+        commit_copies();
     }
 
     // The norm's weights of features from `k` on: ones where there is none.

@@ -178,7 +178,7 @@ struct Tile {
     is_direct: bool,
     /// Blocks along the columns.
     blocks: usize,
-    /// Bytes of shared memory, and where in it the warps' sums and the squares of rows lie. What a convolution takes comes last.
+    /// Bytes of shared memory, and where in it the warps' sums and the squares of rows lie. What is read early comes last.
     shared: usize,
     partials: usize,
     squares: usize,
@@ -221,8 +221,9 @@ impl Tile {
             let is_direct = each == 1 && !has_own_columns && slices == 1;
             let partials = if each > 1 || has_own_columns { staged } else { 0 };
             let squares = staged.max(partials + sums);
-            let taps = if is_direct && rows == TILE_ROWS { OUTPUTS * rows * 2 * sizes.conv[1] } else { 0 };
-            let shared = squares + (rows * WARPS + taps) * size_of::<f32>();
+            // Of a convolution the states, taps and bias of each element, and the weights of a norm.
+            let early = if is_direct && rows == TILE_ROWS { OUTPUTS * rows * 2 * sizes.conv[1] + slice } else { 0 };
+            let shared = squares + (rows * WARPS + early) * size_of::<f32>();
             let read = rows.min(sizes.rows) * x_bytes + each * columns * size_of::<T>();
             let cost = (blocks * row_blocks).div_ceil(device.processors) * read;
             (cost, Self { rows, variant, slice, has_own_columns, is_direct, blocks, shared, partials, squares })

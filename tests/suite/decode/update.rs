@@ -261,6 +261,7 @@ pub(super) fn rows_do_not_depend_on_each_other<T: Element, St: Element>(
 
 /// The same of as many rows and channels as have a lane of a GPU take several parts of a channel's states, where one row has it take
 /// one.
+#[cfg(feature = "cuda")]
 pub(super) fn rows_do_not_depend_on_lanes<T: Element, St: Element>(device: &dyn Fn(&mut Draw) -> Device) {
     for d_state in [16, 64] {
         let (_, seed) = seeded();
