@@ -241,10 +241,6 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
     typename Products::Part part;
     products.ask(part, p, output, 0, min(all, slice), first_share);
     products.prefetch_rest(part);
-    // And of the matrix the tiles that come next, by the first of those blocks that read them.
-    if (!division.is_own && blockIdx.y == 0 && slice >= all) {
-        for (int next = output + step; next < static_cast<int>(p.out_features); next += step) products.prefetch_columns(p, next, first_share);
-    }
     if constexpr (CAN_BE_DIRECT && !std::is_same_v<X, T>) {
         if (is_direct) rows.keep_weights(weights, all, first_share);
     }

@@ -90,17 +90,6 @@ template <typename T, int TILES, bool WHOLE> struct Products {
         }
     }
 
-    // Has the second-level cache ask for a share of all features, of the 16 columns from `first` on.
-    __device__ __forceinline__ void prefetch_columns(const Linear &p, int first, const Share &share) const {
-        constexpr int LINE = 128 / sizeof(T);
-        const int from = share.first * CHUNK, lines = (min(static_cast<int>(p.features), share.last * CHUNK) - from + LINE - 1) / LINE;
-        const int columns = WHOLE ? min(OUTPUTS, static_cast<int>(p.out_features) - first) : 0;
-        for (int i = lane; i < columns * lines; i += 32) {
-            const int64_t column = first + i / lines;
-            prefetch(static_cast<const T *>(p.weight.data) + column * p.weight.row + from + i % lines * LINE);
-        }
-    }
-
     // Goes through chunks `first`, `first + step`, … of the slice from `begin` on: stages them, rounded to T, sums up the rows' squares, or
     // both. Four lanes take a row.
     template <Step STEP, typename X>

@@ -40,7 +40,6 @@ template <bool WHOLE> struct Products<float, 1, WHOLE> {
     }
 
     __device__ __forceinline__ void prefetch_rest(const Part &) const {}
-    __device__ __forceinline__ void prefetch_columns(const Linear &, int, const Share &) const {}
 
     // Sums up the squares of chunks `first`, `first + step`, … of the slice from `begin` on.
     template <Step STEP>

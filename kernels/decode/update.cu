@@ -47,11 +47,7 @@ template <typename T, typename St, int COUNT, bool WHOLE> __device__ __forceinli
     for (int row = blockIdx.y; row < static_cast<int>(p.rows); row += gridDim.y) {
         if (row > static_cast<int>(blockIdx.y)) update = RowUpdateOf(p, channel, exists, row);
         update.read_inputs(p, channel, row);
-        // Several rows of a block follow one another, so that the next one's waits are put here.
-        if (row + gridDim.y < p.rows) {
-            prefetch_states<St, true>(p, row + gridDim.y, channel.index, channel.place(0));
-            prefetch_row<T>(p, row + gridDim.y, channel.index);
-        }
+        if (row + gridDim.y < p.rows) prefetch_states<St>(p, row + gridDim.y, channel.index, channel.place(0));
         // Nobody reads the columns of the row before any more.
         __syncthreads();
         stage<T>(staged, p, row);

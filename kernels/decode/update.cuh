@@ -158,21 +158,11 @@ __device__ __forceinline__ void advance(float &y, St *state, const Pack<St, QUAD
     store_vec<St, QUAD, WHOLE>(state + n * (WHOLE ? 1 : p.state.column), p.state.column, narrow_pack<St>(next), count);
 }
 
-// Asks for a channel's states of a row from state `n` on; `NEAR`, into the first-level cache.
-template <typename St, bool NEAR = false> __device__ __forceinline__ void prefetch_states(const Update &p, int64_t row, int channel, int n) {
+// Asks for a channel's states of a row from state `n` on.
+template <typename St> __device__ __forceinline__ void prefetch_states(const Update &p, int64_t row, int channel, int n) {
     const int64_t slot = slot_of(p.slots, row);
     if (slot < 0 || n >= p.d_state) return;
-    prefetch<NEAR>(static_cast<const St *>(p.state.data) + (slot * p.state.slot + channel * p.state.row + n * p.state.column));
-}
-
-// Asks for what a row's update of a channel reads that other kernels have written, and for the row's columns, a line by each thread.
-template <typename T> __device__ __forceinline__ void prefetch_row(const Update &p, int64_t row, int channel) {
-    prefetch<true>(static_cast<const T *>(p.u.data) + row * p.u.row + channel * p.u.column);
-    if (p.z.data) prefetch<true>(static_cast<const T *>(p.z.data) + row * p.z.row + channel * p.z.column);
-    const int64_t column = threadIdx.x * (128 / sizeof(T));
-    if (column < p.dt_rank + 2 * p.d_state) {
-        prefetch<true>(static_cast<const T *>(p.columns.data) + row * p.columns.row + column * p.columns.column);
-    }
+    prefetch(static_cast<const St *>(p.state.data) + (slot * p.state.slot + channel * p.state.row + n * p.state.column));
 }
 
 // A channel's update by one row, and what it reads beside the row's columns: the states first.

@@ -271,7 +271,7 @@ pub(super) fn rows_do_not_depend_on_lanes<T: Element, St: Element>(device: &dyn 
         let dt_rank = draw.one_of(&[4, 48, 100, 2000]);
         let mut of_vectors = || loop {
             let case = Case::<T, St>::draw(draw, [34, 1030, d_state, dt_rank]);
-            if case.pool.strides[2] == 1 && case.pool.offset % 4 == 0 {
+            if case.pool.strides[2] == 1 && case.pool.offset.is_multiple_of(4) {
                 return Case { dt_weight: case.dt_weight.dense(), ..case };
             }
         };
