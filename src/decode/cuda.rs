@@ -4,7 +4,7 @@
 //! run as a graph.
 //!
 //! A product reads its matrix once for every 64 rows (fewer where these have more features than shared memory has room for, and
-//! 4 of `f32`), as fast as memory gives it where its rows are contiguous, aligned to 16 bytes, and of a multiple of 8 features.
+//! 4 of `f32`), as fast as memory gives it where the rows of both are contiguous, aligned to 16 bytes, and of a multiple of 8 features.
 //! Other strides give the same bits, slower. Half types go through the tensor cores.
 
 use std::ops::Range;
@@ -218,12 +218,14 @@ impl Tile {
             // Blocks go from part to part, where more than run at a time would stage the rows once more.
             let blocks = parts.min((running / row_blocks).max(1));
             let each = parts.div_ceil(blocks.max(1));
-            let is_direct = each == 1 && !has_own_columns && slices == 1;
             let partials = if each > 1 || has_own_columns { staged } else { 0 };
             let squares = staged.max(partials + sums);
+            let staged_alone = squares + rows * WARPS * size_of::<f32>();
             // Of a convolution the states, taps and bias of each element, and the weights of a norm.
-            let early = if is_direct && rows == TILE_ROWS { OUTPUTS * rows * 2 * sizes.conv[1] + slice } else { 0 };
-            let shared = squares + (rows * WARPS + early) * size_of::<f32>();
+            let early = if rows == TILE_ROWS { OUTPUTS * rows * 2 * sizes.conv[1] + slice } else { 0 };
+            let with_early = staged_alone + early * size_of::<f32>();
+            let is_direct = each == 1 && !has_own_columns && slices == 1 && with_early <= device.shared_memory;
+            let shared = if is_direct { with_early } else { staged_alone };
             let read = rows.min(sizes.rows) * x_bytes + each * columns * size_of::<T>();
             let cost = (blocks * row_blocks).div_ceil(device.processors) * read;
             (cost, Self { rows, variant, slice, has_own_columns, is_direct, blocks, shared, partials, squares })
@@ -464,12 +466,17 @@ mod tests {
             let Tile { rows, slice, shared, .. } = tile(rows, features, 16, 2, shared_memory);
             (rows, slice, shared)
         };
-        assert_eq!(staging(1, 768, 232_448), (8, 768, 12_544));
+        // With room for the weights of a norm, which are read early.
+        assert_eq!(staging(1, 768, 232_448), (8, 768, 12_544 + 3072));
         // Eight blocks of 8 rows, as there is one tile of columns alone.
-        assert_eq!(staging(64, 768, 101_376), (8, 768, 12_544));
+        assert_eq!(staging(64, 768, 101_376), (8, 768, 12_544 + 3072));
+        // Which there is not where eight rows fill the memory.
+        let direct = |shared_memory| tile(1, 6144, 16, 2, shared_memory).is_direct;
+        assert_eq!((staging(1, 6144, 101_376), direct(101_376)), ((8, 6144, 98_560), false));
+        assert_eq!((staging(1, 6144, 232_448), direct(232_448)), ((8, 6144, 98_560 + 24_576), true));
         // Two slices of a row, as many as on a device with more memory.
         assert_eq!(staging(64, 8192, 101_376), (8, 4096, 65_792));
-        assert_eq!(staging(8, 100, 101_376), (8, 128, 5_376));
+        assert_eq!(staging(8, 100, 101_376), (8, 128, 5_376 + 512));
         let sizes = LinearSizes { rows: 9, features: 4096, out_features: 16, conv: [0, 0] };
         let device = Properties { processors: 132, shared_memory: 101_376 };
         let Tile { rows, slice, shared, .. } = Tile::new::<f32>(sizes, true, 4, device);
