@@ -235,7 +235,7 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
     // The block's rows are multiplied once, and each thread finishes one element at most.
     constexpr bool CAN_BE_DIRECT = TILES == 1 && WHOLE && sizeof(T) < sizeof(float);
     const bool is_direct = CAN_BE_DIRECT && p.flags & FLAG_DIRECT && (std::is_same_v<X, T> ? !rows.norms : !(SCALES_FIRST<T> && rows.norms));
-    // After the squares: what the convolution takes, and the norm's weights.
+    // After the squares: what the convolution takes and, of rows that are wider than the matrix, the norm's weights.
     float *const taps = squares.of + ROWS * WARPS, *const weights = taps + (p.flags & FLAG_CONV ? 2 * p.width * KeptTaps::APART : 0);
     // The matrix is read before other kernels have ended, the norm's weights, and what the convolution takes.
     typename Products::Part part;

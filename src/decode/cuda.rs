@@ -221,8 +221,10 @@ impl Tile {
             let partials = if each > 1 || has_own_columns { staged } else { 0 };
             let squares = staged.max(partials + sums);
             let staged_alone = squares + rows * WARPS * size_of::<f32>();
-            // Of a convolution the states, taps and bias of each element, and the weights of a norm.
-            let early = if rows == TILE_ROWS { OUTPUTS * rows * 2 * sizes.conv[1] + slice } else { 0 };
+            // Of a convolution the states, taps and bias of each element, and of rows that are wider than the matrix, which may be
+            // normed, the weights for that.
+            let weights = if x_bytes > size_of::<T>() { slice } else { 0 };
+            let early = if rows == TILE_ROWS { OUTPUTS * rows * 2 * sizes.conv[1] + weights } else { 0 };
             let with_early = staged_alone + early * size_of::<f32>();
             let is_direct = each == 1 && !has_own_columns && slices == 1 && with_early <= device.shared_memory;
             let shared = if is_direct { with_early } else { staged_alone };
@@ -466,17 +468,20 @@ mod tests {
             let Tile { rows, slice, shared, .. } = tile(rows, features, 16, 2, shared_memory);
             (rows, slice, shared)
         };
-        // With room for the weights of a norm, which are read early.
-        assert_eq!(staging(1, 768, 232_448), (8, 768, 12_544 + 3072));
+        assert_eq!(staging(1, 768, 232_448), (8, 768, 12_544));
         // Eight blocks of 8 rows, as there is one tile of columns alone.
-        assert_eq!(staging(64, 768, 101_376), (8, 768, 12_544 + 3072));
-        // Which there is not where eight rows fill the memory.
-        let direct = |shared_memory| tile(1, 6144, 16, 2, shared_memory).is_direct;
-        assert_eq!((staging(1, 6144, 101_376), direct(101_376)), ((8, 6144, 98_560), false));
-        assert_eq!((staging(1, 6144, 232_448), direct(232_448)), ((8, 6144, 98_560 + 24_576), true));
+        assert_eq!(staging(64, 768, 101_376), (8, 768, 12_544));
+        // Rows of f32 may be normed, by weights that are read early: for those there is no room where eight rows fill the memory.
+        let of_f32 = |features, shared_memory| {
+            let Tile { is_direct, shared, .. } = tile(1, features, 16, 4, shared_memory);
+            (is_direct, shared)
+        };
+        assert_eq!(of_f32(768, 232_448), (true, 12_544 + 3072));
+        assert_eq!(of_f32(6144, 232_448), (true, 98_560 + 24_576));
+        assert_eq!(of_f32(6144, 101_376), (false, 98_560));
         // Two slices of a row, as many as on a device with more memory.
         assert_eq!(staging(64, 8192, 101_376), (8, 4096, 65_792));
-        assert_eq!(staging(8, 100, 101_376), (8, 128, 5_376 + 512));
+        assert_eq!(staging(8, 100, 101_376), (8, 128, 5_376));
         let sizes = LinearSizes { rows: 9, features: 4096, out_features: 16, conv: [0, 0] };
         let device = Properties { processors: 132, shared_memory: 101_376 };
         let Tile { rows, slice, shared, .. } = Tile::new::<f32>(sizes, true, 4, device);
