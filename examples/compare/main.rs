@@ -167,9 +167,9 @@ fn earlier(file: Option<&Path>, plan: &Plan) -> Result<Vec<Row>> {
     let of_file = |error: &dyn Display| format!("--beside: {}: {error}", file.display());
     let text = std::fs::read_to_string(file).map_err(|error| of_file(&error))?;
     let rows: Vec<Row> = serde_json::from_str(&text).map_err(|error| of_file(&error))?;
+    let others = Kind::ALL.iter().filter(|kind| !plan.models.contains(kind)).map(|kind| kind.name());
+    let others: Vec<_> = others.collect();
     for row in &rows {
-        let others = Kind::ALL.iter().filter(|kind| !plan.models.contains(kind)).map(|kind| kind.name());
-        let others: Vec<_> = others.collect();
         if !others.contains(&&*row.model) {
             let expected = format_args!("expected models that are not in --models, {others:?}, got {:?}", row.model);
             return Err(of_file(&expected).into());

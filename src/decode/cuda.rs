@@ -336,9 +336,10 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         storage(&inputs.a, params.a.data),
         of_vector(&inputs.d, params.d.data),
         of_vector(&inputs.delta_bias, params.delta_bias.data),
+        storage_of_state(params.state.data),
+        list.storage.clone(),
     ];
-    let states = [storage_of_state(params.state.data), list.storage.clone()];
-    let update = Update { params, early, states, is_whole, sizes: problem.sizes, shared };
+    let update = Update { params, early, is_whole, sizes: problem.sizes, shared };
     match product {
         Some(product) if update.joins::<T, St>(&device, &product)? => update.launch_with::<T, St>(&device, product),
         product => {
@@ -361,9 +362,7 @@ struct Update {
     /// Whether vectors are whole.
     is_whole: bool,
     /// Where what is read early lies.
-    early: [Range<u64>; 4],
-    /// Where the states and their slots lie, which are read early too.
-    states: [Range<u64>; 2],
+    early: [Range<u64>; 6],
     /// Bytes of shared memory by itself.
     shared: usize,
 }
@@ -372,7 +371,6 @@ impl Update {
     /// By columns that are there.
     fn launch<T: Element, St: Element>(mut self, device: &Device) -> Result<()> {
         let UpdateSizes { rows, d_inner, dt_rank, .. } = self.sizes;
-        let early = [&self.early[..], &self.states].concat();
         let params = &mut self.params;
         // Several parts to a lane save exchanges and what is done once for a channel, but leave a row few lanes.
         let lanes = |shift: i64| (rows * d_inner) << shift;
@@ -399,7 +397,7 @@ impl Update {
         kernel.most_shared = device.properties().shared_memory;
         // SAFETY: every address and extent has been checked by `SelectiveUpdate::check` and `check_outputs`, slots on the device
         // by the kernel; each state and output is written by one thread. (Of a slot that stands on the device twice, see `linear`.)
-        unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, shared, params, &early) }
+        unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, shared, params, &self.early) }
     }
 
     /// The kernel that computes the columns too.
@@ -436,7 +434,7 @@ impl Update {
             d_inner.div_ceil(projected::THREADS >> self.params.part_shift).next_multiple_of(projected::CLUSTER);
         let grid = [blocks, rows.div_ceil(projected::ROWS)];
         let (kernel, shared) = (Self::joined_kernel::<T, St>(device), self.joined_shared());
-        let early = [&product.early[..], &self.early, &self.states].concat();
+        let early = [&product.early[..], &self.early].concat();
         let params = kernels::Projected { project: product.params, update: self.params };
         // SAFETY: as `launch`, and as `linear` of the columns, each of which one thread writes.
         unsafe { device.launch_overlapping(&kernel, grid, projected::THREADS, shared, &params, &early) }

@@ -6,9 +6,9 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor};
 
 use super::{Inputs, Settings, StateMut, mark, words};
-use crate::candle::device::{Backend, Cpu, SlotsOf};
+use crate::candle::device::{Backend, Buffer, Cpu, SlotsOf};
 use crate::candle::tensors::Arguments;
-use crate::candle::write_all::{Read, open, open_one, write_all};
+use crate::candle::write_all::{Read, StorageMut, open, open_one, write_all};
 use crate::candle::{Slots, copy_from_host_at};
 use crate::{Error, View};
 
@@ -115,8 +115,8 @@ impl SamplingState {
         &self.tokens
     }
 
-    /// The log-probability of that token, `(slots)` of `f32`: whatever the settings have made of what the model gave it. None unless
-    /// it [was asked for](Self::with_log_probs).
+    /// The log-probability of that token as the logits gave it, whatever the settings have made of that, `(slots)` of `f32`. None unless
+    /// [asked for](Self::with_log_probs).
     pub fn log_probs(&self) -> Option<&Tensor> {
         self.log_probs.as_ref()
     }
@@ -194,11 +194,9 @@ impl SamplingState {
         }
         let mut stored = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
         let written: Vec<_> = [&self.occurred, &self.tokens].into_iter().chain(&self.log_probs).collect();
-        write_all("settings", &written, &read, |mut written, read| match &mut *stored {
+        write_all("settings", &written, &read, |written, read| match &mut *stored {
             Stored::Host(settings) => {
-                let log_probs = written.drain(2..).next().map(|storage| open_one::<Cpu>("settings", storage));
-                let log_probs = log_probs.transpose()?.map(Cpu::elements_mut::<f32>).transpose()?;
-                let [occurred, tokens] = open::<Cpu, 2>("settings", written)?;
+                let ([occurred, tokens], log_probs) = opened::<Cpu>(written)?;
                 let logits = view::<Cpu>(read.storage(0), logits)?;
                 let inputs =
                     Inputs { vocab_size: self.vocab_size, slots: slots_of::<Cpu>(slots, read)?, ..Inputs::new(logits) };
@@ -210,9 +208,7 @@ impl SamplingState {
             #[cfg(feature = "candle-cuda")]
             Stored::Cuda { settings, workspace } => {
                 use crate::candle::cuda::Gpu;
-                let log_probs = written.drain(2..).next().map(|storage| open_one::<Gpu>("settings", storage));
-                let log_probs = log_probs.transpose()?.map(|storage| storage.as_cuda_slice_mut()).transpose()?;
-                let [occurred, tokens] = open::<Gpu, 2>("settings", written)?;
+                let ([occurred, tokens], log_probs) = opened::<Gpu>(written)?;
                 let stream = tokens.device.cuda_stream();
                 let logits = view::<Gpu>(read.storage(0), logits)?;
                 let inputs =
@@ -227,6 +223,15 @@ impl SamplingState {
             }
         })
     }
+}
+
+/// What a choice writes: what has occurred and the tokens, and the log-probabilities if there are any.
+type Opened<'t, B> = ([&'t mut <B as Backend>::Storage; 2], Option<&'t mut Buffer<B, f32>>);
+
+/// The storages that are written, of which log-probabilities come third.
+fn opened<B: Backend>(mut written: Vec<StorageMut<'_>>) -> Result<Opened<'_, B>> {
+    let log_probs = written.drain(2..).next().map(|storage| open_one::<B>("settings", storage)).transpose()?;
+    Ok((open::<B, 2>("settings", written)?, log_probs.map(B::elements_mut::<f32>).transpose()?))
 }
 
 fn elsewhere(argument: &'static str) -> Error {

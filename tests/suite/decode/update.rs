@@ -269,13 +269,13 @@ pub(super) fn rows_do_not_depend_on_lanes<T: Element, St: Element>(device: &dyn 
         let device = device(draw);
         // Ranks whose projections are staged, and more than there is room for.
         let dt_rank = draw.one_of(&[4, 48, 100, 2000]);
-        let mut of_vectors = || loop {
+        // Of vectors, as lanes with several parts want them.
+        let case = loop {
             let case = Case::<T, St>::draw(draw, [34, 1030, d_state, dt_rank]);
             if case.pool.strides[2] == 1 && case.pool.offset.is_multiple_of(4) {
-                return Case { dt_weight: case.dt_weight.dense(), ..case };
+                break Case { dt_weight: case.dt_weight.dense(), ..case };
             }
         };
-        let case = of_vectors();
         case.assert_alone(device, [0, 17, 33], seed);
     }
 }
