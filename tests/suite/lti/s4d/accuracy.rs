@@ -40,12 +40,16 @@ pub fn hold<T: Element>(on: On, case: &Case<T>, draw: &mut Draw, what: &str) {
             *size = size.max(norm(&other));
         }
     }
-    // A step size enters as ΔA: the slope by its logarithm is a sum over the pairs of A times the slope by A, which is large
-    // where memory is long, and of which the real part alone is left.
+    // A step size enters as ΔA and ΔB alone: the slope by its logarithm is the real part of a sum over the pairs of A times the
+    // slope by A, which is large where memory is long, and B times the slope by B, which is of the size of the square root of the
+    // number of steps.
     let complex = |x: &[f64]| x.as_chunks().0.iter().map(|[re, im]| re.hypot(*im)).collect::<Vec<f64>>();
-    let by_a = want.iter().find(|(name, _)| *name == "a").map_or(Vec::new(), |(_, slopes)| complex(slopes));
-    let a = complex(&case.a.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>());
-    let terms: Vec<f64> = a.iter().zip(by_a).map(|(a, slope)| a * slope).collect();
+    let mut terms = Vec::new();
+    for (name, values) in [("a", &case.a), ("b", &case.b)] {
+        let slopes = want.iter().find(|(of, _)| *of == name).map_or(Vec::new(), |(_, slopes)| complex(slopes));
+        let values = complex(&values.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>());
+        terms.extend(values.iter().zip(slopes).map(|(x, slope)| x * slope));
+    }
     for (size, (name, _)) in sizes.iter_mut().zip(&want) {
         if *name == "log_delta" {
             *size = size.max(norm(&terms));
