@@ -60,10 +60,13 @@ struct Linear {
 namespace update {
 constexpr int THREADS = 128;
 // FLAG_VECTOR: all that has states or ranks as its last dimension can be read and written in vectors of 4. FLAG_NORMS: the
-// columns are normed. FLAG_PARTS: a lane has PARTS parts of a channel, where there are rows enough. FLAG_WEIGHTS: blocks of these stage
-// the projections of their channels.
-constexpr uint64_t FLAG_VECTOR = 1, FLAG_NORMS = 2, FLAG_PARTS = 4, FLAG_WEIGHTS = 8;
-constexpr int PARTS = 4;
+// columns are normed. FLAG_PARTS: a lane has PARTS parts of a channel, all of a slot's states lie together, and the states of a channel
+// are as many as its lanes have in PARTS parts.
+constexpr uint64_t FLAG_VECTOR = 1, FLAG_NORMS = 2, FLAG_PARTS = 4;
+constexpr int PARTS = 4, PARTS_SHIFT = 2;
+// With FLAG_PARTS, the rows that a warp carries on together, and how many times as many have their states in shared memory, where a
+// row's lie STAGED_PADDING bytes apart.
+constexpr int ROWS = 2, STAGES = 2, STAGED_PADDING = 128;
 }
 
 struct Update {
@@ -83,8 +86,8 @@ struct Update {
     int64_t rows, d_inner, d_state, dt_rank;
     // Parts that a channel's states and ranks are divided into, a power of two up to 32, as a shift. A lane has one of them or PARTS.
     int64_t part_shift;
-    // Where in shared memory projections are staged, in numbers of 4 bytes: after the columns.
-    int64_t weights;
+    // With FLAG_PARTS, where in shared memory projections and states are staged, in bytes: after the columns.
+    int64_t weights, states;
     uint64_t flags;
     // Of the norm of the ranks, and of those of B and C.
     float dt_eps, state_eps;

@@ -65,9 +65,9 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Pro
     typename Products::Part part;
     products.ask(part, of, cluster_rank() * linear::OUTPUTS, 0, features, share);
     products.prefetch_rest(part);
-    const update::Channel<T, 1, true> channel(p, min(index, channels - 1), map);
+    const update::Channel<T, true> channel(p, min(index, channels - 1), map);
     const int first = blockIdx.y * ROWS, last = min(first + ROWS, static_cast<int>(p.rows));
-    using RowUpdate = update::RowUpdate<T, St, 1, true>;
+    using RowUpdate = update::RowUpdate<T, St, true>;
     RowUpdate now(p, channel, exists, first);
     for (int row = first + 1; row < last && exists; row++) update::prefetch_states<St>(p, row, index, channel.place(0));
     // Nobody writes to a block that has not begun.
@@ -81,7 +81,7 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Pro
     if (p.flags & update::FLAG_NORMS) {
         for (int row = 0; row < last - first; row++) {
             float *at = columns + row * distance;
-            update::norm_parts<T>(at, update::StagedColumns{at}, p);
+            update::norm_parts<T>(at, update::StagedColumns{at}, p, threadIdx.x, THREADS);
         }
         __syncthreads();
     }

@@ -354,6 +354,7 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
 /// Lanes that keep a processor busy, one for a channel's states; and how many blocks run on it at a time.
 const LANES: usize = 256;
 const BLOCKS: usize = 3;
+const PARTS_SHIFT: i64 = update::PARTS_SHIFT as i64;
 
 /// An update as its kernels take it, of at least one row.
 struct Update {
@@ -370,34 +371,54 @@ struct Update {
 impl Update {
     /// By columns that are there.
     fn launch<T: Element, St: Element>(mut self, device: &Device) -> Result<()> {
-        let UpdateSizes { rows, d_inner, dt_rank, .. } = self.sizes;
-        let params = &mut self.params;
-        // Several parts to a lane save exchanges and what is done once for a channel, but leave a row few lanes.
-        let lanes = |shift: i64| (rows * d_inner) << shift;
-        let has_parts = self.is_whole
-            && params.part_shift >= 2
-            && lanes(params.part_shift - 2) >= LANES * device.properties().processors;
-        params.flags |= params::flags([(has_parts, update::FLAG_PARTS)]);
-        let lane_shift = if has_parts { params.part_shift - 2 } else { params.part_shift };
-        let of_block = update::THREADS >> lane_shift;
-        let columns = d_inner.div_ceil(of_block);
-        let mut shared = self.shared;
-        if has_parts {
-            // Where there is room for several blocks to a processor, each stages the projections of its channels.
-            let at = shared.next_multiple_of(16);
-            let with_weights = at + dt_rank / QUAD * (of_block + 1) * QUAD * size_of::<T>();
-            if with_weights <= device.properties().shared_memory / 4 {
-                params.flags |= update::FLAG_WEIGHTS;
-                (params.weights, shared) = ((at / size_of::<f32>()) as i64, with_weights);
+        let UpdateSizes { rows, d_inner, .. } = self.sizes;
+        let properties = device.properties();
+        // A few blocks to a processor: what is the channel's is read once for all rows of a block.
+        let grid = |lane_shift: i64, rows: usize| {
+            let columns = d_inner.div_ceil(update::THREADS >> lane_shift);
+            [columns, grid_rows(columns, rows, BLOCKS * properties.processors)]
+        };
+        let (mut grid_of, mut shared) = (grid(self.params.part_shift, rows), self.shared);
+        if self.has_many_rows::<St>(properties) {
+            let of_many = grid(self.params.part_shift - PARTS_SHIFT, rows.div_ceil(update::ROWS));
+            // Where all fit, none has rows whose states are asked for while it has others.
+            let stages = rows.div_ceil(update::ROWS).div_ceil(of_many[1]).min(update::STAGES);
+            let (weights, states, all) = self.staging::<T, St>(stages);
+            if all <= properties.shared_memory / BLOCKS {
+                self.params.flags |= update::FLAG_PARTS;
+                (self.params.weights, self.params.states) = (weights as i64, states as i64);
+                (grid_of, shared) = (of_many, all);
             }
         }
-        // A few blocks to a processor: what is the channel's is read once for all rows of a block.
-        let grid = [columns, grid_rows(columns, rows, BLOCKS * device.properties().processors)];
         let mut kernel = Kernel::new(Module::DECODE_UPDATE, ["decode_update", suffix(T::DTYPE), suffix(St::DTYPE)]);
-        kernel.most_shared = device.properties().shared_memory;
+        kernel.most_shared = properties.shared_memory;
         // SAFETY: every address and extent has been checked by `SelectiveUpdate::check` and `check_outputs`, slots on the device
         // by the kernel; each state and output is written by one thread. (Of a slot that stands on the device twice, see `linear`.)
-        unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, shared, params, &self.early) }
+        unsafe { device.launch_overlapping(&kernel, grid_of, update::THREADS, shared, &self.params, &self.early) }
+    }
+
+    /// Whether lanes can have several parts of a channel, which saves exchanges and what is done once for a channel, but leaves a row few
+    /// lanes: where there are rows enough, and what warps copy lies together.
+    fn has_many_rows<St: Element>(&self, device: Properties) -> bool {
+        let (kernels::Update { state, part_shift, .. }, UpdateSizes { rows, d_inner, d_state, .. }) =
+            (&self.params, self.sizes);
+        self.is_whole
+            && *part_shift >= PARTS_SHIFT
+            && d_state == QUAD << part_shift
+            && state.row == d_state as i64
+            && is_vectorizable::<St>(state.data, &[state.slot], 16 / size_of::<St>())
+            && (rows * d_inner) << (part_shift - PARTS_SHIFT) >= LANES * device.processors
+    }
+
+    /// Where a block of the update of many rows stages projections and states, after the columns, and its bytes of shared memory.
+    fn staging<T: Element, St: Element>(&self, stages: usize) -> (usize, usize, usize) {
+        let UpdateSizes { d_state, dt_rank, .. } = self.sizes;
+        let warps = update::THREADS / 32;
+        let channels = update::THREADS >> (self.params.part_shift - PARTS_SHIFT);
+        let weights = (warps * update::ROWS * (dt_rank + 2 * d_state) * size_of::<f32>()).next_multiple_of(16);
+        let states = (weights + dt_rank * (channels + 1) * size_of::<T>()).next_multiple_of(16);
+        let of_row = 32 * update::PARTS * QUAD * size_of::<St>() + update::STAGED_PADDING;
+        (weights, states, states + stages * update::ROWS * warps * of_row)
     }
 
     /// The kernel that computes the columns too.
