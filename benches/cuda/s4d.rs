@@ -42,7 +42,7 @@ impl<T: Element> Data<T> {
 }
 
 /// `last` is the number of pairs. Variants: `packed` sequences of mixed lengths, no sequence split (`whole`) or all into
-/// `segments-` of that many steps.
+/// `segments-` of that many steps; bf16 multiplied in TF32 (`tf32`).
 pub fn prepare<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Prepared> {
     let mut rest = case.clone();
     let cu_seqlens = rest.take("packed").then(|| mixed_lengths(case.len));
@@ -50,8 +50,8 @@ pub fn prepare<T: Element>(stream: &Arc<CudaStream>, case: &Case) -> Result<Prep
         true => Some(usize::MAX),
         false => rest.take_number("segments-")?,
     };
+    let plan = Plan { segment_steps, tf32: rest.take("tf32") };
     rest.finish()?;
-    let plan = Plan { segment_steps };
     let is_backward = match case.direction.as_str() {
         "forward" => false,
         "backward" => true,

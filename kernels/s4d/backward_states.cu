@@ -13,5 +13,7 @@ INSTANCE(f32, float, 1)
 INSTANCE(f16, __half, 1)
 // Its matrices take half of the registers.
 INSTANCE(bf16, __nv_bfloat16, 2)
+// With as little shared memory as f16.
+INSTANCE(bf16_in_tf32, Bf16InTf32, 1)
 
 }

@@ -21,6 +21,16 @@ namespace s4d {
 // Tiles of a state's numbers, and those of a chunk's steps.
 constexpr int STATE_TILES = PAIRS / 4, STEP_TILES = 2;
 
+// bf16 in memory that is multiplied as f16 is, in TF32, where it is exact: for devices whose blocks have no room for what halves.cuh keeps in
+// shared memory.
+struct Bf16InTf32 {
+    __nv_bfloat16 value;
+};
+__device__ __forceinline__ float low(uint32_t both, Bf16InTf32) { return common::low(both, __nv_bfloat16()); }
+__device__ __forceinline__ float high(uint32_t both, Bf16InTf32) { return common::high(both, __nv_bfloat16()); }
+using common::narrow_pair;
+__device__ __forceinline__ uint32_t narrow_pair(float x, float y, Bf16InTf32) { return common::narrow_pair(x, y, __nv_bfloat16()); }
+
 // A state is carried in f64 where activations have 24 bits.
 template <typename T> struct Precision { using Real = float; static constexpr bool EXACT = true; };
 template <> struct Precision<float> { using Real = double; static constexpr bool EXACT = false; };

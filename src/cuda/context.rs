@@ -32,6 +32,13 @@ impl Properties {
         let shared_memory = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         Ok(Self { processors: processors.max(1) as usize, shared_memory: shared_memory.max(0) as usize })
     }
+
+    /// Blocks of `bytes` of shared memory that a multiprocessor has room for: it has as much as one block can have and what the driver
+    /// keeps of each. At least one.
+    pub fn blocks_by_shared_memory(self, bytes: usize) -> usize {
+        const KEPT: usize = 1024;
+        ((self.shared_memory + KEPT) / (bytes + KEPT)).max(1)
+    }
 }
 
 /// A kernel: where it is, and the parts of its name, which `_` joins.

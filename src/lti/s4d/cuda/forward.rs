@@ -9,7 +9,7 @@ use super::{Inputs, OutputMut, Plan, Problem};
 use crate::cuda::params::s4d::{self as kernels, forward::SMEM};
 use crate::cuda::{Arguments, Cuda, Device, Module, suffix};
 use crate::lti::s4d::tensors::Sizes;
-use crate::{Element, Result};
+use crate::{DType, Element, Result};
 
 /// Runs S4D on the stream's device.
 ///
@@ -52,7 +52,8 @@ pub(crate) fn forward_checked<T: Element>(
     }
     let launcher = Launcher::new(&device, &plan, problem, &mut arguments, &[(out, &[d_inner as i64])])?;
     let params = kernels::Forward { inputs: launcher.inputs, out, final_state };
-    let grid = launcher.grid::<T>();
+    // As the kernels' launch bounds say.
+    let grid = launcher.grid(if T::DTYPE == DType::Bf16 { 2 } else { 1 }, SMEM);
     // SAFETY (both): every address and extent has been checked by `Inputs::check` and `check_outputs`, and the workspaces
     // have an element for each that the kernels write.
     if launcher.is_split {

@@ -15,7 +15,7 @@ use crate::cuda::{
 use crate::lti::Rule;
 use crate::lti::s4d::tensors::Sizes;
 use crate::sequences::Sequences;
-use crate::{DType, Element, Result};
+use crate::{Element, Result};
 
 /// The most blocks for each processor: few, as backward's sum up each for itself.
 const WAVES: usize = 8;
@@ -108,12 +108,13 @@ impl<'d> Launcher<'d> {
         self.inputs.flags & kernels::FLAG_ROW != 0
     }
 
-    /// The grid whose blocks, each of which takes some segments, are done first if every segment takes as long.
-    pub fn grid<T: Element>(&self) -> [usize; 2] {
-        let processors = self.device.properties().processors;
-        // By their registers.
-        let at_a_time = if T::DTYPE == DType::Bf16 { 2 } else { 1 };
-        [self.columns, even_rows(self.columns, self.segments, WAVES * processors, at_a_time * processors)]
+    /// The grid whose blocks, each of which takes some segments and `shared` bytes of shared memory, are done first if every segment takes
+    /// as long. `by_registers`: the blocks that a processor has registers for.
+    pub fn grid(&self, by_registers: usize, shared: usize) -> [usize; 2] {
+        let properties = self.device.properties();
+        let at_a_time = by_registers.min(properties.blocks_by_shared_memory(shared));
+        let room = WAVES * properties.processors;
+        [self.columns, even_rows(self.columns, self.segments, room, at_a_time * properties.processors)]
     }
 
     /// A kernel over segments, launched with `shared` bytes of shared memory for each block.

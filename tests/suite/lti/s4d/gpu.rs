@@ -8,7 +8,7 @@ use selective_scan::lti::s4d::cuda::{self, Plan};
 use selective_scan::lti::s4d::{
     GradientsMut, Inputs, Options, OutputGradients, OutputMut, UpdateInputs, UpdateMut, recurrence,
 };
-use selective_scan::{Element, ViewMut};
+use selective_scan::{DType, Element, ViewMut};
 
 use super::accuracy::hold;
 use super::case::{Case, Shape};
@@ -104,8 +104,14 @@ pub fn update<T: Element, St: Element>(inputs: &UpdateInputs<T>, outputs: Update
     }
 }
 
-const WHOLE: On = On::Gpu(Plan { segment_steps: None });
-const SPLIT: On = On::Gpu(Plan { segment_steps: Some(256) });
+const WHOLE: On = On::Gpu(Plan { segment_steps: None, tf32: false });
+const SPLIT: On = On::Gpu(Plan { segment_steps: Some(256), tf32: false });
+/// What devices with little shared memory do of bf16.
+const TF32: On = On::Gpu(Plan { segment_steps: Some(256), tf32: true });
+
+fn plans<T: Element>() -> &'static [On] {
+    if T::DTYPE == DType::Bf16 { &[WHOLE, SPLIT, TF32] } else { &[WHOLE, SPLIT] }
+}
 
 /// Any small problem, and with more pairs than a warp has.
 fn draw_shape(draw: &mut Draw) -> Shape {
@@ -129,7 +135,7 @@ fn small_problems<T: Element>(count: usize) {
     for _ in 0..count {
         let mut draw = Draw::new(rng.random());
         let case = Case::<T>::new(draw_shape(&mut draw), &mut draw);
-        for on in [WHOLE, SPLIT] {
+        for &on in plans::<T>() {
             hold(on, &case, &mut draw, &format!("SEED={seed}"));
         }
     }
@@ -165,7 +171,7 @@ fn rows_of_channels_are_exact() {
                     ..Shape::default()
                 };
                 let case = Case::<T>::new(shape, &mut draw);
-                for on in [WHOLE, SPLIT] {
+                for &on in plans::<T>() {
                     hold(on, &case, &mut draw, &format!("SEED={seed}"));
                 }
             }
@@ -185,7 +191,7 @@ fn long_memory_loses_nothing() {
         return;
     }
     let (mut rng, seed) = seeded();
-    for (length, on) in [(65_536, WHOLE), (20_000, On::Gpu(Plan { segment_steps: Some(2048) }))] {
+    for (length, on) in [(65_536, WHOLE), (20_000, On::Gpu(Plan { segment_steps: Some(2048), tf32: true }))] {
         let mut draw = Draw::new(rng.random());
         let fastest = draw.one_of(&[1e-9, 10.0, 300.0]);
         let shape = Shape {
@@ -211,6 +217,7 @@ fn a_packed_sequence_gives_the_bits_of_the_same_alone() {
         packed_alone::<bf16>(WHOLE, 300);
         packed_alone::<f32>(SPLIT, 1000);
         packed_alone::<bf16>(SPLIT, 1000);
+        packed_alone::<bf16>(TF32, 1000);
     }
 }
 
@@ -239,6 +246,7 @@ fn what_is_not_finite_stays_where_it_belongs() {
         not_finite::<bf16>(WHOLE, 550);
         not_finite::<f32>(SPLIT, 700);
         not_finite::<bf16>(SPLIT, 700);
+        not_finite::<bf16>(TF32, 700);
     }
 }
 
