@@ -90,83 +90,95 @@ template <typename T> __device__ __forceinline__ void stage_columns_of(float *to
     }
 }
 
-template <typename T, typename St> __device__ __forceinline__ void run_many_rows(const Update &p, unsigned char *memory) {
+// A warp of a block, and what it has of its channels.
+template <typename T, typename St> struct ManyRows {
     using Staged = StagedStates<St>;
-    constexpr int VECTORS = Staged::VECTORS;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const RowMap map(threadIdx.x, p.part_shift - PARTS_SHIFT);
-    const int channels = THREADS / map.lanes, first = blockIdx.x * channels, of_warp = first + warp * (32 / map.lanes);
-    const int d_inner = static_cast<int>(p.d_inner), rows = static_cast<int>(p.rows), step = gridDim.y * ROWS;
-    const bool exists = first + map.row < d_inner;
-    // All lanes of a warp take part in its sums, those without a channel for the last one.
-    const int index = min(first + map.row, d_inner - 1), rank = static_cast<int>(p.dt_rank), d_state = static_cast<int>(p.d_state);
-    const int distance = rank + 2 * d_state;
-    float *const columns = reinterpret_cast<float *>(memory) + warp * (ROWS * distance);
-    // (A vector between the vectors of all channels, so that those of a channel lie in different banks.)
-    const int pitch = channels + 1;
-    Pack<T, QUAD> *const weights = reinterpret_cast<Pack<T, QUAD> *>(memory + p.weights);
-    auto *const states = reinterpret_cast<typename Staged::Vector *>(memory + p.states);
-    const auto staged = [&](int stage, int k) { return Staged{states + ((stage * (THREADS / 32) + warp) * ROWS + k) * Staged::COUNT}; };
+    static constexpr int VECTORS = Staged::VECTORS, WARPS = THREADS / 32;
+    using Steps = float[ROWS];
 
+    const Update &p;
+    unsigned char *const memory;
+    const RowMap map;
+    const int warp, lane;
+    // The block's channels, its first one and the warp's; the lane's, which is the last one where it has none: all lanes of a warp take part
+    // in its sums.
+    const int channels, first, of_warp, index;
+    const bool exists;
+    const int rows, rank, d_state, distance;
+    float *const columns;
+    Pack<float, QUAD> a[PARTS];
+    float bias, skip;
+
+    __device__ __forceinline__ ManyRows(const Update &p, unsigned char *memory)
+        : p(p), memory(memory), map(threadIdx.x, p.part_shift - PARTS_SHIFT), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
+          channels(THREADS / map.lanes), first(blockIdx.x * channels), of_warp(first + warp * (32 / map.lanes)),
+          index(min(first + map.row, static_cast<int>(p.d_inner) - 1)), exists(first + map.row < p.d_inner),
+          rows(static_cast<int>(p.rows)), rank(static_cast<int>(p.dt_rank)), d_state(static_cast<int>(p.d_state)),
+          distance(rank + 2 * d_state), columns(reinterpret_cast<float *>(memory) + warp * (ROWS * distance)) {}
+
+    // Where the block's projections are staged, with a vector between those of all channels, so that a channel's lie in different banks.
+    __device__ __forceinline__ Pack<T, QUAD> *weights() const { return reinterpret_cast<Pack<T, QUAD> *>(memory + p.weights); }
+    __device__ __forceinline__ int pitch() const { return channels + 1; }
+    // The states of the `k`th row of a group.
+    __device__ __forceinline__ Staged staged(int stage, int k) const {
+        auto *const states = reinterpret_cast<typename Staged::Vector *>(memory + p.states);
+        return {states + ((stage * WARPS + warp) * ROWS + k) * Staged::COUNT};
+    }
+    // Four columns of the `k`th row.
+    __device__ __forceinline__ Pack<float, QUAD> column(int k, int at) const {
+        return *reinterpret_cast<const Pack<float, QUAD> *>(columns + (k * distance + at));
+    }
+    // Where the lane's part `i` begins, of states or of ranks: all parts of all lanes come before the first lane has more.
+    __device__ __forceinline__ int place(int i) const { return ((i / PARTS * map.lanes + map.lane) * PARTS + i % PARTS) * QUAD; }
     // The slot of a row; negative for padding, and for rows beyond the last.
-    const auto slot = [&](int row) { return row < rows ? slot_of(p.slots, row) : int64_t(-1); };
-    // Calls `visit` with the number of each vector of the warp's states in a slot that this lane copies, its place, and whether it exists.
-    const auto copied = [&](int64_t slot, const auto &visit) {
-        St *const from = static_cast<St *>(p.state.data) + (slot * p.state.slot + of_warp * p.state.row);
-        const int count = slot < 0 ? 0 : (d_inner - of_warp) * map.lanes * VECTORS;
+    __device__ __forceinline__ int64_t slot(int row) const { return row < rows ? slot_of(p.slots, row) : -1; }
+
+    // Calls `visit` with each vector of the warp's states in a slot that this lane copies: its number, its place, and whether it exists.
+    template <typename Visit> __device__ __forceinline__ void for_each_vector(int64_t slot, const Visit &visit) const {
+        St *const at = static_cast<St *>(p.state.data) + (slot * p.state.slot + of_warp * p.state.row);
+        const int count = slot < 0 ? 0 : min(static_cast<int>(p.d_inner) - of_warp, 32) * map.lanes * VECTORS;
 #pragma unroll
-        for (int i = lane; i < 32 * VECTORS; i += 32) visit(i, from + i * Staged::SIZE, i < count);
-    };
-    const auto ask = [&](int row, int stage) {
+        for (int i = lane; i < 32 * VECTORS; i += 32) visit(i, at + i * Staged::SIZE, i < count);
+    }
+
+    // Asks for the states of a group of rows, if there is one.
+    __device__ __forceinline__ void ask(int row, int stage) const {
         if (row < rows) {
 #pragma unroll
             for (int k = 0; k < ROWS; k++) {
-                copied(slot(row + k), [&](int i, St *from, bool exists) { copy_async(staged(stage, k).in_memory(i), from, exists); });
+                const Staged to = staged(stage, k);
+                for_each_vector(slot(row + k), [&](int i, St *from, bool exists) { copy_async(to.in_memory(i), from, exists); });
             }
         }
         commit_copies();
-    };
-
-    // What no kernel of a recording writes, but for this one, is read before those before this one have ended.
-    int row = blockIdx.y * ROWS;
-    stage_weights(weights, pitch, p, first, channels);
-    ask(row, 0);
-    ask(row + step, 1);
-    Pack<float, QUAD> a[PARTS];
-    // Where the lane's part `i` begins, of states or of ranks: all parts of all lanes come before the first lane has more.
-    const auto place = [&](int i) { return ((i / PARTS * map.lanes + map.lane) * PARTS + i % PARTS) * QUAD; };
-#pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-        a[i] = *reinterpret_cast<const Pack<float, QUAD> *>(p.a.data + (index * p.a.channel + place(i)));
     }
-    const float bias = element_or(p.delta_bias, index, 0.0f), skip = element_or(p.d, index, 0.0f);
-    wait_for_last();
 
-#pragma unroll 1
-    for (int stage = 0; row < rows; row += step, stage ^= 1) {
-        bool live[ROWS];
-        float u[ROWS], z[ROWS], delta[ROWS];
-        // Of padding too, so that nobody waits for a slot.
+    // Puts them back.
+    __device__ __forceinline__ void write_back(int row, int stage) const {
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
-            const int at = min(row + k, rows - 1);
-            u[k] = widen(static_cast<const T *>(p.u.data)[at * p.u.row + index * p.u.column]);
-            z[k] = p.z.data ? widen(static_cast<const T *>(p.z.data)[at * p.z.row + index * p.z.column]) : 0.0f;
+            const Staged from = staged(stage, k);
+            for_each_vector(slot(row + k), [&](int i, St *to, bool exists) {
+                if (exists) *reinterpret_cast<typename Staged::Vector *>(to) = from.in_memory(i);
+            });
         }
-        stage_columns_of<T>(columns, distance, p, row, lane);
+    }
+
+    __device__ __forceinline__ void read_channel() {
 #pragma unroll
-        for (int k = 0; k < ROWS; k++) {
-            live[k] = exists && slot(row + k) >= 0;
-            u[k] = live[k] ? u[k] : 0.0f, z[k] = live[k] ? z[k] : 0.0f;
+        for (int i = 0; i < PARTS; i++) {
+            a[i] = *reinterpret_cast<const Pack<float, QUAD> *>(p.a.data + (index * p.a.channel + place(i)));
         }
-        // The states of these rows; and, with the first, the projections that other warps have asked for.
-        wait_for_copies<STAGES - 1>();
-        if (row < step) {
-            __syncthreads();
-        } else {
-            __syncwarp();
-        }
-        const auto column = [&](int k, int at) { return *reinterpret_cast<const Pack<float, QUAD> *>(columns + (k * distance + at)); };
+        bias = element_or(p.delta_bias, index, 0.0f), skip = element_or(p.d, index, 0.0f);
+    }
+
+    // The lane's element of a row of the input or of the gate.
+    __device__ __forceinline__ float read(const Rows &from, int row) const {
+        return widen(static_cast<const T *>(from.data)[min(row, rows - 1) * from.row + index * from.column]);
+    }
+
+    // The step sizes of the rows at hand.
+    __device__ __forceinline__ void step_sizes(Steps &delta) const {
         float sums[ROWS][PARTS] = {};
 #pragma unroll 1
         for (int from = 0; place(from) < rank; from += PARTS) {
@@ -174,15 +186,19 @@ template <typename T, typename St> __device__ __forceinline__ void run_many_rows
             for (int i = 0; i < PARTS; i++) {
                 const int r = place(from + i);
                 if (r >= rank) break;
-                const Pack<T, QUAD> w = weights[r / QUAD * pitch + map.row];
+                const Pack<T, QUAD> w = weights()[r / QUAD * pitch() + map.row];
 #pragma unroll
                 for (int k = 0; k < ROWS; k++) add_product(sums[k][i], w, column(k, r));
             }
         }
 #pragma unroll
         for (int k = 0; k < ROWS; k++) delta[k] = step_size_of<T>(sum_parts(sums[k], map.lanes), bias);
+    }
+
+    // Carries their states on, where they are staged; `y`: the sums over them.
+    __device__ __forceinline__ void advance_all(int stage, const Steps &delta, const Steps &u, Steps &y) const {
         typename Staged::Vector h[ROWS][VECTORS];
-        float y[ROWS][PARTS] = {};
+        float sums[ROWS][PARTS] = {};
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
 #pragma unroll
@@ -194,27 +210,59 @@ template <typename T, typename St> __device__ __forceinline__ void run_many_rows
 #pragma unroll
             for (int k = 0; k < ROWS; k++) {
                 Pack<St, QUAD> &four = Staged::part(h[k], i);
-                four = advance<St, true>(y[k][i], four, a[i], column(k, b), column(k, c), delta[k], delta[k] * u[k]);
+                four = advance<St, true>(sums[k][i], four, a[i], column(k, b), column(k, c), delta[k], delta[k] * u[k]);
             }
         }
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
 #pragma unroll
             for (int i = 0; i < VECTORS; i++) staged(stage, k).of_lane(i) = h[k][i];
-            const float sum = sum_parts(y[k], map.lanes);
-            if (map.lane == 0 && exists && row + k < rows) write_output<T>(p, row + k, index, live[k], sum, skip, u[k], z[k]);
+            y[k] = sum_parts(sums[k], map.lanes);
         }
-        __syncwarp();
-#pragma unroll
-        for (int k = 0; k < ROWS; k++) {
-            copied(slot(row + k), [&](int i, St *to, bool exists) {
-                if (exists) *reinterpret_cast<typename Staged::Vector *>(to) = staged(stage, k).in_memory(i);
-            });
-        }
-        // All have taken theirs, and the columns.
-        __syncwarp();
-        ask(row + STAGES * step, stage);
     }
-}
+
+    __device__ __forceinline__ void run() {
+        // What no kernel of a recording writes, but for this one, is read before those before this one have ended.
+        int row = blockIdx.y * ROWS;
+        const int step = gridDim.y * ROWS;
+        stage_weights(weights(), pitch(), p, first, channels);
+        ask(row, 0);
+        ask(row + step, 1);
+        read_channel();
+        wait_for_last();
+#pragma unroll 1
+        for (int stage = 0; row < rows; row += step, stage ^= 1) {
+            Steps u, z, delta, y;
+            // Of padding too, so that nobody waits for a slot.
+#pragma unroll
+            for (int k = 0; k < ROWS; k++) u[k] = read(p.u, row + k), z[k] = p.z.data ? read(p.z, row + k) : 0.0f;
+            stage_columns_of<T>(columns, distance, p, row, lane);
+            bool live[ROWS];
+#pragma unroll
+            for (int k = 0; k < ROWS; k++) {
+                live[k] = exists && slot(row + k) >= 0;
+                u[k] = live[k] ? u[k] : 0.0f, z[k] = live[k] ? z[k] : 0.0f;
+            }
+            // The states of these rows; and, with the first, the projections that other warps have asked for.
+            wait_for_copies<STAGES - 1>();
+            if (row < step) {
+                __syncthreads();
+            } else {
+                __syncwarp();
+            }
+            step_sizes(delta);
+            advance_all(stage, delta, u, y);
+#pragma unroll
+            for (int k = 0; k < ROWS; k++) {
+                if (map.lane == 0 && exists && row + k < rows) write_output<T>(p, row + k, index, live[k], y[k], skip, u[k], z[k]);
+            }
+            __syncwarp();
+            write_back(row, stage);
+            // All have taken theirs, and the columns.
+            __syncwarp();
+            ask(row + STAGES * step, stage);
+        }
+    }
+};
 
 }

@@ -35,7 +35,7 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Upd
     extern __shared__ __align__(16) unsigned char memory[];
     begin_next();
     if (p.flags & FLAG_PARTS) {
-        run_many_rows<T, St>(p, memory);
+        ManyRows<T, St>(p, memory).run();
     } else if (p.flags & FLAG_VECTOR) {
         run_few_rows<T, St, true>(p, reinterpret_cast<float *>(memory));
     } else {
