@@ -141,6 +141,8 @@ fn run(arguments: &Arguments) -> Result<()> {
         Place::Cuda if cfg!(feature = "candle-cuda") => Device::new_cuda(0)?,
         Place::Cuda => return Err("for a GPU, build with --features nn,candle-cuda".into()),
     };
+    // SAFETY: all that this program does is put on candle's stream.
+    unsafe { selective_scan::candle::use_one_stream(&device) };
     let dtype = match arguments.dtype {
         Type::F32 => DType::F32,
         Type::F16 => DType::F16,

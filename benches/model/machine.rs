@@ -31,6 +31,8 @@ impl Machine {
             let stream = device.as_cuda_device()?.cuda_stream();
             // Freed memory stays for the next step, as the documentation of `cuda` advises.
             selective_scan::cuda::keep_freed_memory(stream.context());
+            // SAFETY: this program puts all on that stream.
+            unsafe { selective_scan::candle::use_one_stream(&device) };
             // Both this program and PyTorch then multiply f32 matrices as TF32.
             candle_core::cuda::set_gemm_reduced_precision_f32(true);
             let name = stream.context().name()?;

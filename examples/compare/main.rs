@@ -187,6 +187,8 @@ fn run(arguments: &Arguments) -> Result<()> {
         DeviceKind::Cpu => Device::Cpu,
         DeviceKind::Cuda => Device::new_cuda(0).map_err(|error| format!("--device cuda: {error}"))?,
     };
+    // SAFETY: all that this program does is put on candle's stream.
+    unsafe { selective_scan::candle::use_one_stream(&device) };
     if arguments.steps == Some(0) {
         return Err("--steps: expected at least 1, got 0".into());
     }

@@ -98,6 +98,8 @@ impl Decoder {
         if options.slots == 0 {
             return Err(argument("slots", "at least 1", 0));
         }
+        // What one prompt frees, the next takes.
+        crate::candle::keep_freed_memory(model.device());
         let model = model.detach()?;
         let cache = model.backbone().cache(options.slots, options.state_dtype, options.capacity)?;
         model.backbone().check_decoding(&cache, options.slots, Slots::Rows, NewTokens::Each(0))?;

@@ -18,6 +18,22 @@ pub fn device() -> Option<Device> {
         .clone()
 }
 
+/// On a device of its own, as what is said holds for all later tensors of one.
+#[test]
+fn one_stream_needs_no_events() {
+    if device().is_none() {
+        return;
+    }
+    let device = Device::new_cuda(0).expect("a GPU that candle can use");
+    let is_tracked = || device.as_cuda_device().expect("a GPU").is_event_tracking();
+    assert!(is_tracked());
+    // SAFETY: what follows is put on candle's stream.
+    unsafe { selective_scan::candle::use_one_stream(&device) };
+    assert!(!is_tracked());
+    let tensor = Tensor::ones(3, candle_core::DType::F32, &device).expect("a tensor");
+    assert_eq!((&tensor + &tensor).expect("a sum").to_vec1::<f32>().expect("three"), [2.0; 3]);
+}
+
 /// A test for each line: what it is called, and what it does with the device.
 macro_rules! on_the_device {
     ($($(#[$attribute:meta])* $name:ident: |$device:ident| $body:expr;)*) => {
