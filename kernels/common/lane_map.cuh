@@ -40,7 +40,7 @@ template <int THREADS> constexpr bool is_bijection_in_rows() {
 }
 
 // The sum over neighbouring lanes, the same in each of them.
-__device__ __forceinline__ double sum_lanes(double x, int lanes) {
+template <typename R> __device__ __forceinline__ R sum_lanes(R x, int lanes) {
     for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
     return x;
 }

@@ -168,17 +168,11 @@ __device__ __forceinline__ void finish(const Linear &p, int64_t row, int64_t out
     write_as(p.out, row * p.out_features + out, p.out_type, sum);
 }
 
-// The sum of an element of a tile, of what warps have left or one of them.
-template <typename T, int ROWS, typename Rows>
-__device__ __forceinline__ float sum_of(const Linear &p, const float *partials, bool is_one, const Squares<ROWS> &squares, const Rows &rows,
-                                        int row, int output) {
-    const float *of = partials + row * PARTIAL_STRIDE + output;
-    const float sum = is_one ? *of : sum_of_warps<ROWS>(of);
-    return !SCALES_FIRST<T> && rows.norms ? sum * squares.scale(p, row) : sum;
-}
+// Whether a product is multiplied by the scales of its rows.
+template <typename T, typename Rows> __device__ __forceinline__ bool is_scaled(const Rows &rows) { return !SCALES_FIRST<T> && rows.norms; }
 
 // Adds the sums that warps have left of a tile, one or all of them, and finishes its columns from `first_output` on, by these threads of
-// as many.
+// as many. The rows' scales have been kept.
 template <typename T, int ROWS, typename Rows>
 __device__ __forceinline__ void finish_tile(const Linear &p, const float *partials, bool is_one, const Squares<ROWS> &squares,
                                             const Rows &rows, int first_output, int thread, int threads) {
@@ -186,7 +180,9 @@ __device__ __forceinline__ void finish_tile(const Linear &p, const float *partia
     for (int i = thread; i < OUTPUTS * rows.count; i += threads) {
         const int row = i / OUTPUTS, output = i % OUTPUTS, out = first_output + output;
         if (out >= static_cast<int>(p.out_features)) continue;
-        const float sum = sum_of<T>(p, partials, is_one, squares, rows, row, output);
+        const float *of = partials + row * PARTIAL_STRIDE + output;
+        float sum = is_one ? *of : sum_of_warps<ROWS>(of);
+        if (is_scaled<T>(rows)) sum *= squares.kept_scale(row);
         finish<T>(p, rows.first + row, out, sum, Beside(p, (rows.first + row) * p.out_features + out));
     }
 }
@@ -270,7 +266,8 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
             const int thread = reload_tid();
             if (!finishes(thread)) return;
             const int row = thread / OUTPUTS, column = thread % OUTPUTS;
-            const float sum = sum_of<T>(p, partials, false, squares, rows, row, column);
+            float sum = sum_of_warps<ROWS>(partials + row * PARTIAL_STRIDE + column);
+            if (is_scaled<T>(rows)) sum *= squares.scale(p, row);
             finish<T>(p, rows.first + row, output + column, sum, Beside(taps + thread, before));
             return;
         }
@@ -281,7 +278,12 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
         }
         __syncthreads();
     }
-    bool is_staged = false;
+    bool is_staged = false, are_scales_kept = !is_scaled<T>(rows);
+    // Of all rows, once all warps have left their sums.
+    const auto keep_scales = [&] {
+        if (!are_scales_kept && threadIdx.x < rows.count) squares.keep_scale(p, threadIdx.x);
+        are_scales_kept = true;
+    };
 #pragma unroll 1
     for (; block < static_cast<int>(p.out_features); block += step, output += step) {
         products.clear();
@@ -307,6 +309,10 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
         }
         if (block + step < static_cast<int>(p.out_features)) products.ask(part, p, output + step, 0, min(all, slice), first_share);
         if (division.is_own) {
+            if (!are_scales_kept) {
+                keep_scales();
+                __syncthreads();
+            }
             products.leave(own);
             __syncwarp();
             finish_tile<T>(p, own, true, squares, rows, output, threadIdx.x % 32, 32);
@@ -315,6 +321,7 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
         }
         // The sums may lie where the rows do, which then are read no more, and those of the tile before have been read.
         __syncthreads();
+        keep_scales();
         products.leave(own);
         __syncthreads();
         finish_tile<T>(p, partials, false, squares, rows, output, threadIdx.x, THREADS);

@@ -111,6 +111,10 @@ template <int ROWS> struct Squares {
         for (int warp = 0; warp < WARPS; warp++) sum += of[row * WARPS + warp];
         return rsqrtf(sum / p.count + p.eps);
     }
+
+    // Keeps that in place of the sums, by one thread for a row, and gives what has been kept.
+    __device__ __forceinline__ void keep_scale(const Linear &p, int row) const { of[row * WARPS] = scale(p, row); }
+    __device__ __forceinline__ float kept_scale(int row) const { return of[row * WARPS]; }
 };
 
 // Rows are multiplied by the norm's weight when they are staged, and the product by the norm's scale, so that they are read once. What

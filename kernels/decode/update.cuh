@@ -12,11 +12,6 @@
 
 namespace decode::update {
 
-__device__ __forceinline__ float sum_lanes(float x, int lanes) {
-    for (int offset = lanes >> 1; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
-}
-
 // Where the columns of a row lie.
 template <typename T> struct Columns {
     const T *data;

@@ -56,12 +56,6 @@ template <typename T> struct Quad {
     }
 };
 
-// The sum over neighbouring lanes, the same in each of them.
-__device__ __forceinline__ float sum_lanes(float x, int lanes) {
-    for (int offset = lanes >> 1; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
-}
-
 template <typename T, typename St> __device__ __forceinline__ void general(const Update &p) {
     const RowMap map(threadIdx.x, p.lane_shift);
     const int lanes = map.lanes, lane = map.lane;
