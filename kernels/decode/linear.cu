@@ -172,7 +172,7 @@ __device__ __forceinline__ void finish(const Linear &p, int64_t row, int64_t out
 template <typename T, typename Rows> __device__ __forceinline__ bool is_scaled(const Rows &rows) { return !SCALES_FIRST<T> && rows.norms; }
 
 // Adds the sums that warps have left of a tile, one or all of them, and finishes its columns from `first_output` on, by these threads of
-// as many. The rows' scales have been kept.
+// as many. The rows' scales have been kept, if the product is multiplied by them.
 template <typename T, int ROWS, typename Rows>
 __device__ __forceinline__ void finish_tile(const Linear &p, const float *partials, bool is_one, const Squares<ROWS> &squares,
                                             const Rows &rows, int first_output, int thread, int threads) {
@@ -300,6 +300,8 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
                 go_through<STEP>(products, rows, squares, p, division, begin, features, share);
                 division.wait(slice < all);
                 is_staged = true;
+                // Sums of squares are where the scales have been, if these have been kept.
+                are_scales_kept = !is_scaled<T>(rows);
             }
             if constexpr (sizeof(T) < sizeof(float)) {
                 products.add(part, p, features, share);

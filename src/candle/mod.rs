@@ -156,12 +156,13 @@ pub fn keep_freed_memory(device: &candle_core::Device) {
 }
 
 /// Has candle make no events for the tensors of a GPU; does nothing on other devices. By default it makes two for each tensor, with which
-/// several streams could wait for each other; candle has one. A forward pass of mamba-130m makes 200 tensors, and so calls the driver
+/// several streams could wait for each other; candle's own operators take one. A forward pass of mamba-130m makes 200 tensors, and so calls the driver
 /// 800 times less: what a short prompt takes is the host's time.
 ///
 /// # Safety
-/// What uses the memory of a tensor that is made from now on is put on the device's own stream, as all of candle's operators and those of
-/// this crate are, or waits for that stream and is waited for by it.
+/// cudarc then no longer has one stream wait for another that uses the same memory of this device, that of older tensors included. So either
+/// one stream has all that uses it, or the program orders what several have. The stream of `Device::new_cuda` is another one in
+/// each host thread.
 #[cfg_attr(not(feature = "candle-cuda"), expect(unused_variables, reason = "there is no GPU"))]
 pub unsafe fn use_one_stream(device: &candle_core::Device) {
     #[cfg(feature = "candle-cuda")]

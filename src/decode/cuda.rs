@@ -371,54 +371,62 @@ struct Update {
 impl Update {
     /// By columns that are there.
     fn launch<T: Element, St: Element>(mut self, device: &Device) -> Result<()> {
-        let UpdateSizes { rows, d_inner, .. } = self.sizes;
-        let properties = device.properties();
-        // A few blocks to a processor: what is the channel's is read once for all rows of a block.
-        let grid = |lane_shift: i64, rows: usize| {
-            let columns = d_inner.div_ceil(update::THREADS >> lane_shift);
-            [columns, grid_rows(columns, rows, BLOCKS * properties.processors)]
-        };
-        let (mut grid_of, mut shared) = (grid(self.params.part_shift, rows), self.shared);
-        if self.has_many_rows::<St>(properties) {
-            let of_many = grid(self.params.part_shift - PARTS_SHIFT, rows.div_ceil(update::ROWS));
-            // Where all fit, none has rows whose states are asked for while it has others.
-            let stages = rows.div_ceil(update::ROWS).div_ceil(of_many[1]).min(update::STAGES);
-            let (weights, states, all) = self.staging::<T, St>(stages);
-            if all <= properties.shared_memory / BLOCKS {
+        let (rows, properties) = (self.sizes.rows, device.properties());
+        let many = self.plan_many::<T, St>(properties);
+        let (grid, shared) = match &many {
+            Some(many) => {
                 self.params.flags |= update::FLAG_PARTS;
-                (self.params.weights, self.params.states) = (weights as i64, states as i64);
-                (grid_of, shared) = (of_many, all);
+                (self.params.weights, self.params.states) = (many.weights as i64, many.states as i64);
+                (many.grid, many.shared)
             }
-        }
+            None => (self.grid(self.params.part_shift, rows, BLOCKS * properties.processors), self.shared),
+        };
         let mut kernel = Kernel::new(Module::DECODE_UPDATE, ["decode_update", suffix(T::DTYPE), suffix(St::DTYPE)]);
         kernel.most_shared = properties.shared_memory;
         // SAFETY: every address and extent has been checked by `SelectiveUpdate::check` and `check_outputs`, slots on the device
         // by the kernel; each state and output is written by one thread. (Of a slot that stands on the device twice, see `linear`.)
-        unsafe { device.launch_overlapping(&kernel, grid_of, update::THREADS, shared, &self.params, &self.early) }
+        unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, shared, &self.params, &self.early) }
     }
 
-    /// Whether lanes can have several parts of a channel, which saves exchanges and what is done once for a channel, but leaves a row few
-    /// lanes: where there are rows enough, and what warps copy lies together.
-    fn has_many_rows<St: Element>(&self, device: Properties) -> bool {
-        let (kernels::Update { state, part_shift, .. }, UpdateSizes { rows, d_inner, d_state, .. }) =
-            (&self.params, self.sizes);
-        self.is_whole
+    /// The grid whose lanes share a channel by `lane_shift`, of few blocks: what is the channel's is read once for all rows of a block, which
+    /// takes `rows` of them, or groups, one after another.
+    fn grid(&self, lane_shift: i64, rows: usize, room: usize) -> [usize; 2] {
+        let columns = self.sizes.d_inner.div_ceil(update::THREADS >> lane_shift);
+        [columns, grid_rows(columns, rows, room)]
+    }
+
+    /// How many rows are updated, if lanes can have several parts of a channel, which saves exchanges and what is done once for a channel, but
+    /// leaves a row few lanes: where there are rows enough, what warps copy lies together, and a processor has room for two blocks at
+    /// least.
+    fn plan_many<T: Element, St: Element>(&self, device: Properties) -> Option<ManyRows> {
+        let kernels::Update { state, part_shift, .. } = &self.params;
+        let UpdateSizes { rows, d_inner, d_state, dt_rank } = self.sizes;
+        let fits = self.is_whole
             && *part_shift >= PARTS_SHIFT
             && d_state == QUAD << part_shift
             && state.row == d_state as i64
-            && is_vectorizable::<St>(state.data, &[state.slot], 16 / size_of::<St>())
-            && (rows * d_inner) << (part_shift - PARTS_SHIFT) >= LANES * device.processors
-    }
-
-    /// Where a block of the update of many rows stages projections and states, after the columns, and its bytes of shared memory.
-    fn staging<T: Element, St: Element>(&self, stages: usize) -> (usize, usize, usize) {
-        let UpdateSizes { d_state, dt_rank, .. } = self.sizes;
-        let warps = update::THREADS / 32;
-        let channels = update::THREADS >> (self.params.part_shift - PARTS_SHIFT);
-        let weights = (warps * update::ROWS * (dt_rank + 2 * d_state) * size_of::<f32>()).next_multiple_of(16);
-        let states = (weights + dt_rank * (channels + 1) * size_of::<T>()).next_multiple_of(16);
+            && is_vectorizable::<St>(state.data, &[state.slot], 16 / size_of::<St>());
+        if !fits {
+            return None;
+        }
+        let lane_shift = part_shift - PARTS_SHIFT;
+        if (rows * d_inner) << lane_shift < LANES * device.processors {
+            return None;
+        }
+        let (warps, groups) = (update::THREADS / 32, rows.div_ceil(update::ROWS));
+        let columns = warps * update::ROWS * (dt_rank + 2 * d_state) * size_of::<f32>();
+        let weights = columns.next_multiple_of(16);
+        let of_weights = dt_rank * ((update::THREADS >> lane_shift) + 1) * size_of::<T>();
+        let states = (weights + of_weights).next_multiple_of(16);
         let of_row = 32 * update::PARTS * QUAD * size_of::<St>() + update::STAGED_PADDING;
-        (weights, states, states + stages * update::ROWS * warps * of_row)
+        [BLOCKS, 2].into_iter().find_map(|blocks| {
+            let grid = self.grid(lane_shift, groups, blocks * device.processors);
+            // Where all groups run at once, none has its states asked for while another is gone through.
+            let stages = groups.div_ceil(grid[1]).min(update::STAGES);
+            let shared = states + stages * update::ROWS * warps * of_row;
+            let has_room = shared <= device.shared_memory && device.blocks_by_shared_memory(shared) >= blocks;
+            has_room.then_some(ManyRows { grid, shared, weights, states })
+        })
     }
 
     /// The kernel that computes the columns too.
@@ -460,6 +468,14 @@ impl Update {
         // SAFETY: as `launch`, and as `linear` of the columns, each of which one thread writes.
         unsafe { device.launch_overlapping(&kernel, grid, projected::THREADS, shared, &params, &early) }
     }
+}
+
+/// An update of many rows: its grid, the shared memory of a block, and where in it projections and states are staged.
+struct ManyRows {
+    grid: [usize; 2],
+    shared: usize,
+    weights: usize,
+    states: usize,
 }
 
 /// The compute capability, as the driver numbers them, from which on there are clusters of blocks.

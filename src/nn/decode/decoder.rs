@@ -90,7 +90,8 @@ struct Step {
 }
 
 impl Decoder {
-    /// Makes a model ready; it shares its parameters. Where training goes on, make a new one afterwards.
+    /// Makes a model ready; it shares its parameters. Where training goes on, make a new one afterwards. A GPU keeps freed memory from then on
+    /// ([`keep_freed_memory`](crate::candle::keep_freed_memory)).
     ///
     /// # Errors
     /// A bidirectional model, or attention that is not causal; no slots, or more than fit in memory; a type that states cannot have.
@@ -98,8 +99,6 @@ impl Decoder {
         if options.slots == 0 {
             return Err(argument("slots", "at least 1", 0));
         }
-        // What one prompt frees, the next takes.
-        crate::candle::keep_freed_memory(model.device());
         let model = model.detach()?;
         let cache = model.backbone().cache(options.slots, options.state_dtype, options.capacity)?;
         model.backbone().check_decoding(&cache, options.slots, Slots::Rows, NewTokens::Each(0))?;
@@ -107,6 +106,8 @@ impl Decoder {
         let sampling = SamplingState::new(model.device(), options.slots, vocab, columns)?;
         let sampling = Arc::new(if options.log_probs { sampling.with_log_probs()? } else { sampling });
         let joined = Joined::new(&model)?;
+        // What one prompt frees, the next takes.
+        crate::candle::keep_freed_memory(model.device());
         Ok(Self { model, cache, joined, sampling, steps: BTreeMap::new(), launches_plainly: false })
     }
 

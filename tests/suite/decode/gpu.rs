@@ -160,6 +160,16 @@ fn many_features_and_rows() {
     }
 }
 
+/// So many columns that a block has two tiles of them, of features that are staged in two slices: the second tile goes through the rows again.
+#[test]
+fn tiles_of_normed_rows_in_slices() {
+    if stream().is_some() {
+        products::normed_of_size::<f32, f32, f32>(&device, [64, 3200, 272]);
+        products::normed_of_size::<f32, bf16, bf16>(&device, [64, 6400, 560]);
+        products::normed_of_size::<bf16, bf16, f32>(&device, [64, 6400, 560]);
+    }
+}
+
 #[test]
 fn updates_are_as_the_reference() {
     if stream().is_some() {

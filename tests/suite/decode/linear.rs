@@ -221,6 +221,23 @@ pub(super) fn of_size<X: Element, T: Element, O: Element>(device: &dyn Fn(&mut D
     Case { weight: case.weight.dense(), ..case }.check(device, seed);
 }
 
+/// The same of rows that are normed.
+pub(super) fn normed_of_size<X: Element, T: Element, O: Element>(
+    device: &dyn Fn(&mut Draw) -> Device,
+    size: [usize; 3],
+) {
+    let (_, seed) = seeded();
+    let draw = &mut Draw::new(seed);
+    let device = device(draw);
+    let case = loop {
+        let case = Case::<X, T, O, f32>::plain(draw, size);
+        if case.norm.is_some() {
+            break case;
+        }
+    };
+    Case { weight: case.weight.dense(), ..case }.check(device, seed);
+}
+
 fn with_f32_states<X: Element, T: Element, O: Element>() {
     against_reference::<X, T, O, f32>(&cpu_device, 12, 70);
 }

@@ -263,13 +263,12 @@ pub(super) fn rows_do_not_depend_on_each_other<T: Element, St: Element>(
 /// one.
 #[cfg(feature = "cuda")]
 pub(super) fn rows_do_not_depend_on_lanes<T: Element, St: Element>(device: &dyn Fn(&mut Draw) -> Device) {
-    // So many rows of so many channels that lanes have several parts; with the last two a warp has more rows than it takes at once.
-    for (rows, d_state) in [(34, 16), (34, 64), (187, 16)] {
+    // So many rows of so many channels that lanes have several parts; of 187 a warp has more than it takes at once. The last has more ranks
+    // than there is room for.
+    for (rows, d_state, dt_rank) in [(34, 16, 48), (34, 64, 4), (187, 16, 48), (34, 16, 2000)] {
         let (_, seed) = seeded();
         let draw = &mut Draw::new(seed);
         let device = device(draw);
-        // Ranks whose projections are staged, and more than there is room for.
-        let dt_rank = draw.one_of(&[4, 48, 100, 2000]);
         // Of vectors, and of states that lie together, as lanes with several parts want them.
         let case = loop {
             let case = Case::<T, St>::draw(draw, [rows, 1030, d_state, dt_rank]);

@@ -11,8 +11,8 @@ pub struct Plan {
     /// Packed sequences are divided each as if it were alone, so that it gets the same bits.
     pub segment_steps: Option<usize>,
     /// Has the backward pass of bf16 multiply in TF32, as that of f16 does. That leaves out 2^-21 of the terms of a gradient's sums where
-    /// else it is 2^-17, takes more registers and less shared memory. Devices whose blocks have no room for the other way (8.6, 8.9
-    /// and 12.0) do it anyway.
+    /// else it is 2^-17 (of split sequences, the states before segments stay as they are), takes more registers and less shared
+    /// memory. Devices whose blocks have no room for the other way (8.6, 8.9 and 12.0) do it anyway.
     pub tf32: bool,
 }
 
