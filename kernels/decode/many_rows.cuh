@@ -1,9 +1,10 @@
 // The update of many rows: a lane has PARTS parts of a channel's states and ranks, so that a step size is not computed once more for
 // each part, and ROWS rows at a time, so that what is the channel's is read and widened once for them.
 //
-// But for the projections, which a block shares, warps do not wait for each other. What a warp's channels have of states in a row lies together, and comes to shared memory by
-// asynchronous copies of neighbouring vectors, whichever lane they are for; each lane takes its own from there, and they go back the same
-// way. The first are on their way before the kernels before have ended, and later ones a group of rows ahead.
+// But for the projections, which a block shares, warps do not wait for each other. What a warp's channels have of states in a row lies
+// together, and comes to shared memory by asynchronous copies of neighbouring vectors, whichever lane they are for; each lane takes its
+// own from there, and they go back the same way. The first are on their way before the kernels before have ended, and later ones a
+// group of rows ahead.
 #pragma once
 #include "update.cuh"
 

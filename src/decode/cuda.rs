@@ -535,4 +535,34 @@ mod tests {
         assert_eq!(division(64, 768, 50_280, 4), (64, true, 132));
         assert_eq!(tile(64, 768, 50_280, 4, 101_376).rows, 32);
     }
+
+    /// Which updates have many rows, and what a block of them takes: of bf16 and states of f32.
+    #[test]
+    fn many_rows() {
+        let plan = |[rows, d_inner, d_state, dt_rank]: [usize; 4], shared_memory| {
+            let part_shift = d_state.div_ceil(QUAD).next_power_of_two().min(32).ilog2().into();
+            let state = params::Pool { data: 0, slot: (d_inner * d_state) as i64, row: d_state as i64, column: 1 };
+            let update = Update {
+                params: kernels::Update { state, part_shift, ..kernels::Update::zeroed() },
+                early: std::array::from_fn(|_| 0..0),
+                is_whole: true,
+                sizes: UpdateSizes { rows, d_inner, d_state, dt_rank },
+                shared: 0,
+            };
+            update
+                .plan_many::<bf16, f32>(Properties { processors: 132, shared_memory })
+                .map(|many| (many.grid, many.shared))
+        };
+        // mamba-130m: all pairs of rows at once, three blocks to a processor. Columns, projections, and states of two rows of four warps.
+        let [columns, projections, states] = [4 * 2 * 80 * 4, 48 * 129 * 2, 2 * 4 * 2176];
+        assert_eq!(plan([64, 1536, 16, 48], 232_448), Some(([12, 32], columns + projections + states)));
+        // One row after another would keep too few lanes busy; of states that no whole number of lanes has, or not all at once, there is no such way.
+        for sizes in [[16, 1536, 16, 48], [64, 1536, 20, 48], [64, 1536, 256, 48]] {
+            assert_eq!(plan(sizes, 232_448), None, "{sizes:?}");
+        }
+        // mamba-2.8b: two blocks to a processor, which take further rows and ask for their states ahead.
+        let [columns, projections, states] = [4 * 2 * 192 * 4, 160 * 129 * 2, 2 * 2 * 4 * 2176];
+        assert_eq!(plan([64, 5120, 16, 160], 232_448), Some(([40, 7], columns + projections + states)));
+        assert_eq!(plan([64, 5120, 16, 160], 101_376), None);
+    }
 }

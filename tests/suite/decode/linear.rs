@@ -258,6 +258,7 @@ fn as_the_reference() {
 fn many_features() {
     of_size::<f32, f32, f32>(&cpu_device, [3, 3001, 20]);
     of_size::<f32, bf16, bf16>(&cpu_device, [5, 9000, 7]);
+    normed_of_size::<f32, bf16, bf16>(&cpu_device, [5, 9000, 40]);
 }
 
 /// A row by itself, in whatever company, and again.
