@@ -156,8 +156,8 @@ pub fn keep_freed_memory(device: &candle_core::Device) {
 }
 
 /// Has candle make no events for the tensors of a GPU; does nothing on other devices. By default it makes two for each tensor, with which
-/// several streams could wait for each other; candle's own operators take one. A forward pass of mamba-130m makes 200 tensors, and so calls the driver
-/// 800 times less: what a short prompt takes is the host's time.
+/// several streams could wait for each other; candle's own operators take one. A forward pass of mamba-130m makes 200 tensors, and so
+/// calls the driver 800 times less: what a short prompt takes is the host's time.
 ///
 /// # Safety
 /// cudarc then no longer has one stream wait for another that uses the same memory of this device, that of older tensors included. So either

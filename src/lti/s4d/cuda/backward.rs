@@ -73,7 +73,7 @@ pub(crate) fn backward_checked<T: Element>(
         launcher.inputs.flags |= kernels::FLAG_BOXES;
     }
     let [u_boxes, d_out_boxes, d_u_boxes] = boxes.unwrap_or_else(Zeroable::zeroed);
-    let grid = launcher.grid(variant.at_a_time, variant.of_states.max(variant.of_back));
+    let grid = launcher.grid(variant.at_a_time, variant.most_shared());
     let rows = if launcher.segments == 0 { 0 } else { grid[1] };
     let pairs = rows * d_inner * launcher.inputs.padded as usize;
     let sums = device.workspace::<f32>("sums of S4D", pairs * 4 * CHUNK + rows * d_inner * OF_KERNEL)?;
@@ -147,12 +147,18 @@ impl Variant {
     /// `tf32`: in TF32, whether or not there is another way.
     fn of(dtype: DType, tf32: bool, device: Properties) -> Self {
         let (of_states, of_back) = (backward_states::SMEM, kernels::backward::SMEM);
-        if dtype == DType::Bf16 && !tf32 && of_states.max(of_back) <= device.shared_memory {
-            return Self { suffix: suffix(dtype), at_a_time: 2, takes_boxes: true, of_states, of_back };
+        let of_bf16 = Self { suffix: suffix(dtype), at_a_time: 2, takes_boxes: true, of_states, of_back };
+        if dtype == DType::Bf16 && !tf32 && of_bf16.most_shared() <= device.shared_memory {
+            return of_bf16;
         }
         let suffix = if dtype == DType::Bf16 { "bf16_in_tf32" } else { suffix(dtype) };
         let (of_states, of_back) = (backward_states::OF_OTHERS, kernels::backward::OF_OTHERS);
         Self { suffix, at_a_time: 1, takes_boxes: false, of_states, of_back }
+    }
+
+    /// Of the two kernels the bytes of the one that takes more: they have one grid.
+    fn most_shared(&self) -> usize {
+        self.of_states.max(self.of_back)
     }
 }
 
@@ -192,7 +198,7 @@ mod tests {
             let device = Properties { processors: 132, shared_memory: kib * 1024 };
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
                 let variant = Variant::of(dtype, false, device);
-                assert!(variant.of_states.max(variant.of_back) <= device.shared_memory, "{dtype:?} of {kib} KiB");
+                assert!(variant.most_shared() <= device.shared_memory, "{dtype:?} of {kib} KiB");
                 let suffix = if dtype == DType::Bf16 { of_bf16 } else { suffix(dtype) };
                 assert_eq!(variant.suffix, suffix, "{kib} KiB");
             }
@@ -206,7 +212,7 @@ mod tests {
         for (kib, at_a_time) in [(227, 2), (163, 1)] {
             let device = Properties { processors: 132, shared_memory: kib * 1024 };
             let variant = Variant::of(DType::Bf16, false, device);
-            assert_eq!(device.blocks_by_shared_memory(variant.of_states.max(variant.of_back)), at_a_time);
+            assert_eq!(device.blocks_by_shared_memory(variant.most_shared()), at_a_time);
         }
     }
 }
