@@ -7,11 +7,11 @@ use selective_scan::attention::{
 use selective_scan::cuda::Cuda;
 use selective_scan::{Element, Result, View};
 
-use super::{Case, Heads};
+use super::{Case, Heads, hold_gradients};
 use crate::support::draw::{Draw, seeded};
 use crate::support::gpu::{Copies, stream};
-use crate::support::tolerance::{assert_close, assert_close_to, bits};
-use crate::support::vectors::{FORWARD, GRADIENTS};
+use crate::support::tolerance::{assert_close, bits};
+use crate::support::vectors::FORWARD;
 
 fn on_device<'a, T: Element>(copies: &'a Copies, inputs: &Inputs<'a, T>) -> Inputs<'a, T, Cuda> {
     Inputs {
@@ -118,15 +118,7 @@ fn hold<T: Element>(case: &Case<T>, what: &str) {
     assert_close(&output.out, &exact.out, FORWARD, &format!("{what}: out"));
     assert_close(&output.lse, &exact.lse, FORWARD, &format!("{what}: lse"));
     let gradients = backward(&inputs, &output, case.d_out.view()).unwrap();
-    let exact = reference::backward(&inputs, case.d_out.view()).unwrap();
-    assert_close(&gradients.v, &exact.v, GRADIENTS, &format!("{what}: v"));
-    // As in `super::hold`: what is left of differences of terms is off by some roundings of these.
-    let size = case.q.data.iter().map(|x| f64::from(x.to_f32())).filter(|x| x.is_finite()).fold(0.0, f64::max);
-    let entries = (inputs.q.shape.iter().product::<usize>() as f64).sqrt();
-    let terms = size * f64::from(inputs.scale.unwrap_or(1.0)).abs() * entries * 2e-6 / GRADIENTS;
-    for (name, got, want) in [("q", &gradients.q, &exact.q), ("k", &gradients.k, &exact.k)] {
-        assert_close_to(got, want, GRADIENTS, terms, &format!("{what}: {name}"));
-    }
+    hold_gradients(case, &gradients, what);
 }
 
 const PLAIN: Sizes =

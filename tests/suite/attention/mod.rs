@@ -41,11 +41,8 @@ impl<T: Element> Heads<T> {
         // What lies between must not be read: NaN would show.
         let mut tensor = Self { data: vec![T::from_f32(f32::NAN); offset + batch * row], shape, strides, offset };
         let values: Vec<f32> = draw.uniform(shape.iter().product(), -size, size);
-        let view = tensor.view();
-        let places: Vec<_> = indices(shape)
-            .map(|[b, i, h, d]| view.offset + b * view.strides[0] + i * view.strides[1] + h * view.strides[2] + d)
-            .collect();
-        for (place, value) in places.into_iter().zip(values) {
+        for (index, value) in indices(shape).zip(values) {
+            let place = tensor.place(index);
             tensor.data[place] = T::from_f32(value);
         }
         tensor
@@ -55,6 +52,24 @@ impl<T: Element> Heads<T> {
         let [_, steps, heads, d_head] = self.shape;
         let row = (steps * heads * d_head).max(steps * self.strides[0]);
         View::new(&self.data[..], self.shape).with_layout(self.offset, [row, self.strides[0], self.strides[1], 1])
+    }
+
+    /// All values, without what lies between them.
+    fn values(&self) -> impl Iterator<Item = f64> {
+        indices(self.shape).map(|index| f64::from(self.data[self.place(index)].to_f32()))
+    }
+
+    fn place(&self, [b, i, h, d]: [usize; 4]) -> usize {
+        let view = self.view();
+        view.offset + b * view.strides[0] + i * view.strides[1] + h * view.strides[2] + d
+    }
+
+    fn largest(&self) -> f64 {
+        self.values().map(f64::abs).fold(0.0, f64::max)
+    }
+
+    fn root_mean_square(&self) -> f64 {
+        (self.values().map(|x| x * x).sum::<f64>() / self.shape.iter().product::<usize>() as f64).sqrt()
     }
 }
 
@@ -158,22 +173,34 @@ fn run<T: Element>(isa: Isa, inputs: &Inputs<T>, d_out: View<T, 4>) -> (Output<T
 }
 
 /// Scores of up to 64·16·0.3 are off by 2^-24 of that, and weights by as much: up to 1e-5 of each, of random signs. The
-/// gradients of queries and keys are differences of terms, each a weight times `d_out · v` times an entry, and of one key that has
-/// all the weight nothing is left: they are off by some roundings of the terms.
+/// gradients of queries and keys are differences of terms, and of one key that has all the weight nothing is left: they are off
+/// by some roundings of [`terms`].
 fn hold<T: Element>(isa: Isa, case: &Case<T>, what: &str) {
     let inputs = case.inputs();
     let (output, gradients) = run(isa, &inputs, case.d_out.view());
     let exact = reference::forward(&inputs).unwrap();
     assert_close(&output.out, &exact.out, FORWARD, &format!("{what}: out"));
     assert_close(&output.lse, &exact.lse, FORWARD, &format!("{what}: lse"));
-    let exact = reference::backward(&inputs, case.d_out.view()).unwrap();
+    hold_gradients(case, &gradients, what);
+}
+
+fn hold_gradients<T: Element>(case: &Case<T>, gradients: &Gradients<T>, what: &str) {
+    let exact = reference::backward(&case.inputs(), case.d_out.view()).unwrap();
     assert_close(&gradients.v, &exact.v, GRADIENTS, &format!("{what}: v"));
-    let size = case.q.data.iter().map(|x| f64::from(x.to_f32())).filter(|x| x.is_finite()).fold(0.0, f64::max);
-    let entries = (inputs.q.shape.iter().product::<usize>() as f64).sqrt();
-    let terms = size * f64::from(inputs.scale.unwrap_or(1.0)) * entries * 2e-6 / GRADIENTS;
-    for (name, got, want) in [("q", &gradients.q, &exact.q), ("k", &gradients.k, &exact.k)] {
-        assert_close_to(got, want, GRADIENTS, terms, &format!("{what}: {name}"));
-    }
+    let roundings = 2e-6 / GRADIENTS;
+    assert_close_to(&gradients.q, &exact.q, GRADIENTS, roundings * terms(case, &case.k), &format!("{what}: q"));
+    assert_close_to(&gradients.k, &exact.k, GRADIENTS, roundings * terms(case, &case.q), &format!("{what}: k"));
+}
+
+/// The norm of what the gradient of queries sums, with the keys as `factor`, or that of keys, with the queries. A term is a
+/// weight times the slope by that weight, a product `d_out · v` of random signs, times `scale` times an entry of the factor. The
+/// weights of a query sum to one, so that in both the squares come to those of one term for each entry of the queries at most.
+fn terms<T: Element>(case: &Case<T>, factor: &Heads<T>) -> f64 {
+    let d_head = case.q.shape[3] as f64;
+    let scale = case.scale.map_or(1.0 / d_head.sqrt(), f64::from).abs();
+    let slope = d_head.sqrt() * case.d_out.root_mean_square() * case.v.root_mean_square();
+    let entries = case.q.shape.iter().product::<usize>() as f64;
+    scale * slope * factor.largest() * entries.sqrt()
 }
 
 #[test]
@@ -225,20 +252,15 @@ fn the_reference_is_differentiated_rightly() {
         let mut case = Case::<f32>::draw(&mut rng, 9);
         case.scale = Some(0.25);
         let want = reference::backward(&case.inputs(), case.d_out.view()).unwrap();
-        let (d_out, shape) = (case.d_out.clone(), case.q.shape);
         let loss = |case: &Case<f32>| {
             let out = reference::forward(&case.inputs()).unwrap().out;
-            let slopes = indices(shape).map(|[b, i, h, d]| {
-                let view = d_out.view();
-                view.data[view.offset + b * view.strides[0] + i * view.strides[1] + h * view.strides[2] + d]
-            });
-            out.iter().zip(slopes).map(|(out, slope)| out * f64::from(slope)).sum::<f64>()
+            out.iter().zip(case.d_out.values()).map(|(out, slope)| out * slope).sum::<f64>()
         };
         for of in 0..3 {
             let h = 2f32.powi(-7);
             let shape = [case.q.shape, case.k.shape, case.v.shape][of];
-            let index = rng.random_range(0..shape.iter().product());
-            let [b, i, head, d] = indices(shape).nth(index).unwrap();
+            let nth = rng.random_range(0..shape.iter().product());
+            let index = indices(shape).nth(nth).unwrap();
             let moved = |by: f32| {
                 let mut other = case.clone();
                 let tensor = match of {
@@ -246,8 +268,7 @@ fn the_reference_is_differentiated_rightly() {
                     1 => &mut other.k,
                     _ => &mut other.v,
                 };
-                let view = tensor.view();
-                let at = view.offset + b * view.strides[0] + i * view.strides[1] + head * view.strides[2] + d;
+                let at = tensor.place(index);
                 let before = tensor.data[at];
                 tensor.data[at] += by;
                 let step = f64::from(tensor.data[at]) - f64::from(before);
@@ -255,8 +276,8 @@ fn the_reference_is_differentiated_rightly() {
             };
             let ((above, up), (below, down)) = (moved(h), moved(-h));
             let got = (above - below) / (up - down);
-            let want = [&want.q, &want.k, &want.v][of][index];
-            assert!((got - want).abs() < 2e-3 * (1.0 + got.abs()), "{of}, {index}: {got} {want}, SEED={seed}");
+            let want = [&want.q, &want.k, &want.v][of][nth];
+            assert!((got - want).abs() < 2e-3 * (1.0 + got.abs()), "{of}, {nth}: {got} {want}, SEED={seed}");
         }
     }
 }
