@@ -18,11 +18,11 @@ struct Arrival {
     // Of the arrivals that have been waited for, whether their number is odd.
     uint64_t parity;
 
-    // By one lane; the block meets before boxes are asked for.
-    __device__ __forceinline__ void init() {
+    // By one lane; the block meets before boxes are asked for. `count`: how many arrive each time.
+    __device__ __forceinline__ void init(int count = 1) {
 #if __CUDA_ARCH__ >= 900
         parity = 0;
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
     }
@@ -34,10 +34,23 @@ struct Arrival {
                      : "memory");
 #endif
     }
+    // Arrives with nothing, by one lane, for so many of those that arrive each time.
+    __device__ __forceinline__ void arrive(int count) {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0], %1;}" ::"r"(shared_address(&barrier)), "r"(count)
+                     : "memory");
+#endif
+    }
     // By all lanes: waits for what has been expected.
     __device__ __forceinline__ void wait() {
-#if __CUDA_ARCH__ >= 900
         const uint32_t turn = static_cast<uint32_t>(parity);
+        wait(turn);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) parity = turn ^ 1;
+    }
+    // The same for those who know themselves whether the number of arrivals that have been waited for is odd.
+    __device__ __forceinline__ void wait(uint32_t turn) const {
+#if __CUDA_ARCH__ >= 900
         uint32_t is_there = 0;
         while (!is_there) {
             asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
@@ -45,8 +58,6 @@ struct Arrival {
                          : "r"(shared_address(&barrier)), "r"(turn)
                          : "memory");
         }
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) parity = turn ^ 1;
 #endif
     }
 };
@@ -64,6 +75,18 @@ __device__ __forceinline__ void load_box(void *to, const TensorMap &from, Arriva
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
                      shared_address(to)),
                  "l"(&from), "r"(shared_address(&arrival.barrier)), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+#endif
+}
+
+// The same of what is read once: it makes room for other things in the second-level cache first. (The policy is that of `createpolicy`
+// for all of it.)
+__device__ __forceinline__ void load_box_once(void *to, const TensorMap &from, Arrival &arrival, int x, int y, int z) {
+#if __CUDA_ARCH__ >= 900
+    constexpr uint64_t EVICT_FIRST = 0x12f0000000000000;
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], "
+                 "[%2], %6;" ::"r"(shared_address(to)),
+                 "l"(&from), "r"(shared_address(&arrival.barrier)), "r"(x), "r"(y), "r"(z), "l"(EVICT_FIRST)
                  : "memory");
 #endif
 }

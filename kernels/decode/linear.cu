@@ -6,120 +6,16 @@
 // for the next part before it finishes one, so that memory is busy meanwhile.
 #include "../common/compiler.cuh"
 #include "../common/launch.cuh"
-#include "../common/math.cuh"
+#include "finish.cuh"
 #include "products_f32.cuh"
-#include "typed.cuh"
 
 namespace decode::linear {
 
-// Where a row's states of a channel of the convolution begin; there are none of padding.
-struct ConvPlace {
-    int64_t state;
-    bool exists;
-    __device__ __forceinline__ ConvPlace(const Linear &p, int64_t row, int64_t channel) {
-        const int64_t slot = slot_of(p.slots, row);
-        exists = slot >= 0;
-        state = slot * p.conv_state.slot + channel * p.conv_state.column;
-    }
-};
-
-// What the convolution of an element takes beside the newest input, where it lies.
-template <typename St> struct Taps {
-    const Linear &p;
-    const float *weights;
-    int64_t channel;
-    St *states;
-
-    __device__ __forceinline__ Taps(const Linear &p, const ConvPlace &place, int64_t channel)
-        : p(p), weights(p.conv_weight.data + channel * p.conv_weight.channel), channel(channel),
-          states(static_cast<St *>(p.conv_state.data) + place.state) {}
-    __device__ __forceinline__ float state(int k) const { return widen(states[k * p.conv_state.row]); }
-    __device__ __forceinline__ float weight(int k) const { return __ldg(weights + k * p.conv_weight.state); }
-    __device__ __forceinline__ float bias() const { return element_or(p.conv_bias, channel, 0.0f); }
-};
-
-// The same once it has been kept in shared memory.
-struct KeptTaps {
-    // Elements lie apart by as many as are kept at a time.
-    static constexpr int APART = OUTPUTS * TILE_ROWS;
-    const float *at;
-    int before;
-
-    __device__ __forceinline__ float state(int k) const { return at[k * APART]; }
-    __device__ __forceinline__ float weight(int k) const { return at[(before + k) * APART]; }
-    __device__ __forceinline__ float bias() const { return at[(2 * before + 1) * APART]; }
-
-    template <typename From> __device__ __forceinline__ static void keep(float *to, const From &from, int before) {
-        // All are asked for before the first is waited for.
-        float states[MAX_WIDTH - 1], weights[MAX_WIDTH];
-        const float bias = from.bias();
-#pragma unroll
-        for (int k = 0; k < MAX_WIDTH; k++) {
-            if (k < before) states[k < MAX_WIDTH - 1 ? k : 0] = from.state(k);
-            if (k <= before) weights[k] = from.weight(k);
-        }
-#pragma unroll
-        for (int k = 0; k < MAX_WIDTH; k++) {
-            if (k < before) to[k * APART] = states[k < MAX_WIDTH - 1 ? k : 0];
-            if (k <= before) to[(before + k) * APART] = weights[k];
-        }
-        to[(2 * before + 1) * APART] = bias;
-    }
-};
-
-// A step of the convolution of one channel of one row, in place, of states of type St.
-template <typename St, typename From>
-__device__ __forceinline__ float convolve(const Linear &p, const ConvPlace &place, const From &taps, float newest) {
-    const int before = static_cast<int>(p.width) - 1;
-    St *state = static_cast<St *>(p.conv_state.data) + place.state;
-    // All are asked for before the first is overwritten.
-    float x[MAX_WIDTH - 1];
-#pragma unroll
-    for (int k = 0; k < MAX_WIDTH - 1; k++) {
-        if (k >= before) break;
-        x[k] = taps.state(k);
-    }
-    float sum = taps.bias();
-#pragma unroll
-    for (int k = 0; k < MAX_WIDTH - 1; k++) {
-        if (k >= before) break;
-        sum = fmaf(taps.weight(k), x[k], sum);
-        if (k > 0) state[(k - 1) * p.conv_state.row] = narrow<St>(x[k]);
-    }
-    state[(before - 1) * p.conv_state.row] = narrow<St>(newest);
-    return silu(fmaf(taps.weight(before), newest, sum));
-}
-
-// Calls `visit` with a null pointer to the type of the convolution's states.
-template <typename Visit> __device__ __forceinline__ void with_state_type(const Linear &p, const Visit &visit) {
-    if (p.state_type == TYPE_F32) {
-        visit(static_cast<float *>(nullptr));
-    } else if (p.state_type == TYPE_F16) {
-        visit(static_cast<__half *>(nullptr));
-    } else {
-        visit(static_cast<__nv_bfloat16 *>(nullptr));
-    }
-}
-
-// The same of an element of the product. `kept`: where what it takes is kept, or null.
-__device__ __forceinline__ float convolve_as(const Linear &p, int64_t row, int64_t channel, float newest, const float *kept) {
-    const ConvPlace place(p, row, channel);
-    float out = 0.0f;
-    if (!place.exists) return out;
-    with_state_type(p, [&](auto *type) {
-        using St = std::remove_pointer_t<decltype(type)>;
-        const int before = static_cast<int>(p.width) - 1;
-        out = kept ? convolve<St>(p, place, KeptTaps{kept, before}, newest)
-                   : convolve<St>(p, place, Taps<St>(p, place, channel), newest);
-    });
-    return out;
-}
-
 // Keeps what the convolution of a tile of few rows takes beside the products.
-template <typename Rows> __device__ __forceinline__ void keep_taps(const Linear &p, const Rows &rows, int first_output, float *kept) {
+template <typename Rows> __device__ __forceinline__ void keep_taps(const Linear &p, const Slots &slots, const Rows &rows, int first_output, float *kept) {
     const int i = threadIdx.x, channel = first_output + i % OUTPUTS;
     if (i >= OUTPUTS * rows.count || channel >= p.d_inner) return;
-    const ConvPlace place(p, rows.first + i / OUTPUTS, channel);
+    const ConvPlace place(p, slot_of(slots, rows.first + i / OUTPUTS), channel);
     if (!place.exists) return;
     with_state_type(p, [&](auto *type) {
         using St = std::remove_pointer_t<decltype(type)>;
@@ -128,11 +24,11 @@ template <typename Rows> __device__ __forceinline__ void keep_taps(const Linear 
 }
 
 // Asks for what the convolution of a tile reads beside the products; `NEAR`, into the first-level cache.
-template <bool NEAR, typename Rows> __device__ __forceinline__ void prefetch_conv(const Linear &p, const Rows &rows, int first_output) {
+template <bool NEAR, typename Rows> __device__ __forceinline__ void prefetch_conv(const Linear &p, const Slots &slots, const Rows &rows, int first_output) {
     for (int i = threadIdx.x; i < OUTPUTS * rows.count; i += THREADS) {
         const int channel = first_output + i % OUTPUTS;
         if (channel >= p.d_inner) continue;
-        const ConvPlace place(p, rows.first + i / OUTPUTS, channel);
+        const ConvPlace place(p, slot_of(slots, rows.first + i / OUTPUTS), channel);
         const int64_t bytes = p.state_type == TYPE_F32 ? 4 : 2;
         for (int k = 0; k + 1 < p.width && place.exists; k++) {
             prefetch<NEAR>(static_cast<const char *>(p.conv_state.data) + (place.state + k * p.conv_state.row) * bytes);
@@ -143,47 +39,31 @@ template <bool NEAR, typename Rows> __device__ __forceinline__ void prefetch_con
     }
 }
 
-// What an element of the product takes beside its sum, if it has been read already.
-struct Beside {
-    // Of the convolution; null if it is still to be read.
-    const float *taps;
-    // What is added to.
-    float before;
-
-    // As it lies.
-    __device__ __forceinline__ Beside(const Linear &p, int64_t at)
-        : taps(nullptr), before(p.flags & FLAG_ACCUMULATE ? read_as(p.out, at, p.out_type) : 0.0f) {}
-    __device__ __forceinline__ Beside(const float *taps, float before) : taps(taps), before(before) {}
-};
-
-// What becomes of an element of the product.
-template <typename T>
-__device__ __forceinline__ void finish(const Linear &p, int64_t row, int64_t out, float sum, const Beside &beside) {
-    sum += element_or(p.bias, out, 0.0f);
-    if (p.flags & FLAG_CONV) {
-        sum = rounded<T>(sum);
-        if (out < p.d_inner) sum = convolve_as(p, row, out, sum, beside.taps);
-    }
-    if (p.flags & FLAG_ACCUMULATE) sum += beside.before;
-    write_as(p.out, row * p.out_features + out, p.out_type, sum);
-}
-
 // Whether a product is multiplied by the scales of its rows.
 template <typename T, typename Rows> __device__ __forceinline__ bool is_scaled(const Rows &rows) { return !SCALES_FIRST<T> && rows.norms; }
+
+// Finishes an element. `taps`: where what its convolution takes is kept, or null.
+template <typename T>
+__device__ __forceinline__ void finish(const Linear &p, const Slots &slots, int64_t row, int64_t out, float sum, const float *taps,
+                                       float before) {
+    const auto conv = [&](float newest) { return convolve_as(p, slots, row, out, newest, taps); };
+    write_as(p.out, row * p.out_features + out, p.out_type, finished<T>(p, out, sum, before, conv));
+}
 
 // Adds the sums that warps have left of a tile, one or all of them, and finishes its columns from `first_output` on, by these threads of
 // as many. The rows' scales have been kept, if the product is multiplied by them.
 template <typename T, int ROWS, typename Rows>
-__device__ __forceinline__ void finish_tile(const Linear &p, const float *partials, bool is_one, const Squares<ROWS> &squares,
+__device__ __forceinline__ void finish_tile(const Linear &p, const Slots &slots, const float *partials, bool is_one, const Squares<ROWS> &squares,
                                             const Rows &rows, int first_output, int thread, int threads) {
 #pragma unroll 1
     for (int i = thread; i < OUTPUTS * rows.count; i += threads) {
         const int row = i / OUTPUTS, output = i % OUTPUTS, out = first_output + output;
         if (out >= static_cast<int>(p.out_features)) continue;
         const float *of = partials + row * PARTIAL_STRIDE + output;
-        float sum = is_one ? *of : sum_of_warps<ROWS>(of);
+        float sum = is_one ? *of : sum_of_warps(of, ROWS);
         if (is_scaled<T>(rows)) sum *= squares.kept_scale(row);
-        finish<T>(p, rows.first + row, out, sum, Beside(p, (rows.first + row) * p.out_features + out));
+        const int64_t at = rows.first + row;
+        finish<T>(p, slots, at, out, sum, nullptr, p.flags & FLAG_ACCUMULATE ? read_as(p.out, at * p.out_features + out, p.out_type) : 0.0f);
     }
 }
 
@@ -216,7 +96,9 @@ __device__ __forceinline__ void go_through(const Products &products, const Rows 
 }
 
 template <typename T, typename X, int TILES, bool WHOLE>
-__device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
+__device__ __forceinline__ void run_on(const LinearCall &call, unsigned char *memory) {
+    const Linear &p = call.linear;
+    const Slots &slots = call.slots;
     using Products = Products<T, TILES, WHOLE>;
     constexpr int ROWS = Products::ROWS, FEATURES = Products::FEATURES;
     const Division division(p);
@@ -242,9 +124,9 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
     }
     if (p.flags & FLAG_CONV) {
         if (is_direct) {
-            keep_taps(p, rows, block, taps);
+            keep_taps(p, slots, rows, block, taps);
         } else {
-            prefetch_conv<false>(p, rows, block);
+            prefetch_conv<false>(p, slots, rows, block);
         }
     }
     wait_for_last();
@@ -266,9 +148,9 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
             const int thread = reload_tid();
             if (!finishes(thread)) return;
             const int row = thread / OUTPUTS, column = thread % OUTPUTS;
-            float sum = sum_of_warps<ROWS>(partials + row * PARTIAL_STRIDE + column);
+            float sum = sum_of_warps(partials + row * PARTIAL_STRIDE + column, ROWS);
             if (is_scaled<T>(rows)) sum *= squares.scale(p, row);
-            finish<T>(p, rows.first + row, output + column, sum, Beside(taps + thread, before));
+            finish<T>(p, slots, rows.first + row, output + column, sum, taps + thread, before);
             return;
         }
     }
@@ -287,7 +169,7 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
 #pragma unroll 1
     for (; block < static_cast<int>(p.out_features); block += step, output += step) {
         products.clear();
-        if (p.flags & FLAG_CONV && block < p.d_inner) prefetch_conv<true>(p, rows, block);
+        if (p.flags & FLAG_CONV && block < p.d_inner) prefetch_conv<true>(p, slots, rows, block);
 #pragma unroll 1
         for (int begin = 0; begin < all; begin += slice) {
             const int features = min(all - begin, slice);
@@ -317,7 +199,7 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
             }
             products.leave(own);
             __syncwarp();
-            finish_tile<T>(p, own, true, squares, rows, output, threadIdx.x % 32, 32);
+            finish_tile<T>(p, slots, own, true, squares, rows, output, threadIdx.x % 32, 32);
             __syncwarp();
             continue;
         }
@@ -326,23 +208,23 @@ __device__ __forceinline__ void run_on(const Linear &p, unsigned char *memory) {
         keep_scales();
         products.leave(own);
         __syncthreads();
-        finish_tile<T>(p, partials, false, squares, rows, output, threadIdx.x, THREADS);
+        finish_tile<T>(p, slots, partials, false, squares, rows, output, threadIdx.x, THREADS);
     }
 }
 
-template <typename T, int TILES, bool WHOLE> __device__ __forceinline__ void run(const Linear &p) {
+template <typename T, int TILES, bool WHOLE> __device__ __forceinline__ void run(const LinearCall &call) {
     extern __shared__ __align__(16) unsigned char memory[];
     begin_next();
-    if (sizeof(T) < sizeof(float) && p.x_type != TYPE_F32) {
-        run_on<T, T, TILES, WHOLE>(p, memory);
+    if (sizeof(T) < sizeof(float) && call.linear.x_type != TYPE_F32) {
+        run_on<T, T, TILES, WHOLE>(call, memory);
     } else {
-        run_on<T, float, TILES, WHOLE>(p, memory);
+        run_on<T, float, TILES, WHOLE>(call, memory);
     }
 }
 
 // Blocks to a processor, as the host divides the columns: two of few rows, by their registers.
 #define INSTANCE(NAME, T, TILES, WHOLE, BLOCKS)                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_linear_##NAME(const __grid_constant__ Linear params) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_linear_##NAME(const __grid_constant__ LinearCall params) { \
         run<T, TILES, WHOLE>(params);                                                                                  \
     }
 

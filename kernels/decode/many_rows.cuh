@@ -98,6 +98,7 @@ template <typename T, typename St> struct ManyRows {
     using Steps = float[ROWS];
 
     const Update &p;
+    const Slots &slots;
     unsigned char *const memory;
     const RowMap map;
     const int warp, lane;
@@ -110,8 +111,8 @@ template <typename T, typename St> struct ManyRows {
     Pack<float, QUAD> a[PARTS];
     float bias, skip;
 
-    __device__ __forceinline__ ManyRows(const Update &p, unsigned char *memory)
-        : p(p), memory(memory), map(threadIdx.x, p.part_shift - PARTS_SHIFT), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
+    __device__ __forceinline__ ManyRows(const Update &p, const Slots &slots, unsigned char *memory)
+        : p(p), slots(slots), memory(memory), map(threadIdx.x, p.part_shift - PARTS_SHIFT), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
           channels(THREADS / map.lanes), first(blockIdx.x * channels), of_warp(first + warp * (32 / map.lanes)),
           index(min(first + map.row, static_cast<int>(p.d_inner) - 1)), exists(first + map.row < p.d_inner),
           rows(static_cast<int>(p.rows)), rank(static_cast<int>(p.dt_rank)), d_state(static_cast<int>(p.d_state)),
@@ -132,7 +133,7 @@ template <typename T, typename St> struct ManyRows {
     // Where the lane's part `i` begins, of states or of ranks: all parts of all lanes come before the first lane has more.
     __device__ __forceinline__ int place(int i) const { return ((i / PARTS * map.lanes + map.lane) * PARTS + i % PARTS) * QUAD; }
     // The slot of a row; negative for padding, and for rows beyond the last.
-    __device__ __forceinline__ int64_t slot(int row) const { return row < rows ? slot_of(p.slots, row) : -1; }
+    __device__ __forceinline__ int64_t slot(int row) const { return row < rows ? slot_of(slots, row) : -1; }
 
     // Calls `visit` with each vector of the warp's states in a slot that this lane copies: its number, its place, and whether it exists.
     template <typename Visit> __device__ __forceinline__ void for_each_vector(int64_t slot, const Visit &visit) const {
@@ -255,7 +256,7 @@ template <typename T, typename St> struct ManyRows {
             advance_all(stage, delta, u, y);
 #pragma unroll
             for (int k = 0; k < ROWS; k++) {
-                if (map.lane == 0 && exists && row + k < rows) write_output<T>(p, row + k, index, live[k], y[k], skip, u[k], z[k]);
+                if (map.lane == 0 && exists && row + k < rows) write_output<T>(p, row + k, index, output_of(p, live[k], y[k], skip, u[k], z[k]));
             }
             __syncwarp();
             write_back(row, stage);

@@ -54,6 +54,11 @@ struct Linear {
     // (slots, width - 1, d_inner) of type `state_type`.
     Pool conv_state;
     int64_t state_type;
+};
+
+// A launch of a product: the slots are those of the convolution's states.
+struct LinearCall {
+    Linear linear;
     Slots slots;
 };
 
@@ -91,6 +96,10 @@ struct Update {
     uint64_t flags;
     // Of the norm of the ranks, and of those of B and C.
     float dt_eps, state_eps;
+};
+
+struct UpdateCall {
+    Update update;
     Slots slots;
 };
 
@@ -100,9 +109,52 @@ constexpr int CLUSTER = 8, THREADS = 256, ROWS = 8;
 }
 
 // x_proj and the update of what it gives. `project` has no norm, bias or convolution, and takes all features at once.
-struct Projected {
+struct ProjectedCall {
     Linear project;
     Update update;
+    Slots slots;
+};
+
+namespace layers {
+// The warps of a block that multiply, which share a tile of a product. One more brings the matrices.
+constexpr int WARPS = linear::WARPS, WORKERS = 32 * WARPS, THREADS = WORKERS + 32;
+// Rows are 1, 2 or 4, and a block has an element for each worker at most of a product.
+constexpr int MOST_ROWS = 4;
+// The matrices of a layer: in_proj, x_proj and out_proj.
+constexpr int MATRICES = 3, IN_PROJ = 0, X_PROJ = 1, OUT_PROJ = 2;
+// Bytes of a chunk of a matrix, 16 rows of 64, and the chunks that are asked for at a time.
+constexpr int CHUNK_BYTES = 1024, BATCH = 16;
+// What blocks leave to each other in a layer: the rows, the update's input and gate, its columns, and its output.
+constexpr int PARTS = 5, OF_ROWS = 0, OF_U = 1, OF_Z = 2, OF_COLUMNS = 3, OF_Y = 4;
+}
+
+// Products and updates of a layer of Mamba, one after another.
+struct Layer {
+    Linear in_proj, project, out_proj;
+    Update update;
+};
+
+// All layers, which are of one shape.
+struct LayersCall {
+    const Layer *layers;
+    // Of each layer's matrices.
+    const TensorMap *maps;
+    int64_t count;
+    // Of each of a layer's matrices, the tiles of 16 columns, and the chunks of 32 features.
+    int64_t tiles[3], chunks[3];
+    // What blocks leave to each other, in each layer `of_layer` words of 64 bits; where each part of them begins. (That of a layer's rows is
+    // what the layer before has left.)
+    uint64_t *words;
+    int64_t of_layer, part_at[5];
+    // The number of launches before this one, which this one counts.
+    uint32_t *launches;
+    // How many batches of chunks a block has room for, and how many of them are on their way at most.
+    int64_t batches, pace;
+    // Where in shared memory, in bytes, things lie, after the batches.
+    int64_t rows, norm_weights, squares, partials, columns, described, arrivals;
+    // What a row of a warp's share takes there, the most tiles of a product that a block has, and the rows as a shift.
+    int64_t row_bytes, most_tiles, row_shift;
+    Slots slots;
 };
 
 }

@@ -36,7 +36,7 @@ __device__ __forceinline__ void project(const Linear &p, float *columns, int dis
         for (int i = threadIdx.x; i < OUTPUTS * CLUSTER * rows.count; i += THREADS) {
             const int output = i % OUTPUTS, to = i / OUTPUTS % CLUSTER, row = i / (OUTPUTS * CLUSTER);
             if (first + output >= out_features) continue;
-            const float sum = rounded<T>(sum_of_warps<TILE_ROWS>(partials + row * PARTIAL_STRIDE + output));
+            const float sum = rounded<T>(sum_of_warps(partials + row * PARTIAL_STRIDE + output, TILE_ROWS));
             store_in_block(columns + row * distance + first + output, to, sum);
             if (to == 0 && blockIdx.x < CLUSTER) {
                 static_cast<T *>(p.out)[(rows.first + row) * p.out_features + first + output] = narrow<T>(sum);
@@ -45,12 +45,13 @@ __device__ __forceinline__ void project(const Linear &p, float *columns, int dis
     }
 }
 
-template <typename T, typename St> __device__ __forceinline__ void run(const Projected &params) {
+template <typename T, typename St> __device__ __forceinline__ void run(const ProjectedCall &params) {
     extern __shared__ __align__(16) unsigned char memory[];
     begin_next();
     using Products = linear::Products<T, 1, true>;
     const Linear &of = params.project;
     const Update &p = params.update;
+    const Slots &slots = params.slots;
     // After the warps' sums: whole vectors of a row's columns are read.
     float *partials = reinterpret_cast<float *>(memory), *columns = partials + linear::WARPS * ROWS * linear::PARTIAL_STRIDE;
     const int distance = static_cast<int>(of.out_features + QUAD - 1) / QUAD * QUAD;
@@ -65,11 +66,12 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Pro
     typename Products::Part part;
     products.ask(part, of, cluster_rank() * linear::OUTPUTS, 0, features, share);
     products.prefetch_rest(part);
-    const update::Channel<T, true> channel(p, min(index, channels - 1), map);
     const int first = blockIdx.y * ROWS, last = min(first + ROWS, static_cast<int>(p.rows));
-    using RowUpdate = update::RowUpdate<T, St, true>;
-    RowUpdate now(p, channel, exists, first);
-    for (int row = first + 1; row < last && exists; row++) update::prefetch_states<St>(p, row, index, channel.place(0));
+    // Of the models whose x_proj is this small the projections are held whole.
+    using RowUpdate = update::RowUpdate<T, St, true, 4>;
+    const typename RowUpdate::ChannelOf channel(p, min(index, channels - 1), map);
+    RowUpdate now(p, slot_of(slots, first), channel, exists);
+    for (int row = first + 1; row < last && exists; row++) update::prefetch_states<St>(p, slots, row, index, channel.place(0));
     // Nobody writes to a block that has not begun.
     cluster_arrive();
     cluster_wait();
@@ -89,17 +91,18 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Pro
     for (int row = first; row < last; row++) {
         RowUpdate next = now;
         if (row + 1 < last) {
-            next = RowUpdate(p, channel, exists, row + 1);
+            next = RowUpdate(p, slot_of(slots, row + 1), channel, exists);
             next.read_inputs(p, channel, row + 1);
         }
-        now.run(p, channel, exists, columns + (row - first) * distance, row);
+        const float output = now.run(p, channel, columns + (row - first) * distance);
+        if (map.lane == 0 && exists) update::write_output<T>(p, row, index, output);
         now = next;
     }
 }
 
 #define INSTANCE(NAME, T, St)                                                                                          \
     extern "C" __global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(THREADS, 2)                                       \
-        decode_projected_##NAME(const __grid_constant__ Projected params) {                                            \
+        decode_projected_##NAME(const __grid_constant__ ProjectedCall params) {                                            \
         run<T, St>(params);                                                                                            \
     }
 

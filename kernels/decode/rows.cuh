@@ -86,11 +86,10 @@ template <typename X, int ROWS, bool WHOLE> struct BlockRows {
 };
 
 // The sum of what all warps have left of an element of a tile of so many rows: one order wherever it is taken.
-template <int ROWS> __device__ __forceinline__ float sum_of_warps(const float *of) {
-    constexpr int PARTIALS = ROWS * PARTIAL_STRIDE;
+__device__ __forceinline__ float sum_of_warps(const float *of, int rows) {
     float sum = *of;
 #pragma unroll
-    for (int warp = 1; warp < WARPS; warp++) sum += of[warp * PARTIALS];
+    for (int warp = 1; warp < WARPS; warp++) sum += of[warp * rows * PARTIAL_STRIDE];
     return sum;
 }
 

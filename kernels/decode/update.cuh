@@ -71,11 +71,14 @@ template <typename T> __device__ __forceinline__ float step_size_of(float projec
     return softplus<T>(rounded<T>(projected) + bias);
 }
 
+// Vectors of a projection that a lane holds where there are registers for it: of half types, ranks of up to 192 in four lanes, those of
+// models to 2.8 billion parameters.
+template <typename T> constexpr int MANY_HELD = sizeof(T) == 2 ? 12 : 4;
+
 // What is the channel's: the lane's part of the first ranks and states, and where the rest is. `WHOLE`: all that has states or ranks as
-// its last dimension can be read and written in vectors of 4.
-template <typename T, bool WHOLE> struct Channel {
-    // Vectors of the projection that are held.
-    static constexpr int HELD = 4;
+// its last dimension can be read and written in vectors of 4. `HELD`: the vectors of the projection that are read with the rest; further
+// ones are read when they are needed.
+template <typename T, bool WHOLE, int HELD> struct Channel {
     int index, lane, lanes, rank;
     const T *weight_at;
     const float *a_at;
@@ -139,31 +142,32 @@ __device__ __forceinline__ Pack<St, QUAD> advance(float &y, const Pack<St, QUAD>
 }
 
 // The output of a row's channel, of the sum over its states.
-template <typename T>
-__device__ __forceinline__ void write_output(const Update &p, int row, int index, bool live, float y, float skip, float u, float z) {
+__device__ __forceinline__ float output_of(const Update &p, bool live, float y, float skip, float u, float z) {
     y = fmaf(skip, u, y);
     if (p.z.data) y *= silu(z);
-    static_cast<T *>(p.out)[row * p.d_inner + index] = narrow<T>(live ? y : 0.0f);
+    return live ? y : 0.0f;
+}
+template <typename T> __device__ __forceinline__ void write_output(const Update &p, int row, int index, float output) {
+    static_cast<T *>(p.out)[row * p.d_inner + index] = narrow<T>(output);
 }
 
 // Asks for a channel's states of a row from state `n` on.
-template <typename St> __device__ __forceinline__ void prefetch_states(const Update &p, int64_t row, int channel, int n) {
-    const int64_t slot = slot_of(p.slots, row);
+template <typename St> __device__ __forceinline__ void prefetch_states(const Update &p, const Slots &slots, int64_t row, int channel, int n) {
+    const int64_t slot = slot_of(slots, row);
     if (slot < 0 || n >= p.d_state) return;
     prefetch(static_cast<const St *>(p.state.data) + (slot * p.state.slot + channel * p.state.row + n * p.state.column));
 }
 
 // A channel's update by one row, and what it reads beside the row's columns: the states first.
-template <typename T, typename St, bool WHOLE> struct RowUpdate {
-    using ChannelOf = Channel<T, WHOLE>;
+template <typename T, typename St, bool WHOLE, int HELD> struct RowUpdate {
+    using ChannelOf = Channel<T, WHOLE, HELD>;
     St *state;
     // Whether the channel exists and the row is no padding.
     bool live;
     Pack<St, QUAD> h;
     float u = 0.0f, z = 0.0f;
 
-    __device__ __forceinline__ RowUpdate(const Update &p, const ChannelOf &channel, bool exists, int row) {
-        const int64_t slot = slot_of(p.slots, row);
+    __device__ __forceinline__ RowUpdate(const Update &p, int64_t slot, const ChannelOf &channel, bool exists) {
         live = exists && slot >= 0;
         state = static_cast<St *>(p.state.data) + (slot * p.state.slot + channel.index * p.state.row);
         h = read_state(p, channel.place(0));
@@ -180,8 +184,8 @@ template <typename T, typename St, bool WHOLE> struct RowUpdate {
         return load_vec<St, QUAD, WHOLE>(state + n * (WHOLE ? 1 : p.state.column), p.state.column, left);
     }
 
-    // By the row's columns. All lanes of a warp take part in its sums.
-    __device__ __forceinline__ void run(const Update &p, const ChannelOf &channel, bool exists, const float *staged, int row) const {
+    // By the row's columns; gives the output, the same in all of a channel's lanes. All lanes of a warp take part in its sums.
+    __device__ __forceinline__ float run(const Update &p, const ChannelOf &channel, const float *staged) const {
         const float *b = staged + p.dt_rank, *c = b + p.d_state;
         const int states = static_cast<int>(p.d_state);
         const float delta = channel.step_size(staged, p);
@@ -200,9 +204,7 @@ template <typename T, typename St, bool WHOLE> struct RowUpdate {
                 advance_from(channel.place(i), read_state(p, channel.place(i)), channel.read_a(p, channel.place(i)));
             }
         }
-        y = sum_lanes(y, channel.lanes);
-        if (channel.lane > 0 || !exists) return;
-        write_output<T>(p, row, channel.index, live, y, channel.skip, u, z);
+        return output_of(p, live, sum_lanes(y, channel.lanes), channel.skip, u, z);
     }
 };
 

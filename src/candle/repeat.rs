@@ -11,8 +11,8 @@ use crate::Error;
 
 /// Work that writes to tensors which stay where they are, such as a step of decoding, to be done as often as is wanted.
 ///
-/// On a GPU what the operators of this crate launch is recorded once, and repeated as one CUDA graph; on the processor the work is
-/// done anew each time.
+/// On a GPU what the operators of this crate launch is recorded once, and repeated as one CUDA graph, in which large layers of Mamba are one
+/// launch (see `decode::cuda::join_layers`); on the processor the work is done anew each time.
 pub struct Repeated {
     work: Box<dyn Fn() -> Result<()> + Send + Sync>,
     tensors: Vec<Tensor>,
@@ -72,6 +72,7 @@ impl Repeated {
         let recorded = match device {
             Device::Cuda(device) => {
                 let recording = crate::cuda::record(device.cuda_stream().context(), &work)?;
+                let recording = crate::decode::cuda::join_layers(recording)?;
                 let (device, graph) = (device.clone(), recording.graph());
                 Some(Recorded { device, recording, graph, addresses: addresses(&tensors)? })
             }

@@ -46,7 +46,6 @@ pub(crate) mod params;
 mod record;
 mod segments;
 mod sum;
-#[cfg(feature = "lti")]
 mod tensor_map;
 mod tensors;
 
@@ -66,6 +65,7 @@ pub(crate) use launch::{
 };
 pub(crate) use module::Module;
 pub use record::{Graph, Recording, record};
+pub(crate) use record::{Launch, Table};
 pub(crate) use segments::packed_segments;
 pub(crate) use sum::Sum;
 #[cfg(feature = "lti")]

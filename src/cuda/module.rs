@@ -80,6 +80,7 @@ modules! {
     CONV_FORWARD = "conv/forward",
     CONV_BACKWARD = "conv/backward",
     CONV_UPDATE = "conv/update",
+    DECODE_LAYERS = "decode/layers",
     DECODE_LINEAR = "decode/linear",
     DECODE_PROJECTED = "decode/projected",
     DECODE_UPDATE = "decode/update",

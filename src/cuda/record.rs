@@ -12,30 +12,114 @@ use cudarc::driver::sys::{
     self, CUgraphExec, CUgraphInstantiate_flags, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
     CUlaunchConfig, CUstream, CUstreamCaptureMode,
 };
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, result};
+use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DriverError, result};
 
-use super::Kernel;
 use super::launch::is_compiled_for;
+use super::{Context, Kernel};
 use crate::{Error, Result};
 
 /// A launch: everything but its stream.
-struct Launch {
+#[derive(Clone)]
+pub(crate) struct Launch {
     function: CudaFunction,
-    name: String,
+    kernel: Kernel,
     grid: [u32; 2],
     threads: u32,
     shared: u32,
     /// The kernel's one argument, in words so that it is aligned.
     params: Box<[u64]>,
-    /// Whether it may begin before the launch before it has ended.
-    overlaps: bool,
+    start: Start,
+}
+
+/// When a launch begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// Once the launch before it has ended.
+    After,
+    /// It may begin before that.
+    Overlapping,
+    /// Once the launch before it has ended, all of its blocks together, which wait for each other.
+    Together,
 }
 
 impl Launch {
+    fn new<P: Pod>(
+        function: CudaFunction,
+        kernel: &Kernel,
+        grid: [usize; 2],
+        threads: usize,
+        shared: usize,
+        params: &P,
+        start: Start,
+    ) -> Self {
+        let mut words = vec![0u64; size_of::<P>().div_ceil(size_of::<u64>())].into_boxed_slice();
+        bytemuck::cast_slice_mut(&mut words)[..size_of::<P>()].copy_from_slice(bytemuck::bytes_of(params));
+        Self {
+            function,
+            kernel: *kernel,
+            grid: grid.map(|blocks| blocks as u32),
+            threads: threads as u32,
+            shared: shared as u32,
+            params: words,
+            start,
+        }
+    }
+
+    /// A launch of blocks that wait for each other, of which the device must have room for all.
+    ///
+    /// # Safety
+    /// `params` must be what the kernel takes.
+    pub unsafe fn cooperative<P: Pod>(
+        context: &Context,
+        kernel: &Kernel,
+        grid: [usize; 2],
+        threads: usize,
+        shared: usize,
+        params: &P,
+    ) -> Result<Self> {
+        Ok(Self::new(context.function(kernel)?, kernel, grid, threads, shared, params, Start::Together))
+    }
+
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// The kernel's argument, if it is as large as that.
+    pub fn params<P: Pod>(&self) -> Option<P> {
+        let bytes = bytemuck::cast_slice(&self.params);
+        (bytes.len() == size_of::<P>()).then(|| bytemuck::pod_read_unaligned(bytes))
+    }
+
+    /// Whether it may begin before the launch before it has ended: none writes what it reads early.
+    pub fn overlaps(&self) -> bool {
+        self.start == Start::Overlapping
+    }
+
     /// # Safety
     /// What the argument points at must be there, and the stream one of the function's context, which is bound to this thread.
     unsafe fn enqueue(&self, stream: CUstream) -> Result<()> {
         let mut arguments = [self.params.as_ptr().cast_mut().cast::<c_void>()];
+        let error = |error| Error::cuda(format_args!("launching {}", self.kernel), error);
+        if self.start == Start::Together {
+            let [columns, rows] = self.grid;
+            // SAFETY: as below.
+            let code = unsafe {
+                let (function, arguments) = (self.function.cu_function(), arguments.as_mut_ptr());
+                sys::cuLaunchCooperativeKernel(
+                    function,
+                    columns,
+                    rows,
+                    1,
+                    self.threads,
+                    1,
+                    1,
+                    self.shared,
+                    stream,
+                    arguments,
+                )
+            };
+            return code.result().map_err(error);
+        }
         let mut attribute = CUlaunchAttribute {
             id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
@@ -51,7 +135,7 @@ impl Launch {
             sharedMemBytes: self.shared,
             hStream: stream,
             attrs: &raw mut attribute,
-            numAttrs: self.overlaps.into(),
+            numAttrs: self.overlaps().into(),
         };
         // SAFETY: the function is loaded as long as the handle is kept, and takes one argument of this size, which the driver copies,
         // as it does the configuration; what the argument points at is there, as the caller promises.
@@ -63,7 +147,17 @@ impl Launch {
                 ptr::null_mut(),
             )
         };
-        code.result().map_err(|error| Error::cuda(format_args!("launching {}", self.name), error))
+        code.result().map_err(error)
+    }
+}
+
+/// Numbers that recorded launches read, in memory of their own.
+#[derive(Clone)]
+pub(crate) struct Table(Arc<CudaSlice<u64>>);
+
+impl Table {
+    pub fn address(&self) -> u64 {
+        self.0.device_ptr(self.0.stream()).0
     }
 }
 
@@ -132,17 +226,8 @@ pub(super) fn record_launch<P: Pod>(
         // Of what was compiled for older devices no kernel waits.
         let overlaps = early.is_some_and(|early| !is_first && !early.iter().any(is_written))
             && is_compiled_for(function, kernel, OVERLAPPING)?;
-        let mut words = vec![0u64; size_of::<P>().div_ceil(size_of::<u64>())].into_boxed_slice();
-        bytemuck::cast_slice_mut(&mut words)[..size_of::<P>()].copy_from_slice(bytemuck::bytes_of(params));
-        recorded.launches.push(Launch {
-            function: function.clone(),
-            name: kernel.to_string(),
-            grid: grid.map(|blocks| blocks as u32),
-            threads: threads as u32,
-            shared: shared as u32,
-            params: words,
-            overlaps,
-        });
+        let start = if overlaps { Start::Overlapping } else { Start::After };
+        recorded.launches.push(Launch::new(function.clone(), kernel, grid, threads, shared, params, start));
         Ok(true)
     })
 }
@@ -194,18 +279,20 @@ pub fn record<E: From<Error>>(
     work()?;
     let recorded = RECORDED.with_borrow_mut(Option::take).unwrap_or_default();
     drop(end);
-    Ok(Recording { context: context.clone(), launches: recorded.launches })
+    Ok(Recording { context: context.clone(), launches: recorded.launches, tables: Vec::new() })
 }
 
 /// Launches that [`record`] has recorded, in their order.
 pub struct Recording {
     context: Arc<CudaContext>,
     launches: Vec<Launch>,
+    /// What launches read that is no argument.
+    tables: Vec<Table>,
 }
 
 impl fmt::Debug for Recording {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.debug_list().entries(self.launches.iter().map(|launch| (&launch.name, launch.grid))).finish()
+        f.debug_list().entries(self.launches.iter().map(|launch| (launch.kernel.to_string(), launch.grid))).finish()
     }
 }
 
@@ -218,6 +305,30 @@ impl Recording {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.launches.is_empty()
+    }
+
+    pub(crate) fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    pub(crate) fn launches(&self) -> &[Launch] {
+        &self.launches
+    }
+
+    /// Copies numbers to the device, for launches that take the place of some.
+    pub(crate) fn upload(&self, numbers: &[u64]) -> Result<Table> {
+        let error = |error| Error::cuda(format_args!("uploading {} numbers for a recording", numbers.len()), error);
+        self.bind("uploading numbers for a recording")?;
+        let stream = self.context.default_stream();
+        let table = stream.clone_htod(numbers).map_err(error)?;
+        // Launches of other streams do not wait for this one.
+        stream.synchronize().map_err(error)?;
+        Ok(Table(Arc::new(table)))
+    }
+
+    /// Other launches in place of these, which read these tables too.
+    pub(crate) fn with(self, launches: Vec<Launch>, tables: Vec<Table>) -> Self {
+        Self { launches, tables: [self.tables, tables].concat(), ..self }
     }
 
     /// Enqueues them one after another.
@@ -276,7 +387,7 @@ impl Recording {
         });
         // SAFETY: as above.
         let given_back = unsafe { result::stream::destroy(stream) }.map_err(error);
-        let graph = Graph { context: self.context.clone(), graph: made? };
+        let graph = Graph { context: self.context.clone(), graph: made?, _tables: self.tables.clone() };
         given_back.map(|()| graph)
     }
 }
@@ -292,6 +403,8 @@ fn check_context(context: &Arc<CudaContext>, stream: &Arc<CudaStream>) -> Result
 pub struct Graph {
     context: Arc<CudaContext>,
     graph: CUgraphExec,
+    /// What its launches read.
+    _tables: Vec<Table>,
 }
 
 // SAFETY: the driver's handle may be used from any thread, and is not changed after it was made.
@@ -364,7 +477,7 @@ mod tests {
             product(&stream, &first, &matrix, 64, &mut second)?;
             product(&stream, &x, &second, 1, &mut third)
         });
-        let overlaps: Vec<_> = recording.unwrap().launches.iter().map(|launch| launch.overlaps).collect();
+        let overlaps: Vec<_> = recording.unwrap().launches.iter().map(Launch::overlaps).collect();
         assert_eq!(overlaps, [false, true, false]);
     }
 
@@ -385,7 +498,7 @@ mod tests {
             }
             Ok(())
         });
-        let overlaps: Vec<_> = recording.unwrap().launches.iter().map(|launch| launch.overlaps).collect();
+        let overlaps: Vec<_> = recording.unwrap().launches.iter().map(Launch::overlaps).collect();
         assert_eq!(overlaps, [false, true, false]);
     }
 }

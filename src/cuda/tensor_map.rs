@@ -11,16 +11,17 @@ use super::params::TensorMap;
 use crate::{DType, Element};
 
 /// From which compute capability on there is a copy engine, as the driver numbers them.
+#[cfg(feature = "lti")]
 pub(crate) const COPIES_BOXES: i32 = 90;
 
 impl TensorMap {
     /// Of `(batch, length, channels)` at an address, with strides of the former two in elements and contiguous channels, in boxes of so
-    /// many steps and channels; nothing if the engine cannot go through such a tensor. Only for devices that have it.
+    /// many rows, steps and channels; nothing if the engine cannot go through such a tensor. Only for devices that have it.
     pub fn new<T: Element>(
         data: u64,
         [batch, length, channels]: [usize; 3],
         strides: [i64; 2],
-        [box_steps, box_channels]: [usize; 2],
+        box_extents: [usize; 3],
     ) -> Option<Self> {
         let data_type = match T::DTYPE {
             DType::F32 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
@@ -41,7 +42,7 @@ impl TensorMap {
             return None;
         }
         let extents = [channels, length, batch].map(|extent| extent as u64);
-        let boxed = [box_channels as u32, box_steps as u32, 1];
+        let boxed = [2, 1, 0].map(|i: usize| box_extents[i] as u32);
         let mut map = MaybeUninit::<CUtensorMap>::uninit();
         // SAFETY: the arrays have as many entries as there are dimensions, strides one less. The driver writes a map and looks at no
         // tensor; that the kernel's boxes lie where there is one is for those who launch it.

@@ -7,11 +7,15 @@
 //! 4 of `f32`), as fast as memory gives it where the rows of both are contiguous, aligned to 16 bytes, and of a multiple of 8 features.
 //! Other strides give the same bits, slower. Half types go through the tensor cores.
 
+mod layers;
+
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
 use cudarc::driver::CudaStream;
+
+pub use layers::join_layers;
 
 use super::check::{LinearProblem, LinearSizes, UpdateProblem, UpdateSizes};
 use super::{Columns, Linear, LinearMut, SelectiveUpdate, SelectiveUpdateMut};
@@ -61,7 +65,7 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
         params.conv_state = arguments.pool("conv_state", state)?;
         params.state_type = params::type_code(St::DTYPE);
         let list = list.insert(SlotList::new(&device, &mut arguments, conv.slots, slots)?);
-        params.slots = list.params;
+        product.slots = list.params;
         let bias = params.conv_bias.data;
         product.early.extend([
             storage(&conv.weight, params.conv_weight.data),
@@ -76,6 +80,8 @@ pub(crate) fn linear_checked<X: Element, T: Element, O: Element, St: Element>(
 /// A product as its kernel takes it.
 struct Product {
     params: kernels::Linear,
+    /// Of the convolution's states.
+    slots: params::Slots,
     sizes: LinearSizes,
     tile: Tile,
     /// Whether vectors are whole.
@@ -137,7 +143,7 @@ impl Product {
         if let Some(norm) = &inputs.norm {
             params.eps = norm.eps as f32;
         }
-        Ok(Self { params, sizes, tile, is_whole, early })
+        Ok(Self { params, slots: params::Slots::zeroed(), sizes, tile, is_whole, early })
     }
 
     fn launch<T: Element>(&self, device: &Device) -> Result<()> {
@@ -158,10 +164,11 @@ impl Product {
         }
         let mut kernel = Kernel::new(Module::DECODE_LINEAR, ["decode_linear", tile.variant, suffix(T::DTYPE)]);
         kernel.most_shared = device.properties().shared_memory;
+        let call = kernels::LinearCall { linear: self.params, slots: self.slots };
         // SAFETY: every address and extent has been checked by `Linear::check` and `check_outputs`, slots on the device by the
         // kernel; each element of the output and of the states of a slot is written by one thread. (Where a caller has put a slot
         // on the device twice, two write one state: whatever they leave there is numbers of the state's type.)
-        unsafe { device.launch_overlapping(&kernel, grid, linear::THREADS, tile.shared, &self.params, &self.early) }
+        unsafe { device.launch_overlapping(&kernel, grid, linear::THREADS, tile.shared, &call, &self.early) }
     }
 }
 
@@ -325,7 +332,6 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         && is_vectorizable::<T>(params.dt_weight.data, &[params.dt_weight.row], QUAD);
     params.flags = params::flags([(is_whole, update::FLAG_VECTOR), (inputs.norms.is_some(), update::FLAG_NORMS)]);
     let list = SlotList::new(&device, &mut arguments, inputs.slots, slots)?;
-    params.slots = list.params;
     if rows == 0 {
         return Ok(());
     }
@@ -339,7 +345,7 @@ pub(crate) fn selective_update_checked<T: Element, St: Element>(
         storage_of_state(params.state.data),
         list.storage.clone(),
     ];
-    let update = Update { params, early, is_whole, sizes: problem.sizes, shared };
+    let update = Update { params, slots: list.params, early, is_whole, sizes: problem.sizes, shared };
     match product {
         Some(product) if update.joins::<T, St>(&device, &product)? => update.launch_with::<T, St>(&device, product),
         product => {
@@ -359,6 +365,7 @@ const PARTS_SHIFT: i64 = update::PARTS_SHIFT as i64;
 /// An update as its kernels take it, of at least one row.
 struct Update {
     params: kernels::Update,
+    slots: params::Slots,
     sizes: UpdateSizes,
     /// Whether vectors are whole.
     is_whole: bool,
@@ -383,9 +390,10 @@ impl Update {
         };
         let mut kernel = Kernel::new(Module::DECODE_UPDATE, ["decode_update", suffix(T::DTYPE), suffix(St::DTYPE)]);
         kernel.most_shared = properties.shared_memory;
+        let call = kernels::UpdateCall { update: self.params, slots: self.slots };
         // SAFETY: every address and extent has been checked by `SelectiveUpdate::check` and `check_outputs`, slots on the device
         // by the kernel; each state and output is written by one thread. (Of a slot that stands on the device twice, see `linear`.)
-        unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, shared, &self.params, &self.early) }
+        unsafe { device.launch_overlapping(&kernel, grid, update::THREADS, shared, &call, &self.early) }
     }
 
     /// The grid whose lanes share a channel by `lane_shift`, of few blocks: what is the channel's is read once for all rows of a block, which
@@ -464,7 +472,7 @@ impl Update {
         let grid = [blocks, rows.div_ceil(projected::ROWS)];
         let (kernel, shared) = (Self::joined_kernel::<T, St>(device), self.joined_shared());
         let early = [&product.early[..], &self.early].concat();
-        let params = kernels::Projected { project: product.params, update: self.params };
+        let params = kernels::ProjectedCall { project: product.params, update: self.params, slots: self.slots };
         // SAFETY: as `launch`, and as `linear` of the columns, each of which one thread writes.
         unsafe { device.launch_overlapping(&kernel, grid, projected::THREADS, shared, &params, &early) }
     }
@@ -544,6 +552,7 @@ mod tests {
             let state = params::Pool { data: 0, slot: (d_inner * d_state) as i64, row: d_state as i64, column: 1 };
             let update = Update {
                 params: kernels::Update { state, part_shift, ..kernels::Update::zeroed() },
+                slots: params::Slots::zeroed(),
                 early: std::array::from_fn(|_| 0..0),
                 is_whole: true,
                 sizes: UpdateSizes { rows, d_inner, d_state, dt_rank },

@@ -175,7 +175,7 @@ fn boxes<T: Element>(
     }
     let Sizes { batch, length, d_inner, .. } = problem.sizes;
     let map = |of: &params::Activation| {
-        TensorMap::new::<T>(of.data, [batch, length, d_inner], [of.batch, of.step], [BOX_STEPS, WARPS])
+        TensorMap::new::<T>(of.data, [batch, length, d_inner], [of.batch, of.step], [1, BOX_STEPS, WARPS])
     };
     let [u, d_out, d_u] = activations;
     Ok(map(u).zip(map(d_out)).zip(map(d_u)).map(|((u, d_out), d_u)| [u, d_out, d_u]))
