@@ -1,9 +1,9 @@
 // A few rows through whole layers of Mamba, all of them in one launch.
 //
 // What a token of a large model takes is the time in which its matrices can be read. Products that are launched one by one leave
-// memory idle between two of them, and so does a small update between large products. Here each warp knows which parts of all
-// matrices it multiplies, from the first layer to the last, and has as many of them brought by the copy engine as shared memory has
-// room for, whatever it waits for itself.
+// memory idle between two of them, and so does a small update between large products. Here a block knows which parts of all matrices
+// it multiplies, from the first layer to the last. One of its lanes has the copy engine bring them in that order, as far ahead as shared
+// memory has room, whatever the others, the workers, wait for.
 //
 //   in_proj (norm, convolution) | x_proj | update | out_proj (addition)
 //
@@ -12,7 +12,6 @@
 // its protocol of low latency.) Each layer has words of its own, so that none is overwritten before all have read it.
 //
 // Sums have the order that they have in linear.cu and update.cu.
-#include "../common/launch.cuh"
 #include "../common/mma.cuh"
 #include "../common/tensor_copy.cuh"
 #include "finish.cuh"
@@ -22,7 +21,7 @@
 namespace decode::layers {
 
 using linear::CHUNK, linear::OUTPUTS, linear::PARTIAL_STRIDE, linear::MAX_WIDTH;
-using linear::ConvPlace, linear::SCALES_FIRST, linear::Share, linear::Squares, linear::Step, linear::Taps;
+using linear::ConvPlace, linear::SCALES_FIRST, linear::Share, linear::Squares, linear::Taps;
 using linear::finished, linear::sum_of_warps;
 
 // Leaves 32 bits for the other blocks of a launch.
@@ -195,6 +194,9 @@ struct Batches {
 
     // Calls `visit` with each of the warp's batches of a tile: its first chunk in the tile, and the lane's part of that, which is of column
     // lane / 4, and 512 bytes on of the one 8 further on.
+    //
+    // Of a place only an odd number of arrivals is known from an even one. The batch before the one that is waited for there has
+    // arrived: the host has seen to it that it comes so long before the last one that this warp has used that, by the pace, it must.
     template <typename Visit> __device__ __forceinline__ void for_each(const Reach &reach, const Visit &visit) {
         for (int i = reach.first; i < reach.last; i++) {
             int at = next + i;
@@ -242,7 +244,8 @@ struct Beside {
     }
 };
 
-template <typename T, typename St> struct Machine {
+// What the workers do, each by itself.
+template <typename T, typename St> struct Workers {
     using RowUpdate = update::RowUpdate<T, St, true, update::MANY_HELD<T>>;
 
     const LayersCall &p;
@@ -258,7 +261,7 @@ template <typename T, typename St> struct Machine {
     // Which half of the partial sums is written next: the other one may still be read.
     int half;
 
-    __device__ __forceinline__ Machine(const LayersCall &p, unsigned char *memory)
+    __device__ __forceinline__ Workers(const LayersCall &p, unsigned char *memory)
         : p(p), memory(memory), warp(threadIdx.x / 32), lane(threadIdx.x % 32), rows(1 << p.row_shift),
           launch(read_before(p.launches) + 1), way(p),
           batches(Places(p, memory), warp, lane), half(0) {}
@@ -598,13 +601,13 @@ template <typename T, typename St> struct Machine {
 
 template <typename T, typename St> __device__ __forceinline__ void run(const LayersCall &p) {
     extern __shared__ __align__(128) unsigned char memory[];
-    using Machine = Machine<T, St>;
+    using Workers = Workers<T, St>;
     const int warp = threadIdx.x / 32;
     const Places places(p, memory);
     if (threadIdx.x < WORKERS) {
-        Machine::describe(p, memory, 0);
+        Workers::describe(p, memory, 0);
         const int row = threadIdx.x;
-        if (row < 1 << p.row_shift) Machine::slots(p, memory)[row] = slot_of(p.slots, row);
+        if (row < 1 << p.row_shift) Workers::slots(p, memory)[row] = slot_of(p.slots, row);
         wait_for_copies<0>();
     } else {
         places.init(threadIdx.x - WORKERS);
@@ -613,7 +616,7 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Lay
     if (warp == WARPS) {
         if (threadIdx.x == WORKERS) places.bring();
     } else {
-        Machine(p, memory).run();
+        Workers(p, memory).run();
     }
 }
 

@@ -19,27 +19,29 @@ use crate::cuda::{Context, Kernel, Launch, Module, Properties, Recording, Table}
 /// work of all, with the same bits, and reads the matrices without a stop: what is multiplied next is on its way while blocks look for
 /// what others have computed.
 ///
-/// It takes 1, 2 or 4 rows; layers of one shape, without norms of columns, that use the same buffers for what they pass on; matrices of
-/// half types, of at least 16 MiB for each layer, of a multiple of 32 features, up to 6,144 of them, and of 16 columns; and a device of
-/// compute capability 9.0 or later, with nothing else on it that would not end. What does not fit stays as it is.
+/// It takes 1, 2 or 4 rows, as far as shared memory has room (2 of mamba-1.4b, 1 of 2.8b on an H100); layers of one shape, without
+/// norms of columns, that use the same buffers for what they pass on; matrices of half types, of at least 16 MiB for each layer, of a
+/// multiple of 32 features, up to 6,144 of them, and of 16 columns; and a device of compute capability 9.0 or later, with nothing
+/// else on it that would not end. What does not fit stays as it is.
 ///
 /// # Errors
 /// What the driver refuses.
 pub fn join_layers(recording: Recording) -> Result<Recording> {
-    join(recording, LEAST_BYTES)
+    let properties = Context::of(recording.context())?.properties;
+    join(recording, properties, LEAST_BYTES)
 }
 
 /// Bytes of a layer's matrices from which on one launch is faster than three or four: of fewer, nothing is gained by reading them ahead,
 /// and blocks find what others leave later than a launch begins. (See tuning.md.)
 const LEAST_BYTES: i64 = 16 << 20;
 
-fn join(recording: Recording, least_bytes: i64) -> Result<Recording> {
+fn join(recording: Recording, properties: Properties, least_bytes: i64) -> Result<Recording> {
     let context = Context::of(recording.context())?;
     let (mut launches, mut tables) = (Vec::new(), Vec::new());
     let mut rest = recording.launches();
     while let Some(first) = rest.first() {
         let run = Run::at(rest).filter(|run| run.shape.bytes() >= least_bytes);
-        let of_run = run.as_ref().and_then(|run| Some((run, Plan::new(&run.shape, context.properties)?, run.maps()?)));
+        let of_run = run.as_ref().and_then(|run| Some((run, Plan::new(&run.shape, properties)?, run.maps()?)));
         match of_run {
             Some((run, plan, maps)) => {
                 let (launch, of_launch) = run.joined(&recording, context, &plan, &maps)?;
@@ -308,8 +310,7 @@ struct Plan {
     most_tiles: usize,
 }
 
-/// There are so many batches at least and at most.
-const LEAST_BATCHES: usize = 4;
+/// There are so many batches at most, one for each lane.
 const MOST_BATCHES: usize = 32;
 /// So many of a block's are on their way: 32 KiB keep memory busy, and of more what blocks leave to each other comes late.
 const PACE: usize = 2;
@@ -345,7 +346,10 @@ impl Plan {
                 2 * batches * arrival,
             ]
         };
-        (LEAST_BATCHES..=MOST_BATCHES).rev().find_map(|batches| {
+        // Before a warp waits for a batch, the one before it in the same place has arrived, as all have that were asked for PACE before the
+        // last one that the warp has used.
+        let least_batches = most_batches_between(matrices.map(|[_, features]| features as usize / CHUNK))? + PACE;
+        (least_batches..=MOST_BATCHES).rev().find_map(|batches| {
             let mut at = batches * BATCH * CHUNK_BYTES;
             let places = sizes(batches).map(|size| {
                 let place = at;
@@ -356,6 +360,28 @@ impl Plan {
             (at <= device.shared_memory).then_some(plan)
         })
     }
+}
+
+/// How much later than a batch that a warp uses the next one comes that it uses, at most, where tiles of matrices of so many chunks
+/// follow one another in any order. None if there is a warp that uses none of a tile.
+fn most_batches_between(chunks: [usize; MATRICES]) -> Option<usize> {
+    // Of a tile: the first batch that a warp uses, and the last one.
+    let used = |chunks: usize, warp: usize| {
+        let share = chunks.div_ceil(WARPS);
+        let (first, end) = (warp * share, ((warp + 1) * share).min(chunks));
+        (first < end).then(|| (first / BATCH, (end - 1) / BATCH))
+    };
+    let mut most = 0;
+    for warp in 0..WARPS {
+        for before in chunks {
+            for after in chunks {
+                let (_, last) = used(before, warp)?;
+                let (first, _) = used(after, warp)?;
+                most = most.max(before.div_ceil(BATCH) - last + first);
+            }
+        }
+    }
+    Some(most)
 }
 
 #[cfg(test)]
@@ -537,6 +563,12 @@ mod tests {
         }
     }
 
+    /// Joined, however small, on few blocks: a simulated device takes its time where many wait for each other.
+    fn join_few(recording: Recording) -> Recording {
+        let properties = Context::of(recording.context()).unwrap().properties;
+        join(recording, Properties { processors: 8, ..properties }, 0).unwrap()
+    }
+
     /// Two steps joined have the bits of two steps launch by launch.
     fn hold<T: Element, St: Element>(sizes: Sizes, seed: u64) {
         let Some(stream) = stream() else { return };
@@ -544,7 +576,7 @@ mod tests {
         let recorded = |is_joined: bool| {
             let mut model = Model::<T, St>::draw(&stream, sizes, seed);
             let recording = record::<Error>(stream.context(), || model.run(&stream)).unwrap();
-            let recording = if is_joined { join(recording, 0).unwrap() } else { recording };
+            let recording = if is_joined { join_few(recording) } else { recording };
             // The first launch is no layer's.
             assert_eq!(recording.len() == 2, is_joined, "{what}");
             let graph = recording.graph().unwrap();
@@ -559,15 +591,39 @@ mod tests {
     }
 
     const SIZES: Sizes =
-        Sizes { rows: 1, d_model: 64, d_inner: 128, d_state: 16, dt_rank: 16, layers: 2, has_norms: false };
+        Sizes { rows: 1, d_model: 256, d_inner: 256, d_state: 16, dt_rank: 16, layers: 2, has_norms: false };
 
     #[test]
     fn joined_layers_have_the_bits_of_their_launches() {
         let seed = rand::random();
         hold::<bf16, f32>(SIZES, seed);
         hold::<f16, bf16>(Sizes { rows: 2, layers: 3, ..SIZES }, seed);
-        // Warps without a share of the features, and channels without a place in the first round.
-        hold::<bf16, f16>(Sizes { rows: 4, d_model: 32, d_inner: 96, d_state: 64, dt_rank: 32, ..SIZES }, seed);
+        // Shares that are not whole batches, and more channels than there are places for at a time.
+        hold::<bf16, f16>(Sizes { d_model: 480, d_inner: 512, d_state: 64, dt_rank: 32, ..SIZES }, seed);
+        hold::<bf16, bf16>(Sizes { rows: 4, d_inner: 256, layers: 1, ..SIZES }, seed);
+    }
+
+    /// Layers of two shapes in one recording, of which a second graph is made: each has its own place for what blocks leave to each other.
+    #[test]
+    fn several_runs_of_layers() {
+        let Some(stream) = stream() else { return };
+        let seed = rand::random();
+        let other = Sizes { rows: 2, d_model: 512, layers: 1, ..SIZES };
+        let recorded = |is_joined: bool| {
+            let [mut first, mut second] = [SIZES, other].map(|sizes| Model::<bf16, f32>::draw(&stream, sizes, seed));
+            let work = || first.run(&stream).and_then(|()| second.run(&stream));
+            let recording = record::<Error>(stream.context(), work).unwrap();
+            let recording = if is_joined { join_few(recording) } else { recording };
+            assert_eq!(recording.len() == 4, is_joined);
+            let graphs = [recording.graph().unwrap(), recording.graph().unwrap()];
+            drop(recording);
+            for graph in graphs {
+                // SAFETY: all arguments are the models', which live on, and only this stream uses them.
+                unsafe { graph.launch(&stream) }.unwrap();
+            }
+            [first.bits(&stream), second.bits(&stream)]
+        };
+        assert!(recorded(true) == recorded(false), "SEED={seed}");
     }
 
     #[test]
@@ -576,7 +632,8 @@ mod tests {
         fn launches<T: Element>(stream: &Arc<CudaStream>, sizes: Sizes, least_bytes: i64) -> (usize, usize) {
             let mut model = Model::<T, f32>::draw(stream, sizes, 0);
             let recording = record::<Error>(stream.context(), || model.run(stream)).unwrap();
-            (recording.len(), join(recording, least_bytes).unwrap().len())
+            let properties = Context::of(recording.context()).unwrap().properties;
+            (recording.len(), join(recording, properties, least_bytes).unwrap().len())
         }
         let of_layers = |sizes| launches::<bf16>(&stream, sizes, 0);
         assert_eq!(of_layers(SIZES).1, 2);
@@ -584,7 +641,9 @@ mod tests {
             Sizes { rows: 3, ..SIZES },
             Sizes { has_norms: true, ..SIZES },
             Sizes { dt_rank: 8, ..SIZES },
-            Sizes { d_model: 48, ..SIZES },
+            Sizes { d_model: 272, ..SIZES },
+            // Warps without a share of the features.
+            Sizes { d_model: 128, ..SIZES },
         ];
         for sizes in others {
             let (before, after) = of_layers(sizes);
@@ -596,20 +655,26 @@ mod tests {
         assert_eq!(before, after, "few bytes");
     }
 
-    /// Blocks and memory for mamba-1.4b on an H100, and that of a device with 99 KB there is too little.
+    /// Blocks and memory for mamba-1.4b and 2.8b on an H100; that of a device with 99 KB is too little.
     #[test]
     fn plans() {
-        let matrices = [[8192, 2048], [160, 4096], [2048, 4096]];
-        let shape = |rows| {
-            let types = ["bf16", "f32"];
-            Shape { rows, matrices, d_inner: 4096, d_state: 16, dt_rank: 128, buffers: [0; 4], types }
+        let plan = |matrices: [[i64; 2]; 3], rows, shared_memory| {
+            let [[_, d_model], [_, d_inner], _] = matrices;
+            let (dt_rank, types) = (d_model / 16, ["bf16", "f32"]);
+            let shape = Shape { rows, matrices, d_inner, d_state: 16, dt_rank, buffers: [0; 4], types };
+            let plan = Plan::new(&shape, Properties { processors: 132, shared_memory });
+            plan.map(|plan| (plan.blocks, plan.batches, plan.most_tiles))
         };
-        let plan = |rows, shared_memory| {
-            let device = Properties { processors: 132, shared_memory };
-            Plan::new(&shape(rows), device).map(|plan| (plan.blocks, plan.batches, plan.most_tiles))
-        };
-        assert_eq!(plan(1, 232_448), Some((132, 12, 4)));
-        assert_eq!(plan(4, 232_448), Some((132, 9, 4)));
-        assert_eq!(plan(4, 101_376), None);
+        let (smaller, larger) =
+            ([[8192, 2048], [160, 4096], [2048, 4096]], [[10_240, 2560], [192, 5120], [2560, 5120]]);
+        assert_eq!(plan(smaller, 1, 232_448), Some((132, 12, 4)));
+        assert_eq!(plan(smaller, 2, 232_448), Some((132, 11, 4)));
+        assert_eq!(plan(larger, 1, 232_448), Some((132, 12, 5)));
+        // Nine batches, where those of a warp may come eight apart.
+        assert_eq!(plan(smaller, 4, 232_448), None);
+        assert_eq!(plan(smaller, 1, 101_376), None);
+        assert_eq!(most_batches_between([64, 128, 128]), Some(8));
+        assert_eq!(most_batches_between([80, 160, 160]), Some(9));
+        assert_eq!(most_batches_between([7, 16, 16]), None);
     }
 }

@@ -14,9 +14,9 @@ use crate::nn::{LanguageModel, NewTokens, argument, check_room};
 /// A language model that is decoded with: its weights, the states of its sequences, and steps that are made ready once.
 ///
 /// A step takes the next token of any of the sequences, each in a slot of its own, and gives the logits after it. On a GPU it is one
-/// CUDA graph of three or four launches a layer, or of [one for all](crate::candle::Repeated), for each of a few numbers of rows; sequences come and go without a new one, as slots and
-/// tokens lie on the device. The processor runs the same operators. Either way a matrix is read once for all rows, and the logits of
-/// a sequence are the same bits whoever is decoded beside it.
+/// CUDA graph of three or four launches a layer, or of [one for all](crate::candle::Repeated), for each of a few numbers of rows;
+/// sequences come and go without a new one, as slots and tokens lie on the device. The processor runs the same operators. Either way
+/// a matrix is read once for all rows, and the logits of a sequence are the same bits whoever is decoded beside it.
 ///
 /// ```
 /// # use candle_core::{DType, Device};
