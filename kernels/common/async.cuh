@@ -14,11 +14,6 @@ __device__ __forceinline__ void copy_async(Pack<T, COUNT> &to, const T *from, bo
                  : "memory");
 }
 
-// The same of 16 bytes that are read once, past the first-level cache.
-template <typename T> __device__ __forceinline__ void copy_async_once(uint4 &to, const T *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(&to)), "l"(from) : "memory");
-}
-
 // Makes a group of the copies that this thread has started since the last call.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -12,7 +12,8 @@ constexpr bool COPIES_BOXES = true;
 constexpr bool COPIES_BOXES = false;
 #endif
 
-// What a warp waits for whose first lane has asked for boxes: a barrier in shared memory, at which bytes arrive.
+// What a warp waits for: a barrier in shared memory (mbarrier), at which the bytes of boxes arrive that a lane has asked for, or others
+// that are done with something.
 struct Arrival {
     uint64_t barrier;
     // Of the arrivals that have been waited for, whether their number is odd.
@@ -66,6 +67,13 @@ struct Arrival {
 __device__ __forceinline__ void fence_boxes() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Before a map that lies in global memory is used in a block for the first time: the copy engine may have kept what was there before.
+__device__ __forceinline__ void acquire_map(const TensorMap &map) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(&map) : "memory");
 #endif
 }
 

@@ -7,8 +7,8 @@
 //
 //   in_proj (norm, convolution) | x_proj | update | out_proj (addition)
 //
-// Between two of these, blocks need what others have computed. No block waits for all to have arrived anywhere: each number is left
-// in memory together with the number of the launch, 64 bits at once, and whoever needs it looks until it is there. (NCCL calls that
+// Between two of these, blocks need what others have computed. There is no barrier of the grid: each number is published together
+// with the number of the launch, 64 bits at once, and whoever needs it polls until it is there. (NCCL calls that
 // its protocol of low latency.) Each layer has words of its own, so that none is overwritten before all have read it.
 //
 // Sums have the order that they have in linear.cu and update.cu.
@@ -24,35 +24,35 @@ using linear::CHUNK, linear::OUTPUTS, linear::PARTIAL_STRIDE, linear::MAX_WIDTH;
 using linear::ConvPlace, linear::SCALES_FIRST, linear::Share, linear::Squares, linear::Taps;
 using linear::finished, linear::sum_of_warps;
 
-// Leaves 32 bits for the other blocks of a launch.
-__device__ __forceinline__ void leave(uint64_t *to, uint32_t bits, uint32_t launch) {
+// Publishes 32 bits to the other blocks of a launch.
+__device__ __forceinline__ void publish(uint64_t *to, uint32_t bits, uint32_t launch) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(static_cast<uint64_t>(launch) << 32 | bits) : "memory");
 }
 
 __device__ __forceinline__ bool is_of(uint64_t word, uint32_t launch) { return static_cast<uint32_t>(word >> 32) == launch; }
 
-__device__ __forceinline__ uint64_t look(const uint64_t *from) {
+__device__ __forceinline__ uint64_t load_word(const uint64_t *from) {
     uint64_t word;
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
     return word;
 }
 
 // Waits for 32 bits each.
-__device__ __forceinline__ void take(uint32_t (&to)[2], const uint64_t *first, const uint64_t *second, uint32_t launch) {
+__device__ __forceinline__ void receive(uint32_t (&to)[2], const uint64_t *first, const uint64_t *second, uint32_t launch) {
     uint64_t words[2];
     do {
-        words[0] = look(first), words[1] = look(second);
+        words[0] = load_word(first), words[1] = load_word(second);
     } while (!is_of(words[0], launch) || !is_of(words[1], launch));
     to[0] = static_cast<uint32_t>(words[0]), to[1] = static_cast<uint32_t>(words[1]);
 }
 
 // Waits for `pairs` pairs of words, by a warp, and calls `visit` with each pair's number and its bits.
-template <typename Visit> __device__ __forceinline__ void take_all(const uint64_t *from, int pairs, uint32_t launch, const Visit &visit) {
+template <typename Visit> __device__ __forceinline__ void receive_all(const uint64_t *from, int pairs, uint32_t launch, const Visit &visit) {
     // Loads that are on their way together; a lane that has no pair left takes the last one.
     constexpr int TOGETHER = 4;
     if (pairs <= 0) return;
     // Until one word is there there is no point in looking for all of them, which keeps memory from those who leave them.
-    while (!is_of(look(from), launch)) {
+    while (!is_of(load_word(from), launch)) {
     }
 #pragma unroll 1
     for (int first = 0; first < pairs; first += 32 * TOGETHER) {
@@ -92,12 +92,12 @@ __device__ __forceinline__ const Linear &product(const Layer &layer, int matrix)
     return matrix == IN_PROJ ? layer.in_proj : matrix == X_PROJ ? layer.project : layer.out_proj;
 }
 
-// A block's way through the tiles of all matrices. It takes one of as many tiles as there are blocks, as if all were one list, so that
-// every block has as much to read.
-struct Way {
+// The order of a block's tiles of all matrices. It takes every `gridDim.x`th one, as if all were one list, so that every block has as
+// much to read.
+struct Schedule {
     int layer, matrix, tile;
 
-    __device__ __forceinline__ explicit Way(const LayersCall &p) : layer(0), matrix(0), tile(blockIdx.x) { settle(p); }
+    __device__ __forceinline__ explicit Schedule(const LayersCall &p) : layer(0), matrix(0), tile(blockIdx.x) { settle(p); }
     __device__ __forceinline__ bool is_over(const LayersCall &p) const { return layer >= static_cast<int>(p.count); }
     __device__ __forceinline__ bool is_in(int of_layer, int of_matrix) const { return layer == of_layer && matrix == of_matrix; }
     __device__ __forceinline__ void next(const LayersCall &p) {
@@ -120,12 +120,12 @@ __device__ __forceinline__ Share share_of(const LayersCall &p, int matrix, int w
 
 // The matrices come in chunks, 32 features of the 16 columns of a tile, and batches of these, the last of which in a tile may reach
 // beyond it. There are places for so many batches, which are full or on their way.
-struct Places {
+struct Ring {
     const LayersCall &p;
     unsigned char *const batches;
     Arrival *const arrivals;
 
-    __device__ __forceinline__ Places(const LayersCall &p, unsigned char *memory)
+    __device__ __forceinline__ Ring(const LayersCall &p, unsigned char *memory)
         : p(p), batches(memory), arrivals(reinterpret_cast<Arrival *>(memory + p.arrivals)) {}
 
     __device__ __forceinline__ int count() const { return static_cast<int>(p.batches); }
@@ -145,15 +145,18 @@ struct Places {
         const int pace = static_cast<int>(p.pace);
         const auto turn_of = [&](int i) { return static_cast<uint32_t>(i / count() & 1); };
         int asked = 0;
-        for (Way way(p); !way.is_over(p); way.next(p)) {
-            const TensorMap &map = p.maps[way.layer * MATRICES + way.matrix];
-            for (int chunk = 0; chunk < static_cast<int>(p.chunks[way.matrix]); chunk += BATCH, asked++) {
+        const TensorMap *last = nullptr;
+        for (Schedule schedule(p); !schedule.is_over(p); schedule.next(p)) {
+            const TensorMap &map = p.maps[schedule.layer * MATRICES + schedule.matrix];
+            if (&map != last) acquire_map(map);
+            last = &map;
+            for (int chunk = 0; chunk < static_cast<int>(p.chunks[schedule.matrix]); chunk += BATCH, asked++) {
                 const int i = asked % count();
                 if (asked >= count()) empty(i).wait(turn_of(asked) ^ 1);
                 // With too much on its way, what blocks leave to each other would be late.
                 if (asked >= pace) full((asked - pace) % count()).wait(turn_of(asked - pace));
                 full(i).expect(BATCH * CHUNK_BYTES);
-                load_box_once(at(i), map, full(i), 0, way.tile * OUTPUTS, chunk);
+                load_box_once(at(i), map, full(i), 0, schedule.tile * OUTPUTS, chunk);
             }
         }
     }
@@ -184,13 +187,13 @@ struct Reach {
 
 // The batches for a warp, one tile's after another's.
 struct Batches {
-    const Places places;
+    const Ring ring;
     const int warp, lane;
     // Where the next tile's are, and whether the places have been used an odd number of times before.
     int next;
     uint32_t turn;
 
-    __device__ __forceinline__ Batches(const Places &places, int warp, int lane) : places(places), warp(warp), lane(lane), next(0), turn(0) {}
+    __device__ __forceinline__ Batches(const Ring &ring, int warp, int lane) : ring(ring), warp(warp), lane(lane), next(0), turn(0) {}
 
     // Calls `visit` with each of the warp's batches of a tile: its first chunk in the tile, and the lane's part of that, which is of column
     // lane / 4, and 512 bytes on of the one 8 further on.
@@ -201,14 +204,14 @@ struct Batches {
         for (int i = reach.first; i < reach.last; i++) {
             int at = next + i;
             uint32_t parity = turn;
-            while (at >= places.count()) at -= places.count(), parity ^= 1;
-            places.full(at).wait(parity);
-            visit(i * BATCH, places.at(at) + lane * 16);
+            while (at >= ring.count()) at -= ring.count(), parity ^= 1;
+            ring.full(at).wait(parity);
+            visit(i * BATCH, ring.at(at) + lane * 16);
             __syncwarp();
-            if (lane == 0) places.empty(at).arrive(reach.speaks_for(i, warp));
+            if (lane == 0) ring.empty(at).arrive(reach.speaks_for(i, warp));
         }
         next += reach.count;
-        while (next >= places.count()) next -= places.count(), turn ^= 1;
+        while (next >= ring.count()) next -= ring.count(), turn ^= 1;
     }
 };
 
@@ -254,7 +257,7 @@ template <typename T, typename St> struct Workers {
     const int rows;
     // The number of this launch.
     const uint32_t launch;
-    Way way;
+    Schedule schedule;
     Batches batches;
     // For the next in_proj.
     Beside taps;
@@ -263,8 +266,8 @@ template <typename T, typename St> struct Workers {
 
     __device__ __forceinline__ Workers(const LayersCall &p, unsigned char *memory)
         : p(p), memory(memory), warp(threadIdx.x / 32), lane(threadIdx.x % 32), rows(1 << p.row_shift),
-          launch(read_before(p.launches) + 1), way(p),
-          batches(Places(p, memory), warp, lane), half(0) {}
+          launch(read_before(p.launches) + 1), schedule(p),
+          batches(Ring(p, memory), warp, lane), half(0) {}
 
     __device__ __forceinline__ static Layer &described(const LayersCall &p, unsigned char *memory, int layer) {
         return reinterpret_cast<Layer *>(memory + p.described)[layer % 2];
@@ -277,7 +280,7 @@ template <typename T, typename St> struct Workers {
         return reinterpret_cast<int64_t *>(memory + p.squares) + MOST_ROWS * WARPS / 2;
     }
     __device__ __forceinline__ const int64_t *slots() const { return slots(p, memory); }
-    // A row of the warp's share, the norm's weights of it, the sums of all warps of a tile, and the columns of all rows for this warp.
+    // A row of the warp's share, the norm's weights of it, and the sums of all warps of a tile.
     __device__ __forceinline__ unsigned char *row_of_share(int row) const {
         return memory + p.rows + (warp * rows + row) * static_cast<int>(p.row_bytes);
     }
@@ -328,7 +331,7 @@ template <typename T, typename St> struct Workers {
                 continue;
             }
             const uint64_t *const from = words(layer, OF_ROWS) + row * features + share.first * CHUNK;
-            take_all(from, pairs, launch, [&](int i, uint32_t x, uint32_t y) { to[i] = {__uint_as_float(x), __uint_as_float(y)}; });
+            receive_all(from, pairs, launch, [&](int i, uint32_t x, uint32_t y) { to[i] = {__uint_as_float(x), __uint_as_float(y)}; });
         }
         __syncwarp();
     }
@@ -337,7 +340,7 @@ template <typename T, typename St> struct Workers {
     __device__ __forceinline__ void stage_halves(const uint64_t *from, int features, const Share &share) const {
         for (int row = 0; row < rows; row++) {
             uint2 *const to = reinterpret_cast<uint2 *>(row_of_share(row));
-            take_all(from + (row * features + share.first * CHUNK) / 2, (share.last - share.first) * (CHUNK / 4), launch,
+            receive_all(from + (row * features + share.first * CHUNK) / 2, (share.last - share.first) * (CHUNK / 4), launch,
                      [&](int i, uint32_t x, uint32_t y) { to[i] = {x, y}; });
         }
         __syncwarp();
@@ -439,8 +442,8 @@ template <typename T, typename St> struct Workers {
         bool exists;
     };
 
-    // Those from where a way is, which goes on behind them.
-    __device__ __forceinline__ Elements elements_of(Way &at, int layer, int matrix) const {
+    // Those of a product that come next in a schedule, which is left at what follows.
+    __device__ __forceinline__ Elements elements_of(Schedule &at, int layer, int matrix) const {
         const int first = at.tile, shift = static_cast<int>(p.row_shift), group = threadIdx.x / OUTPUTS;
         Elements of;
         for (of.tiles = 0; at.is_in(layer, matrix); at.next(p)) of.tiles++;
@@ -453,7 +456,7 @@ template <typename T, typename St> struct Workers {
     // memory may need as long for that as for a layer.
     __device__ __forceinline__ void read_taps(int layer) {
         if (layer >= static_cast<int>(p.count)) return;
-        Way at = way;
+        Schedule at = schedule;
         while (!at.is_over(p) && at.layer < layer) at.next(p);
         const Elements of = elements_of(at, layer, IN_PROJ);
         taps = Beside();
@@ -464,12 +467,12 @@ template <typename T, typename St> struct Workers {
     // in each layer, so that all of them should fit the processor's own.)
     __device__ __forceinline__ void multiply_all(int layer, int matrix) {
         const Linear &of = product(described(layer), matrix);
-        const Elements all = elements_of(way, layer, matrix);
+        const Elements all = elements_of(schedule, layer, matrix);
         const int64_t at = all.row * of.out_features + all.out;
         // What it is added to is looked at once the product is there, and has been left long ago: this layer's rows have been made of it.
         uint64_t before = 0;
         if (matrix == OUT_PROJ && all.exists) {
-            before = layer == 0 ? read_before(static_cast<const float *>(of.out) + at) : look(words(layer, OF_ROWS) + at);
+            before = layer == 0 ? read_before(static_cast<const float *>(of.out) + at) : load_word(words(layer, OF_ROWS) + at);
         }
         if (all.tiles > 0) {
             const Share share = share_of(p, matrix, warp);
@@ -502,25 +505,27 @@ template <typename T, typename St> struct Workers {
         half ^= 1;
     }
 
-    // Leaves an element of a product, of which the neighbour has another, where it is looked for; the last layer's, also where launches
-    // one by one would have.
+    // Publishes an element of a product; `other` is that of the neighbouring lane, which goes into the same word where elements are
+    // halves. Those of the last layer are also written where launches one by one would have written them.
     __device__ __forceinline__ void pass_on(int layer, int matrix, const Linear &of, const Elements &all, int64_t at, float value, float other) const {
         if (matrix == OUT_PROJ) {
             if (is_last(layer)) {
                 write_after(static_cast<float *>(of.out) + at, __float_as_uint(value));
+                // It is made of something of every block, which therefore has read the number.
+                if (at == 0) write_after(p.launches, launch);
             } else {
-                leave(words(layer + 1, OF_ROWS) + at, __float_as_uint(value), launch);
+                publish(words(layer + 1, OF_ROWS) + at, __float_as_uint(value), launch);
             }
             return;
         }
         if (is_last(layer)) static_cast<T *>(of.out)[at] = narrow<T>(value);
         if (matrix == X_PROJ) {
-            leave(words(layer, OF_COLUMNS) + at, __float_as_uint(rounded<T>(value)), launch);
+            publish(words(layer, OF_COLUMNS) + at, __float_as_uint(rounded<T>(value)), launch);
         } else if (all.out % 2 == 0) {
             const int d_inner = static_cast<int>(of.d_inner);
             const bool is_u = all.out < d_inner;
             uint64_t *const to = words(layer, is_u ? OF_U : OF_Z) + (all.row * d_inner + all.out - (is_u ? 0 : d_inner)) / 2;
-            leave(to, narrow_pair(value, other, T()), launch);
+            publish(to, narrow_pair(value, other, T()), launch);
         }
     }
 
@@ -532,7 +537,7 @@ template <typename T, typename St> struct Workers {
         const int count = static_cast<int>(of.dt_rank + 2 * of.d_state);
         float *const columns = floats(p.columns);
         bool are_columns_there = false;
-        // A warp of each block has channels before another one has: memory is as wide as there are processors.
+        // One warp of each block gets channels before a second one does, so that all processors ask for states.
 #pragma unroll 1
         for (int first = (warp * gridDim.x + blockIdx.x) * of_warp; first < channels; first += gridDim.x * WARPS * of_warp) {
             const int index = min(first + map.row, channels - 1);
@@ -542,7 +547,7 @@ template <typename T, typename St> struct Workers {
             const auto read_inputs = [&](RowUpdate &to, int row) {
                 const int at = (row * channels + index) / 2;
                 uint32_t both[2];
-                take(both, words(layer, OF_U) + at, words(layer, OF_Z) + at, launch);
+                receive(both, words(layer, OF_U) + at, words(layer, OF_Z) + at, launch);
                 const auto element = [&](uint32_t of_pair) { return index % 2 ? high(of_pair, T()) : low(of_pair, T()); };
                 if (to.live) to.u = element(both[0]), to.z = element(both[1]);
             };
@@ -559,7 +564,7 @@ template <typename T, typename St> struct Workers {
                 const float output = now.run(of, channel, columns + row * count);
                 const float other = __shfl_xor_sync(0xffffffffu, output, map.lanes);
                 if (map.lane == 0 && exists) {
-                    if (index % 2 == 0) leave(words(layer, OF_Y) + (row * channels + index) / 2, narrow_pair(output, other, T()), launch);
+                    if (index % 2 == 0) publish(words(layer, OF_Y) + (row * channels + index) / 2, narrow_pair(output, other, T()), launch);
                     if (is_last(layer)) update::write_output<T>(of, row, index, output);
                 }
                 now = next;
@@ -572,7 +577,7 @@ template <typename T, typename St> struct Workers {
     __device__ __forceinline__ void stage_columns(int layer, const Update &of, float *columns, int count) const {
         const int pairs = rows * count / 2, each = (pairs + WARPS - 1) / WARPS, first = min(warp * each, pairs);
         float2 *const to = reinterpret_cast<float2 *>(columns) + first;
-        take_all(words(layer, OF_COLUMNS) + 2 * first, min(each, pairs - first), launch,
+        receive_all(words(layer, OF_COLUMNS) + 2 * first, min(each, pairs - first), launch,
                  [&](int i, uint32_t x, uint32_t y) { to[i] = {__uint_as_float(x), __uint_as_float(y)}; });
         meet();
     }
@@ -594,8 +599,6 @@ template <typename T, typename St> struct Workers {
                 if (matrix == IN_PROJ) describe(p, memory, layer + 1);
             }
         }
-        // All blocks have read it: without them this one would not be here.
-        if (blockIdx.x == 0 && threadIdx.x == 0) write_after(p.launches, launch);
     }
 };
 
@@ -603,18 +606,18 @@ template <typename T, typename St> __device__ __forceinline__ void run(const Lay
     extern __shared__ __align__(128) unsigned char memory[];
     using Workers = Workers<T, St>;
     const int warp = threadIdx.x / 32;
-    const Places places(p, memory);
+    const Ring ring(p, memory);
     if (threadIdx.x < WORKERS) {
         Workers::describe(p, memory, 0);
         const int row = threadIdx.x;
         if (row < 1 << p.row_shift) Workers::slots(p, memory)[row] = slot_of(p.slots, row);
         wait_for_copies<0>();
     } else {
-        places.init(threadIdx.x - WORKERS);
+        ring.init(threadIdx.x - WORKERS);
     }
     __syncthreads();
     if (warp == WARPS) {
-        if (threadIdx.x == WORKERS) places.bring();
+        if (threadIdx.x == WORKERS) ring.bring();
     } else {
         Workers(p, memory).run();
     }

@@ -72,9 +72,13 @@ impl Repeated {
         let recorded = match device {
             Device::Cuda(device) => {
                 let recording = crate::cuda::record(device.cuda_stream().context(), &work)?;
-                let recording = crate::decode::cuda::join_layers(recording)?;
-                let (device, graph) = (device.clone(), recording.graph());
-                Some(Recorded { device, recording, graph, addresses: addresses(&tensors)? })
+                let joined = crate::decode::cuda::join_layers(recording.clone())?;
+                // A device that refuses what is joined may take it launch by launch.
+                let (recording, graph) = match joined.graph() {
+                    Err(_) if joined.len() < recording.len() => (recording.clone(), recording.graph()),
+                    graph => (joined, graph),
+                };
+                Some(Recorded { device: device.clone(), recording, graph, addresses: addresses(&tensors)? })
             }
             _ => None,
         };

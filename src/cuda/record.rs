@@ -151,13 +151,23 @@ impl Launch {
     }
 }
 
-/// Numbers that recorded launches read, in memory of their own.
+/// Numbers that recorded launches read or write, in memory of their own.
 #[derive(Clone)]
-pub(crate) struct Table(Arc<CudaSlice<u64>>);
+pub(crate) struct Table(Arc<Numbers>);
+
+struct Numbers(CudaSlice<u64>);
+
+impl Drop for Numbers {
+    fn drop(&mut self) {
+        // Launches on other streams, which the one that frees it does not wait for, may not be done. There is nobody to tell of an error.
+        let _ = self.0.context().synchronize();
+    }
+}
 
 impl Table {
     pub fn address(&self) -> u64 {
-        self.0.device_ptr(self.0.stream()).0
+        let Numbers(slice) = &*self.0;
+        slice.device_ptr(slice.stream()).0
     }
 }
 
@@ -283,6 +293,7 @@ pub fn record<E: From<Error>>(
 }
 
 /// Launches that [`record`] has recorded, in their order.
+#[derive(Clone)]
 pub struct Recording {
     context: Arc<CudaContext>,
     launches: Vec<Launch>,
@@ -323,7 +334,7 @@ impl Recording {
         let table = stream.clone_htod(numbers).map_err(error)?;
         // Launches of other streams do not wait for this one.
         stream.synchronize().map_err(error)?;
-        Ok(Table(Arc::new(table)))
+        Ok(Table(Arc::new(Numbers(table))))
     }
 
     /// Other launches in place of these, which read these tables too.

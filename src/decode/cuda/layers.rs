@@ -19,8 +19,8 @@ use crate::cuda::{Context, Kernel, Launch, Module, Properties, Recording, Table}
 /// work of all, with the same bits, and reads the matrices without a stop: what is multiplied next is on its way while blocks look for
 /// what others have computed.
 ///
-/// It takes 1, 2 or 4 rows, as far as shared memory has room (2 of mamba-1.4b, 1 of 2.8b on an H100); layers of one shape, without
-/// norms of columns, that use the same buffers for what they pass on; matrices of half types, of at least 16 MiB for each layer, of a
+/// It takes 1, 2 or 4 rows, as far as shared memory and threads suffice (4 of mamba-1.4b, 2 of 2.8b on an H100); layers of one shape, of
+/// up to 64 states, without norms of columns, that use the same buffers for what they pass on; matrices of half types, of at least 16 MiB for each layer, of a
 /// multiple of 32 features, up to 6,144 of them, and of 16 columns; and a device of compute capability 9.0 or later, with nothing
 /// else on it that would not end. What does not fit stays as it is.
 ///
@@ -255,6 +255,8 @@ impl Found {
             && d_inner % CHUNK as i64 == 0
             && in_proj.d_inner == d_inner
             && in_proj.out_features == 2 * d_inner
+            && in_proj.features == out_proj.out_features
+            && [project.features, out_proj.features] == [d_inner; 2]
             && project.out_features == update.dt_rank + 2 * update.d_state
             && are_same(&slots, &update_slots);
         // What each gives is what the next ones take.
@@ -332,7 +334,7 @@ impl Plan {
         // an odd multiple of 64 bytes.
         let bytes = (share(IN_PROJ) * CHUNK * 4).max(share(X_PROJ) * CHUNK * 2).max(share(OUT_PROJ) * CHUNK * 2);
         let row_bytes = bytes.next_multiple_of(128) + 64;
-        // A batch's number and that of the times that it has been waited for.
+        // A barrier and the number of times that it has been waited for, which is not used here.
         let arrival = 2 * size_of::<u64>();
         let sizes = |batches: usize| {
             [
@@ -346,9 +348,9 @@ impl Plan {
                 2 * batches * arrival,
             ]
         };
-        // Before a warp waits for a batch, the one before it in the same place has arrived, as all have that were asked for PACE before the
-        // last one that the warp has used.
-        let least_batches = most_batches_between(matrices.map(|[_, features]| features as usize / CHUNK))? + PACE;
+        let chunks = matrices.map(|[_, features]| features as usize / CHUNK);
+        let of_matrix = |matrix: usize| least_batches(chunks[matrix], tiles[matrix].div_ceil(blocks));
+        let least_batches = (0..MATRICES).map(of_matrix).max()?;
         (least_batches..=MOST_BATCHES).rev().find_map(|batches| {
             let mut at = batches * BATCH * CHUNK_BYTES;
             let places = sizes(batches).map(|size| {
@@ -362,26 +364,21 @@ impl Plan {
     }
 }
 
-/// How much later than a batch that a warp uses the next one comes that it uses, at most, where tiles of matrices of so many chunks
-/// follow one another in any order. None if there is a warp that uses none of a tile.
-fn most_batches_between(chunks: [usize; MATRICES]) -> Option<usize> {
-    // Of a tile: the first batch that a warp uses, and the last one.
-    let used = |chunks: usize, warp: usize| {
-        let share = chunks.div_ceil(WARPS);
+/// How many batches there must be room for, so that no warp takes one for another: of a barrier it can tell a phase from the next one
+/// only, and it skips batches that others use. When it waits for a batch, the one before in the same place must have arrived. All of
+/// earlier products have, as all warps have met since; and all that were asked for PACE before the last one that the warp has used.
+fn least_batches(chunks: usize, tiles: usize) -> usize {
+    let (share, of_tile) = (chunks.div_ceil(WARPS), chunks.div_ceil(BATCH));
+    let of_warp = |warp: usize| {
         let (first, end) = (warp * share, ((warp + 1) * share).min(chunks));
-        (first < end).then(|| (first / BATCH, (end - 1) / BATCH))
-    };
-    let mut most = 0;
-    for warp in 0..WARPS {
-        for before in chunks {
-            for after in chunks {
-                let (_, last) = used(before, warp)?;
-                let (first, _) = used(after, warp)?;
-                most = most.max(before.div_ceil(BATCH) - last + first);
-            }
+        if first >= end {
+            return 0;
         }
-    }
-    Some(most)
+        let (first, last) = (first / BATCH, (end - 1) / BATCH);
+        let in_next_tile = if tiles > 1 { of_tile - last + first + PACE } else { 0 };
+        in_next_tile.max(first + 1)
+    };
+    (0..WARPS).map(of_warp).max().unwrap_or(0).max(PACE + 1)
 }
 
 #[cfg(test)]
@@ -598,7 +595,8 @@ mod tests {
         let seed = rand::random();
         hold::<bf16, f32>(SIZES, seed);
         hold::<f16, bf16>(Sizes { rows: 2, layers: 3, ..SIZES }, seed);
-        // Shares that are not whole batches, and more channels than there are places for at a time.
+        // Warps without a share of the features; shares that are not whole batches, and more channels than there are places for at a time.
+        hold::<bf16, f32>(Sizes { d_model: 64, ..SIZES }, seed);
         hold::<bf16, f16>(Sizes { d_model: 480, d_inner: 512, d_state: 64, dt_rank: 32, ..SIZES }, seed);
         hold::<bf16, bf16>(Sizes { rows: 4, d_inner: 256, layers: 1, ..SIZES }, seed);
     }
@@ -642,8 +640,6 @@ mod tests {
             Sizes { has_norms: true, ..SIZES },
             Sizes { dt_rank: 8, ..SIZES },
             Sizes { d_model: 272, ..SIZES },
-            // Warps without a share of the features.
-            Sizes { d_model: 128, ..SIZES },
         ];
         for sizes in others {
             let (before, after) = of_layers(sizes);
@@ -670,11 +666,13 @@ mod tests {
         assert_eq!(plan(smaller, 1, 232_448), Some((132, 12, 4)));
         assert_eq!(plan(smaller, 2, 232_448), Some((132, 11, 4)));
         assert_eq!(plan(larger, 1, 232_448), Some((132, 12, 5)));
-        // Nine batches, where those of a warp may come eight apart.
-        assert_eq!(plan(smaller, 4, 232_448), None);
+        assert_eq!(plan(smaller, 4, 232_448), Some((132, 9, 4)));
+        // More elements than there are workers.
+        assert_eq!(plan(larger, 4, 232_448), None);
         assert_eq!(plan(smaller, 1, 101_376), None);
-        assert_eq!(most_batches_between([64, 128, 128]), Some(8));
-        assert_eq!(most_batches_between([80, 160, 160]), Some(9));
-        assert_eq!(most_batches_between([7, 16, 16]), None);
+        // The last warp begins in the eighth batch of a tile; in another tile its next one comes eight later.
+        assert_eq!([least_batches(128, 1), least_batches(128, 2)], [8, 8 + PACE]);
+        assert_eq!([least_batches(160, 1), least_batches(160, 2)], [9, 9 + PACE]);
+        assert_eq!(least_batches(1, 3), 1 + PACE);
     }
 }

@@ -108,7 +108,9 @@ impl Product {
         };
         let of_norm = |weight: View<f32, 1, Cuda>| storage(&weight, norm_weight.data);
         let of_norm = inputs.norm.and_then(|norm| norm.weight).map_or(0..0, of_norm);
-        let early = vec![storage(&inputs.weight, weight.data), of_norm];
+        let bias: params::Vector = or_null(arguments.optional_view("bias", &inputs.bias)?);
+        let of_bias = inputs.bias.as_ref().map_or(0..0, |view| storage(view, bias.data));
+        let early = vec![storage(&inputs.weight, weight.data), of_norm, of_bias];
         let is_whole = [weight.column, x.column] == [1; 2]
             && features.is_multiple_of(8)
             && is_vectorizable::<T>(weight.data, &[weight.row], 16 / size_of::<T>())
@@ -120,7 +122,7 @@ impl Product {
             x,
             norm_weight,
             weight,
-            bias: or_null(arguments.optional_view("bias", &inputs.bias)?),
+            bias,
             out,
             rows: rows as i64,
             features: features as i64,
