@@ -142,7 +142,6 @@ struct Ring {
 
     // Brings all batches, by one lane.
     __device__ __forceinline__ void bring() const {
-        const int pace = static_cast<int>(p.pace);
         const auto turn_of = [&](int i) { return static_cast<uint32_t>(i / count() & 1); };
         int asked = 0;
         const TensorMap *last = nullptr;
@@ -154,7 +153,7 @@ struct Ring {
                 const int i = asked % count();
                 if (asked >= count()) empty(i).wait(turn_of(asked) ^ 1);
                 // With too much on its way, what blocks leave to each other would be late.
-                if (asked >= pace) full((asked - pace) % count()).wait(turn_of(asked - pace));
+                if (asked >= PACE) full((asked - PACE) % count()).wait(turn_of(asked - PACE));
                 full(i).expect(BATCH * CHUNK_BYTES);
                 load_box_once(at(i), map, full(i), 0, schedule.tile * OUTPUTS, chunk);
             }

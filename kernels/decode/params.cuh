@@ -124,6 +124,8 @@ constexpr int MOST_ROWS = 4;
 constexpr int MATRICES = 3, IN_PROJ = 0, X_PROJ = 1, OUT_PROJ = 2;
 // Bytes of a chunk of a matrix, 16 rows of 64, and the chunks that are asked for at a time.
 constexpr int CHUNK_BYTES = 1024, BATCH = 16;
+// Batches of a block that are on their way at most: 32 KiB keep memory busy, and of more what blocks leave to each other comes late.
+constexpr int PACE = 2;
 // What blocks leave to each other in a layer: the rows, the update's input and gate, its columns, and its output.
 constexpr int PARTS = 5, OF_ROWS = 0, OF_U = 1, OF_Z = 2, OF_COLUMNS = 3, OF_Y = 4;
 }
@@ -148,8 +150,8 @@ struct LayersCall {
     int64_t of_layer, part_at[5];
     // The number of launches before this one, which this one counts.
     uint32_t *launches;
-    // How many batches of chunks a block has room for, and how many of them are on their way at most.
-    int64_t batches, pace;
+    // How many batches of chunks a block has room for.
+    int64_t batches;
     // Where in shared memory, in bytes, things lie, after the batches.
     int64_t rows, norm_weights, squares, partials, columns, described, arrivals;
     // What a row of a warp's share takes there, the most tiles of a product that a block has, and the rows as a shift.

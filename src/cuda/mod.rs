@@ -142,6 +142,13 @@ pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
     Ok(context)
 }
 
+/// A device's stream, for unit tests, which say so where there is none.
+#[cfg(test)]
+pub(crate) fn stream_or_skip() -> Option<Arc<cudarc::driver::CudaStream>> {
+    let context = context(0).inspect_err(|_| println!("there is no device: skipped"));
+    Some(context.ok()?.default_stream())
+}
+
 /// Lets the device keep memory that is freed in the order of a stream, for the next allocation. By default all of it goes
 /// back to the driver whenever the device is waited for, and a backward pass that then has to have 100 MB mapped again
 /// waits longer for that than it computes. For contexts that [`context`] has not made.

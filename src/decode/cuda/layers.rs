@@ -4,8 +4,8 @@ use bytemuck::Zeroable;
 use half::{bf16, f16};
 
 use super::kernels::layers::{
-    BATCH, CHUNK_BYTES, IN_PROJ, MATRICES, MOST_ROWS, OF_COLUMNS, OF_ROWS, OF_U, OF_Y, OF_Z, OUT_PROJ, PARTS, THREADS,
-    WARPS, WORKERS, X_PROJ,
+    BATCH, CHUNK_BYTES, IN_PROJ, MATRICES, MOST_ROWS, OF_COLUMNS, OF_ROWS, OF_U, OF_Y, OF_Z, OUT_PROJ, PACE, PARTS,
+    THREADS, WARPS, WORKERS, X_PROJ,
 };
 use super::kernels::linear::{CHUNK, OUTPUTS, PARTIAL_STRIDE};
 use super::kernels::{self, FLAG_ACCUMULATE, FLAG_CONV, FLAG_NORM, FLAG_OWN_COLUMNS, update};
@@ -20,9 +20,9 @@ use crate::cuda::{Context, Kernel, Launch, Module, Properties, Recording, Table}
 /// what others have computed.
 ///
 /// It takes 1, 2 or 4 rows, as far as shared memory and threads suffice (4 of mamba-1.4b, 2 of 2.8b on an H100); layers of one shape, of
-/// up to 64 states, without norms of columns, that use the same buffers for what they pass on; matrices of half types, of at least 16 MiB for each layer, of a
-/// multiple of 32 features, up to 6,144 of them, and of 16 columns; and a device of compute capability 9.0 or later, with nothing
-/// else on it that would not end. What does not fit stays as it is.
+/// up to 64 states, without norms of columns, that use the same buffers for what they pass on; matrices of half types, of at least
+/// 16 MiB for each layer, of a multiple of 32 features, up to 6,144 of them, and of 16 columns; and a device of compute capability
+/// 9.0 or later, with nothing else on it that would not end. What does not fit stays as it is.
 ///
 /// # Errors
 /// What the driver refuses.
@@ -40,19 +40,21 @@ fn join(recording: Recording, properties: Properties, least_bytes: i64) -> Resul
     let (mut launches, mut tables) = (Vec::new(), Vec::new());
     let mut rest = recording.launches();
     while let Some(first) = rest.first() {
-        let run = Run::at(rest).filter(|run| run.shape.bytes() >= least_bytes);
-        let of_run = run.as_ref().and_then(|run| Some((run, Plan::new(&run.shape, properties)?, run.maps()?)));
-        match of_run {
-            Some((run, plan, maps)) => {
+        let Some(run) = Run::at(rest) else {
+            launches.push(first.clone());
+            rest = &rest[1..];
+            continue;
+        };
+        let (of_run, after) = rest.split_at(run.launches);
+        rest = after;
+        let plan = Plan::new(&run.shape, properties).filter(|_| run.shape.bytes() >= least_bytes);
+        match plan.and_then(|plan| Some((plan, run.maps()?))) {
+            Some((plan, maps)) => {
                 let (launch, of_launch) = run.joined(&recording, context, &plan, &maps)?;
                 launches.push(launch);
                 tables.extend(of_launch);
-                rest = &rest[run.launches..];
             }
-            None => {
-                launches.push(first.clone());
-                rest = &rest[1..];
-            }
+            None => launches.extend_from_slice(of_run),
         }
     }
     Ok(recording.with(launches, tables))
@@ -188,7 +190,6 @@ impl Run {
             described,
             arrivals,
             batches: plan.batches as i64,
-            pace: PACE as i64,
             row_shift: self.shape.rows.ilog2().into(),
             row_bytes: plan.row_bytes as i64,
             most_tiles: plan.most_tiles as i64,
@@ -314,8 +315,6 @@ struct Plan {
 
 /// There are so many batches at most, one for each lane.
 const MOST_BATCHES: usize = 32;
-/// So many of a block's are on their way: 32 KiB keep memory busy, and of more what blocks leave to each other comes late.
-const PACE: usize = 2;
 
 impl Plan {
     /// None where shared memory has no room.
@@ -391,17 +390,12 @@ mod tests {
     use rand::{Rng, SeedableRng};
 
     use super::*;
-    use crate::cuda::{self, record};
+    use crate::cuda::{record, stream_or_skip as stream};
     use crate::decode::cuda::{linear, selective_update};
     use crate::decode::{
         ColumnNorms, Columns, ConvStep, Linear, LinearMut, RowNorm, SelectiveUpdate, SelectiveUpdateMut,
     };
     use crate::{DeviceSlots, Element, Error, Slots, View, ViewMut};
-
-    fn stream() -> Option<Arc<CudaStream>> {
-        let context = cuda::context(0).inspect_err(|_| println!("there is no device: skipped"));
-        Some(context.ok()?.default_stream())
-    }
 
     #[derive(Debug, Clone, Copy)]
     struct Sizes {
@@ -456,8 +450,7 @@ mod tests {
                 from: f32,
                 to: f32,
             ) -> CudaSlice<E> {
-                let base: Vec<_> = (0..len.min(1 << 17)).map(|_| E::from_f32(rng.random_range(from..to))).collect();
-                let values: Vec<_> = base.iter().copied().cycle().take(len).collect();
+                let values: Vec<_> = (0..len).map(|_| E::from_f32(rng.random_range(from..to))).collect();
                 stream.clone_htod(&values).unwrap()
             }
             let Sizes { rows, d_model, d_inner, d_state, dt_rank, layers, .. } = sizes;
